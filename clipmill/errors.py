@@ -1,0 +1,30 @@
+"""The exceptions a user can meet, and the exit status each one becomes.
+
+Everything else is a bug or an outage: it keeps its traceback and exits 1.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ClipmillError", "Interrupted", "StageFailed", "UserError"]
+
+
+class ClipmillError(Exception):
+    """Base of the errors that are printed as one line, without a traceback."""
+
+    exit_status = 1
+
+
+class StageFailed(ClipmillError):
+    """The stage could not finish for a reason outside the configuration (exit 1)."""
+
+
+class UserError(ClipmillError):
+    """Something the user can fix (exit 2): the message says what is wrong, where, and what to do."""
+
+    exit_status = 2
+
+
+class Interrupted(ClipmillError):
+    """Stopped after a clean checkpoint or commit (exit 75): submit the same command again."""
+
+    exit_status = 75

@@ -1,0 +1,70 @@
+"""The metrics of a training run: one JSON line a record, one file an attempt.
+
+A record is ``{"step": int, "split": "train" | "val", name: number, ...}``. An attempt writes its file on
+the local disk and uploads it whole, since buckets cannot append; a resumed run is a new attempt that
+begins at its checkpoint's step, so readers merge by step and the newest attempt wins.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from clipmill import storage
+
+__all__ = ["MetricsLog", "read_metrics"]
+
+UPLOAD_SECONDS = 30.0
+
+
+class MetricsLog:
+    """Appends records locally and uploads the whole file now and then.
+
+    Args:
+        url: the training folder; the file becomes ``metrics/<attempt>.jsonl`` in it.
+        attempt: number of the run that writes.
+    """
+
+    def __init__(self, url: str, attempt: int) -> None:
+        self._url = storage.join(url, "metrics", f"{attempt:06d}.jsonl")
+        self._folder = tempfile.TemporaryDirectory(prefix="clipmill-metrics-")
+        self._path = Path(self._folder.name) / "metrics.jsonl"
+        self._file = self._path.open("a")
+        self._uploaded = time.monotonic()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record; uploads when the last upload is old."""
+        self._file.write(json.dumps(record) + "\n")
+        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self.upload()
+
+    def upload(self) -> None:
+        """Publishes everything written so far."""
+        self._file.flush()
+        if self._path.stat().st_size:
+            storage.publish_file(self._path, self._url)
+        self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        """Publishes the rest and removes the local file."""
+        self.upload()
+        self._file.close()
+        self._folder.cleanup()
+
+
+def read_metrics(url: str) -> list[dict[str, Any]]:
+    """All records of a training folder, sorted by step: from the step on at which a newer attempt began, its own count."""
+    merged: list[dict[str, Any]] = []
+    for entry in storage.list_folder(storage.join(url, "metrics")):
+        if not entry.name.endswith(".jsonl"):
+            continue
+        records = [
+            json.loads(line) for line in storage.read_bytes(storage.join(url, "metrics", entry.name)).splitlines()
+        ]
+        if records:
+            first_step = min(record["step"] for record in records)
+            merged = [record for record in merged if record["step"] < first_step] + records
+    return sorted(merged, key=lambda record: record["step"])

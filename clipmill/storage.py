@@ -1,0 +1,353 @@
+"""The only door to storage: local folders and buckets through one small set of whole-object operations.
+
+A URL is a local path (``runs/demo``) or an fsspec URL (``s3://bucket/runs/bair``). Objects appear whole or
+not at all: a local file is written beside its target, synced, renamed, and its folder synced; a bucket
+object is one put of a finished local file. Nothing is ever streamed into its final name, because fsspec
+publishes a partial object when an exception leaves ``with fs.open(url, "wb")``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from clipmill.errors import UserError
+
+__all__ = [
+    "Entry",
+    "absolute",
+    "create_bytes",
+    "create_document",
+    "exists",
+    "fetch",
+    "is_local",
+    "join",
+    "list_folder",
+    "list_folders",
+    "local_path",
+    "publish_bytes",
+    "publish_document",
+    "publish_file",
+    "read_bytes",
+    "read_document",
+    "remove",
+    "remove_tree",
+    "size",
+    "walk",
+]
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Start of the names of unfinished local files; a killed writer leaves one behind, ``verify`` names it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object of a listing."""
+
+    name: str
+    """Name in its folder, or path relative to the walked folder, with ``/``."""
+    bytes: int
+    etag: str | None
+    """The bucket's own content tag; none on a local disk."""
+    modified: float | None
+    """Seconds since the epoch."""
+
+
+# ----------------------------------------------------------------------------------------------- URLs
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL names a place on this machine's file system."""
+    return urlsplit(url).scheme in ("", "file")
+
+
+def local_path(url: str) -> Path:
+    """The path of a local URL."""
+    if not is_local(url):
+        raise ValueError(f"{url} is not local")
+    return Path(url.removeprefix("file://"))
+
+
+def absolute(url: str) -> str:
+    """The URL without trailing slash, local ones as absolute paths (workers start in other folders)."""
+    if is_local(url):
+        return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+    return url.rstrip("/")
+
+
+def join(url: str, *names: str) -> str:
+    """Appends path segments."""
+    return "/".join([url.rstrip("/"), *names])
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a bucket URL, and the object's path in it.
+
+    Listings are never cached: other processes write into the same folders. fsspec itself keeps one
+    instance per process and set of arguments, and makes a new one after a fork or spawn.
+    """
+    protocol = urlsplit(url).scheme
+    try:
+        filesystem = fsspec.filesystem(protocol, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"cannot open {url}: {error}; use a local path or an s3:// URL") from error
+    return filesystem, filesystem._strip_protocol(url)
+
+
+# ---------------------------------------------------------------------------------------------- reads
+
+
+def exists(url: str) -> bool:
+    """Whether an object or folder is there."""
+    if is_local(url):
+        return local_path(url).exists()
+    filesystem, path = _filesystem(url)
+    return filesystem.exists(path)
+
+
+def size(url: str) -> int:
+    """Bytes of an object.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if is_local(url):
+        return local_path(url).stat().st_size
+    filesystem, path = _filesystem(url)
+    return filesystem.size(path)
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole object.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if is_local(url):
+        return local_path(url).read_bytes()
+    filesystem, path = _filesystem(url)
+    return filesystem.cat_file(path)
+
+
+def fetch(url: str, path: Path) -> None:
+    """Copies the whole object into a local file."""
+    if is_local(url):
+        shutil.copyfile(local_path(url), path)
+    else:
+        filesystem, remote = _filesystem(url)
+        filesystem.get_file(remote, str(path))
+
+
+def list_folder(url: str) -> list[Entry]:
+    """The objects directly inside a folder, by name; none when the folder is absent."""
+    return [entry for entry, is_folder in _children(url) if not is_folder]
+
+
+def list_folders(url: str) -> list[str]:
+    """The names of the folders directly inside a folder, sorted; none when it is absent."""
+    return [entry.name for entry, is_folder in _children(url) if is_folder]
+
+
+def _children(url: str) -> list[tuple[Entry, bool]]:
+    if is_local(url):
+        return _local_children(local_path(url))
+    filesystem, path = _filesystem(url)
+    try:
+        infos = filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        return []
+    entries = [(_entry(info, path), info["type"] == "directory") for info in infos]
+    return sorted((item for item in entries if item[0].name), key=lambda item: item[0].name)
+
+
+def _local_children(folder: Path) -> list[tuple[Entry, bool]]:
+    """Regular files and folders; a FIFO, socket or dangling link has no content to read."""
+    children = []
+    try:
+        with os.scandir(folder) as found:
+            for item in found:
+                if item.is_dir():
+                    children.append((Entry(item.name, 0, None, None), True))
+                elif item.is_file():
+                    stat = item.stat()
+                    children.append((Entry(item.name, stat.st_size, None, stat.st_mtime), False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(children, key=lambda child: child[0].name)
+
+
+def _entry(info: dict[str, Any], folder: str) -> Entry:
+    name = info["name"].removeprefix(folder).strip("/")
+    etag = info.get("ETag") or info.get("etag")
+    modified = info.get("LastModified")
+    return Entry(
+        name, info.get("size") or 0, etag.strip('"') if etag else None, modified.timestamp() if modified else None
+    )
+
+
+def walk(url: str) -> Iterator[Entry]:
+    """All objects below a folder, with relative names, sorted within each folder."""
+    if is_local(url):
+        yield from _local_walk(local_path(url), "")
+        return
+    filesystem, path = _filesystem(url)
+    found = filesystem.find(path, detail=True)
+    for name in sorted(found):
+        yield _entry(found[name], path)
+
+
+def _local_walk(folder: Path, prefix: str) -> Iterator[Entry]:
+    for child, is_folder in _local_children(folder):
+        name = prefix + child.name
+        if is_folder:
+            yield from _local_walk(folder / child.name, name + "/")
+        else:
+            yield Entry(name, child.bytes, None, child.modified)
+
+
+# --------------------------------------------------------------------------------------------- writes
+
+
+def publish_bytes(url: str, data: bytes) -> None:
+    """Writes a whole object, replacing one that is there."""
+    if is_local(url):
+        target = local_path(url)
+        temporary = _write_temporary(target, data)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    else:
+        filesystem, path = _filesystem(url)
+        filesystem.pipe_file(path, data)
+
+
+def publish_file(path: Path, url: str) -> None:
+    """Copies a finished local file to a URL, replacing what is there."""
+    if is_local(url):
+        target = local_path(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
+        with os.fdopen(handle, "wb") as copy, path.open("rb") as original:
+            shutil.copyfileobj(original, copy, 2**20)
+            _sync_file(copy.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    else:
+        filesystem, remote = _filesystem(url)
+        filesystem.put_file(str(path), remote)
+
+
+def create_bytes(url: str, data: bytes) -> bool:
+    """Writes a whole object only if there is none: of several writers exactly one gets True."""
+    if is_local(url):
+        target = local_path(url)
+        temporary = _write_temporary(target, data)
+        try:
+            os.link(temporary, target)  # unlike rename it fails on an existing name, and the content is already whole
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        _sync_folder(target.parent)
+        return True
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:  # s3fs reports If-None-Match as EINVAL with the server's answer as cause
+        if "PreconditionFailed" in repr(error.__cause__) or "PreconditionFailed" in str(error):
+            return False
+        raise
+    return True
+
+
+def _write_temporary(target: Path, data: bytes) -> str:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+        file.flush()
+        _sync_file(file.fileno())
+    return temporary
+
+
+def _sync_file(descriptor: int) -> None:
+    os.fchmod(descriptor, 0o644)  # mkstemp's 0600 would hide published data from other users
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(url: str) -> None:
+    """Removes an object; none there is fine."""
+    if is_local(url):
+        local_path(url).unlink(missing_ok=True)
+        return
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.rm_file(path)
+    except FileNotFoundError:
+        pass
+
+
+def remove_tree(url: str) -> None:
+    """Removes everything below a folder; none there is fine."""
+    if is_local(url):
+        shutil.rmtree(local_path(url), ignore_errors=True)
+        return
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.rm(path, recursive=True)
+    except FileNotFoundError:
+        pass
+
+
+# ------------------------------------------------------------------------------------- JSON documents
+
+
+def _document_bytes(body: dict[str, Any], schema: int) -> bytes:
+    return (json.dumps({"schema": schema, **body}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def publish_document(url: str, body: dict[str, Any], schema: int) -> None:
+    """Writes a JSON document (sorted keys) with its schema version."""
+    publish_bytes(url, _document_bytes(body, schema))
+
+
+def create_document(url: str, body: dict[str, Any], schema: int) -> bool:
+    """Like `publish_document`, only if there is none: returns whether ours was written."""
+    return create_bytes(url, _document_bytes(body, schema))
+
+
+def read_document(url: str, newest_schema: int) -> dict[str, Any]:
+    """Reads a JSON document.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is no document of ours, or of a schema newer than ``newest_schema``.
+    """
+    try:
+        document = json.loads(read_bytes(url))
+        schema = document["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{url} is damaged or was not written by clipmill; restore or remove it") from error
+    if schema > newest_schema:
+        raise UserError(
+            f"{url} has schema {schema}, this clipmill reads up to {newest_schema}; upgrade clipmill to read it"
+        )
+    return document
