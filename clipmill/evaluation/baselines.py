@@ -1,0 +1,133 @@
+"""Table predictors of codes, the bar that a trained prior has to clear.
+
+Three tables are counted on the training codes: how often each code occurs (*unigram*), which code follows which at
+the same place one latent frame later (*temporal bigram*), and which follows which in raster order (*raster bigram*).
+Their cross-entropy on the validation codes is what a predictor without any learning reaches. Where a context is missing
+(the first latent frame, the first code of a clip) a bigram uses the unigram.
+
+Smoothing (MacKay and Peto 1995, "A hierarchical Dirichlet language model"): with counts n, K codes and N tokens
+    unigram p(c)     = (n(c) + a) / (N + a K)
+    bigram  p(c | b) = (n(b, c) + m p(c)) / (n(b) + m),   n(b) = sum over c of n(b, c)
+a and m are picked from a grid by the *validation* cross-entropy itself. That is cheating in the baselines' favour: a
+prior that beats them beats the best such table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CodeTables", "baseline_scores"]
+
+_UNIGRAM_GRID = (0.001, 0.01, 0.1, 0.5, 1.0, 10.0)
+_BIGRAM_GRID = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e6)
+
+
+@dataclass
+class CodeTables:
+    """Counts of codes and of pairs of codes; streaming and mergeable.
+
+    Memory: two int64 tables [K, K] (64 MiB together for 2,048 codes).
+    """
+
+    num_codes: int
+    num_clips: int = 0
+    unigram: NDArray[np.int64] = field(init=False)
+    """[K]: occurrences of each code."""
+    first_frame: NDArray[np.int64] = field(init=False)
+    """[K]: occurrences in the first latent frame, where no earlier one exists."""
+    first_code: NDArray[np.int64] = field(init=False)
+    """[K]: occurrences at the first place of a clip."""
+    temporal: NDArray[np.int64] = field(init=False)
+    """[K, K]: row = code one latent frame earlier at the same place, column = code."""
+    raster: NDArray[np.int64] = field(init=False)
+    """[K, K]: row = code just before in raster order, column = code."""
+
+    def __post_init__(self) -> None:
+        self.unigram = np.zeros(self.num_codes, np.int64)
+        self.first_frame = np.zeros(self.num_codes, np.int64)
+        self.first_code = np.zeros(self.num_codes, np.int64)
+        self.temporal = np.zeros((self.num_codes, self.num_codes), np.int64)
+        self.raster = np.zeros((self.num_codes, self.num_codes), np.int64)
+
+    def update(self, codes: NDArray[np.integer]) -> None:
+        """Counts the codes of clips: integers [B, t, h, w] below ``num_codes``."""
+        codes = codes.astype(np.int64)
+        row = codes.reshape(len(codes), -1)
+        self.num_clips += len(codes)
+        self.unigram += np.bincount(codes.reshape(-1), minlength=self.num_codes)
+        self.first_frame += np.bincount(codes[:, 0].reshape(-1), minlength=self.num_codes)
+        self.first_code += np.bincount(row[:, 0], minlength=self.num_codes)
+        np.add.at(self.temporal, (codes[:, :-1].reshape(-1), codes[:, 1:].reshape(-1)), 1)
+        np.add.at(self.raster, (row[:, :-1].reshape(-1), row[:, 1:].reshape(-1)), 1)
+
+    def merge(self, other: CodeTables) -> None:
+        """Adds the counts of another worker."""
+        if self.num_codes != other.num_codes:
+            raise ValueError(f"tables of {self.num_codes} and {other.num_codes} codes cannot be merged")
+        self.num_clips += other.num_clips
+        for name in ("unigram", "first_frame", "first_code", "temporal", "raster"):
+            getattr(self, name)[...] += getattr(other, name)
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes counted."""
+        return int(self.unigram.sum())
+
+
+def baseline_scores(train: CodeTables, val: CodeTables) -> dict[str, Any]:
+    """Cross-entropy of the three tables fitted on ``train``, on the tokens of ``val``.
+
+    Returns:
+        ``unigram_nats``, ``temporal_bigram_nats``, ``raster_bigram_nats`` per token, the same ``_bits``, and the
+        ``smoothing`` picked for each (a or m of the module's docstring).
+    """
+    if not val.num_tokens:
+        raise ValueError("no validation tokens were counted")
+    unigram_weight, unigram_nats = min(
+        ((weight, _unigram_nats(train, val, weight)) for weight in _UNIGRAM_GRID), key=lambda found: found[1]
+    )
+    log_unigram = _log_unigram(train, unigram_weight)
+    temporal_weight, temporal_nats = _best_bigram(train.temporal, val.temporal, val.first_frame, log_unigram)
+    raster_weight, raster_nats = _best_bigram(train.raster, val.raster, val.first_code, log_unigram)
+    nats = {"unigram": unigram_nats, "temporal_bigram": temporal_nats, "raster_bigram": raster_nats}
+    return {
+        **{f"{name}_nats": value for name, value in nats.items()},
+        **{f"{name}_bits": value / math.log(2) for name, value in nats.items()},
+        "smoothing": {"unigram": unigram_weight, "temporal_bigram": temporal_weight, "raster_bigram": raster_weight},
+    }
+
+
+def _log_unigram(train: CodeTables, weight: float) -> NDArray[np.float64]:
+    """Log-probabilities of the codes: float64 [K]."""
+    return np.log(train.unigram + weight) - math.log(train.num_tokens + weight * train.num_codes)
+
+
+def _unigram_nats(train: CodeTables, val: CodeTables, weight: float) -> float:
+    return float(-(val.unigram @ _log_unigram(train, weight)) / val.num_tokens)
+
+
+def _best_bigram(
+    train_pairs: NDArray[np.int64],
+    val_pairs: NDArray[np.int64],
+    val_without_context: NDArray[np.int64],
+    log_unigram: NDArray[np.float64],
+) -> tuple[float, float]:
+    """The smoothing weight of the grid with the lowest validation cross-entropy, and that cross-entropy in nats."""
+    before, after = np.nonzero(val_pairs)
+    occurrences = val_pairs[before, after]
+    pair_counts = train_pairs[before, after]
+    context_counts = train_pairs.sum(axis=1)[before]
+    prior_shares = np.exp(log_unigram)[after]
+    nats_without_context = -float(val_without_context @ log_unigram)
+    num_tokens = int(occurrences.sum() + val_without_context.sum())
+
+    def nats(weight: float) -> float:
+        probabilities = (pair_counts + weight * prior_shares) / (context_counts + weight)
+        return (nats_without_context - float(occurrences @ np.log(probabilities))) / num_tokens
+
+    return min(((weight, nats(weight)) for weight in _BIGRAM_GRID), key=lambda found: found[1])
