@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
+import yaml
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -261,6 +262,8 @@ class ClusterConfig(Section):
 
     address: Annotated[str | None, FREE] = None
     """Address of a running Ray cluster; none: ``RAY_ADDRESS``, else an embedded Ray."""
+    training_launcher: Annotated[Literal["ray", "process"], FREE] = "ray"
+    """``process``: train in this process, without Ray. Under torchrun, and without Ray installed, that is so anyway."""
     num_cpus: Annotated[PositiveInt | None, FREE] = None
     """CPUs of the embedded Ray; none: all of this machine."""
     fanout_workers: Annotated[PositiveInt | None, FREE] = None
@@ -290,6 +293,15 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    def folder(self, *names: str) -> str:
+        """URL of a folder of this run."""
+        return "/".join([self.root.rstrip("/"), *names])
+
+    @property
+    def tokenizer_url(self) -> str:
+        """Where the tokenizer's export is."""
+        return self.tokenize.tokenizer if "/" in self.tokenize.tokenizer else self.folder(self.tokenize.tokenizer)
+
 
 def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) -> RunConfig:
     """Merges YAML files left to right, then ``section.key=value`` assignments, and validates the result.
@@ -298,29 +310,33 @@ def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) ->
         UserError: a file is missing or no YAML, an assignment has no ``=``, a key is unknown or a value invalid.
     """
     merged = OmegaConf.create({})
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"config file {file} does not exist; name a YAML file with --config")
+        merged = _merge(merged, f"config file {file}", lambda file=file: OmegaConf.load(file))
+    for assignment in assignments:
+        if "=" not in assignment or assignment.startswith("="):
+            raise UserError(f"cannot read {assignment!r}: write section.key=value")
+        merged = _merge(merged, f"{assignment!r}", lambda item=assignment: OmegaConf.from_dotlist([item]))
     try:
-        for file in files:
-            if not os.path.isfile(file):
-                raise UserError(f"config file {file} does not exist; name a YAML file with --config")
-            layer = OmegaConf.load(file)
-            if not OmegaConf.is_dict(layer):
-                raise UserError(f"config file {file} must hold sections and keys (a YAML mapping)")
-            merged.merge_with(layer)
-        for assignment in assignments:
-            if "=" not in assignment or assignment.startswith("="):
-                raise UserError(f"cannot read {assignment!r}: write section.key=value")
-        merged.merge_with_dotlist(list(assignments))
         values = OmegaConf.to_container(merged, resolve=True)
-    except UserError:
-        raise
-    except Exception as error:  # yaml and omegaconf have no common base class
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        kind = "config" if isinstance(error, OmegaConfBaseException) else "YAML"
-        raise UserError(f"{kind} error in {', '.join(map(str, files)) or 'the assignments'}: {first_line}") from error
+    except OmegaConfBaseException as error:  # an interpolation such as ${rooot}
+        raise UserError(f"config: {_first_line(error)}") from error
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error)) from error
+
+
+def _merge(merged: DictConfig, source: str, load: Callable[[], Any]) -> DictConfig:
+    try:
+        return DictConfig(OmegaConf.merge(merged, load()))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {source}: {_first_line(error)}; it must hold sections and keys") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _explain(error: ValidationError) -> str:
@@ -341,7 +357,9 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     """The keys that the section of a misspelt key does know."""
     section: Any = RunConfig
     for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        field = (
+            section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
+        )
         if field is None:
             return ""
         section = field.annotation

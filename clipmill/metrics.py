@@ -25,11 +25,11 @@ class MetricsLog:
 
     Args:
         url: the training folder; the file becomes ``metrics/<attempt>.jsonl`` in it.
-        attempt: number of the run that writes.
+        attempt: name of the attempt that writes; later attempts must sort after earlier ones.
     """
 
-    def __init__(self, url: str, attempt: int) -> None:
-        self._url = storage.join(url, "metrics", f"{attempt:06d}.jsonl")
+    def __init__(self, url: str, attempt: str) -> None:
+        self._url = storage.join(url, "metrics", f"{attempt}.jsonl")
         self._folder = tempfile.TemporaryDirectory(prefix="clipmill-metrics-")
         self._path = Path(self._folder.name) / "metrics.jsonl"
         self._file = self._path.open("a")
@@ -56,7 +56,7 @@ class MetricsLog:
 
 
 def read_metrics(url: str) -> list[dict[str, Any]]:
-    """All records of a training folder, sorted by step: from the step on at which a newer attempt began, its own count."""
+    """All records of a training folder, sorted by step; from a newer attempt's first step on, only its own count."""
     merged: list[dict[str, Any]] = []
     for entry in storage.list_folder(storage.join(url, "metrics")):
         if not entry.name.endswith(".jsonl"):

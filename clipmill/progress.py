@@ -15,7 +15,7 @@ LINE_SECONDS = 10.0
 """How often a log that is no terminal gets a line."""
 
 
-class bar:  # noqa: N801: reads as the context manager it is
+class bar:  # noqa: N801
     """``with bar("shard", total=240, unit="videos") as progress: progress.update(17, failed=1)``.
 
     Args:

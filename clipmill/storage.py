@@ -8,6 +8,7 @@ publishes a partial object when an exception leaves ``with fs.open(url, "wb")``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -299,10 +300,8 @@ def remove(url: str) -> None:
         local_path(url).unlink(missing_ok=True)
         return
     filesystem, path = _filesystem(url)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         filesystem.rm_file(path)
-    except FileNotFoundError:
-        pass
 
 
 def remove_tree(url: str) -> None:
@@ -311,10 +310,8 @@ def remove_tree(url: str) -> None:
         shutil.rmtree(local_path(url), ignore_errors=True)
         return
     filesystem, path = _filesystem(url)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         filesystem.rm(path, recursive=True)
-    except FileNotFoundError:
-        pass
 
 
 # ------------------------------------------------------------------------------------- JSON documents

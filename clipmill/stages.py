@@ -1,0 +1,192 @@
+"""The stages by name: what runs, in which order, what is finished, and where the work is placed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType, ModuleType, TracebackType
+from typing import Any
+
+import yaml
+
+from clipmill import __version__, storage
+from clipmill.cluster import launch
+from clipmill.config import RunConfig
+from clipmill.errors import UserError
+from clipmill.lease import Lease, hold
+from clipmill.progress import bar
+
+__all__ = ["STAGES", "Stage", "run_all", "run_stage"]
+
+SUMMARY_SCHEMA = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the mill.
+
+    Its module has ``folder_url(config)``, ``is_finished(config)``, which raises `UserError` when what the stage
+    needs is missing, and ``run(config, lease) -> summary``; a training stage has ``train(config, lease, report)``
+    and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function.
+    """
+
+    module_name: str
+    is_training: bool = False
+
+    @property
+    def module(self) -> ModuleType:
+        """Imported late: a GPU machine that only trains has neither Ray nor decoders."""
+        return importlib.import_module(self.module_name)
+
+
+STAGES = {
+    "shard": Stage("clipmill.pipeline.shard"),
+    "train-vqvae": Stage("clipmill.training.vqvae", is_training=True),
+    "tokenize": Stage("clipmill.tokenize.tokenize"),
+    "train-prior": Stage("clipmill.training.prior", is_training=True),
+    "sample": Stage("clipmill.sampling.sample"),
+    "evaluate": Stage("clipmill.evaluation.evaluate"),
+    "report": Stage("clipmill.evaluation.report"),
+}
+"""In the order in which a run goes through them."""
+
+
+def run_all(config: RunConfig) -> dict[str, dict[str, Any] | None]:
+    """Runs every stage on one Ray; the summaries by stage, none for those that had nothing to do."""
+    with launch.connect(config.cluster):
+        return {name: run_stage(name, config) for name in STAGES}
+
+
+def run_stage(name: str, config: RunConfig) -> dict[str, Any] | None:
+    """Brings one stage to its end.
+
+    Returns:
+        The summary, or none when there was nothing left to do.
+
+    Raises:
+        UserError: something the stage needs is missing or wrong; nothing has been written.
+        Interrupted: it was stopped; what was finished is kept, and running it again goes on.
+        StageFailed: it could not finish for another reason.
+    """
+    stage = STAGES[name]
+    config = _with_absolute_urls(config)
+    if stage.module.is_finished(config):
+        logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
+        return None
+    if os.environ.get("RANK", "0") != "0":  # under torchrun: rank 0 holds the lease and writes the summary
+        stage.module.train(config, None, _LocalReport(name, quiet=True))
+        return None
+    began = time.monotonic()
+    with hold(stage.module.folder_url(config), name) as lease:
+        _publish_config(config, stage.module.folder_url(config))
+        facts = _train(name, config, lease) if stage.is_training else stage.module.run(config, lease)
+        summary = {"stage": name, **facts, "seconds": round(time.monotonic() - began, 3), "versions": _versions()}
+        storage.publish_document(storage.join(stage.module.folder_url(config), "summary.json"), summary, SUMMARY_SCHEMA)
+    return summary
+
+
+def _with_absolute_urls(config: RunConfig) -> RunConfig:
+    """Workers start in other folders, so local paths must not depend on where they start."""
+    if storage.is_local(config.root) and not os.path.isabs(config.root) and not launch.is_embedded(config.cluster):
+        raise UserError(
+            f"root {config.root} is relative, but the work runs on a Ray cluster; give an absolute path that all nodes "
+            "share, or a bucket URL"
+        )
+    source = config.data.source
+    url = storage.absolute(source.url) if source.url else ""
+    data = config.data.model_copy(update={"source": source.model_copy(update={"url": url})})
+    return config.model_copy(update={"root": storage.absolute(config.root), "data": data})
+
+
+def _publish_config(config: RunConfig, folder_url: str) -> None:
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    storage.publish_bytes(storage.join(folder_url, "config.yaml"), text.encode())
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "ray", "deepspeed", "webdataset", "av", "decord", "numpy")
+    versions = {"clipmill": __version__, "python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a GPU machine that only trains lacks some
+            continue
+    return versions
+
+
+# --------------------------------------------------------------------------------- placement of training
+
+
+def _train(name: str, config: RunConfig, lease: Lease) -> dict[str, Any]:
+    """Trains under torchrun if it started us, else on Ray's workers, else in this process."""
+    stage = STAGES[name]
+    with_ray = config.cluster.training_launcher == "ray" and importlib.util.find_spec("ray") is not None
+    if "RANK" in os.environ or not with_ray:
+        with _LocalReport(name) as report:
+            stage.module.train(config, lease, report)
+    else:
+        with launch.connect(config.cluster), bar(name, total=None, unit="steps") as progress:
+            launch.run_workers(
+                _train_in_worker,
+                (name, config, lease),
+                config=config.cluster,
+                name=name,
+                on_progress=lambda facts: _show(progress, facts),
+            )
+    return stage.module.summary(config)
+
+
+def _train_in_worker(payload: tuple[str, RunConfig, Lease], report: Any) -> None:
+    """Runs in each worker process that Ray Train started."""
+    name, config, lease = payload
+    rank = int(os.environ["RANK"])
+    STAGES[name].module.train(config, lease if rank == 0 else None, report)
+
+
+def _show(progress: bar, facts: dict[str, Any]) -> None:
+    others = {key: value for key, value in facts.items() if key not in ("step", "total")}
+    progress.update(facts["step"], total=facts["total"], **others)
+
+
+class _LocalReport:
+    """The report of a training process that nobody but the user started: a bar, and signals as the wish to stop."""
+
+    def __init__(self, title: str, quiet: bool = False) -> None:
+        self.stop_requested = False
+        self._bar = None if quiet else bar(title, total=None, unit="steps")
+        self._before: dict[int, Any] = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._on_signal)
+
+    def __enter__(self) -> _LocalReport:
+        if self._bar is not None:
+            self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._bar is not None:
+            self._bar.__exit__(kind, error, traceback)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested and number == signal.SIGINT:  # the second Ctrl-C means now
+            sys.exit(130)
+        self.stop_requested = True
+
+    def update(self, facts: dict[str, Any]) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            _show(self._bar, facts)

@@ -1,0 +1,178 @@
+"""Checkpoints that are whole or not there, and that hold everything.
+
+``checkpoints/step-00001000/<attempt>/``: every rank stages its files on the local disk, one rank a node
+uploads them and writes ``node-k.done`` (names, bytes, SHA-256), rank 0 collects these and writes
+``COMMITTED``, which lists exactly the files that belong together beside the training state. Only what a
+COMMITTED names is ever fetched, so a cut upload, a stale file of another world size or a second writer
+cannot become part of a checkpoint.
+
+The random number generators are not in it: every micro-step seeds them from (seed, step, micro-step, rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipmill import storage
+from clipmill.errors import StageFailed, UserError
+from clipmill.lease import Lease
+from clipmill.training.engine import Engine, World
+
+__all__ = ["Checkpoint", "fetch", "list_checkpoints", "prune", "save"]
+
+SCHEMA = 1
+NODE_WAIT_SECONDS = 1800.0
+"""How long rank 0 waits for the slowest node's upload."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    url: str
+    """Folder of the attempt that wrote it."""
+    step: int
+    files: tuple[dict[str, Any], ...]
+    """``{"name", "bytes", "sha256"}`` of each file, names relative to ``url``."""
+    state: dict[str, Any]
+    """The training state beside the tensors: identity, data set fingerprint, world size, ZeRO stage."""
+
+
+def save(engine: Engine, folder_url: str, step: int, attempt: str, lease: Lease | None, state: dict[str, Any]) -> None:
+    """Writes and commits a checkpoint. Collective; returns on every rank after the commit.
+
+    Args:
+        engine: what to save.
+        folder_url: the training folder.
+        step: steps done so far.
+        attempt: unique name of this group of workers, the same on all ranks.
+        lease: claim on the training folder; read again before the commit (rank 0 only, others pass none).
+        state: JSON facts that a resume compares or restores.
+    """
+    world = engine.world
+    url = storage.join(folder_url, "checkpoints", f"step-{step:08d}", attempt)
+    staging = _staging_folder(url)
+    if world.local_rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)  # of a group that was killed while it staged this very step
+        staging.mkdir(parents=True)
+    world.barrier()
+    engine.save(staging)
+    world.barrier()
+    nodes = _nodes(world)
+    if world.local_rank == 0:
+        _upload(staging, url, nodes.index(world.rank))
+    world.from_rank_zero(lambda: _commit(url, step, len(nodes), lease, state))
+    if world.local_rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging_folder(url: str) -> Path:
+    """The same path on every node, different for every user, attempt and step."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}" / name
+
+
+def _nodes(world: World) -> list[int]:
+    """The ranks that are first on their machine: rank 0 of node k is at index k."""
+    firsts = [0.0] * world.size
+    firsts[world.rank] = float(world.local_rank == 0)
+    return [rank for rank, first in enumerate(world.sum(firsts)) if first]
+
+
+def _upload(staging: Path, url: str, node: int) -> None:
+    files = []
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        name = path.relative_to(staging).as_posix()
+        storage.publish_file(path, storage.join(url, name))
+        files.append({"name": name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+    storage.publish_document(storage.join(url, f"node-{node}.done"), {"files": files}, SCHEMA)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _commit(url: str, step: int, num_nodes: int, lease: Lease | None, state: dict[str, Any]) -> None:
+    files: list[dict[str, Any]] = []
+    deadline = time.monotonic() + NODE_WAIT_SECONDS
+    for node in range(num_nodes):
+        node_url = storage.join(url, f"node-{node}.done")
+        while not storage.exists(node_url):
+            if time.monotonic() > deadline:
+                raise StageFailed(f"node {node} has not uploaded its part of {url} within {NODE_WAIT_SECONDS:.0f} s")
+            time.sleep(0.5)
+        files += storage.read_document(node_url, SCHEMA)["files"]
+    if lease is not None:
+        lease.check()
+    storage.publish_document(storage.join(url, "COMMITTED"), {"step": step, "files": files, "state": state}, SCHEMA)
+
+
+def list_checkpoints(folder_url: str) -> list[Checkpoint]:
+    """The committed checkpoints of a training folder, oldest first; of one step the newest attempt last."""
+    found = []
+    checkpoints_url = storage.join(folder_url, "checkpoints")
+    for step_name in storage.list_folders(checkpoints_url):
+        for attempt in storage.list_folders(storage.join(checkpoints_url, step_name)):
+            url = storage.join(checkpoints_url, step_name, attempt)
+            try:
+                document = storage.read_document(storage.join(url, "COMMITTED"), SCHEMA)
+            except FileNotFoundError:  # its writers were killed, or still are at it
+                continue
+            found.append(Checkpoint(url, document["step"], tuple(document["files"]), document["state"]))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.url))
+
+
+def fetch(checkpoint: Checkpoint, folder: Path) -> None:
+    """Brings exactly the committed files into a local folder, each verified.
+
+    Raises:
+        UserError: a file is missing or is not the one that was committed.
+    """
+    for file in checkpoint.files:
+        path = folder / file["name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            storage.fetch(storage.join(checkpoint.url, file["name"]), path)
+        except FileNotFoundError as error:
+            raise _damaged(checkpoint, file["name"], "is missing") from error
+        if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:
+            raise _damaged(checkpoint, file["name"], "has another content than was committed")
+
+
+def _damaged(checkpoint: Checkpoint, name: str, what: str) -> UserError:
+    return UserError(
+        f"{name} of checkpoint {checkpoint.url} {what}; remove {checkpoint.url}/COMMITTED to resume from an earlier one"
+    )
+
+
+def prune(folder_url: str, keep_last: int, lease: Lease | None) -> None:
+    """Removes all but the newest checkpoints, and the uncommitted leftovers of steps before them."""
+    if lease is not None:
+        lease.check()
+    kept = list_checkpoints(folder_url)[-keep_last:]
+    if not kept:
+        return
+    kept_urls = {checkpoint.url for checkpoint in kept}
+    checkpoints_url = storage.join(folder_url, "checkpoints")
+    for step_name in storage.list_folders(checkpoints_url):
+        if int(step_name.removeprefix("step-")) > kept[-1].step:
+            continue
+        for attempt in storage.list_folders(storage.join(checkpoints_url, step_name)):
+            url = storage.join(checkpoints_url, step_name, attempt)
+            if url not in kept_urls:
+                storage.remove(storage.join(url, "COMMITTED"))  # first: half a checkpoint must not look whole
+                storage.remove_tree(url)
+        step_url = storage.join(checkpoints_url, step_name)
+        if not storage.list_folders(step_url):
+            storage.remove_tree(step_url)

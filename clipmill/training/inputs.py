@@ -1,0 +1,58 @@
+"""What both training stages ask of the disk before they start."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clipmill.config import RunConfig, TrainingConfig, changed_keys
+from clipmill.errors import UserError
+from clipmill.models.export import read_latest
+from clipmill.shards.dataset import ShardDataset
+from clipmill.shards.manifest import Manifest
+
+__all__ = ["finished_step", "open_dataset", "require_manifest"]
+
+
+def require_manifest(config: RunConfig, kind: str, split: str) -> Manifest:
+    """The manifest of ``clips`` or ``tokens``.
+
+    Raises:
+        UserError: it is not there yet, or its train split is empty.
+    """
+    made_by = {"clips": "shard", "tokens": "tokenize"}[kind]
+    url = config.folder(kind, split)
+    try:
+        manifest = Manifest.load(url, kind)
+    except FileNotFoundError as error:
+        raise UserError(f"no {kind} at {url}; run `clipmill {made_by}` with this config first") from error
+    if split == "train" and manifest.num_samples == 0:
+        raise UserError(f"the {kind} at {url} are empty; give `clipmill shard` longer or more videos")
+    return manifest
+
+
+def open_dataset(
+    manifest: Manifest, decode: Callable[[dict[str, memoryview]], dict[str, Any]], training: TrainingConfig
+) -> ShardDataset:
+    """The samples of a manifest, through the cache that all workers of a node share."""
+    return ShardDataset(manifest, decode, Path(tempfile.gettempdir()) / "clipmill-cache", training.cache_bytes)
+
+
+def finished_step(folder_url: str, identity: dict[str, Any]) -> int:
+    """Steps of the newest export of a training folder, 0 without one.
+
+    Raises:
+        UserError: the export was trained with other identity keys or on other data.
+    """
+    latest = read_latest(folder_url)
+    if latest is None:
+        return 0
+    body, _ = latest
+    changes = changed_keys(body["identity"], identity)
+    if changes:
+        raise UserError(
+            f"{folder_url} was trained with other settings: {', '.join(changes)}; take another root, or remove it"
+        )
+    return int(body["step"])

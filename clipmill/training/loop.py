@@ -1,0 +1,268 @@
+"""The training loop of both models: batches in a fixed order, exact resume, checkpoints, validation, export.
+
+The loader's whole state is the number of steps done: batch k of a run is a pure function of
+(data set, seed, k), see ``clipmill/shards/order.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipmill import storage
+from clipmill.config import TrainingConfig, changed_keys
+from clipmill.errors import Interrupted, StageFailed, UserError
+from clipmill.lease import Lease
+from clipmill.shards.dataset import ShardDataset, eval_batches, train_batches
+from clipmill.shards.order import Order, num_streams
+from clipmill.training import checkpoint
+from clipmill.training.engine import Engine, World, consolidated_state
+from clipmill.training.telemetry import Report, Stopwatch, Telemetry
+
+__all__ = ["Job", "fit", "learning_rate"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training stage brings to the loop."""
+
+    folder_url: str
+    objective: nn.Module
+    """See `Engine`: its ``model`` attribute is what gets exported."""
+    prepare: Callable[[dict[str, Any]], dict[str, Any]]
+    """Turns a collated micro-batch into what the objective takes, tensors still on the CPU."""
+    train: ShardDataset
+    val: ShardDataset
+    config: TrainingConfig
+    seed: int
+    identity: dict[str, Any]
+    """Identity keys and data set fingerprints; a resume with others is refused."""
+    export: Callable[[dict[str, Tensor], int], None]
+    """Publishes the model's float32 state dict after so many steps."""
+
+
+def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
+    """Trains from the newest checkpoint, or from the start, to ``config.steps``, then exports. Collective.
+
+    Args:
+        job: what to train.
+        world: this process among its peers.
+        lease: claim on the training folder; only rank 0 needs it.
+        report: progress goes there, the wish to stop comes from there.
+
+    Raises:
+        Interrupted: a stop was requested; everything up to this step is in a checkpoint.
+        UserError: the newest checkpoint belongs to another configuration, data set or world size.
+        StageFailed: the loss is no longer finite.
+    """
+    rows, accumulation = _rows_and_accumulation(job.config, world.size)
+    engine = Engine(job.objective, job.config, world, rows, accumulation)
+    attempt = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
+    first_step = _resume(job, engine)
+    telemetry = Telemetry(job.folder_url, attempt, job.config.steps, report) if world.rank == 0 else None
+    try:
+        _run_steps(job, engine, first_step, attempt, lease, report, telemetry)
+    finally:
+        if telemetry is not None:
+            telemetry.close()
+    world.from_rank_zero(lambda: _export(job))
+
+
+def _run_steps(
+    job: Job,
+    engine: Engine,
+    first_step: int,
+    attempt: str,
+    lease: Lease | None,
+    report: Report,
+    telemetry: Telemetry | None,
+) -> None:
+    config, world = job.config, engine.world
+    if first_step >= config.steps:
+        return
+    streams = num_streams(config.global_batch)
+    batches = train_batches(
+        job.train,
+        Order(job.train.manifest.counts, job.seed, streams, config.shuffle_window),
+        global_batch=config.global_batch,
+        micro_batch=config.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        first_step=first_step,
+        num_workers=config.loader_workers,
+    )
+    stopwatch = Stopwatch()
+    for step in range(first_step, config.steps):
+        waiting_since = time.perf_counter()
+        micro_batches = next(batches)
+        waited_seconds = time.perf_counter() - waiting_since
+        sums = _train_step(job, engine, step, micro_batches)
+        stopwatch.add_step(config.global_batch, waited_seconds)
+        done = step + 1
+        stop = world.any(report.stop_requested)
+        last = done == config.steps
+        save = stop or last or done % config.checkpoint_every == 0
+        if save or done % config.log_every == 0:
+            facts = _means(world, sums)
+            _check_finite(job, done, facts["loss"])
+            facts |= {"grad_norm": engine.grad_norm(), "lr": learning_rate(config, step)}
+            facts |= stopwatch.facts()
+            if telemetry is not None:
+                telemetry.log(done, "train", facts)
+            stopwatch.reset()
+        elif telemetry is not None:
+            telemetry.progress(done)
+        if last or done % config.val_every == 0:
+            facts = _validate(job, engine)
+            if telemetry is not None and facts:
+                telemetry.log(done, "val", facts)
+            stopwatch.reset()
+        if save:
+            state = {"identity": job.identity, "world_size": world.size, "zero_stage": config.zero_stage}
+            checkpoint.save(engine, job.folder_url, done, attempt, lease, state)
+            world.from_rank_zero(lambda: checkpoint.prune(job.folder_url, config.keep_last, lease))
+            stopwatch.reset()
+        if stop and not last:
+            raise Interrupted(f"stopped after step {done} with a checkpoint; run the same command to go on")
+
+
+def _train_step(job: Job, engine: Engine, step: int, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """One optimizer step; returns weighted sums over this rank's rows, on the device, not yet synchronised."""
+    lr = learning_rate(job.config, step)
+    sums: dict[str, Tensor] = {}
+    for index, micro_batch in enumerate(micro_batches):
+        _seed(job.seed, step, index, engine.world.rank)
+        batch = _to_device(job.prepare(micro_batch), engine.world.device)
+        loss, metrics = engine.micro_step(batch, lr)
+        _accumulate(sums, batch["weight"].sum(), {"loss": loss, **metrics})
+    return sums
+
+
+def _seed(*key: int) -> None:
+    """Makes dropout and the like a function of the place in the run, so no generator state needs saving."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def _accumulate(sums: dict[str, Tensor], weight: Tensor, means: dict[str, Tensor]) -> None:
+    for name, mean in means.items():
+        sums[name] = sums.get(name, torch.zeros((), device=mean.device)) + mean * weight
+    sums["weight"] = sums.get("weight", torch.zeros((), device=weight.device)) + weight
+
+
+def _means(world: World, sums: dict[str, Tensor]) -> dict[str, float]:
+    """The means over all ranks' rows. Collective; waits for the device."""
+    names = sorted(sums)
+    totals = dict(zip(names, world.sum([sums[name].item() for name in names]), strict=True))
+    weight = totals.pop("weight")
+    return {name: total / weight for name, total in totals.items()}
+
+
+def _validate(job: Job, engine: Engine) -> dict[str, float]:
+    """Means over the first ``val_clips`` clips of the split val; empty when it has none. Collective."""
+    num_clips = min(job.config.val_clips, job.val.manifest.num_samples)
+    if num_clips == 0:
+        return {}
+    world = engine.world
+    batches = eval_batches(
+        job.val,
+        batch_size=min(job.config.micro_batch or job.config.global_batch, job.config.global_batch) // world.size or 1,
+        rank=world.rank,
+        world_size=world.size,
+        max_samples=num_clips,
+    )
+    sums: dict[str, Tensor] = {}
+    for collated in batches:
+        batch = _to_device(job.prepare(collated), world.device)
+        loss, metrics = engine.evaluate(batch)
+        _accumulate(sums, batch["weight"].sum(), {"loss": loss, **metrics})
+    return _means(world, sums)
+
+
+def _check_finite(job: Job, step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        saved = checkpoint.list_checkpoints(job.folder_url)
+        last = f"the last good checkpoint is {saved[-1].url}" if saved else "no checkpoint was written before"
+        raise StageFailed(f"the loss at step {step} is {loss}; {last}; lower the learning rate and run again")
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Learning rate of the step with index ``step``: linear warm-up, then cosine or constant."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.min_lr_share + (1 - config.min_lr_share) * cosine)
+
+
+def _rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int, int]:
+    share = math.ceil(config.global_batch / world_size)
+    rows = min(config.micro_batch or share, share)
+    return rows, math.ceil(share / rows)
+
+
+def _claim_attempt(folder_url: str, lease: Lease | None) -> str:
+    """A name no other group of workers has: Ray Train restarts the group under one and the same lease."""
+    if lease is None:
+        raise AssertionError("rank 0 trains without a lease")
+    for restart in range(10_000):
+        attempt = f"{lease.attempt:06d}-{restart:04d}"
+        if storage.create_bytes(storage.join(folder_url, "metrics", f"{attempt}.jsonl"), b""):
+            return attempt
+    raise StageFailed(f"{folder_url} was restarted 10,000 times under one lease")
+
+
+def _resume(job: Job, engine: Engine) -> int:
+    """Restores the newest checkpoint; returns the number of steps done. Collective."""
+    world = engine.world
+    newest = world.from_rank_zero(lambda: (checkpoint.list_checkpoints(job.folder_url) or [None])[-1])
+    if newest is None:
+        return 0
+    changes = changed_keys(newest.state["identity"], job.identity)
+    if changes:
+        raise UserError(f"checkpoint {newest.url} was written with other settings: {', '.join(changes)}")
+    recorded = (newest.state["world_size"], newest.state["zero_stage"])
+    if recorded != (world.size, job.config.zero_stage):
+        raise UserError(
+            f"checkpoint {newest.url} was written by {recorded[0]} workers at ZeRO stage {recorded[1]}, this run has "
+            f"{world.size} at stage {job.config.zero_stage}; start it with the recorded ones"
+        )
+    with tempfile.TemporaryDirectory(prefix="clipmill-resume-") as folder:
+        checkpoint.fetch(newest, Path(folder))
+        engine.load(Path(folder))
+    world.barrier()
+    if world.rank == 0:
+        logger.info("resumed from step %d (%s)", newest.step, newest.url)
+    return newest.step
+
+
+def _export(job: Job) -> None:
+    """Publishes the weights of the newest checkpoint."""
+    newest = checkpoint.list_checkpoints(job.folder_url)[-1]
+    with tempfile.TemporaryDirectory(prefix="clipmill-export-") as folder:
+        checkpoint.fetch(newest, Path(folder))
+        state = consolidated_state(Path(folder))
+    prefix = "model."
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    job.export(weights, newest.step)

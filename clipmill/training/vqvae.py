@@ -1,0 +1,105 @@
+"""Stage ``train-vqvae``: clip shards -> ``vqvae/exports``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from clipmill.config import RunConfig, identity
+from clipmill.errors import UserError
+from clipmill.lease import Lease
+from clipmill.models.export import save_export
+from clipmill.models.vqvae import VQVAE, latent_shape, to_input
+from clipmill.shards.dataset import decode_clip
+from clipmill.shards.manifest import Manifest
+from clipmill.training.engine import join_world
+from clipmill.training.inputs import finished_step, open_dataset, require_manifest
+from clipmill.training.loop import Job, fit
+from clipmill.training.telemetry import Report, summarise
+
+__all__ = ["folder_url", "is_finished", "summary", "train"]
+
+
+def folder_url(config: RunConfig) -> str:
+    """The training folder of this stage."""
+    return config.folder("vqvae")
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether an export of ``steps`` steps or more is there.
+
+    Raises:
+        UserError: there are no clips yet, or the folder holds a model of other settings.
+    """
+    wanted = _identity(config, require_manifest(config, "clips", "train"))
+    return finished_step(folder_url(config), wanted) >= config.vqvae.training.steps
+
+
+def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
+    """Trains and exports, as one rank of whatever process group this process is in. Collective.
+
+    Raises:
+        UserError: the ranks cannot share the global batch evenly.
+    """
+    training = config.vqvae.training
+    world = join_world()
+    if training.global_batch % world.size or (training.micro_batch and training.global_batch % training.micro_batch):
+        usable = [size for size in range(1, training.global_batch + 1) if training.global_batch % size == 0]
+        raise UserError(
+            f"vqvae.training.global_batch {training.global_batch} must be a multiple of micro_batch and of the "
+            f"{world.size} workers, because padding would enter the batch statistics; usable numbers: {usable}"
+        )
+    clips = require_manifest(config, "clips", "train")
+    model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
+    job = Job(
+        folder_url=folder_url(config),
+        objective=VQVAEObjective(model),
+        prepare=lambda batch: {"video": batch["video"], "weight": batch["weight"]},
+        train=open_dataset(clips, decode_clip, training),
+        val=open_dataset(require_manifest(config, "clips", "val"), decode_clip, training),
+        config=training,
+        seed=config.seed,
+        identity=_identity(config, clips),
+        export=lambda weights, step: _export(config, clips, weights, step),
+    )
+    fit(job, world, lease, report)
+
+
+def summary(config: RunConfig) -> dict[str, Any]:
+    """The run's result in numbers."""
+    return summarise(folder_url(config))
+
+
+class VQVAEObjective(nn.Module):
+    """The tokenizer's loss as the loop wants it (see `clipmill.training.engine.Engine`)."""
+
+    def __init__(self, model: VQVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B]."""
+        output = self.model(to_input(batch["video"]), batch["weight"])
+        return output.loss, output.metrics
+
+
+def _identity(config: RunConfig, clips: Manifest) -> dict[str, Any]:
+    return {"vqvae": identity(config.vqvae), "clips": clips.fingerprint, "seed": config.seed}
+
+
+def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step: int) -> None:
+    model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
+    model.load_state_dict(weights)
+    clip = config.data.clip
+    body = {
+        "kind": "vqvae",
+        "model": identity(config.vqvae.model),
+        "latent_shape": list(latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)),
+        "num_codes": config.vqvae.model.num_codes,
+        "clip": clips.recipe,
+        "pixel_variance": clips.facts["pixel_variance"],
+        "identity": _identity(config, clips),
+        "step": step,
+    }
+    save_export(folder_url(config), model, body)

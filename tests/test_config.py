@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clipmill.config import FREE, RunConfig, Section, changed_keys, fingerprint, identity, load_config
+from clipmill.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_validate(path):
+    assert load_config([path]).root.startswith("runs/")
+
+
+def test_files_merge_left_to_right_and_assignments_win(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("root: here\nseed: 1\ndata: {crf: 20, clip: {num_frames: 8}}\n")
+    second.write_text("seed: 2\ndata: {clip: {resolution: 32}}\n")
+    config = load_config([first, second], ["data.crf=30", "vqvae.model.downsample=[2,4,4]"])
+    assert (config.seed, config.data.crf, config.data.clip.num_frames, config.data.clip.resolution) == (2, 30, 8, 32)
+    assert config.vqvae.model.downsample == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("data.cilp.num_frames=8", "unknown key data.cilp (known here: source, clip,"),
+        ("nonsense=1", "unknown key nonsense"),
+        ("data.clip.num_frames=0", "data.clip.num_frames"),
+        ("vqvae.model.downsample=[3,4,4]", "powers of two"),
+        ("prior.model.num_heads=5", "must be a multiple of num_heads 5"),
+        ("sample.name=a/b", "plain folder name"),
+        ("no_equals_sign", "write section.key=value"),
+        ("seed=[", "seed"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(assignment, expected):
+    with pytest.raises(UserError) as error:
+        load_config([], ["root=here", assignment])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_root_and_a_missing_file_say_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="root is required"):
+        load_config([])
+    with pytest.raises(UserError, match="does not exist"):
+        load_config([tmp_path / "absent.yaml"])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("root: [")
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_config([broken])
+
+
+def test_identity_leaves_out_free_keys_at_every_depth():
+    config = RunConfig(root="here")
+    keys = identity(config)
+    assert "root" not in keys
+    assert "url" not in keys["data"]["source"]
+    assert "steps" not in keys["vqvae"]["training"]
+    assert "global_batch" in keys["vqvae"]["training"]
+    assert keys["cluster"] == {}
+
+
+def test_changed_keys_name_section_and_both_values():
+    old = identity(RunConfig(root="here"))
+    new = identity(load_config([], ["root=there", "data.clip.num_frames=8"]))
+    assert changed_keys(old, new) == ["data.clip.num_frames (16 -> 8)"]
+    assert fingerprint(old) != fingerprint(new)
+    assert fingerprint(old) == fingerprint(identity(RunConfig(root="elsewhere")))
+
+
+def test_every_key_has_a_unit_or_an_explanation_where_its_name_is_not_enough():
+    def sections(section: type[Section]):
+        yield section
+        for field in section.model_fields.values():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                yield from sections(field.annotation)
+
+    for section in sections(RunConfig):
+        assert section.__doc__
+        assert section.__doc__ != Section.__doc__, section
+    assert any(FREE in field.metadata for field in RunConfig.model_fields.values())

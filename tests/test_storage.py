@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from clipmill import storage
+from clipmill.errors import UserError
+
+
+def test_published_objects_are_whole_readable_and_leave_nothing_beside_them(tmp_path):
+    url = storage.join(str(tmp_path), "a", "b.bin")
+    storage.publish_bytes(url, b"one")
+    storage.publish_bytes(url, b"two")
+    assert storage.read_bytes(url) == b"two"
+    assert storage.size(url) == 3
+    assert os.listdir(tmp_path / "a") == ["b.bin"]
+    assert (tmp_path / "a" / "b.bin").stat().st_mode & 0o777 == 0o644
+
+
+def test_publish_file_and_fetch_copy_whole_files(tmp_path):
+    original, back = tmp_path / "original", tmp_path / "back"
+    original.write_bytes(os.urandom(3 * 2**20 + 1))
+    storage.publish_file(original, str(tmp_path / "deep" / "copy"))
+    storage.fetch(str(tmp_path / "deep" / "copy"), back)
+    assert back.read_bytes() == original.read_bytes()
+
+
+def _create(url: str, text: str, wins) -> None:
+    if storage.create_bytes(url, text.encode()):
+        wins.put(text)
+
+
+def test_of_many_processes_exactly_one_creates(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    wins = context.Queue()
+    url = str(tmp_path / "commits" / "one.json")
+    writers = [context.Process(target=_create, args=(url, f"writer {n}", wins)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert storage.read_bytes(url).decode() == wins.get(timeout=5)
+    assert wins.empty()
+
+
+def test_listing_is_sorted_and_skips_what_has_no_content(tmp_path):
+    for name in ("b", "a", "c/d", "c/e/f"):
+        storage.publish_bytes(str(tmp_path / name), b"x")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert [entry.name for entry in storage.list_folder(str(tmp_path))] == ["a", "b"]
+    assert storage.list_folders(str(tmp_path)) == ["c"]
+    assert [entry.name for entry in storage.walk(str(tmp_path))] == ["a", "b", "c/d", "c/e/f"]
+    assert storage.list_folder(str(tmp_path / "absent")) == []
+
+
+def test_documents_carry_a_schema_and_newer_ones_are_refused(tmp_path):
+    url = str(tmp_path / "doc.json")
+    storage.publish_document(url, {"b": 1, "a": [2]}, schema=2)
+    assert storage.read_document(url, newest_schema=2) == {"schema": 2, "a": [2], "b": 1}
+    with pytest.raises(UserError, match="schema 2, this clipmill reads up to 1"):
+        storage.read_document(url, newest_schema=1)
+    Path(url).write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        storage.read_document(url, newest_schema=1)
+    with pytest.raises(FileNotFoundError):
+        storage.read_document(str(tmp_path / "absent.json"), newest_schema=1)
+
+
+def test_urls():
+    assert storage.join("s3://bucket/a/", "b", "c") == "s3://bucket/a/b/c"
+    assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
+    assert storage.absolute("file:///tmp/x") == "/tmp/x"
+    assert storage.absolute("runs") == os.path.join(os.getcwd(), "runs")
+    assert storage.is_local("runs/demo")
+    assert not storage.is_local("s3://bucket")
+    with pytest.raises(UserError, match="cannot open nonsense"):
+        storage.exists("nonsense://x")
+
+
+def test_remove_and_remove_tree_accept_what_is_not_there(tmp_path):
+    storage.publish_bytes(str(tmp_path / "a" / "b"), b"")
+    storage.remove(str(tmp_path / "a" / "absent"))
+    storage.remove_tree(str(tmp_path / "a"))
+    storage.remove_tree(str(tmp_path / "a"))
+    assert not storage.exists(str(tmp_path / "a"))
