@@ -1,22 +1,74 @@
-"""Clips as pictures for people: contact sheets, and playing rows for a web page."""
+"""Clips as pictures for people: contact sheets, and playing rows for a web page.
+
+Shapes: clips are uint8 [N, T, H, W, 3], RGB.
+"""
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import av
 import numpy as np
+
+from clipmill.video.encode import encode_mp4
 
 __all__ = ["contact_sheet", "playing_row", "png_bytes"]
 
+_WHITE = 255
+
 
 def png_bytes(picture: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] -> a PNG file."""
-    raise NotImplementedError
+    """Encodes uint8 [H, W, 3] as a PNG file (lossless, reproducible)."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    frame.pts = 0
+    context = av.CodecContext.create("png", "w")
+    context.width, context.height, context.pix_fmt = frame.width, frame.height, "rgb24"
+    context.time_base = Fraction(1)
+    return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
 
-def contact_sheet(clips: np.ndarray, *, max_columns: int = 8) -> bytes:
-    """uint8 [N, T, H, W, 3] -> a PNG file: one row a clip, frames left to right (at most max_columns, evenly spaced)."""
-    raise NotImplementedError
+def contact_sheet(clips: np.ndarray, *, max_columns: int = 8, scale: int = 1, gap: int = 2) -> bytes:
+    """A PNG file of clips: a row is a clip, its frames run left to right.
+
+    Args:
+        clips: uint8 [N, T, H, W, 3].
+        max_columns: of longer clips this many frames are shown, evenly spaced, first and last included.
+        scale: enlargement, by whole pixels.
+        gap: white pixels between the pictures.
+    """
+    num_frames = clips.shape[1]
+    columns = np.linspace(0, num_frames - 1, min(num_frames, max_columns)).round().astype(int)
+    shown = _enlarge(clips[:, columns], scale)
+    rows = [_beside(list(clip), gap, axis=1) for clip in shown]
+    return png_bytes(_beside(rows, gap, axis=0))
 
 
-def playing_row(clips: np.ndarray, *, fps: float, scale: int = 2, gap: int = 4, crf: int = 18) -> bytes:
-    """uint8 [N, T, H, W, 3] -> one mp4 file that plays the clips side by side, enlarged ``scale`` times (nearest)."""
-    raise NotImplementedError
+def playing_row(clips: np.ndarray, *, fps: float, scale: int = 2, gap: int = 4, crf: int = 12) -> bytes:
+    """An mp4 file that plays clips side by side, for the ``<video>`` element of a page.
+
+    Args:
+        clips: uint8 [N, T, H, W, 3].
+        fps: frames per second.
+        scale: enlargement, by whole pixels.
+        gap: white pixels between the clips.
+        crf: constant rate factor of h264.
+    """
+    row = _beside(list(_enlarge(clips, scale)), gap, axis=2)
+    height, width = row.shape[1:3]
+    # h264 in yuv420p needs even sizes.
+    row = np.pad(row, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=_WHITE)
+    return encode_mp4(row, fps, crf)
+
+
+def _enlarge(clips: np.ndarray, scale: int) -> np.ndarray:
+    """[N, T, H, W, 3] -> [N, T, H * scale, W * scale, 3], nearest neighbour: no pixel is invented."""
+    return clips.repeat(scale, axis=2).repeat(scale, axis=3)
+
+
+def _beside(pictures: list[np.ndarray], gap: int, axis: int) -> np.ndarray:
+    """Joins equal arrays along ``axis`` with white gaps between them."""
+    shape = list(pictures[0].shape)
+    shape[axis] = gap
+    white = np.full(shape, _WHITE, np.uint8)
+    parts = [part for picture in pictures for part in (white, picture)][1:]
+    return np.concatenate(parts, axis=axis)

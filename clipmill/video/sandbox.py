@@ -1,58 +1,94 @@
 """A child process that decodes videos and can be killed: the parent survives whatever a video does to a decoder.
 
-The parent-side API (skeleton; the implementation follows)::
+Decoders can loop for ever holding the GIL, abort the process or eat all memory: only a process of its own can be
+stopped then. One child decodes, cuts and encodes (so that pixels never cross a pipe), one video after another::
 
-    limits = Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)
-    with Decoder(limits) as decoder:                  # spawns the child at the first video
-        try:
-            for clip in decoder.clips(path, config.data.clip, "auto", encode=("mp4", 16)):
-                ...                                   # clip.data: bytes (mp4) or uint8 [T, H, W, 3] (npy)
-            decoder.outcome                           # Outcome of the video just finished
-        except BadVideo as bad:                       # the video's fault, reproduced: quarantine it
-            bad.cause, bad.attempts, bad.stderr_tail
-        # DecoderLost (the environment's fault) flies on: the unit is retried
+    with Decoder(Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)) as decoder:
+        for clip in decoder.clips(path, config.data.clip, "auto", encode=("mp4", 16)):
+            ...                # clip.data: bytes of an mp4, or uint8 [T, H, W, 3]
+        decoder.outcome        # what became of the video
 
-A video is all or nothing: ``clips`` yields its first clip only once the whole video has been decoded, so a bad
-video has delivered nothing. Finished clips wait in an unlinked spool file on local disk, encoded.
+A video is all or nothing: the first clip appears once the whole video has been decoded, so a bad video has delivered
+nothing. Until then its clips wait, encoded, in an unlinked spool file that parent and child share.
+
+Protocol: one line of JSON each way, requests to the child's stdin, messages from a duplicate of its stdout (the
+decoders' own output goes to stderr, of which the parent keeps the tail).
 """
 
 from __future__ import annotations
 
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from clipmill.config import ClipConfig
-from clipmill.video.probe import VideoInfo
+from clipmill.video.decode import ClipRule
+from clipmill.video.probe import DecoderChoice, VideoInfo
 
-__all__ = ["BadVideo", "Clip", "Decoder", "DecoderLost", "Limits", "Outcome"]
+if TYPE_CHECKING:  # the child needs no pydantic
+    from clipmill.config import ClipConfig
+
+__all__ = ["BadVideo", "Clip", "Decoder", "DecoderLost", "Encoding", "Limits", "Outcome"]
+
+Encoding = tuple[Literal["mp4", "npy"], int]
+"""Format of the clips and, for mp4, the constant rate factor."""
+
+_START_SECONDS = 300
+"""A busy machine may take long to start an interpreter."""
+
+_STDERR_TAIL_BYTES = 4096
+
+_OUTSIDE_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""A decoder never ends by these on its own: an operator, the kernel's OOM killer or a scheduler sent them."""
 
 
 class BadVideo(Exception):
-    """The video's fault: a decoder error or a limit, reproduced in a fresh child and by the other decoder.
+    """The video's fault, reproduced in a fresh child and, where another decoder is right for the file, by that one.
 
     Attributes:
-        cause: one line.
+        cause: one line, of the last attempt.
         attempts: one line for each attempt, oldest first (``"decord: no progress for 120 s"``).
         stderr_tail: the last lines that the decoder printed.
     """
 
-    cause: str
-    attempts: list[str]
-    stderr_tail: str
+    def __init__(self, cause: str, attempts: list[str], stderr_tail: str):
+        super().__init__(cause, attempts, stderr_tail)
+        self.cause = cause
+        self.attempts = attempts
+        self.stderr_tail = stderr_tail
+
+    def __str__(self) -> str:
+        return f"{self.cause} (attempts: {'; '.join(self.attempts)})"
 
 
 class DecoderLost(Exception):
     """The environment's fault: the child was killed from outside, could not start, or a disk failed."""
 
 
+class _VideoFault(Exception):
+    """One attempt failed because of the video."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What one video may cost."""
+    """What one video may cost.
+
+    Attributes:
+        cpu_seconds: processor time of the child.
+        memory_bytes: address space of the child beyond what it has at its start.
+        no_progress_seconds: a child that delivers no frame for so long is killed.
+    """
 
     cpu_seconds: float
     memory_bytes: int
@@ -94,7 +130,8 @@ class Outcome:
         info: what the probe found, with the decoder that was used in the end.
         num_frames: frames that the decoder delivered.
         num_clips: clips that the clip rule made of them.
-        truncated: the file ends well before the duration or the frame count that it declares.
+        truncated: the file ends well before the duration or the frame count that it declares (False where
+            ``max_clips_per_video`` ended the reading early).
         short: fewer frames than one clip spans.
         attempts: failed attempts before the good one (empty almost always), as in `BadVideo`.
     """
@@ -106,23 +143,26 @@ class Outcome:
     short: bool
     attempts: list[str]
 
-    def as_document(self) -> dict[str, object]:
+    def as_document(self) -> dict[str, Any]:
         """The outcome as plain JSON values (``info`` nested)."""
-        raise NotImplementedError
+        return asdict(self)
 
 
 class Decoder:
-    """One decoding child, reused from video to video and restarted after a kill. For one thread.
+    """One decoding child, reused from video to video and replaced after a fault. For one thread at a time.
+
+    The child dies with the thread that started it (Linux) and when its stdin closes.
 
     Attributes:
-        outcome: of the video that `clips` finished last; None while one is under way or after `BadVideo`.
+        outcome: of the video that `clips` decoded last; None before that and after `BadVideo`.
     """
-
-    outcome: Outcome | None
 
     def __init__(self, limits: Limits, scratch: Path | None = None):
         """``scratch``: local folder for the spool file; none: the system's temporary folder."""
-        raise NotImplementedError
+        self.outcome: Outcome | None = None
+        self._limits = limits
+        self._spool = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  lives as long as this object
+        self._child: _Child | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -133,16 +173,17 @@ class Decoder:
         self.close()
 
     def close(self) -> None:
-        """Ends the child and waits for it."""
-        raise NotImplementedError
+        """Ends the child, waits for it, and frees the spool file."""
+        self._discard_child()
+        self._spool.close()
 
     def clips(
         self,
         path: str | Path,
         clip: ClipConfig,
-        decoder: Literal["auto", "decord", "pyav"] = "auto",
+        decoder: DecoderChoice = "auto",
         *,
-        encode: tuple[Literal["mp4", "npy"], int] = ("mp4", 16),
+        encode: Encoding = ("mp4", 16),
     ) -> Iterator[Clip]:
         """Decodes a local file once, in order, and yields its clips.
 
@@ -156,4 +197,173 @@ class Decoder:
             BadVideo: the video's fault.
             DecoderLost: the environment's fault.
         """
-        raise NotImplementedError
+        self.outcome = None
+        rule = ClipRule(clip.num_frames, clip.frame_stride, clip.step, clip.max_clips_per_video)
+        request = {
+            "path": os.path.abspath(path),
+            "rule": rule,
+            "resolution": clip.resolution,
+            "fit": clip.fit,
+            "decoder": decoder,
+            "encode": encode,
+        }
+        messages, attempts = self._decode(request)
+        done = messages.pop()
+        info = VideoInfo(**done.pop("info"))
+        self.outcome = Outcome(info=info, num_clips=len(messages), attempts=attempts, **done)
+        for message in messages:
+            yield self._read_clip(message, clip)
+
+    def _decode(self, request: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        """(one message for each clip and a last one for the video, the failed attempts before)."""
+        attempts: list[str] = []
+        while True:
+            try:
+                return self._attempt(request), attempts
+            except _VideoFault as fault:
+                child = self._child
+                assert child is not None
+                name = child.decoder_in_use or "probe"
+                attempts.append(f"{name}: {fault}")
+                stderr_tail = child.stderr_tail()
+                self._discard_child()
+                if len(attempts) == 2 and name == "decord":
+                    # Never the other way round: where auto chose PyAV, decord is wrong, and silently.
+                    request = {**request, "decoder": "pyav"}
+                elif len(attempts) >= 2:
+                    raise BadVideo(str(fault), attempts, stderr_tail) from None
+            except BaseException:  # also an interrupt: the child is in the middle of a video
+                self._discard_child()
+                raise
+
+    def _attempt(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Takes one video through the child."""
+        if self._child is None:
+            self._child = _Child(self._limits, self._spool.fileno())
+        self._spool.truncate(0)
+        return self._child.decode(request, self._limits.no_progress_seconds)
+
+    def _read_clip(self, message: dict[str, Any], clip: ClipConfig) -> Clip:
+        """A clip out of the spool file."""
+        offset, num_bytes, is_mp4 = message.pop("offset"), message.pop("num_bytes"), message.pop("is_mp4")
+        data = os.pread(self._spool.fileno(), num_bytes, offset)
+        if len(data) != num_bytes:
+            raise DecoderLost(f"the spool file holds {len(data)} of {num_bytes} bytes of a clip")
+        shape = (clip.num_frames, clip.resolution, clip.resolution, 3)
+        return Clip(data=data if is_mp4 else np.frombuffer(data, np.uint8).reshape(shape), **message)
+
+    def _discard_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+
+class _Child:
+    """The parent's end of one child process."""
+
+    def __init__(self, limits: Limits, spool: int):
+        program = "from clipmill.video.worker import serve; serve()"
+        arguments = [spool, os.getpid(), limits.memory_bytes, limits.cpu_seconds]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[spool],
+            # The child finds what the parent found, also where Ray put a working_dir on the path.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+            start_new_session=True,  # Ctrl-C is for the parent
+        )
+        self._stdin: IO[bytes] = _pipe(self._process.stdin)
+        self._stdout: IO[bytes] = _pipe(self._process.stdout)
+        self._stderr: IO[bytes] = _pipe(self._process.stderr)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._stdout, selectors.EVENT_READ)
+        self._selector.register(self._stderr, selectors.EVENT_READ)
+        self._received = b""
+        self._printed = b""
+        self._is_ready = False
+        self.decoder_in_use: str | None = None
+
+    def decode(self, request: dict[str, Any], no_progress_seconds: float) -> list[dict[str, Any]]:
+        """Sends one video through: its clips' messages and the message of its end."""
+        if not self._is_ready:
+            self._next_message(_START_SECONDS)
+            self._is_ready = True
+        self._printed, self.decoder_in_use = b"", None
+        try:
+            self._stdin.write(json.dumps(request).encode() + b"\n")
+            self._stdin.flush()
+        except BrokenPipeError:
+            self._explain_death()
+        clips = []
+        while True:
+            message = self._next_message(no_progress_seconds)
+            kind = message.pop("kind")
+            if kind == "clip":
+                clips.append(message)
+            elif kind == "done":
+                return [*clips, message]
+            elif kind == "video_fault":
+                raise _VideoFault(message["cause"])
+            elif kind == "environment_fault":
+                raise DecoderLost(message["cause"])
+            elif kind == "decoder":
+                self.decoder_in_use = message["name"]
+
+    def _next_message(self, patience_seconds: float) -> dict[str, Any]:
+        """The next line of the child, or the reason why there is none."""
+        deadline = time.monotonic() + patience_seconds
+        while b"\n" not in self._received:
+            remaining_seconds = deadline - time.monotonic()
+            if remaining_seconds <= 0:
+                self._process.kill()
+                if not self._is_ready:
+                    raise DecoderLost(f"the decoding child did not start within {patience_seconds:g} s")
+                raise _VideoFault(f"no progress for {patience_seconds:g} s")
+            for key, _ in self._selector.select(remaining_seconds):
+                data = os.read(key.fd, 1 << 16)
+                if key.fileobj is self._stderr:
+                    self._printed = (self._printed + data)[-_STDERR_TAIL_BYTES:]
+                    if not data:
+                        self._selector.unregister(self._stderr)
+                elif data:
+                    self._received += data
+                else:
+                    self._explain_death()
+        line, _, self._received = self._received.partition(b"\n")
+        return json.loads(line)
+
+    def _explain_death(self) -> None:
+        """Raises whose fault it is that the child is gone."""
+        code = self._process.wait()
+        if code >= 0 or not self._is_ready:
+            raise DecoderLost(f"the decoding child ended with status {code}: {self.stderr_tail()}")
+        if -code in _OUTSIDE_SIGNALS:
+            raise DecoderLost(f"the decoding child was killed from outside ({signal.Signals(-code).name})")
+        if -code == signal.SIGXCPU:
+            raise _VideoFault("CPU time limit reached")
+        raise _VideoFault(f"the decoder crashed ({signal.Signals(-code).name})")
+
+    def stderr_tail(self) -> str:
+        """What the child printed last; complete once it is dead."""
+        os.set_blocking(self._stderr.fileno(), False)
+        while data := self._stderr.read(1 << 16):
+            self._printed = (self._printed + data)[-_STDERR_TAIL_BYTES:]
+        return self._printed.decode(errors="replace").strip()
+
+    def end(self) -> None:
+        """Kills the process, reaps it, closes the pipes. There is nothing in it to save."""
+        self._process.kill()
+        self._process.wait()
+        self._selector.close()
+        for pipe in (self._stdin, self._stdout, self._stderr):
+            try:
+                pipe.close()
+            except BrokenPipeError:  # an unsent request in the buffer
+                continue
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None
+    return pipe

@@ -1,0 +1,163 @@
+"""The child of `clipmill.video.sandbox`: decodes, cuts and encodes one video after another under limits."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from clipmill.video.decode import ClipRule, cut_clips, is_truncated, read_frames
+from clipmill.video.encode import encode_mp4
+from clipmill.video.probe import VideoError, probe
+
+__all__ = ["serve"]
+
+Say = Callable[[dict[str, Any]], None]
+"""Sends one message to the parent."""
+
+_PR_SET_PDEATHSIG = 1
+_SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1
+
+
+def serve() -> None:
+    """Answers requests on stdin until it closes. Arguments: spool descriptor, parent's pid, bytes, CPU seconds."""
+    spool, parent, memory_bytes = map(int, sys.argv[1:4])
+    cpu_seconds = float(sys.argv[4])
+    _die_with(parent)
+    # Decoders print to stdout: the messages get a descriptor of their own, and stdout becomes stderr.
+    messages = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import decord  # noqa: F401  loaded before the memory limit counts
+
+    _limit_memory(memory_bytes)
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=messages)
+
+    say({"kind": "ready"})
+    for line in sys.stdin:
+        _limit_cpu(cpu_seconds)
+        _answer(json.loads(line), spool, say)
+
+
+def _answer(request: dict[str, Any], spool: int, say: Say) -> None:
+    """Takes one video to its end, or says whose fault it is that there is none."""
+    try:
+        _decode(request, spool, say)
+    except VideoError as error:
+        say({"kind": "video_fault", "cause": str(error)})
+    except MemoryError:
+        say({"kind": "video_fault", "cause": "memory limit reached"})
+    except OSError as error:
+        say({"kind": "environment_fault", "cause": f"{type(error).__name__}: {error}"})
+
+
+def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
+    """Puts the clips of a video into the spool file and says where they are."""
+    info = probe(request["path"], request["decoder"])
+    say({"kind": "decoder", "name": info.decoder})
+    rule = ClipRule(*request["rule"])
+    codec, crf = request["encode"]
+    frames = _CountedFrames(read_frames(request["path"], info, request["resolution"], request["fit"]), say)
+    clip_fps = info.fps / rule.frame_stride
+    num_clips = end = 0
+    for clip in cut_clips(frames, rule, info.fps):
+        data = encode_mp4(clip.frames, clip_fps, crf) if codec == "mp4" else clip.frames.tobytes()
+        _write_all(spool, data, end)
+        values = clip.frames.reshape(-1).astype(np.float64)  # exact: the sums stay far below 2**53
+        say(
+            {
+                "kind": "clip",
+                "ordinal": clip.ordinal,
+                "first_frame": clip.first_frame,
+                "start_seconds": clip.start_seconds,
+                "end_seconds": clip.end_seconds,
+                "fps": clip_fps,
+                "pixel_sum": int(values.sum()),
+                "pixel_square_sum": int(values @ values),
+                "num_values": values.size,
+                "offset": end,
+                "num_bytes": len(data),
+                "is_mp4": codec == "mp4",
+            }
+        )
+        num_clips, end = num_clips + 1, end + len(data)
+    if not frames.count:
+        raise VideoError("no frame could be decoded")
+    say(
+        {
+            "kind": "done",
+            "info": asdict(info),
+            "num_frames": frames.count,
+            "truncated": num_clips != rule.max_clips and is_truncated(info, frames.count),
+            "short": frames.count < rule.span,
+        }
+    )
+
+
+class _CountedFrames:
+    """Passes frames on, counts them, and tells the parent now and then that there is progress."""
+
+    def __init__(self, frames: Iterator[tuple[float, np.ndarray]], say: Say):
+        self.count = 0
+        self._frames = frames
+        self._say = say
+        self._said_at = 0.0
+
+    def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+        for timed_frame in self._frames:
+            self.count += 1
+            now = time.monotonic()
+            if now - self._said_at > _SECONDS_BETWEEN_SIGNS_OF_LIFE:
+                self._say({"kind": "progress", "num_frames": self.count})
+                self._said_at = now
+            yield timed_frame
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """``pwrite`` until everything is written: a signal or a nearly full disk cuts it short."""
+    view = memoryview(data)
+    while view:
+        num_written = os.pwrite(descriptor, view, offset)
+        view, offset = view[num_written:], offset + num_written
+
+
+def _die_with(parent: int) -> None:
+    """The kernel kills this process when its parent dies, whatever a decoder is doing then (Linux only)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    """Limits the address space to ``memory_bytes`` beyond what is mapped now; a crash leaves no core file."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/statm") as statm:
+        mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
+    _limit(resource.RLIMIT_AS, mapped_bytes + memory_bytes)
+
+
+def _limit_cpu(cpu_seconds: float) -> None:
+    """Allows ``cpu_seconds`` more; SIGXCPU ends the process then."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + cpu_seconds))
+
+
+def _limit(kind: int, soft: int) -> None:
+    """Sets a soft limit, as far as the hard one allows."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
