@@ -1,12 +1,232 @@
-"""The generated data set of ``clipmill demo``: simple objects under simple forces."""
+"""The generated data set of ``clipmill demo``: solid objects that move by simple physics.
+
+Each class is what moves and how. Lengths are pixels, times are frames, so speeds are pixels per frame. A video is
+``CLASS/NAME.mp4`` with ``CLASS/NAME.actions.npy`` beside it: float32 [NUM_FRAMES, 2], the force (x, y) that is applied
+to the first object during each frame, beside gravity and contacts. Everything about video i follows from (seed, i).
+
+Shapes: T = NUM_FRAMES, S = SIZE; a signed distance field is float64 [T, S, S], negative inside.
+"""
 
 from __future__ import annotations
 
-__all__ = ["CLASSES", "generate"]
+import io
+from collections.abc import Callable
+from typing import NamedTuple
 
-CLASSES: tuple[str, ...] = ()
+import numpy as np
+
+from clipmill import storage
+from clipmill.errors import UserError
+from clipmill.video.encode import encode_mp4
+
+__all__ = ["CLASSES", "FPS", "NUM_FRAMES", "SIZE", "draw_video", "generate"]
+
+SIZE = 64
+NUM_FRAMES = 40
+FPS = 12.5
+_SCHEMA = 1
+_MARKER = "demo.json"
+_CRF = 10
+
+_GRAVITY = 0.25
+_BACKGROUNDS = np.array([(18, 24, 48), (40, 26, 58), (16, 46, 52)], np.float64)
+_RED, _YELLOW, _BLUE, _GREEN, _ORANGE, _WHITE = (
+    np.array(colour, np.float64)
+    for colour in ((235, 70, 70), (250, 210, 60), (80, 150, 250), (90, 220, 110), (250, 140, 50), (240, 240, 240))
+)
+
+
+class _Scene(NamedTuple):
+    """What one video shows: layers (signed distance field, colour) back to front, and forces float64 [T, 2]."""
+
+    layers: list[tuple[np.ndarray, np.ndarray]]
+    forces: np.ndarray
+
+
+def _ball_bouncing(random: np.random.Generator) -> _Scene:
+    """A ball falls, bounces off the floor and the walls; a steady wind pushes it."""
+    radius = random.uniform(9, 13)
+    position = np.array([random.uniform(radius, SIZE - radius), random.uniform(radius, SIZE / 2)])
+    velocity = np.array([random.choice([-1, 1]) * random.uniform(0.8, 2.0), 0.0])
+    forces = np.tile([random.uniform(-0.03, 0.03), 0.0], (NUM_FRAMES, 1))
+    path = _move_in_box(position, velocity, forces + np.array([0, _GRAVITY]), radius, drag=1.0)
+    return _Scene([(_disc(path, radius), _RED)], forces)
+
+
+def _balls_colliding(random: np.random.Generator) -> _Scene:
+    """Two equal balls on one line bounce off each other and off the walls."""
+    radius = random.uniform(8, 10)
+    height = random.uniform(radius + 4, SIZE - radius - 4)
+    x = np.array([random.uniform(radius, 18), random.uniform(46, SIZE - radius)])
+    velocity = np.array([random.uniform(1.0, 2.2), -random.uniform(1.0, 2.2)])
+    path = np.empty((NUM_FRAMES, 2))
+    for frame in range(NUM_FRAMES):
+        path[frame] = x
+        x = x + velocity
+        if x[1] - x[0] < 2 * radius and velocity[0] > velocity[1]:
+            velocity = velocity[::-1].copy()  # equal masses exchange their speeds
+        outside = (x < radius) & (velocity < 0) | (x > SIZE - radius) & (velocity > 0)
+        velocity = np.where(outside, -velocity, velocity)
+    line = np.full(NUM_FRAMES, height)
+    discs = [_disc(np.stack([path[:, ball], line], axis=1), radius) for ball in (0, 1)]
+    return _Scene([(discs[0], _YELLOW), (discs[1], _BLUE)], np.zeros((NUM_FRAMES, 2)))
+
+
+def _square_pushed(random: np.random.Generator) -> _Scene:
+    """A square on ice: each push lasts ten frames, friction slows it down."""
+    half_side = random.uniform(8, 11)
+    position = random.uniform(half_side + 8, SIZE - half_side - 8, size=2)
+    directions = random.integers(0, 4, size=NUM_FRAMES // 10) * np.pi / 2
+    pushes = 0.3 * np.stack([np.cos(directions), np.sin(directions)], axis=1).round()
+    forces = pushes.repeat(10, axis=0)
+    path = _move_in_box(position, np.zeros(2), forces, half_side, drag=0.9)
+    return _Scene([(_box(path, half_side), _GREEN)], forces)
+
+
+def _triangle_orbiting(random: np.random.Generator) -> _Scene:
+    """A triangle flies around the centre, held on its circle by a central force."""
+    size = random.uniform(10, 13)
+    orbit = random.uniform(14, 18)
+    turn = random.choice([-1, 1]) * random.uniform(0.09, 0.15)
+    angle = random.uniform(0, 2 * np.pi) + turn * np.arange(NUM_FRAMES)
+    outward = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    heading = angle + np.sign(turn) * np.pi / 2
+    forces = -(turn**2) * orbit * outward
+    return _Scene([(_triangle(SIZE / 2 + orbit * outward, heading, 2 * size), _ORANGE)], forces)
+
+
+def _pendulum_swinging(random: np.random.Generator) -> _Scene:
+    """A weight on a rod swings from a hinge at the top."""
+    radius = random.uniform(8, 10)
+    length = random.uniform(30, 40)
+    hinge = np.array([SIZE / 2, 6.0])
+    angle = random.choice([-1, 1]) * random.uniform(0.5, 0.75)
+    turn = 0.0
+    angles = np.empty(NUM_FRAMES)
+    for frame in range(NUM_FRAMES):
+        angles[frame] = angle
+        turn -= 2 * _GRAVITY / length * np.sin(angle)
+        angle += turn
+    weight = hinge + length * np.stack([np.sin(angles), np.cos(angles)], axis=1)
+    rod = _segment(np.broadcast_to(hinge, weight.shape), weight, half_width=2.0)
+    return _Scene([(rod, _WHITE), (_disc(weight, radius), _BLUE)], np.zeros((NUM_FRAMES, 2)))
+
+
+_CLASSES: dict[str, Callable[[np.random.Generator], _Scene]] = {
+    "ball_bouncing": _ball_bouncing,
+    "balls_colliding": _balls_colliding,
+    "pendulum_swinging": _pendulum_swinging,
+    "square_pushed": _square_pushed,
+    "triangle_orbiting": _triangle_orbiting,
+}
+CLASSES = tuple(_CLASSES)
+"""Names of the classes, which are also the names of the folders. Video i is of class i modulo their number."""
 
 
 def generate(url: str, *, num_videos: int = 240, seed: int = 0) -> bool:
-    """Writes CLASS/NAME.mp4 and CLASS/NAME.actions.npy below ``url``; returns False when it was complete already."""
-    raise NotImplementedError
+    """Writes the data set below ``url`` unless it is complete there.
+
+    A marker document is written before the first video and completed after the last: an interrupted call is finished
+    by the next one, with the same bytes.
+
+    Returns:
+        Whether anything was written.
+
+    Raises:
+        UserError: the folder holds a generated data set of another size or seed.
+    """
+    marker = storage.join(url, _MARKER)
+    wanted = {"num_videos": num_videos, "seed": seed}
+    try:
+        found = storage.read_document(marker, _SCHEMA)
+    except FileNotFoundError:
+        found = {**wanted, "complete": False}
+        storage.publish_document(marker, found, _SCHEMA)
+    if {key: found[key] for key in wanted} != wanted:
+        recorded = ", ".join(f"{key} {found[key]}" for key in wanted)
+        raise UserError(f"{url} holds a generated data set with {recorded}; remove it or choose another folder")
+    if found["complete"]:
+        return False
+    for index in range(num_videos):
+        label, frames, actions = draw_video(seed, index)
+        name = storage.join(url, label, f"{label}_{index:04d}")
+        array = io.BytesIO()
+        np.save(array, actions)
+        # The video last: whoever sees it finds its actions.
+        storage.publish_bytes(f"{name}.actions.npy", array.getvalue())
+        storage.publish_bytes(f"{name}.mp4", encode_mp4(frames, FPS, _CRF))
+    storage.publish_document(marker, {**wanted, "complete": True}, _SCHEMA)
+    return True
+
+
+def draw_video(seed: int, index: int) -> tuple[str, np.ndarray, np.ndarray]:
+    """Video ``index`` of a data set.
+
+    Returns:
+        (class, frames uint8 [T, S, S, 3], actions float32 [T, 2]).
+    """
+    label = CLASSES[index % len(CLASSES)]
+    random = np.random.default_rng([seed, index])
+    shade = np.linspace(0.8, 1.2, SIZE)[:, None, None]  # a little lighter below
+    background = _BACKGROUNDS[random.integers(len(_BACKGROUNDS))] * shade
+    scene = _CLASSES[label](random)
+    frames = np.broadcast_to(background, (NUM_FRAMES, SIZE, SIZE, 3))
+    for distance, colour in scene.layers:
+        # The share of a pixel that a straight edge covers, by its distance from the pixel's centre: anti-aliasing.
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+        frames = frames + coverage * (colour - frames)
+    return label, frames.round().astype(np.uint8), scene.forces.astype(np.float32)
+
+
+def _move_in_box(
+    position: np.ndarray, velocity: np.ndarray, forces: np.ndarray, half_size: float, drag: float
+) -> np.ndarray:
+    """Path [T, 2] of a unit mass between walls that return 95 % of the speed."""
+    low, high = half_size, SIZE - half_size
+    path = np.empty((NUM_FRAMES, 2))
+    for frame, force in enumerate(forces):
+        path[frame] = position
+        velocity = drag * (velocity + force)
+        position = position + velocity
+        reflected = np.where(
+            position < low, 2 * low - position, np.where(position > high, 2 * high - position, position)
+        )
+        velocity = np.where(reflected != position, -0.95 * velocity, velocity)
+        position = reflected
+    return path
+
+
+def _offsets(centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets (x, y) of every pixel's centre from [T, 2] points: two float64 arrays that broadcast to [T, S, S]."""
+    pixels = np.arange(SIZE) + 0.5
+    return pixels[None, None, :] - centres[:, 0, None, None], pixels[None, :, None] - centres[:, 1, None, None]
+
+
+def _disc(centres: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to a disc around each of [T, 2] centres."""
+    x, y = _offsets(centres)
+    return np.hypot(x, y) - radius
+
+
+def _box(centres: np.ndarray, half_side: float) -> np.ndarray:
+    """Signed distance to an upright square around each of [T, 2] centres."""
+    x, y = _offsets(centres)
+    x, y = np.abs(x) - half_side, np.abs(y) - half_side
+    return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0)
+
+
+def _triangle(centres: np.ndarray, headings: np.ndarray, size: float) -> np.ndarray:
+    """Largest signed distance to the three sides of an equilateral triangle whose tip points along ``headings`` [T]."""
+    x, y = _offsets(centres)
+    normals = headings[:, None, None] + np.pi
+    sides = [x * np.cos(normals + turn) + y * np.sin(normals + turn) for turn in (0, 2 * np.pi / 3, -2 * np.pi / 3)]
+    return np.maximum.reduce(sides) - size / 2
+
+
+def _segment(starts: np.ndarray, ends: np.ndarray, half_width: float) -> np.ndarray:
+    """Signed distance to a rod with round ends between [T, 2] points."""
+    x, y = _offsets(starts)
+    along = ends - starts
+    dx, dy = along[:, 0, None, None], along[:, 1, None, None]
+    share = np.clip((x * dx + y * dy) / (dx**2 + dy**2), 0, 1)
+    return np.hypot(x - share * dx, y - share * dy) - half_width
