@@ -1,0 +1,25 @@
+"""The only door to Ray: where work runs, never what it is.
+
+``fan_out`` runs one function over many units on restartable actors, ``run_workers`` places and restarts the ranks
+of one training run, ``connect`` opens the Ray they both use, ``submit`` hands whole stages to a remote cluster.
+Importing this package does not import Ray: a machine without it can still run what needs no cluster.
+"""
+
+from __future__ import annotations
+
+from clipmill.cluster.fanout import fan_out
+from clipmill.cluster.jobs import Job, JobsFile, in_order, load_jobs, submit
+from clipmill.cluster.launch import Report, connect, is_embedded, run_workers
+
+__all__ = [
+    "Job",
+    "JobsFile",
+    "Report",
+    "connect",
+    "fan_out",
+    "in_order",
+    "is_embedded",
+    "load_jobs",
+    "run_workers",
+    "submit",
+]

@@ -1,0 +1,210 @@
+"""What fan-out and training share: the connection to Ray, room on its nodes, signals, errors brought home."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+from clipmill.config import ClusterConfig
+from clipmill.errors import ClipmillError, Interrupted, StageFailed, UserError
+
+__all__ = [
+    "POLL_SECONDS",
+    "WAIT_WARNING_SECONDS",
+    "cluster_error",
+    "connect",
+    "is_embedded",
+    "last_line",
+    "node_resources",
+    "num_bundles",
+    "require_capacity",
+    "stop_signals",
+    "waiting_message",
+]
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Only small dicts travel; Ray's default of 30 % of the memory belongs to the decoders and the models."""
+CONNECT_TIMEOUT_SECONDS = 15
+POLL_SECONDS = 0.5
+WAIT_WARNING_SECONDS = 60
+"""How often somebody who waits for resources is told so."""
+CAPACITY_TIMEOUT_SECONDS = 600
+"""How long an existing cluster may take to grow a node that can hold a worker at all."""
+
+
+def is_embedded(config: ClusterConfig) -> bool:
+    """Whether ``connect`` would start a Ray of its own: workers then share this machine's files."""
+    return _address(config) is None
+
+
+def _address(config: ClusterConfig) -> str | None:
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if not address or address == "local" else address
+
+
+@contextlib.contextmanager
+def connect(config: ClusterConfig) -> Iterator[None]:
+    """Holds a connection to Ray open; inside another connection it reuses that one.
+
+    An embedded Ray ends with the block, and with this process however it dies (its processes share our fate).
+
+    Raises:
+        UserError: Ray is not installed, or no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("this stage runs on Ray, which is not installed: pip install 'ray[default,train]'") from error
+    if ray.is_initialized():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGTERM)
+    address = _address(config)
+    if address is None:
+        # "local": without it Ray would join any cluster that somebody else started on this machine.
+        ray.init(
+            address="local",
+            num_cpus=config.num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+        )
+    else:
+        _join(address)
+    if callable(previous) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, previous)  # ray.init replaces the caller's handler by its own
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    """Connects to a running cluster, or says why not: Ray itself retries a wrong address for minutes."""
+    import ray
+
+    if "://" in address:
+        raise UserError(
+            f"cluster address {address} is not a Ray head (HOST:6379): unset RAY_ADDRESS or cluster.address to run "
+            "here, or submit the stage with `ray job submit`"
+        )
+    if address != "auto":
+        _require_reachable(address)
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the Ray cluster at {address}: {last_line(error)}") from error
+
+
+def _require_reachable(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"cluster address {address} must be HOST:PORT (the head's port, usually 6379)")
+    advice = "check cluster.address or RAY_ADDRESS, and that `ray start --head` runs there"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster answers at {address} ({error}): {advice}") from error
+    if os.environ.get("RAY_USE_TLS", "0") in ("0", "false"):
+        # Something else may listen there; Ray would wait for its answer without a limit.
+        import grpc  # type: ignore[import-untyped]
+
+        channel = grpc.insecure_channel(address)
+        try:
+            grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_SECONDS)
+        except grpc.FutureTimeoutError as error:
+            raise UserError(f"what answers at {address} is not a Ray head: {advice}") from error
+        finally:
+            channel.close()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets; a second SIGINT raises KeyboardInterrupt.
+
+    Outside the main thread Python takes no signals, so the event stays unset.
+    """
+    stop = threading.Event()
+
+    def handle(signum: int, frame: object) -> None:
+        if signum == signal.SIGINT and stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """The resources of each living node, such as ``{"CPU": 8.0, "GPU": 1.0}``."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def num_bundles(bundle: dict[str, float]) -> int:
+    """How many workers that ask for ``bundle`` the empty cluster holds at once."""
+    asked = {name: amount for name, amount in bundle.items() if amount > 0}
+    return sum(int(min(node.get(name, 0) // amount for name, amount in asked.items())) for node in node_resources())
+
+
+def require_capacity(config: ClusterConfig, bundle: dict[str, float], count: int, waited_seconds: float) -> None:
+    """Raises when ``count`` workers of ``bundle`` can never be placed.
+
+    An embedded Ray never grows, so that is known at once; a cluster gets CAPACITY_TIMEOUT_SECONDS to add nodes.
+
+    Raises:
+        UserError: names what was asked and what the cluster has.
+    """
+    if waited_seconds < CAPACITY_TIMEOUT_SECONDS and not is_embedded(config):
+        return
+    if num_bundles(bundle) < count:
+        raise UserError(
+            f"{count} worker(s) of {_amounts(bundle)} do not fit {_cluster_summary()}: lower cluster.fanout_cpus, "
+            "cluster.training_workers, cluster.training_cpus or cluster.use_gpu, or add nodes"
+        )
+
+
+def waiting_message(bundle: dict[str, float], count: int, waited_seconds: float) -> str:
+    """One line for the log while ``count`` workers have not been placed."""
+    import ray
+
+    free = _amounts({name: ray.available_resources().get(name, 0.0) for name in bundle})
+    return (
+        f"{count} worker(s) of {_amounts(bundle)} wait for resources since {waited_seconds:.0f} s "
+        f"(free: {free}) on {_cluster_summary()}"
+    )
+
+
+def _amounts(bundle: dict[str, float]) -> str:
+    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items() if amount or name == "CPU")
+
+
+def _cluster_summary() -> str:
+    nodes = node_resources()
+    largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("CPU", "GPU")}
+    return f"the cluster ({len(nodes)} node(s), the largest {largest['CPU']:g} CPU + {largest['GPU']:g} GPU)"
+
+
+def last_line(error: BaseException | str) -> str:
+    """The last line of an error that says something; for a traceback that is the exception itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def cluster_error(kind: str, message: str) -> ClipmillError:
+    """The ClipmillError that a worker sent home by the name of its class."""
+    return {"UserError": UserError, "Interrupted": Interrupted}.get(kind, StageFailed)(message)

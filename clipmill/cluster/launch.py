@@ -1,0 +1,318 @@
+"""Runs the ranks of one training run on Ray.
+
+The workers and the driver meet in a mailbox actor on the driver's node. Ranks leave their newest progress there
+(Ray Train's own ``report`` is a barrier without a timeout), the driver leaves the wish to stop, and a rank that
+ends with a ``ClipmillError`` leaves its verdict and returns normally: Ray Train retries every exception, but a user
+error or a clean interruption must be neither retried nor wrapped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from clipmill.cluster.connection import (
+    POLL_SECONDS,
+    WAIT_WARNING_SECONDS,
+    cluster_error,
+    connect,
+    is_embedded,
+    last_line,
+    node_resources,
+    num_bundles,
+    require_capacity,
+    stop_signals,
+    waiting_message,
+)
+from clipmill.config import ClusterConfig
+from clipmill.errors import ClipmillError, Interrupted, StageFailed
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+__all__ = ["Report", "connect", "is_embedded", "run_workers"]
+
+logger = logging.getLogger(__name__)
+
+PEER_GRACE_SECONDS = 30
+"""How long a rank that gave up lets the others come to the same end before it has the group torn down."""
+GROUP_START_TIMEOUT_SECONDS = 600
+"""Ray Train's own 60 s start the wait anew on a busy machine while the workers still import torch."""
+
+
+class Mailbox:
+    """Actor on the driver's node: progress and verdicts of the ranks, and the driver's wish to stop."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._progress: dict[int, dict[str, Any]] = {}
+        self._started = False
+        self._finished: set[int] = set()
+        self._verdict: tuple[str, str] | None = None
+        self._stop = asyncio.Event()
+        self._all_finished = asyncio.Event()
+
+    async def begin(self, rank: int) -> bool:
+        """A rank starts (again); False: nothing is left to do, a verdict stands or the driver wants to stop."""
+        self._started = True
+        self._finished.discard(rank)
+        self._all_finished.clear()
+        if self._verdict is None and self._stop.is_set():
+            self._verdict = ("Interrupted", "stopped before the training began; submit the same command again")
+        return self._verdict is None
+
+    async def put(self, rank: int, progress: dict[str, Any]) -> None:
+        """Keeps the newest progress of a rank."""
+        self._progress[rank] = progress
+
+    async def finish(self, rank: int, verdict: tuple[str, str] | None) -> None:
+        """A rank ends; the first verdict (class name and message of a ClipmillError) stands."""
+        self._verdict = self._verdict or verdict
+        self._finished.add(rank)
+        if len(self._finished) == self._num_ranks:
+            self._all_finished.set()
+
+    async def take(self) -> tuple[list[dict[str, Any]], bool, tuple[str, str] | None]:
+        """For the driver: progress since the last call in rank order, whether a rank began, the verdict."""
+        progress = [self._progress[rank] for rank in sorted(self._progress)]
+        self._progress.clear()
+        return progress, self._started, self._verdict
+
+    async def request_stop(self) -> None:
+        """The driver wants the ranks to checkpoint and end."""
+        self._stop.set()
+
+    async def stopped(self) -> None:
+        """Returns when the driver wants to stop: a rank holds this call open instead of asking again and again."""
+        await self._stop.wait()
+
+    async def all_finished(self) -> None:
+        """Returns when every rank has ended."""
+        await self._all_finished.wait()
+
+
+class Report:
+    """A training rank's line to the driver; neither direction ever blocks the training step."""
+
+    def __init__(self, mailbox: ActorHandle, rank: int) -> None:
+        self._mailbox = mailbox
+        self._rank = rank
+        self._stopped = mailbox.stopped.remote()
+
+    def update(self, progress: dict[str, Any]) -> None:
+        """Shows the driver this rank's newest progress: a small dict of plain values."""
+        self._mailbox.put.remote(self._rank, progress)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the driver was told to stop (or is gone): checkpoint, then raise Interrupted."""
+        import ray
+
+        ready, _ = ray.wait([self._stopped], timeout=0)
+        return bool(ready)
+
+
+def _run_rank(task: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker."""
+    import ray
+    import ray.train
+    import torch
+
+    mailbox, rank = task["mailbox"], ray.train.get_context().get_world_rank()
+    torch.set_num_threads(task["num_threads"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    if not ray.get(mailbox.begin.remote(rank)):
+        return
+    try:
+        task["train"](task["payload"], Report(mailbox, rank))
+    except ClipmillError as error:
+        ray.get(mailbox.finish.remote(rank, (type(error).__name__, str(error))))
+        if not isinstance(error, Interrupted):
+            _await_peers(mailbox)
+    else:
+        ray.get(mailbox.finish.remote(rank, None))
+
+
+def _await_peers(mailbox: ActorHandle) -> None:
+    """Gives the other ranks time to end too; one that waits for us in a collective never will.
+
+    Crashing is then the only way to have Ray Train tear the group down. The next group finds the verdict and returns.
+    """
+    import ray
+
+    ended, _ = ray.wait([mailbox.all_finished.remote()], timeout=PEER_GRACE_SECONDS)
+    if not ended:
+        raise RuntimeError("this rank gave up and the others still wait for it")
+
+
+def run_workers(
+    train: Callable[[Any, Report], None],
+    payload: Any,
+    *,
+    config: ClusterConfig,
+    name: str,
+    on_progress: Callable[[dict[str, Any]], None],
+) -> None:
+    """Runs ``train(payload, report)`` once on each of ``config.training_workers`` ranks of one process group.
+
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set and torch.distributed is initialised (gloo, or
+    nccl with GPUs). A rank that crashes or is killed restarts the whole group, at most ``config.max_failures`` times;
+    ``train`` resumes from its own checkpoints. SIGTERM or SIGINT here sets ``report.stop_requested``.
+
+    Args:
+        train: picklable; ends early by raising a ClipmillError, which is raised here as itself and not retried.
+        payload: picklable; absolute URLs only, for workers start in a folder of their own.
+        config: where and how many.
+        name: of the run, for Ray's own logs.
+        on_progress: called here with the newest dict of each rank that sent one since the last call (about 2 Hz).
+
+    Raises:
+        Interrupted: the ranks stopped after a clean checkpoint.
+        UserError: raised by a rank, or the workers cannot be placed.
+        StageFailed: raised by a rank, or the group failed more than ``max_failures`` times.
+    """
+    with connect(config), stop_signals() as stop:
+        bundle = _training_bundle(config)
+        require_capacity(config, bundle, config.training_workers, waited_seconds=0)
+        mailbox = _start_mailbox(config.training_workers)
+        task = {"mailbox": mailbox, "train": train, "payload": payload, "num_threads": max(1, int(bundle["CPU"]))}
+        storage = tempfile.mkdtemp(prefix="clipmill-train-")
+        fit = _Fit(config, bundle, task, name, storage)
+        try:
+            verdict = _watch(fit, mailbox, config, bundle, stop, on_progress)
+        finally:
+            fit.abandon(mailbox)
+            shutil.rmtree(storage, ignore_errors=True)
+    if verdict is not None:
+        raise cluster_error(*verdict)
+    if fit.error is not None:
+        raise StageFailed(f"{name}: training workers failed: {_reason(fit.error)}") from fit.error
+
+
+def _training_bundle(config: ClusterConfig) -> dict[str, float]:
+    """What one training worker asks for; CPUs by default an even share that the nodes can hold."""
+    num_gpus = 1.0 if config.use_gpu else 0.0
+    if config.training_cpus is not None:
+        return {"CPU": float(config.training_cpus), "GPU": num_gpus}
+    most = int(max((node.get("CPU", 0) for node in node_resources()), default=1))
+    for num_cpus in range(most, 1, -1):
+        if num_bundles({"CPU": num_cpus, "GPU": num_gpus}) >= config.training_workers:
+            return {"CPU": float(num_cpus), "GPU": num_gpus}
+    return {"CPU": 1.0, "GPU": num_gpus}
+
+
+def _start_mailbox(num_ranks: int) -> ActorHandle:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # It must not die with another node, and one that outlives the driver has nobody to serve.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(num_ranks)
+
+
+class _Fit:
+    """Ray Train's blocking ``fit`` in a thread of its own, so that the driver stays awake for signals."""
+
+    def __init__(self, config: ClusterConfig, bundle: dict[str, float], task: dict[str, Any], name: str, storage: str):
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_TIMEOUT_SECONDS))
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+        import ray.train
+        import ray.train.torch
+
+        environment = {"OMP_NUM_THREADS": str(task["num_threads"])}
+        if not config.use_gpu:
+            environment["DS_ACCELERATOR"] = "cpu"
+        self._trainer = ray.train.torch.TorchTrainer(
+            _run_rank,
+            train_loop_config=task,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.training_workers,
+                use_gpu=config.use_gpu,
+                resources_per_worker={name: amount for name, amount in bundle.items() if amount},
+            ),
+            run_config=ray.train.RunConfig(
+                # A name that Ray Train has seen resumes that run in silence: ours are used once.
+                name=f"{name}-{uuid.uuid4().hex[:8]}",
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                worker_runtime_env={"env_vars": environment},
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        self.error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="ray-train-fit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:
+            self.error = error
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Whether the run has ended, waiting so long for it at most."""
+        self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def abandon(self, mailbox: ActorHandle) -> None:
+        """Leaves a run that still goes on, asking its ranks to stop: without the mailbox they see no driver."""
+        import ray
+
+        if self._thread.is_alive():
+            mailbox.request_stop.remote()
+            self._thread.join(PEER_GRACE_SECONDS)
+        ray.kill(mailbox)
+
+
+def _watch(
+    fit: _Fit,
+    mailbox: ActorHandle,
+    config: ClusterConfig,
+    bundle: dict[str, float],
+    stop: threading.Event,
+    on_progress: Callable[[dict[str, Any]], None],
+) -> tuple[str, str] | None:
+    """Relays progress and signals until the run has ended; returns the verdict of the ranks."""
+    import ray
+
+    began = time.monotonic()
+    next_warning = began + WAIT_WARNING_SECONDS
+    relayed = False
+    while True:
+        ended = fit.wait(POLL_SECONDS)
+        progress, started, verdict = ray.get(mailbox.take.remote())
+        for update in progress:
+            on_progress(update)
+        if ended:
+            return verdict
+        if stop.is_set() and not relayed:
+            logger.warning("stopping: the training workers finish a checkpoint first")
+            ray.get(mailbox.request_stop.remote())
+            relayed = True
+        waited_seconds = time.monotonic() - began
+        if not started and relayed:
+            return ("Interrupted", "stopped before the training began; submit the same command again")
+        if not started and time.monotonic() > next_warning:
+            require_capacity(config, bundle, config.training_workers, waited_seconds)
+            logger.warning("training: %s", waiting_message(bundle, config.training_workers, waited_seconds))
+            next_warning += WAIT_WARNING_SECONDS
+
+
+def _reason(error: Exception) -> str:
+    """The line of a Ray Train failure that names the cause: an exception of a rank rather than a lost connection."""
+    failures = list(getattr(error, "worker_failures", {}).items())
+    for rank, failure in failures:
+        if "Error" in last_line(failure) or "Exception" in last_line(failure):
+            return f"rank {rank}: {last_line(failure)}"
+    if failures:
+        rank, failure = failures[0]
+        return f"rank {rank}: {str(failure).strip().splitlines()[0]}"
+    return last_line(error)
