@@ -1,0 +1,299 @@
+"""Stage ``report``: one page, ``report/index.html``, that shows a run and needs nothing but itself.
+
+It only reads files: what a stage has not made yet is shown as missing, and no number is typed in here.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+import clipmill
+from clipmill import storage
+from clipmill.config import RunConfig, fingerprint
+from clipmill.errors import UserError
+from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
+from clipmill.evaluation.evaluate import METRICS_SCHEMA
+from clipmill.evaluation.gallery import Gallery, clips_per_class
+from clipmill.lease import Lease
+from clipmill.metrics import read_metrics
+from clipmill.shards.dataset import ShardDataset, decode_clip
+from clipmill.shards.manifest import Manifest
+from clipmill.video.pictures import playing_row
+
+__all__ = ["folder_url", "is_finished", "run"]
+
+REPORT_SCHEMA = 1
+SUMMARY_SCHEMA = 1
+
+_FRAMES_PER_SECOND = 8
+"""Slow enough to compare three moving rows by eye, whatever the footage ran at."""
+_SHOWN_PIXELS = 128
+"""Clips smaller than this are enlarged by whole pixels: h264 halves the resolution of colour."""
+
+
+def folder_url(config: RunConfig) -> str:
+    """The folder of this stage."""
+    return config.folder("report")
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the page on disk was made from exactly what is there now.
+
+    Raises:
+        UserError: there is nothing to report on yet.
+    """
+    if not storage.exists(config.folder("clips", "train", "manifest.json")):
+        raise UserError(f"nothing to report on at {config.root}; run `clipmill shard` with this config first")
+    try:
+        document = storage.read_document(config.folder("report", "report.json"), REPORT_SCHEMA)
+    except FileNotFoundError:
+        return False
+    return document["inputs"] == _inputs(config) and storage.exists(config.folder("report", "index.html"))
+
+
+def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
+    """Writes the page.
+
+    Returns:
+        Its size, for the summary.
+    """
+    inputs = _inputs(config)
+    page = _render(config).encode()
+    lease.check()
+    storage.publish_bytes(config.folder("report", "index.html"), page)
+    storage.publish_document(config.folder("report", "report.json"), {"inputs": inputs}, REPORT_SCHEMA)
+    return {"page": config.folder("report", "index.html"), "bytes": len(page)}
+
+
+# ------------------------------------------------------------------------------------------- what is read
+
+
+def _stage_folders(config: RunConfig) -> dict[str, str]:
+    """Where each stage leaves its summary, in the order of a run."""
+    return {
+        "shard": config.folder("clips"),
+        "train-vqvae": config.folder("vqvae"),
+        "tokenize": config.folder("tokens"),
+        "train-prior": config.folder("prior"),
+        "sample": config.folder("samples", config.sample.name),
+        "evaluate": config.folder("evaluation"),
+    }
+
+
+def _inputs(config: RunConfig) -> str:
+    """Hash of everything the page is made from."""
+    documents = [storage.join(url, "summary.json") for url in _stage_folders(config).values()]
+    documents += [config.folder("clips", split, "manifest.json") for split in ("train", "val")]
+    documents += [config.folder("samples", config.sample.name, "manifest.json")]
+    documents += [config.folder("evaluation", "metrics.json")]
+    read = {url.removeprefix(config.root): _digest(url) for url in documents}
+    logs = {
+        stage: [(entry.name, entry.bytes) for entry in storage.list_folder(config.folder(stage, "metrics"))]
+        for stage in ("vqvae", "prior")
+    }
+    return fingerprint({"documents": read, "logs": logs, "config": _config_text(config), "of": clipmill.__version__})
+
+
+def _digest(url: str) -> str | None:
+    try:
+        return hashlib.sha256(storage.read_bytes(url)).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _document(url: str, schema: int) -> dict[str, Any] | None:
+    try:
+        return storage.read_document(url, schema)
+    except FileNotFoundError:
+        return None
+
+
+def _manifest(url: str, kind: str) -> Manifest | None:
+    try:
+        return Manifest.load(url, kind)
+    except FileNotFoundError:
+        return None
+
+
+def _config_text(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# ----------------------------------------------------------------------------------------------- the page
+
+
+def _render(config: RunConfig) -> str:
+    metrics = _document(config.folder("evaluation", "metrics.json"), METRICS_SCHEMA)
+    manifests = {split: _manifest(config.folder("clips", split), "clips") for split in ("train", "val")}
+    samples = _manifest(config.folder("samples", config.sample.name), "samples")
+    environment = Environment(
+        loader=PackageLoader("clipmill.evaluation", "."),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["short"] = _short
+    return environment.get_template("report.html.j2").render(
+        title=config.root.rstrip("/").rpartition("/")[2],
+        clip=config.data.clip,
+        train=manifests["train"],
+        val=manifests["val"],
+        groups=_groups(config, manifests["train"], samples),
+        frames_per_second=_FRAMES_PER_SECOND,
+        samples=samples,
+        metrics=metrics,
+        charts=_charts(config, metrics),
+        stages=_stages(config),
+        numbers=_flat({name: part for name, part in (metrics or {}).items() if name not in ("identity", "schema")}),
+        identity=(metrics or {}).get("identity", {}),
+        config_text=_config_text(config),
+        version=clipmill.__version__,
+    )
+
+
+def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Title, caption and drawing of each chart; no drawing where its stage has not run."""
+    vqvae, prior = read_metrics(config.folder("vqvae")), read_metrics(config.folder("prior"))
+    numbers = metrics["prior"] if metrics else {}
+    marks = {
+        "unigram table": numbers.get("unigram_nats"),
+        "temporal bigram table": numbers.get("temporal_bigram_nats"),
+    }
+    marks = {name: value for name, value in marks.items() if value is not None}
+    bars = {
+        "prior": numbers.get("val_nats_per_token"),
+        "raster bigram": numbers.get("raster_bigram_nats"),
+        "temporal bigram": numbers.get("temporal_bigram_nats"),
+        "unigram": numbers.get("unigram_nats"),
+    }
+    return [
+        _chart(
+            "Tokenizer loss",
+            "MSE over the data’s variance, plus the commitment.",
+            "train-vqvae",
+            loss_chart("Tokenizer loss over steps", vqvae, "loss", {}) if vqvae else None,
+        ),
+        _chart(
+            "Prior loss",
+            "Cross-entropy of the codes, beside what tables of the training codes reach.",
+            "train-prior",
+            loss_chart("Prior loss over steps", prior, "nats per token", marks) if prior else None,
+        ),
+        _chart(
+            "Codebook",
+            "Use of the codes over the validation clips.",
+            "evaluate",
+            code_usage_chart("Codes by frequency", metrics["codebook"]["sorted_counts"]) if metrics else None,
+        ),
+        _chart(
+            "Prior against tables",
+            "On the validation codes; the tables’ smoothing is picked in their favour. Shorter is better.",
+            "evaluate",
+            nats_chart("Nats per token of the prior and of tables", bars) if metrics else None,
+        ),
+    ]
+
+
+def _chart(title: str, caption: str, stage: str, drawing: Markup | None) -> dict[str, Any]:
+    return {"title": title, "caption": caption, "stage": stage, "drawing": drawing}
+
+
+def _stages(config: RunConfig) -> list[dict[str, Any]]:
+    """A row for each stage: seconds, throughput and the other facts of its summary."""
+    rows = []
+    for name, url in _stage_folders(config).items():
+        summary = _document(storage.join(url, "summary.json"), SUMMARY_SCHEMA)
+        facts = {
+            key: value
+            for key, value in (summary or {}).items()
+            if key not in ("stage", "schema", "seconds") and isinstance(value, int | float | str)
+        }
+        rates = {key.removesuffix("_per_second"): facts.pop(key) for key in list(facts) if key.endswith("_per_second")}
+        rows.append({"name": name, "summary": summary, "facts": facts, "rates": rates})
+    return rows
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """The numbers of a document by dotted name; lists (histograms) are charts, not rows."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in document.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            rows.append((prefix + name, value))
+    return rows
+
+
+def _short(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else str(value)  # noqa: RUF001
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+# ------------------------------------------------------------------------------------------------ the clips
+
+
+def _groups(config: RunConfig, train: Manifest | None, samples: Manifest | None) -> list[dict[str, Any]]:
+    """For each class its rows of playing clips: real, reconstruction, sample."""
+    try:
+        gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
+    except FileNotFoundError:
+        gallery = None
+    wanted = clips_per_class(train.facts["classes"] if train else [])
+    made = _sampled_clips(samples, wanted) if samples else {}
+    real: dict[str | None, list[int]] = {}
+    for row, label in enumerate(gallery.labels if gallery else ()):
+        real.setdefault(label, []).append(row)
+    groups = []
+    for label in [name for name in [*wanted, None] if name in real or name in made or name in wanted]:
+        rows = {
+            "real": [gallery.real[row] for row in real.get(label, [])] if gallery else [],
+            "reconstruction": [gallery.reconstruction[row] for row in real.get(label, [])] if gallery else [],
+            "sample": made.get(label, []),
+        }
+        groups.append({"label": label, "rows": {kind: _players(clips) for kind, clips in rows.items()}})
+    return groups
+
+
+def _sampled_clips(samples: Manifest, wanted: dict[str | None, int]) -> dict[str | None, list[NDArray[np.uint8]]]:
+    """The first samples of each class."""
+    missing = dict(wanted)
+    missing.setdefault(
+        None, max(wanted.values())
+    )  # the classes of an unconditional prior's samples are anybody's guess
+    dataset = ShardDataset(samples, decode_clip, Path(tempfile.gettempdir()) / "clipmill-cache", 2**30)
+    found: dict[str | None, list[NDArray[np.uint8]]] = {}
+    for shard, number in enumerate(samples.counts):
+        for row in range(number):
+            if not any(missing[label] for label in wanted):
+                return found
+            sample = dataset.read(shard, row)
+            if missing.get(sample["label"], 0):
+                missing[sample["label"]] -= 1
+                found.setdefault(sample["label"], []).append(np.array(sample["video"]))
+    return found
+
+
+def _players(clips: Sequence[NDArray[np.uint8]]) -> list[str]:
+    """Clips as data URIs of h264 files."""
+    uris = []
+    for clip in clips:
+        scale = max(1, -(-_SHOWN_PIXELS // min(clip.shape[1:3])))
+        film = playing_row(clip[None], fps=_FRAMES_PER_SECOND, scale=scale, gap=0)
+        uris.append(f"data:video/mp4;base64,{base64.b64encode(film).decode()}")
+    return uris
