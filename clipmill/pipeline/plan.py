@@ -83,7 +83,7 @@ class PlannedVideo:
     text: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unit:
     """Whole videos that one worker turns into shards, under one commit record."""
 
@@ -91,7 +91,7 @@ class Unit:
     number: int
     videos: tuple[PlannedVideo, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.split}/{self.number:06d}"
 
 
@@ -145,21 +145,24 @@ def _unit_rows(table: pa.Table) -> dict[tuple[str, int], tuple[int, int]]:
 # ------------------------------------------------------------------------------------- reading a plan
 
 
-def plan_url(root: str) -> str:
-    """The folder of the plan of a run."""
-    return storage.join(root, "clips", "plan")
-
-
 def read_plan_document(config: RunConfig) -> dict[str, Any]:
     """``plan.json`` of a run.
 
     Raises:
         FileNotFoundError: the run has no plan yet.
+        UserError: it was made with other settings.
     """
-    return storage.read_document(storage.join(plan_url(config.root), "plan.json"), SCHEMA)
+    document = storage.read_document(config.folder("clips", "plan", "plan.json"), SCHEMA)
+    changed = changed_keys(document["identity"], _identity_of(config))
+    if changed:
+        raise UserError(
+            f"the clips in {config.folder('clips')} were planned with other settings: {'; '.join(changed)}. "
+            "Restore them, or choose another root"
+        )
+    return document
 
 
-def plan_identity(config: RunConfig) -> dict[str, Any]:
+def _identity_of(config: RunConfig) -> dict[str, Any]:
     """The settings that the bytes of the clips and their split depend on."""
     return {"data": identity(config.data), "seed": config.seed}
 
@@ -172,18 +175,12 @@ def load_plan(config: RunConfig) -> Plan:
         UserError: it was made with other settings, or a file of it is damaged.
     """
     document = read_plan_document(config)
-    changed = changed_keys(document["identity"], plan_identity(config))
-    if changed:
-        raise UserError(
-            f"the clips in {storage.join(config.root, 'clips')} were planned with other settings: "
-            f"{'; '.join(changed)}. Restore them, or choose another root"
-        )
     tables = [_read_table(config, generation) for generation in document["generations"]]
     return Plan(document, pa.concat_tables(tables))
 
 
 def _read_table(config: RunConfig, generation: dict[str, Any]) -> pa.Table:
-    url = storage.join(plan_url(config.root), generation["file"])
+    url = config.folder("clips", "plan", generation["file"])
     with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder:
         path = Path(folder) / "plan.parquet"
         try:
@@ -221,19 +218,17 @@ def make_plan(config: RunConfig) -> Plan:
                 ]
                 columns = [*map(pa.array, placed), *table.take(pa.array(order[rows])).columns]
                 writer.write_table(pa.table(dict(zip(_PLAN_COLUMNS.names, columns, strict=True)), _PLAN_COLUMNS))
-        storage.publish_file(path, storage.join(plan_url(config.root), name))
+        storage.publish_file(path, config.folder("clips", "plan", name))
         generation = {
             "file": name,
             "sha256": _file_sha256(path),
             "videos": len(order),
             "bytes": int(sizes[order].sum()),
-            "units": {
-                split: int(units[is_val == (split == "val")].max(initial=-1)) + 1 for split in SPLITS
-            },
+            "units": {split: int(units[is_val == (split == "val")].max(initial=-1)) + 1 for split in SPLITS},
             "duplicates": num_duplicates,
         }
-    document = {"generations": [generation], "identity": plan_identity(config)}
-    storage.publish_document(storage.join(plan_url(config.root), "plan.json"), document, SCHEMA)
+    document = {"generations": [generation], "identity": _identity_of(config)}
+    storage.publish_document(config.folder("clips", "plan", "plan.json"), document, SCHEMA)
     logger.info("planned %d videos (%d duplicates left out)", len(order), num_duplicates)
     return load_plan(config)
 

@@ -15,10 +15,10 @@ from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 
-__all__ = ["VIDEO_SUFFIXES", "SourceVideo", "list_videos"]
+__all__ = ["VIDEO_SUFFIXES", "SourceVideo", "check_source", "list_videos"]
 
 VIDEO_SUFFIXES = frozenset(
-    f".{suffix}" for suffix in "mp4 m4v mov mkv webm avi mpg mpeg ts flv gif wmv ogv 3gp".split()
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".gif", ".wmv", ".ogv", ".3gp")
 )
 """File name endings (any case) that make a file a video."""
 
@@ -63,6 +63,12 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
     if not num_videos:
         endings = ", ".join(sorted(suffix.removeprefix(".") for suffix in VIDEO_SUFFIXES))
         raise UserError(f"data.source.url {url} holds no video (files ending in {endings}); name another folder")
+
+
+def check_source(source: SourceConfig) -> None:
+    """Raises the `UserError` of `list_videos` as far as a look at the first entries of a local folder finds it."""
+    if storage.is_local(_existing_source(source)):
+        next(list_videos(source))
 
 
 def _existing_source(source: SourceConfig) -> str:

@@ -41,7 +41,10 @@ def test_folders_and_fifos_are_not_videos(tmp_path):
     touch(tmp_path / "folder.mp4" / "inner.mp4")
     os.mkfifo(tmp_path / "endless.mp4")
     (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere")
-    assert [video.name for video in list_videos(SourceConfig(url=str(tmp_path)))] == ["folder.mp4/inner.mp4", "good.mp4"]
+    assert [video.name for video in list_videos(SourceConfig(url=str(tmp_path)))] == [
+        "folder.mp4/inner.mp4",
+        "good.mp4",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""What is in a data set: numbers, classes, durations, and a contact sheet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from clipmill import storage
+from clipmill.errors import UserError
+from clipmill.shards.dataset import ShardDataset, decode_clip
+from clipmill.shards.manifest import Manifest, committed_units, read_commit
+from clipmill.video.pictures import contact_sheet
+
+__all__ = ["inspect"]
+
+
+def inspect(url: str, num_clips: int = 16) -> dict[str, Any]:
+    """Describes one frozen split of clips (such as ``runs/demo/clips/train``).
+
+    Returns:
+        ``clips``, ``videos``, ``shards``, ``bytes``, ``fingerprint``, ``recipe``; ``classes`` {label: clips} (clips
+        without a label under ``"-"``); ``video_seconds`` {min, median, max, total}, of the videos that state a
+        duration; ``excluded`` [{url, cause}]; ``contact_sheet``, a PNG of up to ``num_clips`` clips spread evenly
+        over the split, none where it is empty.
+
+    Raises:
+        UserError: there is no clip manifest.
+    """
+    url = storage.absolute(url)
+    try:
+        manifest = Manifest.load(url, "clips")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{url} holds no finished clips; name a split of a run, such as runs/demo/clips/train"
+        ) from error
+    classes: Counter[str] = Counter()
+    durations, excluded = [], []
+    for unit in committed_units(url):
+        record = read_commit(url, unit)
+        excluded += [{"url": video["url"], "cause": video["cause"]} for video in record["exclusions"]]
+        for video in record["videos"]:
+            classes[video["label"] or "-"] += video["clips"]
+            if video["info"]["duration_seconds"] is not None:
+                durations.append(video["info"]["duration_seconds"])
+    return {
+        "clips": manifest.num_samples,
+        "videos": manifest.facts["num_videos"],
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "fingerprint": manifest.fingerprint,
+        "recipe": manifest.recipe,
+        "classes": dict(sorted(classes.items())),
+        "video_seconds": _spread(durations),
+        "excluded": excluded,
+        "contact_sheet": _sheet(manifest, num_clips) if manifest.num_samples else None,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values), "total": sum(values)}
+
+
+def _sheet(manifest: Manifest, num_clips: int) -> bytes:
+    chosen = np.unique(np.linspace(0, manifest.num_samples - 1, num_clips).astype(np.int64))
+    ends = np.cumsum(manifest.counts)
+    shards = np.searchsorted(ends, chosen, side="right")
+    rows = chosen - (ends - manifest.counts)[shards]
+    dataset = ShardDataset(manifest, decode_clip, None, 0)
+    clips = [dataset.read(int(shard), int(row))["video"] for shard, row in zip(shards, rows, strict=True)]
+    return contact_sheet(np.stack(clips))

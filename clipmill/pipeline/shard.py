@@ -1,0 +1,263 @@
+"""Stage ``shard``: the units of the plan become clip shards under ``clips/train`` and ``clips/val``.
+
+Plan (`plan.py`), fan the units out to workers (`unit.py`), count what they commit, freeze both splits. Units
+that an earlier run committed are only counted, so running the stage again is the recovery from any kill. Bad
+videos are listed in ``quarantine.jsonl``; when too many failed, the stage stops.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, overload
+
+from clipmill import storage
+from clipmill.cluster.fanout import fan_out
+from clipmill.config import DataConfig, RunConfig, identity
+from clipmill.errors import StageFailed, UserError
+from clipmill.lease import Lease
+from clipmill.pipeline.plan import SPLITS, Plan, Unit, load_plan, make_plan, read_plan_document
+from clipmill.pipeline.sources import check_source
+from clipmill.pipeline.unit import FIRST_VIDEOS, digest, make_worker
+from clipmill.progress import bar
+from clipmill.shards.manifest import Manifest, committed_units, freeze, read_commit
+
+__all__ = ["folder_url", "is_finished", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
+    """Shards the source of ``config.data`` and freezes both splits.
+
+    Returns:
+        Counts for the summary.
+
+    Raises:
+        UserError: the source is missing or empty, or ``clips`` was planned with other settings. Nothing was written.
+        StageFailed: too many videos failed, none made a clip, or a unit failed at every attempt.
+    """
+    _check_resolution(config.data)
+    try:
+        plan = load_plan(config)
+    except FileNotFoundError:
+        plan = make_plan(config)
+    tally = Tally()
+    try:
+        _shard_units(config, lease, plan, tally)
+    finally:  # whoever has to find out why a run stopped needs the list most
+        if tally.exclusions:
+            storage.publish_bytes(config.folder("clips", "quarantine.jsonl"), tally.quarantine())
+    return _freeze(config, plan, tally)
+
+
+def folder_url(config: RunConfig) -> str:
+    """Where this stage writes."""
+    return config.folder("clips")
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether both splits are frozen at the newest generation of the plan.
+
+    Raises:
+        UserError: without a plan, the source is missing or empty; with one, it was made with other settings.
+    """
+    _check_resolution(config.data)
+    try:
+        document = read_plan_document(config)
+    except FileNotFoundError:
+        check_source(config.data.source)
+        return False
+    try:
+        manifests = [Manifest.load(config.folder("clips", split), "clips") for split in SPLITS]
+    except FileNotFoundError:
+        return False
+    num_generations = len(document["generations"])
+    return all(manifest.facts["num_generations"] == num_generations for manifest in manifests)
+
+
+def _check_resolution(data: DataConfig) -> None:
+    if data.format == "mp4" and data.clip.resolution % 2:
+        raise UserError(
+            f"data.clip.resolution={data.clip.resolution} must be even for data.format=mp4 (h264 stores colour at half "
+            "the resolution); use an even number or data.format=npy"
+        )
+
+
+# ------------------------------------------------------------------------------------------ the driver
+
+
+@dataclass
+class SplitCounts:
+    """Sums over the committed units of a split. All integers, so their order does not matter."""
+
+    num_videos: int = 0
+    num_clips: int = 0
+    num_short: int = 0
+    num_truncated: int = 0
+    num_excluded: int = 0
+    num_values: int = 0
+    pixel_sum: int = 0
+    pixel_square_sum: int = 0
+
+    def pixel_moments(self) -> tuple[float | None, float | None]:
+        """Mean and variance of x / 255 - 0.5 over all uint8 values x, exact up to the final rounding."""
+        if not self.num_values:
+            return None, None
+        mean = Fraction(self.pixel_sum, self.num_values)
+        variance = Fraction(self.pixel_square_sum, self.num_values) - mean**2
+        return float(mean / 255 - Fraction(1, 2)), float(variance / 255**2)
+
+
+@dataclass
+class Tally:
+    """What the finished units amount to, from earlier runs and from this one."""
+
+    splits: dict[str, SplitCounts] = field(default_factory=lambda: {split: SplitCounts() for split in SPLITS})
+    labels: Counter[str] = field(default_factory=Counter)
+    exclusions: list[dict[str, Any]] = field(default_factory=list)
+    versions: set[str] = field(default_factory=set)
+
+    def add(self, unit: dict[str, Any]) -> None:
+        """Adds one unit's `digest`."""
+        counts = self.splits[unit["split"]]
+        for name, number in unit["counts"].items():
+            setattr(counts, name, getattr(counts, name) + number)
+        self.labels.update(unit["labels"])
+        self.exclusions += unit["exclusions"]
+        self.versions.add(json.dumps(unit["versions"], sort_keys=True))
+
+    def total(self, name: str) -> int:
+        """A count over both splits."""
+        return sum(getattr(counts, name) for counts in self.splits.values())
+
+    def quarantine(self) -> bytes:
+        """The excluded videos as JSON lines, in the order of the plan."""
+        ordered = sorted(self.exclusions, key=lambda exclusion: (exclusion["split"], exclusion["id"]))
+        return b"".join(json.dumps(exclusion, sort_keys=True).encode() + b"\n" for exclusion in ordered)
+
+
+class _Pending(Sequence[Unit]):
+    """The units to do; their videos are read from the plan when a worker is ready for them."""
+
+    def __init__(self, plan: Plan, names: list[tuple[str, int]]) -> None:
+        self._plan, self._names = plan, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
+        if isinstance(index, slice):
+            return _Pending(self._plan, self._names[index])
+        return self._plan.unit(*self._names[index])
+
+
+def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> None:
+    """Counts what is committed already and does the rest, within the failure budget."""
+    names = []
+    for split in SPLITS:
+        url = config.folder("clips", split)
+        committed = set(committed_units(url)) & set(range(plan.num_units(split)))
+        with ThreadPoolExecutor(16) as pool:  # a bucket answers in some 20 ms, whatever the number of requests
+            for record in pool.map(functools.partial(read_commit, url), sorted(committed)):
+                tally.add(digest(record))
+        names += [(split, number) for number in range(plan.num_units(split)) if number not in committed]
+    _check_budget(config, tally)
+    with bar("shard", total=plan.num_videos, unit="videos") as progress:
+
+        def show() -> None:
+            failed = tally.total("num_excluded")
+            progress.update(tally.total("num_videos"), clips=tally.total("num_clips"), failed=failed)
+
+        def on_result(unit: Unit, result: dict[str, Any]) -> None:
+            for exclusion in result["exclusions"]:
+                logger.warning("excluded %s: %s", exclusion["url"], exclusion["cause"])
+            if "counts" not in result:
+                raise _over_budget(config, result["exclusions"], result["tried"])
+            tally.add(result)
+            show()
+            _check_budget(config, tally)
+
+        show()
+        if names:
+            allowed = _allowed_failures(config.data, plan.num_videos)
+            fan_out(
+                make_worker, (config, lease, allowed), _Pending(plan, names), config=config.cluster, on_result=on_result
+            )
+
+
+def _allowed_failures(data: DataConfig, num_finished: int) -> int:
+    return max(data.max_failed_videos, int(data.max_failed_share * num_finished))
+
+
+def _check_budget(config: RunConfig, tally: Tally) -> None:
+    failed, finished = tally.total("num_excluded"), tally.total("num_videos")
+    if failed > _allowed_failures(config.data, finished) or FIRST_VIDEOS <= finished == failed:
+        raise _over_budget(config, tally.exclusions, finished)
+
+
+def _over_budget(config: RunConfig, exclusions: list[dict[str, Any]], num_finished: int) -> StageFailed:
+    (cause, times), *_ = Counter(exclusion["cause"] for exclusion in exclusions).most_common(1)
+    example = next(exclusion["url"] for exclusion in exclusions if exclusion["cause"] == cause)
+    return StageFailed(
+        f"{len(exclusions)} of the first {num_finished} videos failed, most often ({times}): {cause} (as {example}). "
+        f"Remove the cause and {folder_url(config)}, or allow more with data.max_failed_videos or "
+        "data.max_failed_share"
+    )
+
+
+def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
+    """Freezes both splits; the summary of the stage."""
+    if not tally.splits["train"].num_clips:
+        counts = tally.splits["train"]
+        raise StageFailed(
+            f"the split train has no clip: of {counts.num_videos} videos {counts.num_short} are shorter than "
+            f"{config.data.clip.span} frames and {counts.num_excluded} failed (see quarantine.jsonl in "
+            f"{folder_url(config)}). Shorten data.clip.num_frames or lower data.val_fraction, with another root"
+        )
+    if not tally.splits["val"].num_clips:
+        logger.warning("the split val has no clip: add videos or raise data.val_fraction (with another root)")
+    recipe = {
+        "clip": identity(config.data.clip),
+        "format": config.data.format,
+        "crf": config.data.crf if config.data.format == "mp4" else None,
+    }
+    splits: dict[str, dict[str, int]] = {}
+    for split, counts in tally.splits.items():
+        pixel_mean, pixel_variance = counts.pixel_moments()
+        facts = {
+            "classes": sorted(tally.labels),
+            "pixel_mean": pixel_mean,
+            "pixel_variance": pixel_variance,
+            "num_generations": len(plan.document["generations"]),
+            "num_units": plan.num_units(split),
+            "num_videos": counts.num_videos,
+            "num_short": counts.num_short,
+            "num_truncated": counts.num_truncated,
+            "num_duplicates": plan.num_duplicates,
+            "exclusions": counts.num_excluded,
+            "versions": [json.loads(versions) for versions in sorted(tally.versions)],
+        }
+        url = config.folder("clips", split)
+        manifest = freeze(url, "clips", range(plan.num_units(split)), recipe, facts)
+        splits[split] = {
+            "videos": counts.num_videos,
+            "clips": manifest.num_samples,
+            "shards": len(manifest.shards),
+            "bytes": sum(shard.bytes for shard in manifest.shards),
+            "short": counts.num_short,
+            "truncated": counts.num_truncated,
+            "failed": counts.num_excluded,
+        }
+    totals = {name: sum(numbers[name] for numbers in splits.values()) for name in splits["train"]}
+    return {**totals, "duplicates": plan.num_duplicates, "classes": len(tally.labels), "splits": splits}

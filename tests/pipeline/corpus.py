@@ -1,0 +1,65 @@
+"""A folder of tiny videos in four classes, and three files that give no clips."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipmill.config import RunConfig
+from clipmill.video import encode_mp4
+
+CLASSES = ("down", "left", "right", "up")
+NUM_FRAMES = 4
+"""Frames of a clip."""
+
+
+@functools.cache
+def video_bytes(seed: int, num_frames: int) -> bytes:
+    """An h264 file of a moving square."""
+    frames = np.full((num_frames, 48, 64, 3), 40 + seed, np.uint8)
+    for index in range(num_frames):
+        left = (3 * index + 5 * seed) % 48
+        frames[index, 10:26, left : left + 16] = (200, 30 + 2 * seed, 90)
+    return encode_mp4(frames, fps=12.5, crf=20)
+
+
+def num_clips_of(seed: int) -> int:
+    """Clips in the video of a seed: 9 to 17 frames make two to four clips."""
+    return (9 + 2 * (seed % 5)) // NUM_FRAMES
+
+
+def write_corpus(source: Path, videos_per_class: int = 3, *, with_bad: bool = True) -> None:
+    """Good videos, and a truncated one, a text named .mp4, and one shorter than a clip."""
+    for number, name in enumerate(CLASSES * videos_per_class):
+        path = source / name / f"{number:03d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(video_bytes(number, 9 + 2 * (number % 5)))
+    if with_bad:
+        (source / "up" / "broken.mp4").write_bytes(video_bytes(77, 20)[:900])
+        (source / "up" / "readme.mp4").write_text("this is no video\n" * 50)
+        (source / "short.mp4").write_bytes(video_bytes(78, NUM_FRAMES - 1))
+
+
+def run_config(root: Path, source: Path, **data: Any) -> RunConfig:
+    """Several small units in each split."""
+    clip = {"num_frames": NUM_FRAMES, "resolution": 32}
+    defaults = {"source": {"url": str(source)}, "clip": clip, "val_fraction": 0.3, "unit_bytes": 6000}
+    return RunConfig.model_validate(
+        {
+            "root": str(root),
+            "data": {**defaults, **data},
+            "cluster": {"num_cpus": 2, "fanout_workers": 2, "max_failures": 1},
+        }
+    )
+
+
+def files_of(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Content by relative name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not str(path.relative_to(folder)).startswith(but)
+    }

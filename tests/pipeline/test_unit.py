@@ -1,0 +1,171 @@
+"""One unit in this process, without Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipmill.config import RunConfig
+from clipmill.errors import StageFailed
+from clipmill.lease import Lease, hold
+from clipmill.pipeline.plan import Unit, make_plan
+from clipmill.pipeline.unit import make_worker
+from clipmill.shards.manifest import committed_units, read_commit
+from tests.pipeline.corpus import run_config, video_bytes, write_corpus
+
+
+def one_unit(tmp_path: Path, **data: Any) -> tuple[RunConfig, Unit]:
+    config = run_config(tmp_path / "run", tmp_path / "source", val_fraction=0.0, unit_bytes=10**9, **data)
+    return config, make_plan(config).unit("train", 0)
+
+
+def shard(config: RunConfig, unit: Unit, allowed_failures: int = 10) -> dict[str, Any]:
+    with hold(config.folder("clips"), "shard") as lease:
+        return make_worker(config, lease, allowed_failures)(unit)
+
+
+def samples_of(config: RunConfig) -> dict[str, dict[str, bytes]]:
+    """Members by key and name, over all tars of the split train."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for path in sorted(Path(config.folder("clips", "train")).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, name = member.name.partition(".")
+                content = tar.extractfile(member)
+                assert content is not None
+                samples.setdefault(key, {})[name] = content.read()
+    return samples
+
+
+def test_moments_and_pixels_are_those_of_the_clips(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "source", 1)
+    config, unit = one_unit(tmp_path, format="npy")
+    counts = shard(config, unit)["counts"]
+    clips = np.stack([np.load(io.BytesIO(sample["npy"])) for sample in samples_of(config).values()]).astype(np.int64)
+    assert clips.shape[1:] == (4, 32, 32, 3)
+    assert counts["num_clips"] == len(clips)
+    assert counts["num_values"] == clips.size
+    assert counts["pixel_sum"] == clips.sum()
+    assert counts["pixel_square_sum"] == (clips**2).sum()
+
+
+def test_the_json_says_where_a_clip_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "source" / "left").mkdir(parents=True)
+    (tmp_path / "source" / "left" / "one.mp4").write_bytes(video_bytes(1, 11))
+    config, unit = one_unit(tmp_path, clip={"num_frames": 3, "frame_stride": 2, "clip_stride": 4, "resolution": 32})
+    shard(config, unit)
+    samples = samples_of(config)
+    video = unit.videos[0].id
+    assert list(samples) == [f"{video}_{ordinal:06d}" for ordinal in range(2)]
+    described = json.loads(samples[f"{video}_000001"]["json"])
+    assert described == {
+        "source": "left/one.mp4",
+        "video": video,
+        "start_seconds": pytest.approx(4 / 12.5),
+        "end_seconds": pytest.approx(9 / 12.5),
+        "first_frame": 4,
+        "frame_stride": 2,
+        "fps": pytest.approx(6.25),
+        "crop": "center",
+        "label": "left",
+        "text": None,
+    }
+
+
+def test_each_clip_carries_the_actions_of_its_frames(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.mp4").write_bytes(video_bytes(1, 12))
+    actions = np.arange(24, dtype=np.float32).reshape(12, 2)
+    np.save(source / "one.actions.npy", actions)
+    clip = {"num_frames": 3, "frame_stride": 2, "resolution": 32}
+    config, unit = one_unit(tmp_path, source={"url": str(source), "actions_suffix": ".actions.npy"}, clip=clip)
+    shard(config, unit)
+    found = [np.load(io.BytesIO(sample["actions.npy"])) for sample in samples_of(config).values()]
+    np.testing.assert_array_equal(found, [actions[0:5:2], actions[6:11:2]])
+    assert found[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (lambda path: None, "one.actions.npy is missing"),
+        (lambda path: np.save(path, np.zeros((11, 2), np.float32)), "11 rows of actions for clips of 12 frames"),
+        (lambda path: path.write_bytes(b"\x93NUMPY"), "one.actions.npy is no numeric .npy file"),
+        (lambda path: np.save(path, np.array(["a"] * 12)), "one.actions.npy is no numeric .npy file"),
+    ],
+)
+def test_a_video_without_its_actions_is_excluded(tmp_path: Path, make: Callable[[Path], None], cause: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.mp4").write_bytes(video_bytes(1, 12))
+    make(source / "one.actions.npy")
+    config, unit = one_unit(tmp_path, source={"url": str(source), "actions_suffix": ".actions.npy"})
+    (exclusion,) = shard(config, unit)["exclusions"]
+    assert exclusion["stage"] == "actions"
+    assert exclusion["cause"].startswith(cause)
+    assert samples_of(config) == {}
+
+
+def test_files_that_changed_or_vanished_since_the_plan_are_excluded(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "source", 1, with_bad=False)
+    config, unit = one_unit(tmp_path)
+    (tmp_path / "source" / "up" / "003.mp4").unlink()
+    (tmp_path / "source" / "down" / "000.mp4").write_bytes(b"other")
+    exclusions = {exclusion["url"]: exclusion["cause"] for exclusion in shard(config, unit)["exclusions"]}
+    assert exclusions.keys() == {"up/003.mp4", "down/000.mp4"}
+    assert exclusions["up/003.mp4"] == "up/003.mp4 is missing"
+    assert exclusions["down/000.mp4"].startswith("changed since it was planned")
+
+
+def test_a_source_that_is_gone_is_no_fault_of_its_videos(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "source", 1, with_bad=False)
+    config, unit = one_unit(tmp_path)
+    (tmp_path / "source").rename(tmp_path / "unmounted")
+    (tmp_path / "source").mkdir()
+    with pytest.raises(OSError, match="empty or gone"):
+        shard(config, unit)
+    assert committed_units(config.folder("clips", "train")) == []
+
+
+def test_nothing_is_committed_when_everything_fails(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(25):
+        (tmp_path / "source" / f"{number}.mp4").write_text(f"no video {number}")
+    config, unit = one_unit(tmp_path)
+    result = shard(config, unit, allowed_failures=100)
+    assert len(result["exclusions"]) == result["tried"] == 20
+    assert "counts" not in result
+    assert committed_units(config.folder("clips", "train")) == []
+
+
+def test_a_worker_whose_run_was_taken_over_commits_nothing(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "source", 1, with_bad=False)
+    config, unit = one_unit(tmp_path)
+    with hold(config.folder("clips"), "shard") as lease, pytest.raises(StageFailed, match="taken over"):
+        make_worker(config, Lease(lease.url, lease.attempt - 1), 10)(unit)
+    assert committed_units(config.folder("clips", "train")) == []
+
+
+def test_the_commit_tells_all_about_the_unit(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "source", 1)
+    config, unit = one_unit(tmp_path)
+    shard(config, unit)
+    record = read_commit(config.folder("clips", "train"), 0)
+    by_url = {video["url"]: video for video in record["videos"]}
+    assert by_url["short.mp4"]["short"]
+    assert by_url["short.mp4"]["clips"] == 0
+    assert record["num_short"] == 1
+    good = by_url["left/001.mp4"]
+    assert (good["info"]["codec"], good["info"]["width"], good["info"]["height"]) == ("h264", 64, 48)
+    assert good["num_frames"] == 11
+    assert {exclusion["url"] for exclusion in record["exclusions"]} == {"up/broken.mp4", "up/readme.mp4"}
+    assert record["versions"].keys() == {"clipmill", "av", "decord", "cpu"}
+    assert str(tmp_path) not in json.dumps(record)
