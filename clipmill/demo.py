@@ -85,14 +85,14 @@ def _square_pushed(random: np.random.Generator) -> _Scene:
 
 def _triangle_orbiting(random: np.random.Generator) -> _Scene:
     """A triangle flies around the centre, held on its circle by a central force."""
-    size = random.uniform(10, 13)
-    orbit = random.uniform(14, 18)
+    size = random.uniform(14, 17)
+    orbit = random.uniform(13, 16)
     turn = random.choice([-1, 1]) * random.uniform(0.09, 0.15)
     angle = random.uniform(0, 2 * np.pi) + turn * np.arange(NUM_FRAMES)
     outward = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     heading = angle + np.sign(turn) * np.pi / 2
     forces = -(turn**2) * orbit * outward
-    return _Scene([(_triangle(SIZE / 2 + orbit * outward, heading, 2 * size), _ORANGE)], forces)
+    return _Scene([(_triangle(SIZE / 2 + orbit * outward, heading, size), _ORANGE)], forces)
 
 
 def _pendulum_swinging(random: np.random.Generator) -> _Scene:
@@ -216,7 +216,7 @@ def _box(centres: np.ndarray, half_side: float) -> np.ndarray:
 
 
 def _triangle(centres: np.ndarray, headings: np.ndarray, size: float) -> np.ndarray:
-    """Largest signed distance to the three sides of an equilateral triangle whose tip points along ``headings`` [T]."""
+    """Signed distance to a triangle with equal sides, ``size`` from centre to tip, that faces ``headings`` [T]."""
     x, y = _offsets(centres)
     normals = headings[:, None, None] + np.pi
     sides = [x * np.cos(normals + turn) + y * np.sin(normals + turn) for turn in (0, 2 * np.pi / 3, -2 * np.pi / 3)]

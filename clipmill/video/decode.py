@@ -95,12 +95,21 @@ def _read_pyav(path: str | Path, info: VideoInfo) -> Iterator[tuple[float | None
     with blame_video("cannot decode"), open_video(path) as container:
         stream = container.streams[info.stream_index]
         stream.codec_context.thread_count = 1
-        for frame in container.decode(stream):
+        for frame in _decoded(container, stream):
             if frame.width * frame.height <= SMALL_FRAME_PIXELS:
                 # The same full-size RGB as decord's. Large frames are never decord's: one conversion does it all.
                 yield frame.time, reformatter.reformat(frame, format="rgb24", threads=1)
             else:
                 yield frame.time, frame
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """All frames of a stream up to the first damaged packet, of which a decoder would make a frame up."""
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            yield from stream.decode()  # what the decoder holds back for reordering
+            return
+        yield from packet.decode()  # the last packet is empty and does the same
 
 
 def _read_decord(path: str | Path, info: VideoInfo) -> Iterator[tuple[float | None, Any]]:
@@ -125,7 +134,10 @@ def _packet_times(path: str | Path, info: VideoInfo) -> list[float]:
     """Presentation times of all frames in seconds, in order, without decoding."""
     with open_video(path) as container:
         stream = container.streams[info.stream_index]
-        ticks = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+        if any(packet.is_corrupt for packet in packets):
+            raise VideoError("damaged packets")
+        ticks = sorted(packet.pts for packet in packets)
         return [float(tick * stream.time_base) for tick in ticks]
 
 

@@ -1,0 +1,83 @@
+"""Videos that the tests make themselves: every frame carries its number as a barcode."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+NUM_BITS = 8
+
+
+def barcode(number: int, width: int, height: int) -> np.ndarray:
+    """uint8 [height, width, 3]: eight bars, left to right from the highest bit, white for one."""
+    bits = [(number >> bit) & 1 for bit in reversed(range(NUM_BITS))]
+    bars = np.array([bits[x * NUM_BITS // width] for x in range(width)], np.uint8) * 255
+    return np.broadcast_to(bars[None, :, None], (height, width, 3)).copy()
+
+
+def read_barcode(frame: np.ndarray) -> int:
+    """The number in a stretched frame, uint8 [H, W, 3]."""
+    width = frame.shape[1]
+    centres = [(2 * bit + 1) * width // (2 * NUM_BITS) for bit in range(NUM_BITS)]
+    row = frame[frame.shape[0] // 2].mean(axis=1)
+    return int("".join("1" if row[x] > 127 else "0" for x in centres), 2)
+
+
+def make_video(
+    path: Path,
+    codec: str = "libx264",
+    *,
+    num_frames: int = 40,
+    size: tuple[int, int] = (96, 64),
+    fps: int = 10,
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    rotation: int = 0,
+    num_streams: int = 1,
+    pts: list[int] | None = None,
+) -> Path:
+    """Writes barcodes 0, 1, ... of size (width, height); stream s of several counts from 100 * s."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for _ in range(num_streams):
+            stream = container.add_stream(codec, rate=fps, options=options or {})
+            stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+            if rotation:
+                stream.set_display_rotation(rotation)
+            streams.append(stream)
+        for index in range(num_frames):
+            for number, stream in enumerate(streams):
+                frame = av.VideoFrame.from_ndarray(barcode(index + 100 * number, *size), format="rgb24")
+                frame.pts, frame.time_base = (pts[index] if pts else index), Fraction(1, fps)
+                container.mux(stream.encode(frame))
+        for stream in streams:
+            container.mux(stream.encode())
+    return path
+
+
+def make_edited(path: Path, source: Path, shift_seconds: float) -> Path:
+    """Remuxes with all times earlier: the muxer writes an edit list that cuts the frames before zero."""
+    with av.open(str(source)) as reading, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as writing:
+        stream = reading.streams.video[0]
+        copy = writing.add_stream_from_template(stream)
+        for packet in reading.demux(stream):
+            if packet.dts is None:
+                continue
+            ticks = round(shift_seconds / packet.time_base)
+            packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, copy
+            writing.mux(packet)
+    return path
+
+
+def make_sound(path: Path) -> Path:
+    """Half a second of silence, no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipmill.video.decode import ClipRule, cut_clips, fitted_size, is_truncated, read_frames
+from clipmill.video.probe import VideoError, VideoInfo, probe
+from tests.video.conftest import barcode, make_edited, make_sound, make_video, read_barcode
+
+SHARED_VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
+
+# name, encoder, options of make_video, decoder that auto must choose
+CONTAINERS = [
+    ("plain.mp4", "libx264", {}, "decord"),
+    ("b_frames_open_gop.mp4", "libx264", {"options": {"bf": "3", "x264-params": "open-gop=1:keyint=12"}}, "decord"),
+    ("plain.mkv", "libx264", {}, "decord"),
+    ("odd.mkv", "mjpeg", {"size": (97, 63), "pix_fmt": "yuvj420p"}, "decord"),
+    ("vp8.webm", "libvpx", {}, "decord"),
+    ("vp9.webm", "libvpx-vp9", {"options": {"deadline": "realtime", "cpu-used": "8"}}, "decord"),
+    ("mpeg4.mp4", "mpeg4", {}, "decord"),
+    ("mpeg4.avi", "mpeg4", {"options": {"bf": "2"}}, "pyav"),
+    ("h264.avi", "libx264", {"options": {"bf": "0"}}, "pyav"),
+    ("h264.ts", "libx264", {}, "pyav"),
+    ("mpeg1.mpg", "mpeg1video", {"fps": 25}, "pyav"),
+    ("odd.gif", "gif", {"pix_fmt": "rgb8", "size": (97, 63)}, "pyav"),
+    ("ffv1.mkv", "ffv1", {"pix_fmt": "yuv444p"}, "pyav"),
+    ("av1.mp4", "libsvtav1", {"options": {"preset": "8", "crf": "10"}}, "pyav"),
+    ("hevc.mp4", "libx265", {"options": {"preset": "ultrafast", "x265-params": "log-level=none"}}, "pyav"),
+    ("large.mp4", "libx264", {"size": (720, 480), "num_frames": 12}, "pyav"),
+    ("two_streams.mp4", "libx264", {"num_streams": 2}, "pyav"),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "options", "decoder"), CONTAINERS, ids=[c[0] for c in CONTAINERS])
+def test_every_frame_comes_once_and_in_order(tmp_path, name, codec, options, decoder):
+    path = make_video(tmp_path / name, codec, **options)
+    info = probe(path)
+    frames = list(read_frames(path, info, 64, "stretch"))
+    assert [read_barcode(frame) for _, frame in frames] == list(range(options.get("num_frames", 40)))
+    assert info.decoder == decoder
+    assert not is_truncated(info, len(frames))
+    times = np.array([time for time, _ in frames])
+    # gif counts hundredths of a second, Matroska thousandths
+    np.testing.assert_allclose(np.diff(times), 1 / options.get("fps", 10), atol=0.011)
+
+
+@pytest.mark.parametrize("case", [c for c in CONTAINERS if c[3] == "decord"], ids=lambda case: case[0])
+def test_pixels_and_times_do_not_depend_on_the_decoder(tmp_path, case):
+    name, codec, options, _ = case
+    path = make_video(tmp_path / name, codec, **options)
+    info = probe(path)
+    by_decord, by_pyav = (
+        list(read_frames(path, dataclasses.replace(info, decoder=decoder), 48, "crop"))
+        for decoder in ("decord", "pyav")
+    )
+    assert [time for time, _ in by_decord] == [time for time, _ in by_pyav]
+    np.testing.assert_array_equal([frame for _, frame in by_decord], [frame for _, frame in by_pyav])
+
+
+@pytest.mark.parametrize("rotation", [90, -90, 180])
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_rotation_is_undone_once_by_either_decoder(tmp_path, rotation, decoder):
+    path = make_video(tmp_path / "turned.mp4", size=(96, 64), rotation=rotation)
+    info = probe(path, decoder)
+    assert info.rotation == rotation % 360
+    for number, (_, frame) in enumerate(read_frames(path, info, 64, "stretch")):
+        stored = np.rot90(frame, -rotation // 90)
+        assert read_barcode(stored) == number
+
+
+def test_an_edit_list_goes_to_pyav_and_cuts_its_frames(tmp_path):
+    path = make_edited(tmp_path / "edited.mp4", make_video(tmp_path / "whole.mp4"), shift_seconds=1.0)
+    info = probe(path)
+    assert info.decoder == "pyav"
+    numbers = [read_barcode(frame) for _, frame in read_frames(path, info, 64, "stretch")]
+    assert numbers == list(range(10, 40))
+    assert not is_truncated(info, len(numbers))
+
+
+def test_variable_frame_rate_keeps_all_frames_and_their_times(tmp_path):
+    pts = [0, 1, 2, 10, 11, 30, 31, 32, 33, 60]
+    path = make_video(tmp_path / "vfr.mp4", num_frames=len(pts), pts=pts)
+    frames = list(read_frames(path, probe(path), 64, "stretch"))
+    assert [read_barcode(frame) for _, frame in frames] == list(range(len(pts)))
+    np.testing.assert_allclose([time for time, _ in frames], np.array(pts) / 10, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("cut.mkv", "libx264"), ("cut.avi", "mpeg4"), ("cut.webm", "libvpx")])
+def test_a_truncated_file_is_short_and_says_so(tmp_path, name, codec):
+    path = make_video(tmp_path / name, codec, num_frames=200, options={"g": "10", "bf": "0"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    info = probe(path)
+    numbers = [read_barcode(frame) for _, frame in read_frames(path, info, 64, "stretch")]
+    assert numbers == list(range(len(numbers)))
+    assert 0 < len(numbers) < 150
+    assert is_truncated(info, len(numbers))
+
+
+def _nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _text(path: Path) -> None:
+    path.write_text("this is not a video, whatever its name says\n" * 100)
+
+
+def _cut_mp4(path: Path) -> None:
+    make_video(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (_nothing, "the file is empty"),
+        (_text, "cannot open: Invalid data"),
+        (_cut_mp4, "cannot open: Invalid data"),
+        (make_sound, r"no video stream \(found: audio\)"),
+    ],
+)
+def test_an_unreadable_file_says_why(tmp_path, make, cause):
+    path = tmp_path / "bad.mp4"
+    make(path)
+    with pytest.raises(VideoError, match=cause):
+        probe(path)
+
+
+def test_a_missing_file_is_not_the_videos_fault(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        probe(tmp_path / "absent.mp4")
+
+
+def test_a_playlist_reads_no_other_file(tmp_path):
+    make_video(tmp_path / "secret.ts")
+    playlist = tmp_path / "list.mp4"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nhttp://127.0.0.1:9/{tmp_path}/secret.ts\n")
+    with pytest.raises(VideoError):
+        probe(playlist)
+
+
+@pytest.mark.parametrize(
+    ("size", "fit"), [((97, 63), "crop"), ((63, 97), "crop"), ((97, 63), "pad"), ((63, 97), "pad")]
+)
+def test_fits_keep_the_centre(tmp_path, size, fit):
+    # Number 255, the last one: all bars white.
+    path = make_video(tmp_path / "white.mkv", "ffv1", size=size, num_frames=256, pix_fmt="yuv444p")
+    *_, (_, white) = read_frames(path, probe(path), 32, fit)
+    assert white.shape == (32, 32, 3)
+    if fit == "crop":
+        assert white.min() > 250
+        return
+    filled = np.argwhere(white.mean(axis=2) > 250)
+    assert len(filled) == 32 * round(32 * 63 / 97)
+    np.testing.assert_allclose(filled.mean(axis=0), 15.5, atol=0.5)
+
+
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), resolution=st.integers(1, 512))
+def test_fitted_sizes_touch_the_square_on_the_right_side(width, height, resolution):
+    assert min(fitted_size(width, height, resolution, "crop")) == resolution
+    assert max(fitted_size(width, height, resolution, "pad")) == resolution
+
+
+@given(
+    num_frames=st.integers(1, 6),
+    stride=st.integers(1, 4),
+    step=st.integers(1, 12),
+    max_clips=st.none() | st.integers(1, 4),
+    length=st.integers(0, 60),
+)
+def test_clips_are_what_the_rule_says(num_frames, stride, step, max_clips, length):
+    rule = ClipRule(num_frames, stride, step, max_clips)
+    frames = ((index / 10, np.full((1, 1, 3), index, np.uint8)) for index in range(length))
+    clips = list(cut_clips(frames, rule, fps=10))
+    starts = [start for start in range(0, length, step) if start + (num_frames - 1) * stride < length][:max_clips]
+    assert [clip.first_frame for clip in clips] == starts
+    assert [clip.ordinal for clip in clips] == list(range(len(starts)))
+    for clip, start in zip(clips, starts, strict=True):
+        assert clip.frames[:, 0, 0, 0].tolist() == [start + i * stride for i in range(num_frames)]
+        assert clip.start_seconds == start / 10
+        assert clip.end_seconds == pytest.approx((start + (num_frames - 1) * stride + 1) / 10)
+
+
+def test_the_resizer_leaves_frames_of_the_right_size_alone(tmp_path):
+    path = make_video(tmp_path / "same.mkv", "ffv1", size=(64, 64), num_frames=2, pix_fmt="bgr0")
+    for number, (_, frame) in enumerate(read_frames(path, probe(path), 64, "crop")):
+        np.testing.assert_array_equal(frame, barcode(number, 64, 64))
+
+
+REAL_VIDEOS = {  # frames that ffmpeg counts; None: damaged
+    "decord__corrupted.mp4": None,
+    "decord__flipping_a_pancake.mkv": 310,
+    "decord__video_90.mov": 3,
+    "energon__sync_test.avi": 1891,
+    "imageio__realshort.mp4": 36,
+    "mmaction__test.avi": 164,
+    "torchcodec__av1_video.mkv": 125,
+    "torchcodec__h265_video.mp4": 10,
+    "torchcodec__nasa_13013.mp4": 390,
+    "vidtok__example.mp4": 136,
+}
+
+
+@pytest.mark.skipif(not SHARED_VIDEOS.is_dir(), reason=f"no real footage at {SHARED_VIDEOS}")
+@pytest.mark.parametrize(("name", "num_frames"), REAL_VIDEOS.items())
+def test_real_footage(name, num_frames):
+    path = SHARED_VIDEOS / name
+    info = probe(path)
+    if num_frames is None:
+        with pytest.raises(VideoError, match="cannot decode"):
+            list(read_frames(path, info, 64, "crop"))
+        return
+    frames = list(read_frames(path, info, 64, "crop"))
+    assert len(frames) == num_frames
+    assert not is_truncated(info, num_frames)
+    assert all(late > early for (early, _), (late, _) in itertools.pairwise(frames))
+
+
+def test_truncation_takes_the_smaller_claim():
+    info = VideoInfo("avi", "h264", "yuv420p", 64, 64, 0, 10.0, 30.0, 100, 0, "pyav")
+    assert not is_truncated(info, 100)
+    assert not is_truncated(info, 97)
+    assert is_truncated(info, 90)
+    assert not is_truncated(dataclasses.replace(info, duration_seconds=None, container_frames=None), 1)
