@@ -1,0 +1,200 @@
+"""Verified access to the shards of a manifest: no byte is served from a file whose hash was not right.
+
+A shard of a local data set is hashed where it lies; one of a bucket is downloaded whole into the cache folder, hashed,
+and renamed. Then it is mapped into memory. The cache folder is shared by all processes of a node without a daemon:
+each shard has a note there, locked (``flock``, which the kernel releases however a process ends) while one of them
+downloads or hashes, that says which file (size, modification time, inode) was found right, so that others, and
+later epochs and runs, need not hash it again. What the note cannot see is a change that leaves all three alone,
+as of a failing disk: ``clipmill verify`` reads every byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import mmap
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clipmill import storage
+from clipmill.errors import UserError
+from clipmill.shards.format import INDEX_SUFFIX, read_index
+from clipmill.shards.manifest import Manifest, ShardEntry
+
+__all__ = ["OpenShard", "ShardCache", "default_cache_dir"]
+
+MAX_OPEN_SHARDS = 256
+"""Each holds a file descriptor; 1,024 of them is the usual limit of a process."""
+
+logger = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """A folder of this user on the node's own disk; TMPDIR moves it."""
+    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}"
+
+
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard in memory. The map lives as long as views of it: evicting or unlinking the file does not cut it."""
+
+    view: memoryview
+    """uint8, the whole archive, read-only."""
+    offsets: np.ndarray
+    """uint64 [samples + 1]."""
+
+
+class ShardCache:
+    """Opens the shards of a manifest, and keeps the latest ones open.
+
+    Args:
+        manifest: names, sizes and hashes.
+        cache_dir: for downloads and notes; None: `default_cache_dir`.
+        cache_bytes: what the downloads may take. The shard just downloaded always stays, even when it alone is larger.
+    """
+
+    def __init__(self, manifest: Manifest, cache_dir: Path | None, cache_bytes: int) -> None:
+        self._manifest = manifest
+        self._cache_dir = cache_dir or default_cache_dir()
+        self._cache_bytes = cache_bytes
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # memory maps cannot travel to a worker
+
+    def open(self, shard: int) -> OpenShard:
+        """A shard by its number in the manifest.
+
+        Raises:
+            UserError: it is missing, or not what the manifest says.
+        """
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        self._open[shard] = opened = self._open_verified(self._manifest.shards[shard])
+        if len(self._open) > MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return opened
+
+    def _open_verified(self, entry: ShardEntry) -> OpenShard:
+        url = storage.join(self._manifest.url, entry.name)
+        try:
+            if storage.is_local(url):
+                return self._open_local(storage.local_path(url), entry)
+            return self._open_remote(url, entry)
+        except FileNotFoundError as error:
+            raise self._damaged(entry, f"{error.filename or error} does not exist") from error
+        except _Damage as damage:
+            raise self._damaged(entry, str(damage)) from damage
+
+    def _damaged(self, entry: ShardEntry, cause: str) -> UserError:
+        return UserError(
+            f"shard {entry.name} of {self._manifest.url}: {cause}; restore it from a copy, "
+            f"and look for more with `clipmill verify {self._manifest.url}`"
+        )
+
+    def _open_local(self, path: Path, entry: ShardEntry) -> OpenShard:
+        with path.open("rb") as file, self._note(path, entry) as note:
+            _check_file(file, entry, note)
+            return _map(file, path.with_name(entry.name + INDEX_SUFFIX).read_bytes(), entry)
+
+    # ------------------------------------------------------------------------------------- downloads
+
+    @property
+    def _downloads(self) -> Path:
+        return self._cache_dir / "shards"
+
+    def _open_remote(self, url: str, entry: ShardEntry) -> OpenShard:
+        self._downloads.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._downloads / f"{entry.sha256}.tar"
+        index_path = path.with_name(path.name + INDEX_SUFFIX)
+        with self._note(path, entry) as note:
+            with contextlib.suppress(FileNotFoundError, _Damage), path.open("rb") as file:
+                _check_file(file, entry, note)
+                opened = _map(file, index_path.read_bytes(), entry)
+                os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))  # "used" must outlive noatime
+                return opened
+            unfinished = path.with_suffix(".part")  # the lock keeps others off, so a killed download is written over
+            storage.fetch(url + INDEX_SUFFIX, index_path)
+            storage.fetch(url, unfinished)
+            with unfinished.open("rb") as file:
+                _check_file(file, entry, note)
+                opened = _map(file, index_path.read_bytes(), entry)
+                os.rename(unfinished, path)
+        self._evict(keep=path)
+        return opened
+
+    def _evict(self, keep: Path) -> None:
+        """Removes the downloads used least recently until the rest fits the budget."""
+        found = []
+        for path in self._downloads.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process evicts too
+                stat = path.stat()
+                found.append((stat.st_atime_ns, path, stat.st_size))
+        num_bytes = sum(size for _, _, size in found)
+        for _, path, size in sorted(found):
+            if num_bytes <= self._cache_bytes:
+                return
+            if path != keep:
+                logger.debug("evicting %s", path)
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+                num_bytes -= size
+
+    # ----------------------------------------------------------------------------------------- notes
+
+    @contextlib.contextmanager
+    def _note(self, path: Path, entry: ShardEntry) -> Iterator[BinaryIO | None]:
+        """The locked note on a file; None where the cache folder cannot be written and nothing can be remembered."""
+        folder = self._cache_dir / "verified"
+        name = hashlib.sha256(f"{os.path.abspath(path)}\n{entry.sha256}".encode()).hexdigest()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            note = os.fdopen(os.open(folder / name[:32], os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b")
+        except OSError as error:
+            logger.debug("cannot remember verified shards in %s: %s", folder, error)
+            yield None
+            return
+        with note:
+            fcntl.flock(note, fcntl.LOCK_EX)
+            yield note
+
+
+class _Damage(Exception):
+    """A file is not what the manifest says; the message is the cause."""
+
+
+def _check_file(file: io.BufferedReader, entry: ShardEntry, note: BinaryIO | None) -> None:
+    """Raises `_Damage` unless the file has the entry's size and hash, which the note may vouch for."""
+    stat = os.fstat(file.fileno())
+    if stat.st_size != entry.bytes:
+        raise _Damage(f"{file.name} has {stat.st_size} bytes, the manifest says {entry.bytes}")
+    seen = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode()
+    if note is not None and note.read() == seen:
+        return
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != entry.sha256:
+        raise _Damage(f"{file.name} has sha256 {sha256}, the manifest says {entry.sha256}")
+    if note is not None:
+        note.seek(0)
+        note.write(seen)
+        note.truncate()
+        note.flush()
+
+
+def _map(file: io.BufferedReader, index: bytes, entry: ShardEntry) -> OpenShard:
+    if hashlib.sha256(index).hexdigest() != entry.index_sha256:
+        raise _Damage(f"its {INDEX_SUFFIX} does not have the sha256 of the manifest")
+    offsets = read_index(index)
+    return OpenShard(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), offsets)

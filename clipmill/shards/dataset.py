@@ -1,0 +1,286 @@
+"""Samples of a manifest as torch batches, in the order of `clipmill.shards.order`.
+
+The loader keeps no state. A micro-batch is a function of its number, and a worker that is given the number computes
+positions, shards and rows itself; so the sequence does not depend on the number of workers, and to resume is to
+start counting elsewhere. Workers are spawned, because neither fsspec nor CUDA survives a fork.
+
+    G  global batch    W  world size    share = ceil(G / W) rows of a rank
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from clipmill.errors import ClipmillError
+from clipmill.shards.cache import ShardCache
+from clipmill.shards.format import parse_npy, read_sample
+from clipmill.shards.manifest import Manifest
+from clipmill.shards.order import Order, batch_positions, locate_stored, part_rows, rank_rows
+
+__all__ = ["Decode", "ShardDataset", "decode_clip", "decode_codes", "eval_batches", "train_batches"]
+
+Decode = Callable[[dict[str, memoryview]], dict[str, Any]]
+"""Members of a sample -> its fields. A module-level function, since loader workers import it by name."""
+
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of a batch: shards int64, rows in them int64, weights float32, each [rows]."""
+
+PREFETCH_FACTOR = 4
+"""Micro-batches that each loader worker has ready."""
+
+
+# -------------------------------------------------------------------------------------------- decoding
+
+
+def decode_clip(members: dict[str, memoryview]) -> dict[str, Any]:
+    """A sample of ``clips``.
+
+    Returns:
+        ``video`` uint8 [T, H, W, 3], ``label`` str | None, ``meta`` the whole json member, and if it has actions
+        ``actions`` float32 [T, action_dim].
+    """
+    if "mp4" in members:
+        from clipmill.video import decode_mp4  # here alone: a prior trains on a machine without codecs
+
+        video = decode_mp4(bytes(members["mp4"]))
+    else:
+        video = parse_npy(members["npy"])
+    meta = json.loads(bytes(members["json"]))
+    return {"video": video, "label": meta["label"], "meta": meta, **_actions(members)}
+
+
+def decode_codes(members: dict[str, memoryview]) -> dict[str, Any]:
+    """A sample of ``tokens``.
+
+    Returns:
+        ``codes`` int64 [t, h, w] (narrower on disk), ``label`` str | None, and if it has actions ``actions`` float32
+        [T, action_dim].
+    """
+    codes = parse_npy(members["codes.npy"]).astype(np.int64)
+    return {"codes": codes, "label": json.loads(bytes(members["json"]))["label"], **_actions(members)}
+
+
+def _actions(members: dict[str, memoryview]) -> dict[str, np.ndarray]:
+    if "actions.npy" not in members:
+        return {}
+    return {"actions": parse_npy(members["actions.npy"]).astype(np.float32)}
+
+
+def _collate(samples: Sequence[dict[str, Any]], weight: np.ndarray) -> dict[str, Any]:
+    """Fields of equally shaped arrays become tensors [rows, ...], others (labels, keys) lists; adds ``weight``."""
+    batch: dict[str, Any] = {}
+    for field, first in samples[0].items():
+        values = [sample[field] for sample in samples]
+        batch[field] = torch.from_numpy(np.stack(values)) if isinstance(first, np.ndarray) else values
+    return {**batch, "weight": torch.from_numpy(weight)}
+
+
+# ---------------------------------------------------------------------------------------------- dataset
+
+
+class ShardDataset(Dataset[dict[str, Any]]):
+    """The samples of a manifest in stored order, each shard verified before its first sample is served.
+
+    Args:
+        manifest: what to read.
+        decode: makes fields of a sample's members; arrays that it returns must not be written to.
+        cache_dir: local folder for downloaded shards and for notes on what was verified; None: one of this user in
+            the system's temporary folder.
+        cache_bytes: what the downloaded shards may take.
+    """
+
+    def __init__(
+        self, manifest: Manifest, decode: Decode, cache_dir: Path | None = None, cache_bytes: int = 64 * 2**30
+    ) -> None:
+        self.manifest = manifest
+        self._decode = decode
+        self._cache = ShardCache(manifest, cache_dir, cache_bytes)
+        self._ends = np.cumsum(manifest.counts)
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample at a place in stored order."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no sample {index} in a data set of {len(self)}")
+        shard, row = locate_stored(self._ends, np.array([index]))
+        return self.read(int(shard[0]), int(row[0]))
+
+    def read(self, shard: int, row: int) -> dict[str, Any]:
+        """A sample by shard and row.
+
+        Returns:
+            What ``decode`` made of it, and its ``key``.
+
+        Raises:
+            UserError: the shard is missing, or not what the manifest says.
+        """
+        opened = self._cache.open(shard)
+        key, members = read_sample(opened.view, int(opened.offsets[row]), int(opened.offsets[row + 1]))
+        return {**self._decode(members), "key": key}
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def train_batches(
+    dataset: ShardDataset,
+    order: Order,
+    *,
+    global_batch: int,
+    micro_batch: int | None,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    num_workers: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """The micro-batches of one rank, step by step and without end.
+
+    Args:
+        dataset: what to read.
+        order: over the counts of the same manifest.
+        global_batch: G, samples a step over all ranks.
+        micro_batch: most rows at once; None: the whole share.
+        rank: 0 to ``world_size`` - 1.
+        world_size: W.
+        first_step: where to start; together with G, the loader's whole state.
+        num_workers: processes that read and decode; 0: this one does.
+
+    Yields:
+        For each step ceil(share / micro_batch) batches of equal rows, the same number on every rank: the fields that
+        ``decode`` returned, ``key``, and ``weight`` float32 [rows], 0 on rows that only fill up (all rows of a batch
+        may be such where W does not divide G).
+
+    Raises:
+        UserError: a shard is missing or damaged.
+    """
+    share = -(-global_batch // world_size)
+    num_micro_batches = -(-share // (micro_batch or share))
+    place = _TrainPlace(order, global_batch, rank, world_size, num_micro_batches)
+    batches = _load(dataset, place, range(first_step * num_micro_batches, sys.maxsize), num_workers)
+    while True:
+        yield [next(batches) for _ in range(num_micro_batches)]
+
+
+def eval_batches(
+    dataset: ShardDataset,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    max_samples: int | None = None,
+    num_workers: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """The first samples of a data set in stored order, each once: rank r takes the r-th of W contiguous parts.
+
+    Args:
+        dataset: what to read.
+        batch_size: rows of each batch, if a rank's part has as many.
+        rank: 0 to ``world_size`` - 1.
+        world_size: W.
+        max_samples: how many to read over all ranks; None: all.
+        num_workers: processes that read and decode; 0: this one does.
+
+    Yields:
+        Batches as those of `train_batches`, all of the same rows and the same number on every rank.
+
+    Raises:
+        UserError: a shard is missing or damaged.
+    """
+    num_samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
+    share = -(-num_samples // world_size)
+    num_batches = -(-share // batch_size)
+    place = _EvalPlace(np.cumsum(dataset.manifest.counts), num_samples, share, rank, num_batches)
+    return _load(dataset, place, range(num_batches), num_workers)
+
+
+@dataclass(frozen=True)
+class _TrainPlace:
+    """Where the rows of micro-batch j are: it is number j mod M of the M that make up step j div M."""
+
+    order: Order
+    global_batch: int
+    rank: int
+    world_size: int
+    num_micro_batches: int
+
+    def __call__(self, number: int) -> Rows:
+        step, micro_step = divmod(number, self.num_micro_batches)
+        positions = batch_positions(step, self.global_batch, self.order.num_samples, self.order.num_streams)
+        positions, weight = rank_rows(positions, self.rank, self.world_size)
+        picked, filled = part_rows(len(positions), micro_step, self.num_micro_batches)
+        return *self.order.locate(positions[picked]), weight[picked] * filled
+
+
+@dataclass(frozen=True)
+class _EvalPlace:
+    """Where the rows of batch j are, in the part of ``share`` samples that is this rank's."""
+
+    ends: np.ndarray
+    num_samples: int
+    share: int
+    rank: int
+    num_batches: int
+
+    def __call__(self, number: int) -> Rows:
+        picked, filled = part_rows(self.share, number, self.num_batches)
+        index = self.rank * self.share + picked
+        weight = filled * (index < self.num_samples)
+        return *locate_stored(self.ends, np.minimum(index, self.num_samples - 1)), weight.astype(np.float32)
+
+
+class _Batches(Dataset[Any]):
+    """Collated batches by number: all that a loader worker knows."""
+
+    def __init__(self, dataset: ShardDataset, place: Callable[[int], Rows]) -> None:
+        self._dataset, self._place = dataset, place
+
+    def __getitem__(self, number: int) -> dict[str, Any] | ClipmillError:
+        shards, rows, weight = self._place(number)
+        try:
+            samples = [self._dataset.read(*row) for row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        except ClipmillError as error:  # raised by a worker, torch would bury its one line under a traceback
+            return error
+        return _collate(samples, weight)
+
+
+def _load(
+    dataset: ShardDataset, place: Callable[[int], Rows], numbers: range, num_workers: int
+) -> Iterator[dict[str, Any]]:
+    """Batches by their numbers, in this process or a few ahead in others."""
+    loader = DataLoader(
+        _Batches(dataset, place),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="spawn" if num_workers else None,
+        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
+        generator=torch.Generator(),  # else the loader draws a seed from the global generator of the training
+    )
+    for batch in loader:
+        if isinstance(batch, ClipmillError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Replaces torch's conversion: batches come collated."""
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # the cores belong to the training; as many workers as asked for are as many threads
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the step under way needs its data

@@ -1,0 +1,280 @@
+"""Shards: plain WebDataset tars whose bytes depend on their samples only, and the offsets to read them at random.
+
+A shard is a USTAR archive as webdataset's own writer makes it: times and owners zero, mode 0444, the members of a
+sample side by side and sorted by name (``KEY.actions.npy``, ``KEY.json``, ``KEY.mp4``). Beside ``NAME.tar`` lies
+``NAME.tar.idx``: ``<u8`` offsets of each sample and, last, of the end of the last one. With it a reader takes any
+sample out of a memory map without looking at the rest of the archive.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "Part",
+    "Sample",
+    "UnitWriter",
+    "file_sha256",
+    "json_bytes",
+    "npy_bytes",
+    "parse_npy",
+    "read_index",
+    "read_sample",
+]
+
+INDEX_SUFFIX = ".idx"
+BLOCK_BYTES = 512
+MAX_NAME_LENGTH = 100
+"""Of the USTAR name field: longer names would need its prefix field, which `read_sample` does not look at."""
+MAX_MEMBER_BYTES = 8**11 - 1
+"""Eleven octal digits."""
+# webdataset splits a member's name at its first dot, and its writer skips members that begin with "_".
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_MEMBER = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip, or its codes: files that share a key."""
+
+    key: str
+    """``{video id, 16 hex}_{clip ordinal:06d}``: letters, digits, ``_`` and ``-``."""
+    members: dict[str, bytes]
+    """Content by extension: ``mp4``, ``json``, ``actions.npy``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished shard on the local disk; its index lies beside it."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+    path: Path
+
+    @property
+    def index_path(self) -> Path:
+        """The index: ``<u8`` offsets of each sample and of the end."""
+        return self.path.with_name(self.name + INDEX_SUFFIX)
+
+
+# -------------------------------------------------------------------------------------------- writing
+
+
+class UnitWriter:
+    """Packs the samples of one unit, in the order they come, into parts of about ``shard_bytes``.
+
+    Args:
+        folder: local and empty; an unfinished part lies there too, so the caller removes it as a whole.
+        prefix: what the samples are: ``clips``, ``tokens`` or ``samples``.
+        unit: number of the unit in the plan.
+        shard_bytes: a part is closed by the sample with which it reaches this size.
+    """
+
+    def __init__(self, folder: Path, prefix: str, unit: int, shard_bytes: int) -> None:
+        self._folder, self._prefix, self._unit, self._shard_bytes = folder, prefix, unit, shard_bytes
+        self._parts: list[Part] = []
+        self._keys: set[str] = set()
+        self._open: _OpenPart | None = None
+
+    def add(self, sample: Sample) -> None:
+        """Appends a sample.
+
+        Raises:
+            ValueError: its key was there before, or a name or size does not fit the format.
+        """
+        _check_sample(sample)
+        if sample.key in self._keys:
+            raise ValueError(f"two samples of unit {self._unit} have the key {sample.key}")
+        self._keys.add(sample.key)
+        if self._open is None:
+            self._open = _OpenPart(self._folder / "unfinished.tar")
+        self._open.add(sample)
+        if self._open.num_bytes >= self._shard_bytes:
+            self._close_part()
+
+    def finish(self) -> list[Part]:
+        """Closes the last part; all parts of the unit, none when it has no samples."""
+        if self._open is not None:
+            self._close_part()
+        return self._parts
+
+    def _close_part(self) -> None:
+        assert self._open is not None
+        path, index = self._open.path, self._open.close()
+        self._open = None
+        sha256 = file_sha256(path)
+        name = f"{self._prefix}-{self._unit:06d}-{len(self._parts):02d}-{sha256[:8]}.tar"
+        path = path.rename(self._folder / name)
+        part = Part(name, path.stat().st_size, sha256, len(index) - 1, path)
+        part.index_path.write_bytes(index.tobytes())
+        self._parts.append(part)
+
+
+class _OpenPart:
+    """A tar that still grows, and where its samples begin."""
+
+    def __init__(self, path: Path) -> None:
+        from webdataset import TarWriter  # importing it takes seconds and imports torch: only writers pay
+
+        self.path = path
+        self._file: BinaryIO = path.open("wb")
+        self._tar = TarWriter(self._file, encoder=False, user="", group="", mode=0o444, mtime=0)
+        self._offsets = [0]
+
+    @property
+    def num_bytes(self) -> int:
+        return self._offsets[-1]
+
+    def add(self, sample: Sample) -> None:
+        self._tar.write({"__key__": sample.key, **sample.members})
+        self._offsets.append(self._tar.tarstream.offset)  # the file's own position lags behind: tarfile buffers
+
+    def close(self) -> np.ndarray:
+        """Completes the archive; the offsets, ``<u8`` [samples + 1]."""
+        self._tar.close()
+        self._file.close()
+        return np.array(self._offsets, "<u8")
+
+
+def _check_sample(sample: Sample) -> None:
+    if not _KEY.fullmatch(sample.key):
+        raise ValueError(f"sample key {sample.key!r} must be letters, digits, '_' and '-'")
+    if not sample.members:
+        raise ValueError(f"sample {sample.key} has no members")
+    for member, content in sample.members.items():
+        if not _MEMBER.fullmatch(member):
+            raise ValueError(f"member name {member!r} of {sample.key} must be like 'mp4' or 'actions.npy'")
+        if len(sample.key) + 1 + len(member) > MAX_NAME_LENGTH:
+            raise ValueError(f"name {sample.key}.{member} is longer than the {MAX_NAME_LENGTH} characters of USTAR")
+        if len(content) > MAX_MEMBER_BYTES:
+            raise ValueError(f"{sample.key}.{member} has {len(content)} bytes, USTAR holds {MAX_MEMBER_BYTES}")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+def read_index(buffer: Buffer) -> np.ndarray:
+    """The offsets in an index file.
+
+    Returns:
+        uint64 [samples + 1], from 0 on and strictly increasing; a view of ``buffer``.
+
+    Raises:
+        ValueError: these are no such offsets.
+    """
+    if len(buffer) == 0 or len(buffer) % 8:
+        raise ValueError(f"an index of {len(buffer)} bytes is cut short")
+    offsets = np.frombuffer(buffer, "<u8")
+    if offsets[0] != 0 or np.any(offsets[1:] <= offsets[:-1]) or np.any(offsets % BLOCK_BYTES):
+        raise ValueError("the index holds no increasing offsets of tar members")
+    return offsets
+
+
+def read_sample(shard: memoryview, start: int, end: int) -> tuple[str, dict[str, memoryview]]:
+    """The sample between two offsets of a shard.
+
+    Python's tarfile module takes longer to read a sample than most samples take to decode, so this reads the headers
+    itself: 512 bytes with the name in the first 100, the size as octal digits at 124 and the kind at 156, then the
+    content, padded to a multiple of 512.
+
+    Args:
+        shard: uint8 view of the whole archive, such as of a memory map.
+        start: offset of the sample.
+        end: offset of the next one.
+
+    Returns:
+        The key, and the contents by extension as views of ``shard`` (nothing is copied).
+
+    Raises:
+        ValueError: there is no whole sample.
+    """
+    if not 0 <= start < end <= len(shard):
+        raise ValueError(f"no sample from {start} to {end} in {len(shard)} bytes")
+    key = ""
+    members: dict[str, memoryview] = {}
+    offset = start
+    while offset < end:
+        header = bytes(shard[offset : offset + BLOCK_BYTES])
+        if len(header) < BLOCK_BYTES or header[257:262] != b"ustar" or header[156:157] != b"0":
+            raise ValueError(f"no USTAR file header at offset {offset}")
+        member_key, _, member = header[:MAX_NAME_LENGTH].rstrip(b"\0").decode("ascii").partition(".")
+        if members and member_key != key:
+            raise ValueError(f"sample {key} at offset {start} runs into {member_key}")
+        key = member_key
+        offset += BLOCK_BYTES
+        num_bytes = int(header[124:135], 8)
+        members[member] = shard[offset : offset + num_bytes]
+        offset += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    if offset != end:
+        raise ValueError(f"sample {key} at offset {start} ends at {offset}, not at {end}")
+    return key, members
+
+
+# ------------------------------------------------------------------------------------ member contents
+
+
+def json_bytes(document: Any) -> bytes:
+    """A JSON document in its one canonical form: keys sorted, no spaces, ASCII, no NaN."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as an npy file: format version 1.0, C order, little-endian."""
+    file = io.BytesIO()
+    little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    np.lib.format.write_array(file, little_endian, version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def parse_npy(buffer: Buffer) -> np.ndarray:
+    """The array in an npy file, as a read-only view: nothing is copied, nothing is unpickled.
+
+    Raises:
+        ValueError: this is no whole npy file of plain numbers.
+    """
+    view = memoryview(buffer)
+    prefix = bytes(view[:10])
+    if prefix[:8] != b"\x93NUMPY\x01\x00" or len(prefix) < 10:
+        raise ValueError("no npy file of format version 1.0")
+    start = 10 + int.from_bytes(prefix[8:], "little")
+    dtype, shape, order = _parse_npy_header(bytes(view[10:start]))
+    if len(view) - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"npy file of {list(shape)} {dtype} holds {len(view) - start} bytes of data")
+    array = np.frombuffer(view, dtype, offset=start).reshape(shape, order=order)
+    array.flags.writeable = False
+    return array
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
+    """Data type, shape and memory order; cached because the arrays of a data set share a handful of headers."""
+    try:
+        fields = ast.literal_eval(header.decode("latin1"))
+        dtype, shape, fortran = np.dtype(str(fields["descr"])), fields["shape"], fields["fortran_order"]
+    except (ValueError, SyntaxError, TypeError, KeyError) as error:
+        raise ValueError(f"unreadable npy header {header[:100]!r}") from error
+    if dtype.kind not in "biufc" or not all(isinstance(length, int) and length >= 0 for length in shape):
+        raise ValueError(f"npy file of {dtype} {shape} does not hold plain numbers")
+    return dtype, shape, "F" if fortran else "C"

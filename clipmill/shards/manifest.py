@@ -1,0 +1,224 @@
+"""Commit records, and the manifest that freezes them into a data set.
+
+A data set folder holds immutable tars and their indexes, ``commits/000012.json`` for each unit that is done, and, once
+all are, ``shards.txt`` (the tars' names, for any WebDataset reader) and ``manifest.json``. Writers of a unit put their
+objects first and create the record last, exclusively: of two writers one record wins, and it names whole objects of
+its own. Readers trust the manifest only. Names are relative and the fingerprint leaves the folder out, so a copied
+data set is the same data set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from clipmill import storage
+from clipmill.config import fingerprint
+from clipmill.errors import UserError
+from clipmill.shards.format import INDEX_SUFFIX, Part, file_sha256
+
+__all__ = [
+    "Kind",
+    "Manifest",
+    "ShardEntry",
+    "commit_unit",
+    "committed_shards",
+    "committed_units",
+    "freeze",
+    "read_commit",
+]
+
+SCHEMA = 1
+"""Of commit records and manifests."""
+NUM_READERS = 16
+"""Commit records that are read at once: a bucket answers each after some 20 ms."""
+_RECORD_NAME = re.compile(r"(\d{6,})\.json")
+
+Kind = Literal["clips", "tokens", "samples"]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a data set, as commit records and manifests name it."""
+
+    name: str
+    """Relative to the data set's folder."""
+    bytes: int
+    sha256: str
+    index_sha256: str
+    """Of ``NAME.idx``."""
+    samples: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A frozen data set."""
+
+    url: str
+    """The folder it was loaded from; no part of its identity."""
+    kind: Kind
+    shards: tuple[ShardEntry, ...]
+    num_samples: int
+    fingerprint: str
+    """SHA-256 (hex) over kind, recipe, and the shards' names, hashes and counts."""
+    recipe: dict[str, Any]
+    """How the samples were made: equal recipes and inputs give equal samples."""
+    facts: dict[str, Any]
+    """What readers want to know and identity does not depend on: class names, pixel statistics, versions."""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard: int64 [num_shards]."""
+        return np.array([shard.samples for shard in self.shards], np.int64)
+
+    @staticmethod
+    def load(url: str, kind: Kind | None = None) -> Manifest:
+        """Reads ``manifest.json`` of a data set folder that is to hold ``kind``; None: whatever it holds.
+
+        Raises:
+            FileNotFoundError: there is none, the data set is not finished.
+            UserError: it is damaged, of a newer schema, or holds something else than ``kind``.
+        """
+        document_url = storage.join(url, "manifest.json")
+        document = storage.read_document(document_url, SCHEMA)
+        try:
+            shards = tuple(ShardEntry(**entry) for entry in document["shards"])
+            manifest = _manifest(url, document["kind"], shards, document["recipe"], document["facts"])
+            whole = manifest.fingerprint == document["fingerprint"]
+        except (KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{document_url} is damaged; restore it, or remove it and run the data set's stage again")
+        if kind is not None and manifest.kind != kind:
+            raise UserError(f"{url} holds {manifest.kind}, not {kind}; name a folder of {kind}")
+        return manifest
+
+
+def _manifest(
+    url: str, kind: Kind, shards: tuple[ShardEntry, ...], recipe: dict[str, Any], facts: dict[str, Any]
+) -> Manifest:
+    identity = {
+        "kind": kind,
+        "recipe": recipe,
+        "shards": [[shard.name, shard.sha256, shard.samples] for shard in shards],
+    }
+    num_samples = sum(shard.samples for shard in shards)
+    return Manifest(url, kind, shards, num_samples, fingerprint(identity), recipe, facts)
+
+
+# -------------------------------------------------------------------------------------- commit records
+
+
+def _record_url(url: str, unit: int) -> str:
+    return storage.join(url, "commits", f"{unit:06d}.json")
+
+
+def commit_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:
+    """Publishes the shards of a finished unit and commits them; a unit without samples commits too.
+
+    Args:
+        url: the data set's folder.
+        unit: number of the unit in the plan.
+        parts: what `UnitWriter.finish` returned.
+        body: JSON facts of the stage to keep in the record: exclusions, videos, versions. Its keys stand beside
+            ``unit`` and ``parts``.
+
+    Returns:
+        The record that holds from now on: that of the first writer. Another one's shards remain as orphans.
+
+    Raises:
+        ValueError: ``body`` has a key of the record itself.
+    """
+    if taken := body.keys() & {"schema", "unit", "parts"}:
+        raise ValueError(f"the body of a commit record cannot have the keys {sorted(taken)}")
+    if not storage.exists(_record_url(url, unit)):
+        for part in parts:
+            storage.publish_file(part.path, storage.join(url, part.name))
+            storage.publish_file(part.index_path, storage.join(url, part.name + INDEX_SUFFIX))
+        record = {"unit": unit, "parts": [asdict(_entry(part)) for part in parts], **body}
+        storage.create_document(_record_url(url, unit), record, SCHEMA)
+    return read_commit(url, unit)
+
+
+def _entry(part: Part) -> ShardEntry:
+    return ShardEntry(part.name, part.bytes, part.sha256, file_sha256(part.index_path), part.samples)
+
+
+def committed_units(url: str) -> list[int]:
+    """Numbers of the committed units, ascending: one listing, no record is read."""
+    names = (_RECORD_NAME.fullmatch(entry.name) for entry in storage.list_folder(storage.join(url, "commits")))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def read_commit(url: str, unit: int) -> dict[str, Any]:
+    """The commit record of a unit: ``unit``, ``parts`` (fields of `ShardEntry`) and the stage's own keys.
+
+    Raises:
+        FileNotFoundError: the unit is not committed.
+    """
+    return storage.read_document(_record_url(url, unit), SCHEMA)
+
+
+def committed_shards(url: str, units: Sequence[int]) -> list[ShardEntry]:
+    """The shards of committed units, in the order of ``units``.
+
+    Raises:
+        FileNotFoundError: one of them is not committed.
+        UserError: a record is damaged.
+    """
+
+    def shards_of(unit: int) -> list[ShardEntry]:
+        record = read_commit(url, unit)
+        try:
+            return [ShardEntry(**part) for part in record["parts"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{_record_url(url, unit)} is damaged; restore or remove it") from error
+
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        return [shard for shards in readers.map(shards_of, units) for shard in shards]
+
+
+# ---------------------------------------------------------------------------------------------- freeze
+
+
+def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], facts: dict[str, Any]) -> Manifest:
+    """Makes a data set of committed units: writes ``shards.txt`` and, last, ``manifest.json``.
+
+    Running it again with the same input changes nothing on disk.
+
+    Args:
+        url: the data set's folder.
+        kind: what the samples are.
+        units: numbers of the units, in the order of the data set.
+        recipe: JSON facts that enter the fingerprint.
+        facts: other JSON facts for readers.
+
+    Raises:
+        FileNotFoundError: a unit is not committed.
+    """
+    manifest = _manifest(url, kind, tuple(committed_shards(url, units)), recipe, facts)
+    names = "".join(f"{shard.name}\n" for shard in manifest.shards).encode()
+    names_url = storage.join(url, "shards.txt")
+    if not storage.exists(names_url) or storage.read_bytes(names_url) != names:
+        storage.publish_bytes(names_url, names)
+    document = {
+        "kind": kind,
+        "units": list(units),
+        "shards": [asdict(shard) for shard in manifest.shards],
+        "num_samples": manifest.num_samples,
+        "fingerprint": manifest.fingerprint,
+        "recipe": recipe,
+        "facts": facts,
+    }
+    document_url = storage.join(url, "manifest.json")
+    if not storage.exists(document_url) or storage.read_document(document_url, SCHEMA) != {
+        "schema": SCHEMA,
+        **document,
+    }:
+        storage.publish_document(document_url, document, SCHEMA)
+    return Manifest.load(url, kind)  # as every reader will see it: tuples of the recipe have become lists

@@ -1,0 +1,227 @@
+"""The order of samples as a pure function of (seed, position): nothing to shuffle, nothing to store.
+
+    N  samples of the data set        G  global batch, samples a step
+    P  streams, see `num_streams`     W  world size, ranks
+    w  window, samples of one stream that are permuted among themselves
+
+A run takes positions 0, 1, 2, ... Position p is in epoch e = p div N; with i = p mod N it belongs to stream
+s = i mod P and is number i div P of it. Each epoch puts the shards in a keyed order; concatenated in it, their samples
+are cut into P contiguous streams (the first N mod P are one longer, which makes (s, number) <-> i a bijection); inside
+a stream each window of w samples is permuted. The first window of stream s has w - floor(s w / P) samples, so
+that streams do not all step into the next window, and shard, at the same time.
+
+Step k takes positions [k G, (k + 1) G), stably sorted by (epoch, stream), and rank r of W the r-th part of
+ceil(G / W) of these rows. So a batch holds the same samples for any W, each sample comes once an epoch, and where
+to go on is one integer. When P divides G and W divides P, a rank keeps to its own P / W streams, and so to few shards.
+
+Permutations are Feistel networks of 8 rounds on the bits of the index (M. Luby, C. Rackoff, "How to construct
+pseudorandom permutations from pseudorandom functions", 1988), restricted to n values by walking the cycle until an
+image is below n (J. Black, P. Rogaway, "Ciphers with arbitrary finite domains", 2002). Round functions and keys are
+outputs of SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014), because
+the streams of numpy's generators are not promised to stay the same. **Any change here changes the order of every run.**
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+
+from clipmill.errors import UserError
+
+__all__ = ["Order", "batch_positions", "locate_stored", "num_streams", "part_rows", "rank_rows"]
+
+MAX_STREAMS = 64
+CACHED_EPOCHS = 4
+"""A batch straddles two epochs, more only when the data set is smaller than the batch."""
+NUM_ROUNDS = 8
+MIN_BITS = 6
+"""With fewer, halves of a bit or two do not mix: some orders of five shards would come twice as often as others."""
+SHARDS, WINDOWS = 0, 1
+"""First number drawn below the seed: what a key is for."""
+
+
+def num_streams(global_batch: int) -> int:
+    """P: the largest divisor of the global batch up to 64."""
+    return max(divisor for divisor in range(1, MAX_STREAMS + 1) if global_batch % divisor == 0)
+
+
+def batch_positions(step: int, global_batch: int, num_samples: int, num_streams: int) -> np.ndarray:
+    """The positions of one step, stably sorted by (epoch, stream): int64 [G]."""
+    positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+    epoch, index = np.divmod(positions, num_samples)
+    return positions[np.lexsort((index % num_streams, epoch))]
+
+
+def part_rows(num_rows: int, part: int, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """One of ``num_parts`` equal parts of ``range(num_rows)``.
+
+    Returns:
+        Rows int64 and weights float32, both [ceil(num_rows / num_parts)]: where the rows have run out the last one is
+        repeated with weight 0.
+    """
+    size = -(-num_rows // num_parts)
+    rows = np.arange(part * size, (part + 1) * size)
+    return np.minimum(rows, num_rows - 1), (rows < num_rows).astype(np.float32)
+
+
+def rank_rows(positions: np.ndarray, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part of a batch that one rank takes.
+
+    Args:
+        positions: int64 [G], from `batch_positions`.
+        rank: 0 to ``world_size`` - 1.
+        world_size: number of ranks.
+
+    Returns:
+        Positions int64 and weights float32, both [ceil(G / W)]; weight 0 marks rows that only fill up.
+    """
+    rows, weight = part_rows(len(positions), rank, world_size)
+    return positions[rows], weight
+
+
+def locate_stored(ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row of samples by their number when shards are read one after the other.
+
+    Args:
+        ends: int64 [num_shards], number of samples up to the end of each shard.
+        index: int64 [n], from 0 to the last sample.
+
+    Returns:
+        Shards and rows, both int64 [n]; shards without samples are skipped.
+    """
+    shard = np.searchsorted(ends, index, side="right")
+    return shard, index - np.where(shard == 0, 0, ends[shard - 1])
+
+
+class Order:
+    """Which sample is at a position.
+
+    Its state is a cache: the shard order of a few epochs, 16 bytes a shard each.
+
+    Args:
+        counts: int64 [num_shards], samples of each shard; shards without samples are allowed.
+        seed: any integer; taken modulo 2**64.
+        num_streams: P.
+        window: w, in samples.
+
+    Raises:
+        UserError: the data set holds no sample at all.
+    """
+
+    def __init__(self, counts: np.ndarray, seed: int, num_streams: int, window: int) -> None:
+        assert num_streams > 0
+        assert window > 0
+        self.num_samples = int(np.sum(counts))
+        self.num_streams = num_streams
+        self.window = window
+        self._counts = np.asarray(counts, np.int64)
+        self._seed = np.array([seed % 2**64], np.uint64)
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        if self.num_samples == 0:
+            raise UserError("the data set holds no samples; add videos and run its stage again")
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row in the shard of each position.
+
+        Args:
+            positions: int64 [n], not negative, in any order.
+
+        Returns:
+            Shards and rows, both int64 [n].
+        """
+        epoch, index = np.divmod(np.asarray(positions, np.int64), self.num_samples)
+        place = self._place_in_epoch(epoch, index)
+        shard = np.empty_like(place)
+        row = np.empty_like(place)
+        for number in np.unique(epoch):
+            here = epoch == number
+            order, ends = self._shard_order(int(number))
+            slot, row[here] = locate_stored(ends, place[here])
+            shard[here] = order[slot]
+        return shard, row
+
+    def _place_in_epoch(self, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Place of position ``index`` of each epoch in the concatenation of that epoch's shards: int64 [n]."""
+        offset, stream = np.divmod(index, self.num_streams)
+        shortest, num_longer = divmod(self.num_samples, self.num_streams)
+        stream_start = stream * shortest + np.minimum(stream, num_longer)
+        stream_length = shortest + (stream < num_longer)
+
+        first = self.window - stream * self.window // self.num_streams
+        window = np.where(offset < first, 0, 1 + (offset - first) // self.window)
+        window_start = np.where(window == 0, 0, first + (window - 1) * self.window)
+        window_end = np.minimum(first + window * self.window, stream_length)
+
+        key = _keys(self._seed, WINDOWS, epoch, stream, window)
+        permuted = _permute(offset - window_start, window_end - window_start, key)
+        return stream_start + window_start + permuted
+
+    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of an epoch, and the number of samples up to the end of each: int64 [num_shards]."""
+        if epoch in self._epochs:
+            self._epochs.move_to_end(epoch)
+            return self._epochs[epoch]
+        slots = np.arange(len(self._counts))
+        order = _permute(slots, np.full_like(slots, len(slots)), _keys(self._seed, SHARDS, np.array([epoch])))
+        self._epochs[epoch] = order, np.cumsum(self._counts[order])
+        if len(self._epochs) > CACHED_EPOCHS:
+            self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+
+def _splitmix64(state: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """Output ``number`` (from 0) of the SplitMix64 generators seeded with ``state``; uint64, modulo 2**64."""
+    mixed = state + (number + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _keys(seed: np.ndarray, purpose: int, *numbers: np.ndarray) -> np.ndarray:
+    """One key for each tuple of numbers: every number picks the generator's output that seeds the next generator."""
+    key = _splitmix64(seed, np.array([purpose], np.uint64))
+    for number in numbers:
+        key = _splitmix64(key, number.astype(np.uint64))
+    return key
+
+
+def _permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The image of each index under the keyed permutation of ``range(size)``.
+
+    Args:
+        index: int64 [n], at least 0 and below ``size``.
+        size: int64 [n], at least 1.
+        key: uint64 [n] or [1].
+
+    Returns:
+        int64 [n].
+    """
+    key = np.broadcast_to(key, index.shape)
+    # frexp's exponent is the number of bits of an integer: the smallest power of two that holds every index.
+    num_bits = np.frexp((size - 1).astype(np.float64))[1]
+    num_bits = np.where(size == 1, 0, np.maximum(num_bits, MIN_BITS)).astype(np.uint64)
+    image = _feistel(index.astype(np.uint64), num_bits, key)
+    outside = np.flatnonzero(image >= size.astype(np.uint64))
+    while outside.size:  # each step brings home half of them or more, on average, unless sizes are tiny
+        image[outside] = _feistel(image[outside], num_bits[outside], key[outside])
+        outside = outside[image[outside] >= size[outside].astype(np.uint64)]
+    return image.astype(np.int64)
+
+
+def _feistel(value: np.ndarray, num_bits: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """A keyed permutation of the numbers of ``num_bits`` bits; all uint64 [n].
+
+    Each round changes one half of the bits by a function of the other: output ``half * NUM_ROUNDS + round`` of the
+    SplitMix64 generator seeded with the key. The halves differ by one bit when ``num_bits`` is odd.
+    """
+    left_bits = num_bits >> np.uint64(1)
+    right_bits = num_bits - left_bits
+    left_mask = (np.uint64(1) << left_bits) - np.uint64(1)
+    right_mask = (np.uint64(1) << right_bits) - np.uint64(1)
+    left, right = value >> right_bits, value & right_mask
+    rounds = np.uint64(NUM_ROUNDS)
+    for number in range(0, NUM_ROUNDS, 2):
+        right = right ^ (_splitmix64(key, left * rounds + np.uint64(number)) & right_mask)
+        left = left ^ (_splitmix64(key, right * rounds + np.uint64(number + 1)) & left_mask)
+    return (left << right_bits) | right
