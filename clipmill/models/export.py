@@ -1,0 +1,174 @@
+"""Exports: a model as an immutable folder that needs nothing else to be used.
+
+    <training folder>/exports/<sha8>/model.safetensors    float32 weights and state
+                                     model.json           what the model is (schema 1), and the hash of the weights
+                      exports/latest.json                 names the newest sha8; written last
+
+``sha8`` begins the hash of weights and body, so the same content has the same name and saving it twice
+changes nothing. A prior's export holds its whole tokenizer: the weights under ``tokenizer.``, the
+tokenizer's model.json under ``tokenizer`` in the body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from clipmill import storage
+from clipmill.config import PriorModelConfig, VQVAEModelConfig, fingerprint
+from clipmill.errors import UserError
+from clipmill.models.prior import Prior
+from clipmill.models.vqvae import VQVAE
+
+__all__ = ["load_prior", "load_vqvae", "read_latest", "save_export"]
+
+SCHEMA = 1
+TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
+
+
+def save_export(folder_url: str, model: nn.Module, body: dict[str, Any], tokenizer: nn.Module | None = None) -> str:
+    """Writes an export and makes it the latest of its training folder.
+
+    Args:
+        folder_url: the training folder.
+        model: its float32 state dict becomes ``model.safetensors``.
+        body: plain JSON for ``model.json``: ``kind`` ("vqvae" or "prior"), ``model`` (identity of the model's
+            config) and what the loader of that kind reads (see `load_vqvae`, `load_prior`).
+        tokenizer: of a prior; its weights go into the same file.
+
+    Returns:
+        The export's sha8.
+    """
+    tensors = _tensors(model.state_dict(), "")
+    if tokenizer is not None:
+        tensors |= _tensors(tokenizer.state_dict(), "tokenizer.")
+    weights = safetensors.torch.save(tensors)
+    document = body | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    sha8 = fingerprint(document)[:8]
+    export_url = storage.join(folder_url, "exports", sha8)
+    if not storage.exists(storage.join(export_url, "model.json")):
+        storage.publish_bytes(storage.join(export_url, "model.safetensors"), weights)
+        storage.publish_document(storage.join(export_url, "model.json"), document | {"sha8": sha8}, SCHEMA)
+    if _latest_sha8(folder_url) != sha8:
+        storage.publish_document(storage.join(folder_url, "exports", "latest.json"), {"sha8": sha8}, SCHEMA)
+    return sha8
+
+
+def read_latest(url: str) -> tuple[dict[str, Any], str] | None:
+    """Body and sha8 of an export, without its weights; none when there is no export.
+
+    Args:
+        url: a training folder (its latest export), or one export folder.
+
+    Raises:
+        UserError: the export is damaged or was written by a newer clipmill.
+    """
+    export_url = _export_url(url)
+    if export_url is None:
+        return None
+    body = _read_body(export_url)
+    return body, body["sha8"]
+
+
+def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:
+    """Loads a tokenizer, in eval mode on the CPU; reads ``model`` and ``pixel_variance`` of its body.
+
+    Args:
+        url: a training folder (its latest export), or one export folder.
+
+    Returns:
+        The model, the body, the sha8.
+
+    Raises:
+        UserError: no export there, of another kind, damaged, or written by a newer clipmill.
+    """
+    body, tensors = _read(url, "vqvae")
+    return _build_vqvae(body, tensors), body, body["sha8"]
+
+
+def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
+    """Loads a prior with its tokenizer, both in eval mode on the CPU.
+
+    Reads ``model``, ``latent_shape``, ``num_codes``, ``num_classes`` and ``tokenizer`` of its body.
+
+    Args:
+        url: a training folder (its latest export), or one export folder.
+
+    Returns:
+        The prior, the tokenizer, the body, the sha8.
+
+    Raises:
+        UserError: no export there, of another kind, damaged, or written by a newer clipmill.
+    """
+    body, tensors = _read(url, "prior")
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
+    tokenizer = {name.removeprefix("tokenizer."): tensors[name] for name in tensors.keys() - own.keys()}
+    t, h, w = body["latent_shape"]
+    config = PriorModelConfig.model_validate(body["model"])
+    prior = Prior(config, (t, h, w), body["num_codes"], own["input.codebook"], body["num_classes"])
+    prior.load_state_dict(own)
+    return prior.eval(), _build_vqvae(body["tokenizer"], tokenizer), body, body["sha8"]
+
+
+def _build_vqvae(body: dict[str, Any], tensors: dict[str, Tensor]) -> VQVAE:
+    model = VQVAE(VQVAEModelConfig.model_validate(body["model"]), body["pixel_variance"])
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _latest_sha8(folder_url: str) -> str | None:
+    try:
+        return storage.read_document(storage.join(folder_url, "exports", "latest.json"), SCHEMA)["sha8"]
+    except FileNotFoundError:
+        return None
+
+
+def _export_url(url: str) -> str | None:
+    """The export folder that ``url`` means."""
+    sha8 = _latest_sha8(url)
+    if sha8 is not None:
+        return storage.join(url, "exports", sha8)
+    return url if storage.exists(storage.join(url, "model.json")) else None
+
+
+def _read_body(export_url: str) -> dict[str, Any]:
+    """The checked model.json of an export folder, without its schema number."""
+    url = storage.join(export_url, "model.json")
+    try:
+        body = storage.read_document(url, SCHEMA)
+    except FileNotFoundError:
+        raise UserError(f"{url} is missing; restore the export folder, or train again") from None
+    del body["schema"]
+    content = {key: value for key, value in body.items() if key != "sha8"}
+    if "kind" not in body or body.get("sha8") != fingerprint(content)[:8]:
+        raise UserError(f"{url} is damaged (its content does not hash to its sha8); restore it, or train again")
+    return body
+
+
+def _read(url: str, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Body and verified tensors of an export of one kind."""
+    export_url = _export_url(url)
+    if export_url is None:
+        raise UserError(f"no {kind} export at {url}; run `clipmill {TRAINING_COMMAND[kind]}` with this config first")
+    body = _read_body(export_url)
+    if body["kind"] != kind:
+        raise UserError(
+            f"{export_url} is an export of a {body['kind']}, not of a {kind}; name a folder that "
+            f"`clipmill {TRAINING_COMMAND[kind]}` wrote"
+        )
+    weights_url = storage.join(export_url, "model.safetensors")
+    try:
+        weights = storage.read_bytes(weights_url)
+    except FileNotFoundError:
+        raise UserError(f"{weights_url} is missing; restore the export folder, or train again") from None
+    if hashlib.sha256(weights).hexdigest() != body["weights_sha256"]:
+        raise UserError(f"{weights_url} is damaged (another SHA-256 than recorded); restore it, or train again")
+    return body, safetensors.torch.load(weights)

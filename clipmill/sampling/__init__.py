@@ -1,0 +1,7 @@
+"""Samples of a trained prior."""
+
+from __future__ import annotations
+
+from clipmill.sampling.generate import generate
+
+__all__ = ["generate"]

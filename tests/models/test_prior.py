@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from clipmill.config import PriorModelConfig
+from clipmill.errors import UserError
+from clipmill.models import prior as prior_module
+from clipmill.models.prior import Prior
+
+SHAPE = (2, 3, 4)
+NUM_POSITIONS = math.prod(SHAPE)
+
+
+def tiny(num_classes: int = 0, dropout: float = 0.0) -> Prior:
+    config = PriorModelConfig(
+        hidden_dim=24,
+        num_heads=4,
+        num_layers=2,
+        dropout=dropout,
+        attention_dropout=dropout,
+        class_conditional=num_classes > 0,
+    )
+    return Prior(config, SHAPE, num_codes=11, codebook=torch.randn(11, 5), num_classes=num_classes)
+
+
+def stirred(num_classes: int = 0) -> Prior:
+    """Every parameter away from its start, so that nothing is hidden behind a zero."""
+    prior = tiny(num_classes).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return prior
+
+
+def some_codes(batch_size: int = 3) -> torch.Tensor:
+    return torch.randint(11, (batch_size, *SHAPE))
+
+
+def test_loss_at_the_start_is_that_of_a_uniform_guess() -> None:
+    loss = tiny().loss(some_codes())
+    assert loss.shape == (3,)
+    torch.testing.assert_close(loss, torch.full((3,), math.log(11)))
+
+
+def test_loss_is_the_cross_entropy_of_the_logits() -> None:
+    prior, codes = stirred(), some_codes()
+    expected = -prior(codes).log_softmax(-1).gather(-1, codes.flatten(1)[..., None]).squeeze(-1).mean(1)
+    torch.testing.assert_close(prior.loss(codes), expected)
+
+
+def test_chunked_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, codes = stirred(), some_codes()
+    whole = prior.loss(codes)
+    whole_gradients = torch.autograd.grad(whole.sum(), list(prior.parameters()))
+    monkeypatch.setattr(prior_module, "CHUNK_LOGITS", 11 * 7)
+    chunked = prior.loss(codes)
+    torch.testing.assert_close(chunked, whole)
+    for gradient, expected in zip(
+        torch.autograd.grad(chunked.sum(), list(prior.parameters())), whole_gradients, strict=True
+    ):
+        torch.testing.assert_close(gradient, expected)
+
+
+@torch.no_grad()
+def test_a_position_sees_only_the_codes_before_it() -> None:
+    prior, codes = stirred(), some_codes()
+    logits = prior(codes)
+    for position in (0, 5, NUM_POSITIONS - 1):
+        changed = codes.flatten(1).clone()
+        changed[:, position] = (changed[:, position] + 1) % 11
+        difference = (prior(changed.view_as(codes)) - logits).abs().amax((0, 2))
+        assert not difference[: position + 1].any()
+        assert difference[position + 1 :].all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_cached_steps_equal_the_full_pass(num_classes: int) -> None:
+    prior, codes = stirred(num_classes), some_codes()
+    label = torch.tensor([2, 0, 1]) if num_classes else None
+    cache = prior.new_cache(3, label)
+    previous, steps = None, []
+    for column in codes.flatten(1).t():
+        steps.append(prior.step(cache, previous))
+        previous = column
+    torch.testing.assert_close(torch.stack(steps, 1), prior(codes, label), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_gradients_reach_every_parameter(num_classes: int) -> None:
+    prior = stirred(num_classes).train()
+    label = torch.arange(3) if num_classes else None
+    prior.loss(some_codes(), label).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in prior.parameters())
+
+
+@torch.no_grad()
+def test_each_class_has_norms_of_its_own() -> None:
+    prior = stirred(num_classes=3)
+    codes = some_codes(1).expand(3, -1, -1, -1)
+    label = torch.arange(3)
+    before = prior(codes, label)
+    assert not torch.allclose(before[0], before[1])
+    prior.norms.table[1] += 1
+    changed = (prior(codes, label) - before).abs().amax((1, 2))
+    assert changed[1] > 0
+    assert not changed[[0, 2]].any()
+
+
+@torch.no_grad()
+def test_a_class_norm_is_gain_one_plus_row_and_bias_row() -> None:
+    prior = stirred(num_classes=2)
+    norms = prior.norms(torch.tensor([1]))
+    assert len(norms) == 5
+    torch.testing.assert_close(norms[3].gain[0], 1 + prior.norms.table[1, 3, 0])
+    torch.testing.assert_close(norms[3].bias[0], prior.norms.table[1, 3, 1])
+
+
+def test_labels_and_classes_must_agree() -> None:
+    with pytest.raises(ValueError, match="got no label"):
+        tiny(num_classes=2).loss(some_codes())
+    with pytest.raises(ValueError, match="got a label"):
+        tiny().loss(some_codes(), torch.zeros(3, dtype=torch.int64))
+
+
+def test_dropout_acts_in_training_only() -> None:
+    prior = stirred()
+    noisy = tiny(dropout=0.5)
+    noisy.load_state_dict(prior.state_dict())
+    codes = some_codes()
+    assert not torch.equal(noisy.loss(codes), noisy.loss(codes))
+    torch.testing.assert_close(noisy.eval().loss(codes), prior.loss(codes))
+
+
+def test_settings_that_do_not_fit_are_user_errors() -> None:
+    with pytest.raises(UserError, match=r"multiple of 3.*use 66"):
+        Prior(PriorModelConfig(hidden_dim=64), SHAPE, 11, torch.randn(11, 5))
+    with pytest.raises(UserError, match="needs labelled clips"):
+        Prior(PriorModelConfig(hidden_dim=24, class_conditional=True), SHAPE, 11, torch.randn(11, 5), num_classes=0)
+
+
+def test_no_mask_is_stored() -> None:
+    largest = max(tensor.numel() for tensor in tiny().state_dict().values())
+    assert largest == 4 * 24 * 24
+
+
+def test_it_learns() -> None:
+    prior = tiny()
+    codes = torch.arange(NUM_POSITIONS).remainder(11).view(1, *SHAPE).repeat(2, 1, 1, 1)
+    optimizer = torch.optim.Adam(prior.parameters(), 1e-2)
+    for _ in range(30):
+        loss = prior.loss(codes).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipmill.models import quantizers
+from clipmill.models.quantizers import EMACodebook, nearest_codes
+
+
+def codebook(num_codes: int = 8, restart_share: float = 0.03, decay: float = 0.99) -> EMACodebook:
+    return EMACodebook(num_codes, 4, decay, restart_share)
+
+
+def rows_of(matrix: torch.Tensor) -> set[tuple[float, ...]]:
+    return {tuple(row) for row in matrix.tolist()}
+
+
+def test_first_batch_becomes_the_codebook_once() -> None:
+    quantizer = codebook(restart_share=0.0)
+    first, second = torch.randn(64, 4), torch.randn(64, 4) + 50
+    quantizer._initialise(quantizer._draw_rows(first))
+    initial = rows_of(quantizer.codebook)
+    assert len(initial) == 8
+    assert initial <= rows_of(first)
+    quantizer(first)
+    assert quantizer.initialised
+    before = quantizer.codebook.clone()
+    quantizer(second)
+    assert (quantizer.codebook - before).abs().max() < 5  # it moves towards the data, it is not drawn anew
+
+
+def test_a_loaded_codebook_is_not_initialised_again() -> None:
+    trained, resumed = codebook(), codebook()
+    batches = [torch.randn(64, 4) + 10 * step for step in range(4)]
+    for batch in batches[:2]:
+        trained(batch)
+    resumed.load_state_dict(trained.state_dict())
+    for batch in batches[2:]:
+        assert torch.equal(trained(batch).codes, resumed(batch).codes)
+    for name, buffer in trained.state_dict().items():
+        assert torch.equal(buffer, resumed.state_dict()[name]), name
+
+
+def test_eval_changes_nothing() -> None:
+    quantizer = codebook()
+    quantizer(torch.randn(64, 4))
+    before = {name: buffer.clone() for name, buffer in quantizer.state_dict().items()}
+    quantizer.eval()(torch.randn(64, 4) * 9)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in quantizer.state_dict().items())
+
+
+def test_averages_follow_the_formula() -> None:
+    quantizer = codebook(num_codes=2, restart_share=0.0, decay=0.9)
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0, 0, 0], [10, 10, 10, 10]]))
+    quantizer.counts.copy_(torch.tensor([2.0, 4.0]))
+    quantizer.sums.copy_(quantizer.codebook * quantizer.counts[:, None])
+    quantizer.initialised.fill_(True)
+    rows = torch.tensor([[1.0, 0, 0, 0], [3, 0, 0, 0], [9, 10, 10, 10]])
+    assert quantizer(rows).codes.tolist() == [0, 0, 1]
+    torch.testing.assert_close(quantizer.counts, torch.tensor([0.9 * 2 + 0.1 * 2, 0.9 * 4 + 0.1 * 1]))
+    torch.testing.assert_close(quantizer.codebook[0, 0], torch.tensor(0.1 * 4 / 2.0))
+    torch.testing.assert_close(quantizer.codebook[1, 0], torch.tensor((0.9 * 40 + 0.1 * 9) / 3.7))
+
+
+def test_a_dead_code_restarts_from_the_batch_with_count_and_sum() -> None:
+    quantizer = codebook(num_codes=4, restart_share=0.5)
+    rows = torch.randn(64, 4)
+    quantizer(rows)
+    quantizer.codebook[2] = 1e4
+    quantizer.counts[2] = 1.0
+    quantizer.sums[2] = 1e4
+    restarts = quantizer(rows).metrics["codebook_restarts"]
+    assert restarts >= 1
+    assert rows_of(quantizer.codebook[2:3].round(decimals=4)) <= rows_of(rows.round(decimals=4))
+    assert quantizer.counts[2] == 2 * 0.5 * 64 / 4
+    torch.testing.assert_close(quantizer.sums[2], quantizer.codebook[2] * quantizer.counts[2])
+
+
+def test_few_tokens_a_step_do_not_restart_every_code() -> None:
+    """The published absolute threshold overwrites most codes for ever when a step holds fewer rows than codes."""
+    quantizer = codebook(num_codes=64)
+    torch.manual_seed(1)
+    restarts = [quantizer(torch.randn(32, 4)).metrics["codebook_restarts"].item() for _ in range(100)]
+    assert sum(restarts) / len(restarts) < 6
+
+
+def test_unused_codes_survive_without_restarts() -> None:
+    quantizer = codebook(num_codes=2, restart_share=0.0, decay=0.01)
+    quantizer(torch.cat((torch.zeros(8, 4), torch.full((8, 4), 9.0))))
+    far = quantizer.codebook.clone()
+    for _ in range(40):
+        quantizer(torch.zeros(8, 4))
+    assert quantizer.codebook.isfinite().all()
+    torch.testing.assert_close(quantizer.codebook, far)
+
+
+def test_gradient_goes_straight_through() -> None:
+    rows = torch.randn(16, 4, requires_grad=True)
+    quantized = codebook()(rows)
+    direction = torch.randn(16, 4)
+    (gradient,) = torch.autograd.grad((quantized.latents * direction).sum(), rows, retain_graph=True)
+    assert torch.equal(gradient, direction)
+    (gradient,) = torch.autograd.grad(quantized.commitment.sum(), rows)
+    torch.testing.assert_close(gradient, (rows - quantized.latents).detach() / 2)
+
+
+@settings(deadline=None, max_examples=25)
+@given(num_rows=st.integers(1, 70), num_codes=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_nearest_codes_are_nearest_in_any_chunking(num_rows: int, num_codes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(num_rows, 3, generator=generator)
+    embeddings = torch.randn(num_codes, 3, generator=generator)
+    codes = nearest_codes(rows, embeddings)
+    distances = torch.cdist(rows.double(), embeddings.double())
+    torch.testing.assert_close(distances.gather(1, codes[:, None]).squeeze(1), distances.min(1).values)
+    whole, quantizers.CHUNK_SCORES = quantizers.CHUNK_SCORES, 2 * num_codes + 1
+    try:
+        assert torch.equal(nearest_codes(rows, embeddings), codes)
+    finally:
+        quantizers.CHUNK_SCORES = whole
+
+
+def test_drawn_rows_are_distinct_spread_and_change_with_the_step() -> None:
+    quantizer = codebook(num_codes=16)
+    rows = torch.arange(64.0)[:, None].expand(-1, 4).contiguous()
+    first = quantizer._draw_rows(rows)[:, 0]
+    assert first.unique().numel() == 16
+    assert torch.equal(first // 4, torch.arange(16.0))
+    quantizer.num_updates.add_(1)
+    assert not torch.equal(first, quantizer._draw_rows(rows)[:, 0])
+    draws = torch.stack([quantizers._keyed_uniform(torch.tensor(step), torch.arange(100)) for step in range(100)])
+    assert (draws.min() >= 0) & (draws.max() < 1)
+    assert draws.unique().numel() == 10_000
+    assert draws.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert draws.std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+def test_perplexity_and_usage() -> None:
+    metrics = quantizers._codebook_metrics(torch.tensor([4.0, 4.0, 0.0, 0.0]))
+    assert metrics["codebook_usage"] == 0.5
+    assert metrics["codebook_perplexity"].item() == pytest.approx(2)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipmill.config import VQVAEModelConfig
+from clipmill.errors import UserError
+from clipmill.models.vqvae import VQVAE, halvings, latent_shape, to_input, to_pixels
+
+
+def tiny(**changes: object) -> VQVAE:
+    settings = {"hidden_dim": 8, "num_res_layers": 1, "embedding_dim": 4, "num_codes": 16, "downsample": (2, 2, 2)}
+    return VQVAE(VQVAEModelConfig.model_validate(settings | changes), pixel_variance=0.06)
+
+
+def clips(batch_size: int = 2, num_frames: int = 8, resolution: int = 16) -> torch.Tensor:
+    return torch.rand(batch_size, 3, num_frames, resolution, resolution) - 0.5
+
+
+def test_pixels_survive_the_round_trip() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 1, 16, 16, 3)
+    video = to_input(pixels)
+    assert video.shape == (1, 3, 1, 16, 16)
+    assert (video.min(), video.max()) == (-0.5, 0.5)
+    assert torch.equal(to_pixels(video), pixels)
+
+
+@pytest.mark.parametrize("outside", [-0.6, 0.7])
+def test_pixels_outside_the_range_are_clipped(outside: float) -> None:
+    assert to_pixels(torch.full((1, 3, 1, 2, 2), outside)).unique().tolist() == [255 if outside > 0 else 0]
+
+
+@pytest.mark.parametrize("downsample", [(4, 4, 4), (2, 2, 2), (1, 4, 4), (4, 2, 2), (2, 8, 4), (1, 1, 2)])
+@pytest.mark.parametrize("axial_attention", [True, False])
+def test_shapes_for_any_downsampling(downsample: tuple[int, int, int], axial_attention: bool) -> None:
+    model = tiny(downsample=downsample, axial_attention=axial_attention).eval()
+    video = clips()
+    codes = model.encode(video)
+    assert codes.shape == (2, *latent_shape(model.config, 8, 16))
+    assert codes.dtype == torch.int64
+    reconstruction = model.decode(codes)
+    assert reconstruction.shape == video.shape
+    torch.testing.assert_close(model(video).reconstruction, reconstruction)
+
+
+@given(powers=st.tuples(*[st.integers(0, 5)] * 3))
+def test_halvings_multiply_to_the_downsampling(powers: tuple[int, int, int]) -> None:
+    downsample = tuple(2**power for power in powers)
+    strides = halvings(downsample)
+    assert tuple(torch.tensor(strides).reshape(-1, 3).prod(0).tolist()) == downsample
+    assert len(strides) == max(powers)
+    assert all(2 in stride for stride in strides)
+
+
+def test_sizes_that_do_not_fit_are_user_errors() -> None:
+    with pytest.raises(UserError, match="do not divide"):
+        latent_shape(VQVAEModelConfig(), 15, 64)
+    with pytest.raises(UserError, match="compresses nothing"):
+        tiny(downsample=(1, 1, 1))
+    with pytest.raises(UserError, match="multiple of 2"):
+        tiny(hidden_dim=9)
+
+
+def test_shifted_content_stays_in_place() -> None:
+    """A transposed convolution that crops the wrong end would shift the picture against the input."""
+    model = tiny(downsample=(1, 2, 2), axial_attention=False).eval()
+    with torch.no_grad():
+        features = torch.zeros(1, 8, 4, 8, 8)
+        features[0, :, 2, 4, 4] = 1
+        grow = model.decoder.grow[0]
+        grow.weight.fill_(1)
+        grow.bias.zero_()
+        touched = grow(features)[0, 0].nonzero()
+    # kernel 4: stride 2 reaches [2i - 1, 2i + 2]; stride 1, the mirror of padding (2, 1), reaches [i - 1, i + 2].
+    assert touched.min(0).values.tolist() == [1, 7, 7]
+    assert touched.max(0).values.tolist() == [3, 10, 10]
+
+
+@pytest.mark.parametrize("axial_attention", [True, False])
+def test_gradients_reach_every_parameter(axial_attention: bool) -> None:
+    model = tiny(axial_attention=axial_attention)
+    model(clips()).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+    still = {name for name, parameter in model.named_parameters() if not parameter.grad.any()}
+    # A convolution's bias right before a batch norm has no effect; every other parameter has.
+    assert still <= {"encoder.last.bias", "from_latent.bias"}
+
+
+def test_loss_is_its_formula() -> None:
+    model = tiny().eval()
+    video = clips()
+    output = model(video)
+    mse = (output.reconstruction - video).square().mean()
+    torch.testing.assert_close(output.metrics["recon_mse"], mse)
+    torch.testing.assert_close(output.loss, mse / 0.06 + 0.25 * output.metrics["commitment"])
+    assert all(metric.dim() == 0 and not metric.requires_grad for metric in output.metrics.values())
+
+
+def test_padding_enters_neither_loss_nor_codebook() -> None:
+    model = tiny().eval()
+    video = clips(3)
+    weight = torch.tensor([1.0, 1.0, 0.0])
+    torch.testing.assert_close(model(video, weight).loss, model(video[:2]).loss)
+    assert model(video, torch.zeros(3)).loss == 0
+    latents = torch.randn(6, 4)
+    row_weight = torch.tensor([1.0, 1, 1, 1, 0, 0])
+    with_padding, without = model.train().quantizer, tiny().quantizer
+    with_padding.codebook.copy_(without.codebook)
+    for quantizer in (with_padding, without):
+        quantizer.initialised.fill_(True)
+        quantizer.counts.fill_(1)
+        quantizer.sums.copy_(quantizer.codebook)
+        quantizer.restart_share = 0.0
+    with_padding(latents, row_weight)
+    without(latents[:4])
+    torch.testing.assert_close(with_padding.codebook, without.codebook)
+
+
+def test_it_learns() -> None:
+    model = tiny(hidden_dim=16, num_codes=32)
+    ramp = torch.linspace(-0.5, 0.5, 16)
+    pixels = torch.stack((ramp.expand(8, 16, 16), ramp[:, None].expand(8, 16, 16), -ramp.expand(8, 16, 16)))
+    video = torch.stack((pixels, -pixels))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        output = model(video)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.metrics["recon_mse"].item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_bfloat16_autocast_keeps_the_codebook_in_float32() -> None:
+    model = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(clips())
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    assert model.quantizer.codebook.dtype == model.quantizer.sums.dtype == torch.float32
+    assert output.loss.isfinite()
