@@ -8,6 +8,7 @@ and quick for small frames of a few codecs in two containers; elsewhere it fails
 from __future__ import annotations
 
 import errno
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ SMALL_FRAME_PIXELS = 640 * 480
 _DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _DECORD_CODECS = {"h264", "mjpeg", "mpeg4", "vp8", "vp9"}
 _DECORD_PIXEL_FORMATS = {"yuv420p", "yuvj420p"}
+
+_DECORD_PREFIX = re.compile(r"\[[\d:]+\] \S+: ")
+"""Time of day and source line: the same fault must read the same twice."""
 
 _ENVIRONMENT_ERRORS = {
     errno.ENOENT,
@@ -85,8 +89,8 @@ def blame_video(action: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS:
             raise
-        reason = error.strerror if isinstance(error, av.FFmpegError) else str(error)
-        first_line = (reason or type(error).__name__).strip().splitlines()[0][:300]
+        reason = error.strerror if isinstance(error, av.FFmpegError) else _DECORD_PREFIX.sub("", str(error))
+        first_line = (reason.strip() or type(error).__name__).splitlines()[0][:300]
         raise VideoError(f"{action}: {first_line}") from error
 
 

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import psutil
+import pytest
+
+from clipmill.config import ClipConfig
+from clipmill.video import BadVideo, Decoder, DecoderLost, Limits, decode_mp4, probe
+from clipmill.video.decode import read_frames
+from tests.video.conftest import make_sound, make_video
+
+LIMITS = Limits(cpu_seconds=60, memory_bytes=2 * 2**30, no_progress_seconds=30)
+CLIP = ClipConfig(num_frames=8, frame_stride=2, clip_stride=5, resolution=32, fit="stretch")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    with Decoder(LIMITS) as shared:
+        yield shared
+
+
+@pytest.fixture
+def hanging(tmp_path):
+    """A FIFO that nobody writes: opening it never returns."""
+    path = tmp_path / "hanging.mp4"
+    os.mkfifo(path)
+    return path
+
+
+def _children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "clipmill.video" in " ".join(child.cmdline())]
+
+
+def _wait_until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def test_clips_are_the_frames_of_the_rule(tmp_path, decoder):
+    path = make_video(tmp_path / "good.mp4")
+    frames = np.stack([frame for _, frame in read_frames(path, probe(path), 32, "stretch")])
+    clips = list(decoder.clips(path, CLIP, encode=("npy", 0)))
+    assert [clip.first_frame for clip in clips] == [0, 5, 10, 15, 20, 25]
+    for ordinal, clip in enumerate(clips):
+        expected = frames[clip.first_frame : clip.first_frame + 15 : 2]
+        np.testing.assert_array_equal(clip.data, expected)
+        assert clip.ordinal == ordinal
+        assert clip.fps == 5
+        assert clip.start_seconds == pytest.approx(clip.first_frame / 10)
+        assert clip.end_seconds == pytest.approx((clip.first_frame + 15) / 10)
+        assert clip.num_values == expected.size
+        assert clip.pixel_sum == int(expected.sum(dtype=np.int64))
+        assert clip.pixel_square_sum == int((expected.astype(np.int64) ** 2).sum())
+    outcome = decoder.outcome
+    assert (outcome.num_frames, outcome.num_clips) == (40, 6)
+    assert (outcome.short, outcome.truncated, outcome.attempts) == (False, False, [])
+    assert outcome.as_document()["info"]["decoder"] == "decord"
+
+
+def test_mp4_clips_are_reproducible_and_one_child_serves_many_videos(tmp_path, decoder):
+    path = make_video(tmp_path / "good.mp4")
+    first = list(decoder.clips(path, CLIP))
+    (child,) = _children()
+    second = list(decoder.clips(path, CLIP))
+    assert first == second
+    assert _children() == [child]
+    exact = list(decoder.clips(path, CLIP, encode=("npy", 0)))
+    for clip, pixels in zip(first, exact, strict=True):
+        error = decode_mp4(clip.data).astype(float) - pixels.data
+        assert np.mean(error**2) < 30
+
+
+def test_max_clips_stops_reading(tmp_path, decoder):
+    path = make_video(tmp_path / "good.mp4")
+    clips = list(decoder.clips(path, CLIP.model_copy(update={"max_clips_per_video": 2})))
+    assert [clip.ordinal for clip in clips] == [0, 1]
+    assert decoder.outcome.num_frames == 20
+    assert not decoder.outcome.truncated
+
+
+def test_a_short_video_yields_nothing(tmp_path, decoder):
+    path = make_video(tmp_path / "short.mp4", num_frames=14)
+    assert list(decoder.clips(path, CLIP)) == []
+    assert decoder.outcome.short
+    assert not decoder.outcome.truncated
+
+
+def test_a_truncated_video_is_flagged(tmp_path, decoder):
+    path = make_video(tmp_path / "cut.mkv", num_frames=200, options={"bf": "0"})
+    path.write_bytes(path.read_bytes()[:-3000])
+    assert list(decoder.clips(path, CLIP))
+    assert decoder.outcome.truncated
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_text("no video\n" * 99), "cannot open"),
+        (make_sound, "no video stream"),
+    ],
+)
+def test_a_bad_file_is_bad_twice(tmp_path, decoder, make, cause):
+    path = tmp_path / "bad.mp4"
+    make(path)
+    with pytest.raises(BadVideo, match=cause) as caught:
+        list(decoder.clips(path, CLIP))
+    assert len(caught.value.attempts) == 2
+    assert decoder.outcome is None
+    assert list(decoder.clips(make_video(tmp_path / "good.mp4"), CLIP))
+
+
+def test_pyav_has_the_last_word(tmp_path, decoder):
+    path = make_video(tmp_path / "broken.mkv", "mjpeg", pix_fmt="yuvj420p", num_frames=60)
+    with av.open(str(path)) as container:
+        position, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][30]
+    data = bytearray(path.read_bytes())
+    data[position + 6 : position + size - 2] = bytes(size - 8)
+    path.write_bytes(data)
+    with pytest.raises(BadVideo, match="^cannot decode: Invalid data") as caught:
+        list(decoder.clips(path, CLIP))
+    attempts = caught.value.attempts
+    assert [attempt.split(":")[0] for attempt in attempts] == ["decord", "decord", "pyav"]
+    assert attempts[0] == attempts[1]  # no time of day in it
+
+
+def test_a_missing_file_is_the_environments_fault(tmp_path, decoder):
+    with pytest.raises(DecoderLost, match="No such file"):
+        list(decoder.clips(tmp_path / "absent.mp4", CLIP))
+
+
+def test_a_hanging_decoder_is_killed_in_time(tmp_path, hanging):
+    with Decoder(Limits(60, 2**30, no_progress_seconds=1)) as decoder:
+        started = time.monotonic()
+        with pytest.raises(BadVideo, match="no progress for 1 s") as caught:
+            list(decoder.clips(hanging, CLIP))
+        assert time.monotonic() - started < 30
+        assert caught.value.attempts == ["probe: no progress for 1 s"] * 2
+        assert list(decoder.clips(make_video(tmp_path / "good.mp4"), CLIP))
+
+
+def test_the_cpu_limit_ends_a_video(tmp_path):
+    path = make_video(tmp_path / "long.avi", "mpeg4", num_frames=250)
+    costly = ClipConfig(num_frames=64, clip_stride=1, resolution=128)
+    with (
+        Decoder(Limits(cpu_seconds=1, memory_bytes=2 * 2**30, no_progress_seconds=60)) as decoder,
+        pytest.raises(BadVideo, match="CPU time limit") as caught,
+    ):
+        list(decoder.clips(path, costly))
+    assert len(caught.value.attempts) == 2
+
+
+def test_the_memory_limit_ends_a_video(tmp_path):
+    path = make_video(tmp_path / "wide.mkv", "ffv1", size=(2048, 1536), num_frames=4, pix_fmt="yuv444p")
+    with (
+        Decoder(Limits(cpu_seconds=60, memory_bytes=4 * 2**20, no_progress_seconds=60)) as decoder,
+        pytest.raises(BadVideo, match=r"memory|allocate|crashed"),
+    ):
+        list(decoder.clips(path, CLIP))
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_killed_from_outside_is_the_environments_fault(tmp_path, hanging, kill):
+    with Decoder(LIMITS) as decoder:
+        before = set(_children())
+
+        def assassin():
+            _wait_until(lambda: set(_children()) - before)
+            time.sleep(1.5)  # past the start, into the video
+            (set(_children()) - before).pop().send_signal(kill)
+
+        thread = threading.Thread(target=assassin)
+        thread.start()
+        with pytest.raises(DecoderLost):
+            list(decoder.clips(hanging, CLIP))
+        thread.join()
+        assert list(decoder.clips(make_video(tmp_path / "good.mp4"), CLIP))
+    assert set(_children()) <= before
+
+
+def test_no_child_outlives_its_decoder(tmp_path):
+    before = set(_children())
+    with Decoder(LIMITS) as decoder:
+        list(decoder.clips(make_video(tmp_path / "good.mp4"), CLIP))
+        (child,) = set(_children()) - before
+    assert not psutil.pid_exists(child.pid)  # ended and reaped: no zombie
+
+
+def test_the_child_dies_with_its_parent_even_while_it_hangs(hanging):
+    program = (
+        "import sys; from clipmill.config import ClipConfig; from clipmill.video import Decoder, Limits\n"
+        "with Decoder(Limits(60, 2**30, 60)) as decoder: list(decoder.clips(sys.argv[1], ClipConfig()))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program, str(hanging)], cwd=Path(__file__).parents[2])
+    try:
+        _wait_until(lambda: psutil.Process(parent.pid).children())
+        (child,) = psutil.Process(parent.pid).children()
+        time.sleep(1.5)
+    finally:
+        parent.kill()
+        parent.wait()
+    _wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
