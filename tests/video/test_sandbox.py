@@ -128,7 +128,7 @@ def test_pyav_has_the_last_word(tmp_path, decoder):
     data = bytearray(path.read_bytes())
     data[position + 6 : position + size - 2] = bytes(size - 8)
     path.write_bytes(data)
-    with pytest.raises(BadVideo, match="^cannot decode: Invalid data") as caught:
+    with pytest.raises(BadVideo, match=r"^cannot decode: Invalid data") as caught:
         list(decoder.clips(path, CLIP))
     attempts = caught.value.attempts
     assert [attempt.split(":")[0] for attempt in attempts] == ["decord", "decord", "pyav"]
