@@ -8,11 +8,10 @@ report shows go into ``evaluation/gallery.npz``.
 from __future__ import annotations
 
 import math
-import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,14 +29,12 @@ from clipmill.models.export import load_prior, read_latest
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, to_input, to_pixels
 from clipmill.progress import bar
-from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes, eval_batches
-from clipmill.shards.manifest import Manifest
+from clipmill.shards.dataset import Decode, ShardDataset, decode_clip, decode_codes, eval_batches
+from clipmill.shards.manifest import Kind, Manifest
 
 __all__ = ["METRICS_SCHEMA", "folder_url", "is_finished", "run"]
 
 METRICS_SCHEMA = 1
-
-Decode = Callable[[dict[str, memoryview]], dict[str, Any]]
 
 
 def folder_url(config: RunConfig) -> str:
@@ -74,6 +71,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     manifests = (inputs.clips, inputs.train_tokens, inputs.val_tokens, inputs.samples)
     total = sum(min(manifest.num_samples, config.evaluate.max_clips) for manifest in manifests)
+    began = time.monotonic()
     with bar("evaluate", total=total, unit="clips") as progress, torch.inference_mode():
         reader = _Reader(config, progress)
         reconstruction, real, gallery = _reconstruct(reader, inputs, tokenizer, body["classes"], device)
@@ -94,7 +92,9 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     gallery.save(storage.join(folder_url(config), "gallery.npz"))
     storage.publish_document(storage.join(folder_url(config), "metrics.json"), metrics, METRICS_SCHEMA)
     return {
-        "clips": inputs.clips.num_samples,
+        "clips": metrics["reconstruction"]["num_clips"],
+        "samples": samples["count"],
+        "clips_per_second": total / (time.monotonic() - began),
         "nmse": metrics["reconstruction"]["nmse"],
         "psnr_db": metrics["reconstruction"]["psnr_db"],
         "codes_used_share": metrics["codebook"]["used_share"],
@@ -131,22 +131,22 @@ class _Inputs:
             raise UserError(f"no prior at {config.folder('prior')}; run `clipmill train-prior` with this config first")
         body, prior_sha8 = latest
         samples = _manifest(config.folder("samples", config.sample.name), "samples", "sample")
-        if train_tokens.recipe["tokenizer"] != val_tokens.recipe["tokenizer"]:
+        tokenizer_sha8 = body["tokenizer"]["sha8"]
+        for tokens in (train_tokens, val_tokens):
+            if tokens.recipe["tokenizer"] != tokenizer_sha8:
+                raise UserError(
+                    f"the prior {prior_sha8} was trained on tokens of {tokenizer_sha8}, those at {tokens.url} "
+                    f"are of {tokens.recipe['tokenizer']}; run `clipmill train-prior` on them in another root, or "
+                    "restore the tokens"
+                )
+        if val_tokens.facts["clips"] != clips.fingerprint:
             raise UserError(
-                f"the tokens at {train_tokens.url} and {val_tokens.url} are of two tokenizers, "
-                f"{train_tokens.recipe['tokenizer']} and {val_tokens.recipe['tokenizer']}; remove {config.folder('tokens')} "
-                "and run `clipmill tokenize` again"
-            )
-        if body["identity"]["tokens"] != train_tokens.fingerprint:
-            raise UserError(
-                f"the prior {prior_sha8} was trained on other tokens than those of tokenizer "
-                f"{train_tokens.recipe['tokenizer']} at {train_tokens.url}; remove {config.folder('prior')} and run "
-                "`clipmill train-prior` again, or restore its tokens"
+                f"the tokens at {val_tokens.url} are of other clips than {clips.url}; run `clipmill tokenize`"
             )
         if samples.recipe["prior"] != prior_sha8:
             raise UserError(
-                f"the samples at {samples.url} were made by prior {samples.recipe['prior']}, the newest is {prior_sha8}; "
-                "run `clipmill sample` with another sample.name"
+                f"the samples at {samples.url} were made by prior {samples.recipe['prior']}, the newest is "
+                f"{prior_sha8}; run `clipmill sample` with another sample.name"
             )
         return cls(clips, train_tokens, val_tokens, samples, prior_sha8)
 
@@ -163,7 +163,7 @@ class _Inputs:
         }
 
 
-def _manifest(url: str, kind: str, made_by: str) -> Manifest:
+def _manifest(url: str, kind: Kind, made_by: str) -> Manifest:
     try:
         return Manifest.load(url, kind)
     except FileNotFoundError as error:
@@ -180,11 +180,13 @@ class _Reader:
 
     def read(self, manifest: Manifest, decode: Decode) -> Iterator[dict[str, Any]]:
         """The first ``evaluate.max_clips`` samples, in order."""
-        cache = Path(tempfile.gettempdir()) / "clipmill-cache"
-        dataset = ShardDataset(manifest, decode, cache, self._config.vqvae.training.cache_bytes)
         settings = self._config.evaluate
         for batch in eval_batches(
-            dataset, batch_size=settings.batch_size, rank=0, world_size=1, max_samples=settings.max_clips
+            ShardDataset(manifest, decode),
+            batch_size=settings.batch_size,
+            rank=0,
+            world_size=1,
+            max_samples=settings.max_clips,
         ):
             rows = np.flatnonzero(batch["weight"].numpy() > 0)
             yield {
@@ -228,18 +230,19 @@ def _score_codes(
     tables, usage = CodeTables(prior.num_codes), CodeUsage(prior.num_codes)
     sum_nats = 0.0
     for batch in reader.read(inputs.val_tokens, decode_codes):
-        codes = batch["codes"].astype(np.int64)
+        codes = batch["codes"]
         tables.update(codes)
         usage.update(codes)
-        label = torch.tensor([_class_index(name, classes) for name in batch["label"]], device=device)
-        per_clip = prior.loss(torch.from_numpy(codes).to(device), label if classes else None)
+        label = None
+        if classes:
+            label = torch.tensor([_class_index(name, classes) for name in batch["label"]], device=device)
+        per_clip = prior.loss(torch.from_numpy(codes).to(device), label)
         sum_nats += per_clip.double().sum().item()
     return tables, usage, sum_nats / usage.num_clips
 
 
 def _class_index(name: str | None, classes: list[str]) -> int:
-    if not classes:
-        return 0
+    """Number of a class, as the prior knows it."""
     if name not in classes:
         raise UserError(
             f"a validation clip has the class {name}, which the prior does not know (it knows {', '.join(classes)}); "

@@ -5,11 +5,7 @@ It only reads files: what a stage has not made yet is shown as missing, and no n
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,22 +20,20 @@ from clipmill.config import RunConfig, fingerprint
 from clipmill.errors import UserError
 from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
 from clipmill.evaluation.evaluate import METRICS_SCHEMA
+from clipmill.evaluation.film import FRAMES_PER_SECOND, Film
 from clipmill.evaluation.gallery import Gallery, clips_per_class
 from clipmill.lease import Lease
 from clipmill.metrics import read_metrics
 from clipmill.shards.dataset import ShardDataset, decode_clip
-from clipmill.shards.manifest import Manifest
-from clipmill.video.pictures import playing_row
+from clipmill.shards.manifest import Kind, Manifest
 
 __all__ = ["folder_url", "is_finished", "run"]
 
 REPORT_SCHEMA = 1
 SUMMARY_SCHEMA = 1
 
-_FRAMES_PER_SECOND = 8
-"""Slow enough to compare three moving rows by eye, whatever the footage ran at."""
-_SHOWN_PIXELS = 128
-"""Clips smaller than this are enlarged by whole pixels: h264 halves the resolution of colour."""
+_MAX_SAMPLES_SEARCHED = 1024
+"""Where a class has so few samples that the first ones do not suffice."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -119,7 +113,7 @@ def _document(url: str, schema: int) -> dict[str, Any] | None:
         return None
 
 
-def _manifest(url: str, kind: str) -> Manifest | None:
+def _manifest(url: str, kind: Kind) -> Manifest | None:
     try:
         return Manifest.load(url, kind)
     except FileNotFoundError:
@@ -150,8 +144,8 @@ def _render(config: RunConfig) -> str:
         clip=config.data.clip,
         train=manifests["train"],
         val=manifests["val"],
-        groups=_groups(config, manifests["train"], samples),
-        frames_per_second=_FRAMES_PER_SECOND,
+        films=_films(config, manifests["train"], samples),
+        frames_per_second=FRAMES_PER_SECOND,
         samples=samples,
         metrics=metrics,
         charts=_charts(config, metrics),
@@ -167,21 +161,17 @@ def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[dict[str,
     """Title, caption and drawing of each chart; no drawing where its stage has not run."""
     vqvae, prior = read_metrics(config.folder("vqvae")), read_metrics(config.folder("prior"))
     numbers = metrics["prior"] if metrics else {}
-    marks = {
-        "unigram table": numbers.get("unigram_nats"),
-        "temporal bigram table": numbers.get("temporal_bigram_nats"),
+    tables = {
+        "unigram": "unigram_nats",
+        "temporal bigram": "temporal_bigram_nats",
+        "raster bigram": "raster_bigram_nats",
     }
-    marks = {name: value for name, value in marks.items() if value is not None}
-    bars = {
-        "prior": numbers.get("val_nats_per_token"),
-        "raster bigram": numbers.get("raster_bigram_nats"),
-        "temporal bigram": numbers.get("temporal_bigram_nats"),
-        "unigram": numbers.get("unigram_nats"),
-    }
+    nats = {name: numbers[key] for name, key in {"prior": "val_nats_per_token", **tables}.items()} if metrics else {}
+    marks = {f"{name} table": nats[name] for name in ("unigram", "temporal bigram") if name in nats}
     return [
         _chart(
             "Tokenizer loss",
-            "MSE over the data’s variance, plus the commitment.",
+            "MSE over the variance of the data, plus the commitment.",
             "train-vqvae",
             loss_chart("Tokenizer loss over steps", vqvae, "loss", {}) if vqvae else None,
         ),
@@ -199,9 +189,9 @@ def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[dict[str,
         ),
         _chart(
             "Prior against tables",
-            "On the validation codes; the tables’ smoothing is picked in their favour. Shorter is better.",
+            "On the validation codes; the smoothing of the tables is picked in their favour. Shorter is better.",
             "evaluate",
-            nats_chart("Nats per token of the prior and of tables", bars) if metrics else None,
+            nats_chart("Nats per token of the prior and of tables", nats) if metrics else None,
         ),
     ]
 
@@ -221,6 +211,9 @@ def _stages(config: RunConfig) -> list[dict[str, Any]]:
             if key not in ("stage", "schema", "seconds") and isinstance(value, int | float | str)
         }
         rates = {key.removesuffix("_per_second"): facts.pop(key) for key in list(facts) if key.endswith("_per_second")}
+        if summary and not rates:
+            num_clips = sum(facts.get(key, 0) for key in ("clips", "train_clips", "val_clips"))
+            rates = {"clips": num_clips / summary["seconds"]} if num_clips else {}
         rows.append({"name": name, "summary": summary, "facts": facts, "rates": rates})
     return rows
 
@@ -248,52 +241,40 @@ def _short(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------ the clips
 
 
-def _groups(config: RunConfig, train: Manifest | None, samples: Manifest | None) -> list[dict[str, Any]]:
-    """For each class its rows of playing clips: real, reconstruction, sample."""
+def _films(config: RunConfig, train: Manifest | None, samples: Manifest | None) -> list[Film]:
+    """A film for each class, with the rows real, reconstruction and sample."""
     try:
         gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
     except FileNotFoundError:
         gallery = None
     wanted = clips_per_class(train.facts["classes"] if train else [])
     made = _sampled_clips(samples, wanted) if samples else {}
-    real: dict[str | None, list[int]] = {}
-    for row, label in enumerate(gallery.labels if gallery else ()):
-        real.setdefault(label, []).append(row)
-    groups = []
-    for label in [name for name in [*wanted, None] if name in real or name in made or name in wanted]:
-        rows = {
-            "real": [gallery.real[row] for row in real.get(label, [])] if gallery else [],
-            "reconstruction": [gallery.reconstruction[row] for row in real.get(label, [])] if gallery else [],
+    labels: list[str | None] = list(wanted)
+    if None not in wanted and None in made:  # an unconditional prior on clips with classes
+        labels.append(None)
+    films = []
+    for label in labels:
+        rows = [row for row, other in enumerate(gallery.labels) if other == label] if gallery else []
+        clips = {
+            "real": [gallery.real[row] for row in rows] if gallery else [],
+            "reconstruction": [gallery.reconstruction[row] for row in rows] if gallery else [],
             "sample": made.get(label, []),
         }
-        groups.append({"label": label, "rows": {kind: _players(clips) for kind, clips in rows.items()}})
-    return groups
+        films.append(Film.of(label, clips))
+    return films
 
 
 def _sampled_clips(samples: Manifest, wanted: dict[str | None, int]) -> dict[str | None, list[NDArray[np.uint8]]]:
     """The first samples of each class."""
     missing = dict(wanted)
-    missing.setdefault(
-        None, max(wanted.values())
-    )  # the classes of an unconditional prior's samples are anybody's guess
-    dataset = ShardDataset(samples, decode_clip, Path(tempfile.gettempdir()) / "clipmill-cache", 2**30)
+    missing.setdefault(None, max(wanted.values()))  # an unconditional prior may have learnt from clips with classes
+    dataset = ShardDataset(samples, decode_clip)
     found: dict[str | None, list[NDArray[np.uint8]]] = {}
-    for shard, number in enumerate(samples.counts):
-        for row in range(number):
-            if not any(missing[label] for label in wanted):
-                return found
-            sample = dataset.read(shard, row)
-            if missing.get(sample["label"], 0):
-                missing[sample["label"]] -= 1
-                found.setdefault(sample["label"], []).append(np.array(sample["video"]))
+    for index in range(min(len(dataset), _MAX_SAMPLES_SEARCHED)):
+        if not missing[None] or not any(missing[label] for label in wanted):
+            break
+        sample = dataset[index]
+        if missing.get(sample["label"], 0):
+            missing[sample["label"]] -= 1
+            found.setdefault(sample["label"], []).append(np.array(sample["video"]))
     return found
-
-
-def _players(clips: Sequence[NDArray[np.uint8]]) -> list[str]:
-    """Clips as data URIs of h264 files."""
-    uris = []
-    for clip in clips:
-        scale = max(1, -(-_SHOWN_PIXELS // min(clip.shape[1:3])))
-        film = playing_row(clip[None], fps=_FRAMES_PER_SECOND, scale=scale, gap=0)
-        uris.append(f"data:video/mp4;base64,{base64.b64encode(film).decode()}")
-    return uris

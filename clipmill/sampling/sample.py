@@ -10,10 +10,10 @@ A sample is stored as it was made: ``npy`` uint8 [T, H, W, 3], ``codes.npy`` [t,
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import platform
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,6 @@ __all__ = ["folder_url", "is_finished", "run"]
 _PRECISION = "float32"
 _SHARD_BYTES = 128 * 2**20
 """A constant: the bytes of a unit depend on the recipe only."""
-
-logger = logging.getLogger(__name__)
 
 
 def folder_url(config: RunConfig) -> str:
@@ -84,6 +82,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     num_units = math.ceil(config.sample.num_samples / batch_size)
     committed = set(committed_units(url))
     missing = [unit for unit in range(num_units) if unit not in committed]
+    began = time.monotonic()
     with bar("sample", total=num_units * batch_size, unit="videos") as progress:
         done = num_units - len(missing)
         progress.update(done * batch_size)
@@ -105,12 +104,11 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         "latent_shape": body["latent_shape"],
         "num_codes": body["num_codes"],
         "prior_step": body["step"],
-        "versions": _versions(),
     }
     manifest = freeze(url, "samples", range(num_units), recipe, facts)
     return {
         "samples": manifest.num_samples,
-        "new_samples": len(missing) * batch_size,
+        "samples_per_second": len(missing) * batch_size / (time.monotonic() - began),
         "classes": len(facts["classes"]),
         "prior": sha8,
         "bytes": sum(shard.bytes for shard in manifest.shards),
@@ -167,9 +165,9 @@ def make_worker(
     config: RunConfig, lease: Lease, export_url: str, recipe: dict[str, Any], labels: list[str | None]
 ) -> Callable[[int], dict[str, Any]]:
     """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one batch."""
-    torch.set_num_threads(config.cluster.fanout_cpus)
-    torch.backends.cudnn.benchmark = False  # it picks kernels by their speed of the day
+    torch.set_num_threads(config.cluster.fanout_cpus)  # sums are split over threads: their number is part of the bytes
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
     prior, tokenizer, body, _ = load_prior(export_url)
     return functools.partial(
@@ -203,11 +201,10 @@ def _make_batch(
             top_p=settings.top_p,
         )
         video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
-    code_type = np.uint8 if prior.num_codes <= 2**8 else np.uint16 if prior.num_codes <= 2**16 else np.uint32
-    stored_codes = codes.cpu().numpy().astype(code_type)
+    narrow_codes = codes.cpu().numpy().astype(np.min_scalar_type(prior.num_codes - 1))
     with tempfile.TemporaryDirectory(prefix="clipmill-sample-") as folder:
         writer = UnitWriter(Path(folder), "samples", unit, _SHARD_BYTES)
-        for index, name, clip, clip_codes in zip(indices, names, video, stored_codes, strict=True):
+        for index, name, clip, clip_codes in zip(indices, names, video, narrow_codes, strict=True):
             about = {
                 "index": index,
                 "seed": settings.seed,
@@ -221,16 +218,19 @@ def _make_batch(
             writer.add(Sample(f"{index:016x}_000000", members))
         parts = writer.finish()
         lease.check()
-        commit_unit(folder_url(config), unit, parts, {"recipe": recipe, "versions": _versions()})
+        commit_unit(folder_url(config), unit, parts, {"recipe": recipe, "versions": _versions(codes.device)})
     return {"samples": len(indices)}
 
 
-def _versions() -> dict[str, str]:
+def _versions(device: torch.device) -> dict[str, Any]:
     """What the bytes of a unit depend on beside the recipe."""
-    on_gpu = torch.cuda.is_available()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "clipmill": clipmill.__version__,
         "torch": torch.__version__,
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
     }
