@@ -205,7 +205,7 @@ def _stages(config: RunConfig) -> list[dict[str, Any]]:
     rows = []
     for name, url in _stage_folders(config).items():
         summary = _document(storage.join(url, "summary.json"), SUMMARY_SCHEMA)
-        facts = {
+        facts: dict[str, Any] = {
             key: value
             for key, value in (summary or {}).items()
             if key not in ("stage", "schema", "seconds") and isinstance(value, int | float | str)

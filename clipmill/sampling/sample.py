@@ -93,9 +93,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
             progress.update(done * batch_size)
 
         if missing:
-            export_url = storage.join(config.folder("prior"), "exports", sha8)
-            arguments = (config, lease, export_url, recipe, labels)
-            fan_out(make_worker, arguments, missing, config=config.cluster, on_result=on_result)
+            fan_out(make_worker, (config, lease, sha8), missing, config=config.cluster, on_result=on_result)
     committed.update(missing)
     while num_units in committed:  # of an earlier, larger num_samples: nothing that was made is dropped
         num_units += 1
@@ -161,15 +159,14 @@ def _labels_in_turn(config: SampleConfig, body: dict[str, Any]) -> list[str | No
 # ------------------------------------------------------------------------------------------ the worker
 
 
-def make_worker(
-    config: RunConfig, lease: Lease, export_url: str, recipe: dict[str, Any], labels: list[str | None]
-) -> Callable[[int], dict[str, Any]]:
+def make_worker(config: RunConfig, lease: Lease, prior_sha8: str) -> Callable[[int], dict[str, Any]]:
     """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one batch."""
     torch.set_num_threads(config.cluster.fanout_cpus)  # sums are split over threads: their number is part of the bytes
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
-    prior, tokenizer, body, _ = load_prior(export_url)
+    prior, tokenizer, body, _ = load_prior(storage.join(config.folder("prior"), "exports", prior_sha8))
+    recipe, labels = _recipe(config, prior_sha8), _labels_in_turn(config.sample, body)
     return functools.partial(
         _make_batch, config, lease, prior.to(device), tokenizer.to(device), body["classes"], recipe, labels
     )

@@ -1,0 +1,147 @@
+"""A run of toy size up to the prior, written as the stages write it; the models are untrained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipmill import storage
+from clipmill.config import RunConfig, identity
+from clipmill.lease import Lease
+from clipmill.models.export import load_vqvae, read_latest, save_export
+from clipmill.models.prior import Prior
+from clipmill.models.vqvae import VQVAE, latent_shape, to_input
+from clipmill.sampling import sample
+from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
+from clipmill.shards.manifest import Manifest, commit_unit, freeze
+
+CLASSES = ["down", "left", "up"]
+NUM_CLIPS = {"train": 9, "val": 7}
+
+
+class Unleased(Lease):
+    """What a stage holds when no other run is about."""
+
+    def check(self) -> None:
+        pass
+
+
+def toy_config(root: Path, **sample: object) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "root": str(root),
+            "data": {"clip": {"num_frames": 8, "resolution": 16}, "format": "npy"},
+            "vqvae": {"model": {"hidden_dim": 8, "num_res_layers": 1, "embedding_dim": 8, "num_codes": 16}},
+            "prior": {"model": {"hidden_dim": 24, "num_heads": 2, "num_layers": 2, "class_conditional": True}},
+            "sample": {"num_samples": 5, "batch_size": 3, **sample},
+            "evaluate": {"batch_size": 3},
+            "cluster": {"num_cpus": 2},
+        }
+    )
+
+
+def write_run(config: RunConfig, scratch: Path) -> None:
+    """Writes clips, a tokenizer, tokens and a prior."""
+    torch.manual_seed(0)
+    clips = {split: _write_clips(config, split, scratch / "clips" / split) for split in NUM_CLIPS}
+    write_tokenizer(config, clips["train"])
+    tokens = {split: write_tokens(config, manifest, scratch / "tokens" / split) for split, manifest in clips.items()}
+    write_prior(config, tokens["train"])
+    for stage in ("vqvae", "prior"):
+        records = [{"step": step, "split": "train", "loss": 3 / step} for step in range(1, 9)]
+        records += [{"step": step, "split": "val", "loss": 4 / step} for step in (4, 8)]
+        lines = "\n".join(map(json.dumps, records))
+        storage.publish_bytes(config.folder(stage, "metrics", "000001.jsonl"), lines.encode())
+
+
+def make_samples(config: RunConfig) -> None:
+    """The stage ``sample`` in this process: its units one after the other, then the stage, which finds them done."""
+    lease = Unleased(sample.folder_url(config), 1)
+    latest = read_latest(config.folder("prior"))
+    assert latest is not None
+    work = sample.make_worker(config, lease, latest[1])
+    for unit in range(-(-config.sample.num_samples // config.sample.batch_size)):
+        work(unit)
+    sample.run(config, lease)
+
+
+def clip_pixels(split: str, number: int) -> np.ndarray:
+    """uint8 [8, 16, 16, 3]: noise of its own for every clip."""
+    return np.random.default_rng([number, len(split)]).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+
+
+def _write_clips(config: RunConfig, split: str, folder: Path) -> Manifest:
+    folder.mkdir(parents=True)
+    writer = UnitWriter(folder, "clips", 0, 2**20)
+    for number in range(NUM_CLIPS[split]):
+        about = json_bytes({"label": CLASSES[number % 3], "fps": 8})
+        writer.add(Sample(f"{number:016x}_000000", {"npy": npy_bytes(clip_pixels(split, number)), "json": about}))
+    url = config.folder("clips", split)
+    commit_unit(url, 0, writer.finish(), {})
+    recipe = {"clip": identity(config.data.clip), "format": "npy", "crf": None}
+    return freeze(url, "clips", [0], recipe, {"classes": CLASSES, "pixel_variance": 0.08, "num_units": 1})
+
+
+def write_tokenizer(config: RunConfig, clips: Manifest) -> str:
+    clip = config.data.clip
+    model = VQVAE(config.vqvae.model, pixel_variance=0.08)
+    model(to_input(torch.from_numpy(np.stack([clip_pixels("train", number) for number in range(4)]))))
+    body = {
+        "kind": "vqvae",
+        "model": identity(config.vqvae.model),
+        "latent_shape": list(latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)),
+        "num_codes": config.vqvae.model.num_codes,
+        "clip": clips.recipe,
+        "pixel_variance": 0.08,
+        "identity": {},
+        "step": 8,
+    }
+    return save_export(config.folder("vqvae"), model, body)
+
+
+def write_tokens(config: RunConfig, clips: Manifest, folder: Path) -> Manifest:
+    folder.mkdir(parents=True)
+    model, body, sha8 = load_vqvae(config.folder("vqvae"))
+    split = clips.url.rpartition("/")[2]
+    writer = UnitWriter(folder, "tokens", 0, 2**20)
+    for number in range(clips.num_samples):
+        with torch.inference_mode():
+            codes = model.encode(to_input(torch.from_numpy(clip_pixels(split, number)[None])))
+        members = {
+            "codes.npy": npy_bytes(codes[0].numpy().astype(np.uint8)),
+            "json": json_bytes({"label": CLASSES[number % 3]}),
+        }
+        writer.add(Sample(f"{number:016x}_000000", members))
+    url = config.folder("tokens", split)
+    commit_unit(url, 0, writer.finish(), {})
+    recipe = {
+        "tokenizer": sha8,
+        "num_codes": body["num_codes"],
+        "latent_shape": body["latent_shape"],
+        "clip": clips.recipe,
+    }
+    return freeze(url, "tokens", [0], recipe, {"classes": CLASSES, "clips": clips.fingerprint})
+
+
+def write_prior(config: RunConfig, tokens: Manifest) -> str:
+    tokenizer, tokenizer_body, _ = load_vqvae(config.folder("vqvae"))
+    classes = CLASSES if config.prior.model.class_conditional else []
+    t, h, w = tokens.recipe["latent_shape"]
+    codebook = tokenizer.quantizer.codebook
+    prior = Prior(config.prior.model, (t, h, w), tokens.recipe["num_codes"], codebook, len(classes))
+    torch.nn.init.normal_(prior.head.weight, std=0.3)  # it starts at zero: all codes alike
+    body = {
+        "kind": "prior",
+        "model": identity(config.prior.model),
+        "latent_shape": [t, h, w],
+        "num_codes": tokens.recipe["num_codes"],
+        "num_classes": len(classes),
+        "classes": classes,
+        "tokenizer": tokenizer_body,
+        "identity": {"tokens": tokens.fingerprint},
+        "step": 8,
+    }
+    return save_export(config.folder("prior"), prior, body, tokenizer=tokenizer)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from clipmill import storage
+from clipmill.cluster import connect
+from clipmill.config import ClusterConfig, RunConfig
+from clipmill.errors import UserError
+from clipmill.models.export import load_prior
+from clipmill.models.vqvae import to_pixels
+from clipmill.sampling import sample
+from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
+from clipmill.shards.manifest import Manifest
+from tests.evaluation.toy_run import CLASSES, Unleased, make_samples, toy_config, write_prior, write_run
+
+
+@pytest.fixture
+def _embedded_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with connect(ClusterConfig(num_cpus=2)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def prior_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root that holds a prior and nothing else: no data set, no tokenizer folder."""
+    whole = tmp_path_factory.mktemp("whole")
+    write_run(toy_config(whole), tmp_path_factory.mktemp("scratch"))
+    alone = tmp_path_factory.mktemp("alone")
+    shutil.copytree(whole / "prior", alone / "prior")
+    return alone
+
+
+@pytest.fixture
+def root(prior_root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(prior_root, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def run(config: RunConfig) -> dict:
+    return sample.run(config, Unleased(sample.folder_url(config), 1))
+
+
+def shard_bytes(config: RunConfig) -> dict[str, bytes]:
+    url = sample.folder_url(config)
+    return {
+        shard.name: storage.read_bytes(storage.join(url, shard.name)) for shard in Manifest.load(url, "samples").shards
+    }
+
+
+@pytest.mark.usefixtures("_embedded_ray")
+def test_samples_are_what_the_prior_alone_makes(root: Path):
+    config = toy_config(root)
+    assert not sample.is_finished(config)
+    summary = run(config)
+    assert sample.is_finished(config)
+    assert summary["samples"] == 6  # whole batches of 3
+
+    manifest = Manifest.load(sample.folder_url(config), "samples")
+    _, tokenizer, _, sha8 = load_prior(config.folder("prior"))
+    assert manifest.recipe["prior"] == sha8
+    clips, codes = ShardDataset(manifest, decode_clip), ShardDataset(manifest, decode_codes)
+    for index in range(6):
+        made, code = clips[index], codes[index]["codes"]
+        assert made["key"] == f"{index:016x}_000000"
+        assert made["label"] == CLASSES[index % 3]
+        assert (made["meta"]["index"], made["meta"]["seed"], made["meta"]["prior"]) == (index, 0, sha8)
+        with torch.inference_mode():
+            decoded = to_pixels(tokenizer.decode(torch.from_numpy(code)[None]))[0].numpy()
+        assert np.abs(decoded.astype(int) - made["video"]).max() <= 1  # another batch size rounds otherwise
+    assert not np.array_equal(codes[0]["codes"], codes[3]["codes"])  # same class, other noise
+
+
+def test_plain_webdataset_reads_samples(root: Path):
+    config = toy_config(root)
+    make_samples(config)
+    folder = Path(sample.folder_url(config))
+    urls = [str(folder / name) for name in (folder / "shards.txt").read_text().split()]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert [item["json"]["index"] for item in read] == list(range(6))
+    assert read[0]["npy"].shape == (8, 16, 16, 3)
+    assert read[0]["codes.npy"].shape == (2, 4, 4)
+
+
+def test_a_killed_run_ends_byte_identical(root: Path, tmp_path: Path):
+    whole, killed = toy_config(root, name="whole"), toy_config(root, name="killed")
+    make_samples(whole)
+    make_samples(killed)
+    folder = Path(sample.folder_url(killed))
+    expected = shard_bytes(killed)
+    assert expected == shard_bytes(whole)  # the name is a place, not an ingredient
+    fingerprint = Manifest.load(str(folder), "samples").fingerprint
+    # What is on disk after a SIGKILL between the objects of unit 1 and its commit record:
+    (folder / "manifest.json").unlink()
+    (folder / "commits" / "000001.json").unlink()
+    next(folder.glob("samples-000001-*.tar")).write_bytes(b"")
+    make_samples(killed)
+    assert shard_bytes(killed) == expected
+    assert Manifest.load(str(folder), "samples").fingerprint == fingerprint
+
+
+def test_more_samples_leave_the_first_ones_alone(root: Path):
+    few, many = toy_config(root), toy_config(root, num_samples=8)
+    make_samples(few)
+    before = shard_bytes(few)
+    commit = Path(sample.folder_url(few), "commits", "000000.json")
+    written = commit.stat().st_mtime_ns
+    assert not sample.is_finished(many)
+    make_samples(many)
+    assert Manifest.load(sample.folder_url(many), "samples").num_samples == 9
+    after = shard_bytes(many)
+    assert before.items() < after.items()
+    assert commit.stat().st_mtime_ns == written
+    assert sample.is_finished(few)
+    assert run(few)["samples"] == 9  # asking for fewer drops none
+
+
+def test_chosen_classes_come_in_turn(root: Path):
+    config = toy_config(root, classes=["up", "down"])
+    make_samples(config)
+    dataset = ShardDataset(Manifest.load(sample.folder_url(config), "samples"), decode_clip)
+    assert [dataset[index]["label"] for index in range(6)] == ["up", "down"] * 3
+
+
+def test_a_prior_without_classes(tmp_path: Path):
+    config = toy_config(tmp_path / "run")
+    model = config.prior.model.model_copy(update={"class_conditional": False})
+    config = config.model_copy(update={"prior": config.prior.model_copy(update={"model": model})})
+    write_run(config, tmp_path / "scratch")
+    make_samples(config)
+    dataset = ShardDataset(Manifest.load(sample.folder_url(config), "samples"), decode_clip)
+    assert [dataset[index]["label"] for index in range(6)] == [None] * 6
+    asking = config.model_copy(update={"sample": config.sample.model_copy(update={"classes": ["up"], "name": "b"})})
+    with pytest.raises(UserError, match="without classes"):
+        run(asking)
+
+
+def test_mistakes_are_refused_before_anything_is_written(root: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"no prior at .*clipmill train-prior"):
+        sample.is_finished(toy_config(tmp_path / "empty"))
+    assert not (tmp_path / "empty").exists()
+    with pytest.raises(UserError, match=r"sideways: the prior knows down, left, up"):
+        run(toy_config(root, classes=["up", "sideways"]))
+    assert not (root / "samples").exists()
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 1}, {"batch_size": 2}, {"top_k": 4}])
+def test_other_settings_need_another_name(root: Path, change: dict):
+    make_samples(toy_config(root, num_samples=3))
+    before = sorted(path for path in root.rglob("*"))
+    for ask in (sample.is_finished, run):
+        with pytest.raises(UserError, match=rf"sample\.{next(iter(change))} .*another sample\.name"):
+            ask(toy_config(root, **change))
+    assert sorted(path for path in root.rglob("*")) == before
+
+
+def test_another_prior_needs_another_name(root: Path, tmp_path: Path):
+    whole = toy_config(tmp_path / "whole")
+    write_run(whole, tmp_path / "scratch")
+    make_samples(whole)
+    write_prior(whole, Manifest.load(whole.folder("tokens", "train"), "tokens"))
+    with pytest.raises(UserError, match=r"prior .*another sample\.name"):
+        sample.is_finished(whole)
