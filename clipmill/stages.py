@@ -24,7 +24,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
 from clipmill.progress import bar
 
-__all__ = ["STAGES", "Stage", "run_all", "run_stage"]
+__all__ = ["STAGES", "Stage", "find_datasets", "run_all", "run_stage"]
 
 SUMMARY_SCHEMA = 1
 
@@ -93,6 +93,23 @@ def run_stage(name: str, config: RunConfig) -> dict[str, Any] | None:
         summary = {"stage": name, **facts, "seconds": round(time.monotonic() - began, 3), "versions": _versions()}
         storage.publish_document(storage.join(stage.module.folder_url(config), "summary.json"), summary, SUMMARY_SCHEMA)
     return summary
+
+
+def find_datasets(url: str) -> list[str]:
+    """The data sets at or below a URL: itself, a kind's splits, or everything a run has made of shards.
+
+    Raises:
+        UserError: there is none.
+    """
+    if "commits" in storage.list_folders(url):
+        return [url]
+    kinds = [kind for kind in ("clips", "tokens", "samples") if kind in storage.list_folders(url)]
+    parents = [storage.join(url, kind) for kind in kinds] or [url]
+    children = [storage.join(parent, name) for parent in parents for name in storage.list_folders(parent)]
+    found = [child for child in children if "commits" in storage.list_folders(child)]
+    if not found:
+        raise UserError(f"no data set at or below {url}; name the root of a run, or a folder such as ROOT/clips/train")
+    return found
 
 
 def _with_absolute_urls(config: RunConfig) -> RunConfig:

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,10 +187,12 @@ class Engine:
         with self._autocast():
             return self.deepspeed(batch)
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step before clipping; 0 where DeepSpeed computed none."""
+    def grad_norm(self) -> dict[str, float]:
+        """``{"grad_norm": ...}``, the global norm of the last step before clipping; empty at ZeRO stage 0 on float32,
+        for which DeepSpeed keeps none.
+        """
         norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return {"grad_norm": float(norm)} if norm else {}
 
     def save(self, folder: Path) -> None:
         """Writes this rank's part of weights and optimizer. Collective."""
@@ -234,4 +237,6 @@ def _import_deepspeed() -> Any:
     # On a CPU every start would compile a shared-memory all-reduce (up to 90 s); gloo does without. Private name:
     # tests/training/test_engine.py fails when it moves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO-3 calls collectives by names that torch 2.13 renames: a line for every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     return deepspeed

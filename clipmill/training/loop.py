@@ -117,8 +117,7 @@ def _run_steps(
         if save or done % config.log_every == 0:
             facts = _means(world, sums)
             _check_finite(job, done, facts["loss"])
-            facts |= {"grad_norm": engine.grad_norm(), "lr": learning_rate(config, step)}
-            facts |= stopwatch.facts()
+            facts |= engine.grad_norm() | {"lr": learning_rate(config, step)} | stopwatch.facts()
             if telemetry is not None:
                 telemetry.log(done, "train", facts)
             stopwatch.reset()
@@ -218,8 +217,8 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 def _rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int, int]:
     share = math.ceil(config.global_batch / world_size)
-    rows = min(config.micro_batch or share, share)
-    return rows, math.ceil(share / rows)
+    accumulation = math.ceil(share / (config.micro_batch or share))
+    return math.ceil(share / accumulation), accumulation
 
 
 def _claim_attempt(folder_url: str, lease: Lease | None) -> str:

@@ -45,6 +45,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     tokens = _tokens(config)
     tokenizer, tokenizer_body, _ = load_vqvae(config.tokenizer_url)
     classes = tokens.facts["classes"] if config.prior.model.class_conditional else []
+    torch.manual_seed(config.seed)  # of the initial weights
     objective = PriorObjective(_build(config, tokens, tokenizer, classes))
     class_index = {name: index for index, name in enumerate(classes)}
 
@@ -129,9 +130,7 @@ def _tokens(config: RunConfig) -> Manifest:
 
 def _index_of(name: str | None, class_index: dict[str, int]) -> int:
     if name is None:
-        raise UserError(
-            "a training clip has no class; label every video, or set prior.model.class_conditional=false"
-        )
+        raise UserError("a training clip has no class; label every video, or set prior.model.class_conditional=false")
     return class_index[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipmill.config import RunConfig, identity
@@ -51,6 +52,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
             f"{world.size} workers, because padding would enter the batch statistics; usable numbers: {usable}"
         )
     clips = require_manifest(config, "clips", "train")
+    torch.manual_seed(config.seed)  # of the initial weights
     model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
     job = Job(
         folder_url=folder_url(config),

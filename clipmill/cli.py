@@ -1,0 +1,168 @@
+"""The command line: parsing and printing only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from clipmill import storage
+from clipmill.config import RunConfig, load_config
+from clipmill.errors import ClipmillError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="VideoGPT at cluster scale: raw videos become a trained video generator.",
+)
+
+ConfigFiles = Annotated[
+    list[Path] | None, typer.Option("--config", "-c", help="YAML file; several merge left to right.")
+]
+Assignments = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the files.", show_default=False)]
+Target = Annotated[str, typer.Argument(help="A data set's folder, or the root of a run.")]
+
+
+def _stage_command(name: str, help_text: str) -> None:
+    @app.command(name, help=help_text)
+    def command(assignments: Assignments = None, config: ConfigFiles = None) -> None:
+        from clipmill import stages
+
+        summary = stages.run_stage(name, load_config(config or [], assignments or []))
+        if summary is not None and os.environ.get("RANK", "0") == "0":
+            print(json.dumps({key: value for key, value in summary.items() if key != "versions"}))
+
+
+_stage_command("shard", "Raw videos -> clip shards.")
+_stage_command("train-vqvae", "Clip shards -> tokenizer (VQ-VAE).")
+_stage_command("tokenize", "Clip shards + tokenizer -> token shards.")
+_stage_command("train-prior", "Token shards -> prior (GPT).")
+_stage_command("sample", "Prior -> videos.")
+_stage_command("evaluate", "Judge reconstructions, prior and samples.")
+_stage_command("report", "Write report/index.html.")
+
+
+@app.command("demo")
+def demo(assignments: Assignments = None, config: ConfigFiles = None) -> None:
+    """Make a small data set of moving shapes and run every stage on it, on this machine."""
+    from clipmill import stages
+    from clipmill.demo import generate
+
+    run = load_config(config or [Path("configs/demo.yaml")], assignments or [])
+    generate(run.data.source.url, seed=run.seed)
+    _print_table(run, stages.run_all(run))
+
+
+def _print_table(run: RunConfig, summaries: dict[str, dict[str, Any] | None]) -> None:
+    table = Table("stage", "seconds", "result", title=f"run {run.root}")
+    for name, summary in summaries.items():
+        if summary is None:
+            table.add_row(name, "-", "nothing to do")
+            continue
+        facts = {
+            key: value
+            for key, value in summary.items()
+            if key not in ("stage", "seconds", "schema") and isinstance(value, int | float | str)
+        }
+        shown = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+        )
+        table.add_row(name, f"{summary['seconds']:.1f}", shown)
+    console = Console()
+    console.print(table)
+    console.print(f"report: {run.folder('report', 'index.html')}", soft_wrap=True)
+
+
+@app.command("config")
+def show_config(assignments: Assignments = None, config: ConfigFiles = None) -> None:
+    """Print the resolved configuration."""
+    run = load_config(config or [], assignments or [])
+    print(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), end="")
+
+
+@app.command("submit")
+def submit(
+    names: Annotated[list[str] | None, typer.Argument(help="Jobs of the file; none: all.", show_default=False)] = None,
+    jobs: Annotated[Path, typer.Option("--jobs", help="The jobs and what each needs.")] = Path("ray_jobs.yaml"),
+    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster.")] = "http://127.0.0.1:8265",
+) -> None:
+    """Submit jobs and what they need to a Ray cluster, in order, and wait for them."""
+    from clipmill.cluster import jobs as ray_jobs
+
+    ray_jobs.submit(jobs, names or [], address)
+
+
+@app.command("verify")
+def verify(
+    url: Target,
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every sample.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove orphans older than the grace period.")] = False,
+    grace_seconds: Annotated[float, typer.Option(help="Age below which an orphan may still be in the making.")] = 86400,
+) -> None:
+    """Check the shards of a data set, or of a whole run, against their commits and manifests."""
+    from clipmill import stages
+    from clipmill.shards.verify import prune as prune_orphans
+    from clipmill.shards.verify import verify as verify_dataset
+
+    url = storage.absolute(url)
+    sound = True
+    for dataset_url in stages.find_datasets(url):
+        report = verify_dataset(dataset_url, deep)
+        removed = prune_orphans(dataset_url, report.orphans, grace_seconds) if prune else []
+        print(
+            f"{'whole' if not report.problems else 'DAMAGED'}: {dataset_url}: {report.num_units} units, "
+            f"{report.num_shards} shards, {report.num_samples} samples, {report.num_bytes:,} bytes"
+        )
+        for problem in report.problems:
+            print(f"  {problem}")
+        for orphan in report.orphans:
+            print(f"  orphan {'removed' if orphan in removed else 'left by a writer that did not finish'}: {orphan}")
+        sound = sound and not report.problems
+    if not sound:
+        raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect(
+    url: Target,
+    sheet: Annotated[Path, typer.Option(help="Where to write the contact sheet.")] = Path("contact-sheet.png"),
+) -> None:
+    """Show what is in a data set: numbers, classes, durations, and a contact sheet."""
+    from clipmill import stages
+    from clipmill.pipeline.inspect import inspect as describe
+
+    clips = [found for found in stages.find_datasets(storage.absolute(url)) if "/clips" in found]
+    for dataset_url in clips or [url]:
+        facts = describe(dataset_url)
+        picture = facts.pop("contact_sheet")
+        print(yaml.safe_dump({dataset_url: facts}, sort_keys=False), end="")
+        if picture is not None and not sheet.exists():
+            sheet.write_bytes(picture)
+            print(f"contact sheet: {sheet}")
+
+
+def main() -> None:
+    """Entry point of the console script: maps errors to exit statuses (see docs/design.md)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("DeepSpeed", "ray", "httpx", "botocore", "s3fs"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except ClipmillError as error:
+        print(f"clipmill: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

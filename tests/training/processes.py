@@ -1,0 +1,42 @@
+"""Starts the stages as their users do: real processes, under torchrun where there are several ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: list[str], *, num_ranks: int, log: Path) -> subprocess.Popen[bytes]:
+    """``clipmill COMMAND`` on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", str(free_port())]
+    run = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", "clipmill.cli", *command]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            run,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the launcher and all its ranks, like a node that loses power.
+
+    Not by process group: torchrun gives each rank a session of its own.
+    """
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from clipmill import storage
+from clipmill.errors import UserError
+from clipmill.training.checkpoint import SCHEMA, fetch, list_checkpoints, prune
+
+
+def commit(root: Path, step: int, attempt: str, contents: dict[str, bytes]) -> str:
+    """A committed checkpoint as `save` leaves it."""
+    url = str(root / "checkpoints" / f"step-{step:08d}" / attempt)
+    files = []
+    for name, data in contents.items():
+        storage.publish_bytes(storage.join(url, name), data)
+        files.append({"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    storage.publish_document(f"{url}/COMMITTED", {"step": step, "files": files, "state": {}}, SCHEMA)
+    return url
+
+
+def test_only_committed_checkpoints_are_seen_and_only_their_files_fetched(tmp_path):
+    url = commit(tmp_path, 10, "000001-0000", {"state/a.pt": b"a"})
+    storage.publish_bytes(storage.join(url, "state/of-another-world-size.pt"), b"stale")
+    storage.publish_bytes(str(tmp_path / "checkpoints" / "step-00000020" / "000001-0000" / "state" / "a.pt"), b"cut")
+    (found,) = list_checkpoints(str(tmp_path))
+    assert (found.step, found.url) == (10, url)
+    fetch(found, tmp_path / "local")
+    assert [path.name for path in (tmp_path / "local").rglob("*.pt")] == ["a.pt"]
+
+
+def test_the_newest_attempt_of_the_newest_step_comes_last(tmp_path):
+    for step, attempt in ((20, "000001-0000"), (10, "000003-0000"), (20, "000002-0001")):
+        commit(tmp_path, step, attempt, {"x": b""})
+    found = [(item.step, item.url.rpartition("/")[2]) for item in list_checkpoints(str(tmp_path))]
+    assert found == [(10, "000003-0000"), (20, "000001-0000"), (20, "000002-0001")]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    url = commit(tmp_path, 10, "000001-0000", {"state/a.pt": b"a"})
+    if damage == "missing":
+        storage.remove(storage.join(url, "state/a.pt"))
+    else:
+        storage.publish_bytes(storage.join(url, "state/a.pt"), b"b")
+    with pytest.raises(UserError, match=r"state/a\.pt of checkpoint .*remove .*COMMITTED"):
+        fetch(list_checkpoints(str(tmp_path))[0], tmp_path / "local")
+
+
+def test_pruning_keeps_the_newest_and_what_is_being_written(tmp_path):
+    for step in (10, 20, 30):
+        commit(tmp_path, step, "000001-0000", {"x": b"x"})
+    storage.publish_bytes(str(tmp_path / "checkpoints" / "step-00000020" / "000002-0000" / "cut.pt"), b"cut")
+    storage.publish_bytes(str(tmp_path / "checkpoints" / "step-00000040" / "000002-0000" / "now.pt"), b"now")
+    prune(str(tmp_path), keep_last=2, lease=None)
+    left = sorted(entry.name for entry in storage.walk(str(tmp_path / "checkpoints")))
+    assert left == [
+        "step-00000020/000001-0000/COMMITTED",
+        "step-00000020/000001-0000/x",
+        "step-00000030/000001-0000/COMMITTED",
+        "step-00000030/000001-0000/x",
+        "step-00000040/000002-0000/now.pt",
+    ]

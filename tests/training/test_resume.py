@@ -1,0 +1,163 @@
+"""A killed training goes on as if nothing had happened: two gloo ranks, real processes, SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from clipmill.config import load_config
+from clipmill.metrics import read_metrics
+from clipmill.models.export import load_prior, save_export
+from clipmill.models.vqvae import VQVAE
+from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
+from clipmill.shards.manifest import commit_unit, freeze
+from tests.training.processes import kill_all, start
+
+STEPS = 40
+CHECKPOINT_EVERY = 8
+NUM_CODES = 16
+CLASSES = ["left", "right"]
+CONFIG = {
+    "vqvae": {
+        "model": {"hidden_dim": 8, "num_res_layers": 1, "embedding_dim": 4, "num_codes": NUM_CODES},
+        "training": {"global_batch": 4, "steps": STEPS},
+    },
+    "prior": {
+        "model": {
+            "hidden_dim": 12,
+            "num_heads": 2,
+            "num_layers": 2,
+            "dropout": 0.2,
+            "attention_dropout": 0.1,
+            "class_conditional": True,
+        },
+        "training": {"global_batch": 6, "micro_batch": 2, "steps": STEPS, "lr": 1e-3, "warmup_steps": 4},
+    },
+}
+SHARED = {"log_every": 1, "val_every": 10, "val_clips": 8, "checkpoint_every": CHECKPOINT_EVERY, "loader_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """Clips, a tokenizer and tokens of random content in a root that each test copies by configuration."""
+    folder = tmp_path_factory.mktemp("inputs")
+    random = np.random.default_rng(0)
+    for split, num_clips in (("train", 21), ("val", 5)):
+        for kind in ("clips", "tokens"):
+            staging = folder / f"staging-{kind}-{split}"
+            staging.mkdir()
+            writer = UnitWriter(staging, kind, 0, shard_bytes=40_000)
+            for index in range(num_clips):
+                members = {"json": json_bytes({"label": CLASSES[index % 2]})}
+                if kind == "clips":
+                    members["npy"] = npy_bytes(random.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
+                else:
+                    members["codes.npy"] = npy_bytes(random.integers(0, NUM_CODES, (1, 4, 4), dtype=np.uint8))
+                writer.add(Sample(f"{index:016x}_000000", members))
+            url = str(folder / "root" / kind / split)
+            commit_unit(url, 0, writer.finish(), {})
+            recipe = {"clip": {"num_frames": 4, "resolution": 16}}
+            if kind == "tokens":
+                recipe |= {"tokenizer": _tokenizer(folder), "num_codes": NUM_CODES, "latent_shape": [1, 4, 4]}
+            freeze(url, kind, [0], recipe, {"classes": CLASSES, "pixel_variance": 0.08, "num_units": 1})
+    return folder
+
+
+def _tokenizer(folder: Path) -> str:
+    torch.manual_seed(0)
+    config = load_config([], ["root=x", *_assignments(CONFIG)])
+    body = {"kind": "vqvae", "model": config.vqvae.model.model_dump(mode="json"), "pixel_variance": 0.08}
+    return save_export(str(folder / "tokenizer"), VQVAE(config.vqvae.model, 0.08), body)
+
+
+def _assignments(values: dict, prefix: str = "") -> list[str]:
+    pairs = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        pairs += _assignments(value, f"{name}.") if isinstance(value, dict) else [f"{name}={json.dumps(value)}"]
+    return pairs
+
+
+def _command(workspace: Path, root: Path, stage: str, zero_stage: int) -> list[str]:
+    """The stage's command in a root of its own that shares the inputs."""
+    root.mkdir(exist_ok=True)
+    for kind in ("clips", "tokens"):
+        if not (root / kind).exists():
+            (root / kind).symlink_to(workspace / "root" / kind)
+    config = json.loads(json.dumps(CONFIG))
+    config |= {"root": str(root), "tokenize": {"tokenizer": str(workspace / "tokenizer")}}
+    config["cluster"] = {"training_launcher": "process"}
+    for section in ("vqvae", "prior"):
+        config[section]["training"] |= {**SHARED, "zero_stage": zero_stage}
+    path = root / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return [stage, "--config", str(path)]
+
+
+def _run(command: list[str], log: Path, num_ranks: int) -> None:
+    process = start(command, num_ranks=num_ranks, log=log)
+    assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
+
+
+def _run_killed(command: list[str], log: Path, folder: Path, num_ranks: int) -> None:
+    """Lets the run commit its first checkpoint, then takes its power."""
+    process = start(command, num_ranks=num_ranks, log=log)
+    deadline = time.monotonic() + 240
+    while not list(folder.glob("checkpoints/*/*/COMMITTED")):
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.002)
+    kill_all(process)
+    assert process.returncode == -9, "it had ended before it could be killed"
+    assert not (folder / "exports").exists()
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(str(folder)) if record["split"] == "train"}
+
+
+def _check_exact_resume(workspace: Path, tmp_path: Path, stage: str, zero_stage: int, num_ranks: int) -> None:
+    folder = {"train-vqvae": "vqvae", "train-prior": "prior"}[stage]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    log = tmp_path / "log.txt"
+    _run(_command(workspace, whole, stage, zero_stage), log, num_ranks)
+    command = _command(workspace, killed, stage, zero_stage)
+    _run_killed(command, log, killed / folder, num_ranks)
+    _run(command, log, num_ranks)
+
+    undisturbed, resumed = _losses(whole / folder), _losses(killed / folder)
+    assert list(undisturbed) == list(range(1, STEPS + 1))
+    attempts = sorted(path.name for path in (killed / folder / "metrics").iterdir())
+    first_step = json.loads((killed / folder / "metrics" / attempts[-1]).read_text().splitlines()[0])["step"]
+    assert first_step > CHECKPOINT_EVERY, "it did not resume from a checkpoint"
+    assert len(set(undisturbed.values())) > STEPS // 2, "a loss that does not move proves nothing"
+    for step in range(first_step, STEPS + 1):
+        assert resumed[step] == undisturbed[step], f"step {step}"
+    exports = [sorted(path.name for path in (root / folder / "exports").iterdir()) for root in (whole, killed)]
+    assert exports[0] == exports[1], "the exported weights differ"
+
+
+@pytest.mark.timeout(600)
+def test_the_prior_resumes_exactly_on_two_ranks(workspace, tmp_path):
+    _check_exact_resume(workspace, tmp_path, "train-prior", zero_stage=1, num_ranks=2)
+    prior, tokenizer, body, _ = load_prior(str(tmp_path / "killed" / "prior"))
+    assert (body["step"], body["classes"]) == (STEPS, CLASSES)
+    assert torch.equal(prior.input.codebook, tokenizer.quantizer.codebook)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_the_prior_resumes_exactly_at_every_zero_stage(workspace, tmp_path, zero_stage):
+    _check_exact_resume(workspace, tmp_path, "train-prior", zero_stage, num_ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "num_ranks"), [(1, 2), (0, 1)])
+def test_the_tokenizer_resumes_exactly_with_its_codebook(workspace, tmp_path, zero_stage, num_ranks):
+    _check_exact_resume(workspace, tmp_path, "train-vqvae", zero_stage, num_ranks)
