@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -18,6 +19,8 @@ __all__ = [
     "WAIT_WARNING_SECONDS",
     "cluster_error",
     "connect",
+    "death",
+    "is_death",
     "is_embedded",
     "last_line",
     "node_resources",
@@ -184,8 +187,8 @@ def waiting_message(bundle: dict[str, float], count: int, waited_seconds: float)
 
     free = _amounts({name: ray.available_resources().get(name, 0.0) for name in bundle})
     return (
-        f"{count} worker(s) of {_amounts(bundle)} wait for resources since {waited_seconds:.0f} s "
-        f"(free: {free}) on {_cluster_summary()}"
+        f"{count} worker(s) of {_amounts(bundle)} have not started after {waited_seconds:.0f} s; "
+        f"free are {free} of {_cluster_summary()}"
     )
 
 
@@ -208,3 +211,16 @@ def last_line(error: BaseException | str) -> str:
 def cluster_error(kind: str, message: str) -> ClipmillError:
     """The ClipmillError that a worker sent home by the name of its class."""
     return {"UserError": UserError, "Interrupted": Interrupted}.get(kind, StageFailed)(message)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether Ray reports the end of a worker process or its node, not an exception inside it."""
+    import ray
+
+    return isinstance(getattr(error, "health_check_failure", error), ray.exceptions.RayActorError)
+
+
+def death(error: BaseException) -> str:
+    """One line for a dead worker: of Ray's long report the sentence that tells how it ended."""
+    detail = re.search(r"Worker exit detail: (.*?)\.(\s|$)", str(error))
+    return f"the worker process died: {detail[1] if detail else last_line(error)}"

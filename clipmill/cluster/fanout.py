@@ -214,7 +214,7 @@ class _Driver(Generic[U]):
         try:
             outcome = ray.get(call)
         except ray.exceptions.RayError as error:  # the actor or its node died, or the arguments do not unpickle
-            outcome = ("failed", _cause(error))
+            outcome = ("failed", connection.death(error) if connection.is_death(error) else str(error))
         if not slot.placed:
             self._take_place(slot, outcome)
         elif index is None:
@@ -301,16 +301,3 @@ class _Driver(Generic[U]):
     def _name(self, index: int) -> str:
         name = repr(self._units[index])
         return name if len(name) <= 120 else f"{name[:117]}..."
-
-
-def _cause(error: Exception) -> str:
-    """Ray's messages about a dead actor are long, and the first line of its cause says it best."""
-    import ray
-
-    if isinstance(error, ray.exceptions.RayActorError):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        exits = [
-            line for line in lines if "exit" in line.lower() or "killed" in line.lower() or "memory" in line.lower()
-        ]
-        return f"the worker process died: {(exits or lines)[0]}"
-    return str(error)

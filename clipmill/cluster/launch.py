@@ -9,6 +9,7 @@ error or a clean interruption must be neither retried nor wrapped.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import shutil
@@ -24,6 +25,8 @@ from clipmill.cluster.connection import (
     WAIT_WARNING_SECONDS,
     cluster_error,
     connect,
+    death,
+    is_death,
     is_embedded,
     last_line,
     node_resources,
@@ -218,21 +221,38 @@ def _start_mailbox(num_ranks: int) -> ActorHandle:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(num_ranks)
 
 
+def _without_cleaner(trainer: type) -> type:
+    """A trainer without Ray Train's detached cleaner of placement groups.
+
+    They go with the driver anyway, and without a dashboard the cleaner complains on the terminal every second.
+    Private API: should it be renamed, only the noise comes back (a test listens for it).
+    """
+
+    class Trainer(trainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    return Trainer
+
+
 class _Fit:
     """Ray Train's blocking ``fit`` in a thread of its own, so that the driver stays awake for signals."""
 
     def __init__(self, config: ClusterConfig, bundle: dict[str, float], task: dict[str, Any], name: str, storage: str):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_TIMEOUT_SECONDS))
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+        # It tells train functions of nodes about to go; ours restart from their checkpoints and do not ask.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         import ray.train
         import ray.train.torch
 
         environment = {"OMP_NUM_THREADS": str(task["num_threads"])}
         if not config.use_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
-        self._trainer = ray.train.torch.TorchTrainer(
-            _run_rank,
-            train_loop_config=task,
+        self._trainer = _without_cleaner(ray.train.torch.TorchTrainer)(
+            # As train_loop_config it would be unpickled, and the stage imported, in Ray Train's controller as well.
+            functools.partial(_run_rank, task),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.training_workers,
                 use_gpu=config.use_gpu,
@@ -307,12 +327,9 @@ def _watch(
 
 
 def _reason(error: Exception) -> str:
-    """The line of a Ray Train failure that names the cause: an exception of a rank rather than a lost connection."""
-    failures = list(getattr(error, "worker_failures", {}).items())
-    for rank, failure in failures:
-        if "Error" in last_line(failure) or "Exception" in last_line(failure):
-            return f"rank {rank}: {last_line(failure)}"
-    if failures:
-        rank, failure = failures[0]
-        return f"rank {rank}: {str(failure).strip().splitlines()[0]}"
-    return last_line(error)
+    """The line of a Ray Train failure that names the cause: an exception of a rank rather than a dead process."""
+    failures = sorted(getattr(error, "worker_failures", {}).items(), key=lambda item: (is_death(item[1]), item[0]))
+    if not failures:
+        return last_line(error)
+    rank, failure = failures[0]
+    return f"rank {rank}: {death(failure) if is_death(failure) else f'{type(failure).__name__}: {last_line(failure)}'}"

@@ -86,7 +86,7 @@ def test_a_poisonous_unit_fails_after_the_others_have_finished(tmp_path: Path) -
 
 
 def test_a_user_error_passes_through_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^no such folder; name another$") as caught:
+    with pytest.raises(UserError, match=r"^no such folder; name another$") as caught:
         run(make_recorder, (str(tmp_path),), ["user", *(f"unit-{number}" for number in range(50))], max_failures=3)
     assert type(caught.value) is UserError
     assert not (tmp_path / "user-2").exists()

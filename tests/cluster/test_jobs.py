@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from clipmill.cluster import in_order, load_jobs, submit
+from clipmill.cluster.jobs import submission_stem
+from clipmill.errors import StageFailed, UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def write_jobs(folder: Path, jobs: list[dict[str, Any]], **keys: Any) -> Path:
+    path = folder / "jobs.yaml"
+    path.write_text(yaml.safe_dump({"schema": 1, "jobs": jobs, **keys}))
+    return path
+
+
+def job(name: str, *needs: str, **keys: Any) -> dict[str, Any]:
+    return {"name": name, "entrypoint": f"echo {name}", "needs": list(needs), **keys}
+
+
+def test_the_stages_of_this_repository() -> None:
+    jobs = load_jobs(REPOSITORY / "ray_jobs.yaml").jobs
+    stages = ["shard", "train-vqvae", "tokenize", "train-prior", "sample", "evaluate", "report"]
+    assert [each.name for each in in_order(jobs, ["report"])] == stages
+    assert [each.entrypoint for each in jobs] == [f"clipmill {name} --config configs/demo.yaml" for name in stages]
+    assert [each.name for each in in_order(jobs, ["tokenize"])] == stages[:3]
+
+
+def test_needs_come_first_once_and_otherwise_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = write_jobs(tmp_path, [job("d", "b", "c"), job("c", "a"), job("b", "a"), job("a"), job("e")])
+    jobs = load_jobs(path).jobs
+    assert [each.name for each in in_order(jobs, ["e", "d"])] == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "message"),
+    [
+        ([job("a", "b")], r"job 'b' \(needed by a\) is not in the jobs file; it has a"),
+        ([job("a", "c"), job("b", "a"), job("c", "b")], "in a circle: a -> c -> b -> a"),
+        ([job("a", "a")], "in a circle: a -> a"),
+        ([job("a"), job("a")], "a named twice"),
+        ([job("a", entry_point="x")], r"jobs.0.entry_point: Extra inputs are not permitted"),
+        ([job("../x y")], r"jobs.0.name: String should match pattern"),
+        ([job("a", metadata={"retry": 3})], r"jobs.0.metadata.retry: Input should be a valid string"),
+        ([job("a", retries=-1)], r"jobs.0.retries"),
+        ([job("a", runtime_env={"workdir": "."})], r"jobs.0.runtime_env.workdir: Extra inputs"),
+        ([], "jobs: List should have at least 1 item"),
+    ],
+)
+def test_mistakes_in_a_jobs_file_are_named(tmp_path: Path, jobs: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_jobs(write_jobs(tmp_path, jobs))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_jobs_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
+        load_jobs(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("jobs: [")
+    with pytest.raises(UserError, match=r"bad\.yaml is no YAML"):
+        load_jobs(tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match="schema: Input should be less than or equal to 1"):
+        load_jobs(write_jobs(tmp_path, [job("a")], schema=2))
+
+
+def test_a_submission_is_known_by_what_runs(tmp_path: Path) -> None:
+    [spec] = load_jobs(write_jobs(tmp_path, [job("shard")])).jobs
+    environment = {"working_dir": str(tmp_path)}
+    (tmp_path / "run.yaml").write_text("seed: 1")
+    entrypoint = "clipmill shard --config run.yaml"
+    stem = submission_stem(spec, environment, entrypoint)
+    assert re.fullmatch(r"shard-[0-9a-f]{8}", stem)
+    assert submission_stem(spec, environment, entrypoint) == stem
+    assert submission_stem(spec, environment, f"{entrypoint} seed=2") != stem
+    (tmp_path / "run.yaml").write_text("seed: 2")
+    assert submission_stem(spec, environment, entrypoint) != stem
+
+
+def test_an_unreachable_jobs_server_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no Ray Jobs server answers at http://127\.0\.0\.1:1"):
+        submit(write_jobs(tmp_path, [job("a")]), [], "http://127.0.0.1:1")
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray head with a Jobs server, on ports of its own; yields the server's URL."""
+    ports = []
+    for _ in range(4):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ports.append(server.getsockname()[1])
+    gcs, dashboard, agent, client = ports
+    log = tmp_path_factory.mktemp("head") / "log"
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2",
+        "--node-ip-address=127.0.0.2", f"--port={gcs}", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+        f"--object-store-memory={256 * 2**20}", "--disable-usage-stats",
+    ]  # fmt: skip
+    environment = {**os.environ, "RAY_raylet_start_wait_time_s": "120"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", dashboard), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        process.send_signal(signal.SIGTERM)
+        for survivor in psutil.wait_procs(family, timeout=30)[1]:
+            survivor.kill()
+        process.wait()
+
+
+SCRIPT = """\
+import sys
+from pathlib import Path
+from clipmill.cluster import fan_out, is_embedded
+from clipmill.config import ClusterConfig
+
+def make_worker(word):
+    return lambda unit: {"word": f"{word} {unit}"}
+
+if __name__ == "__main__":
+    notes, mode = Path(sys.argv[1]), sys.argv[2]
+    assert not is_embedded(ClusterConfig())
+    fan_out(make_worker, (mode,), [1, 2, 3], config=ClusterConfig(), on_result=lambda unit, result: print(result))
+    with notes.open("a") as file:
+        file.write(mode + "\\n")
+    sys.exit({"again": 75 if notes.read_text().count("again") == 1 else 0, "broken": 1}.get(mode, 0))
+"""
+
+
+@pytest.mark.slow
+def test_jobs_run_in_order_are_tried_again_and_may_be_submitted_again(head: str, tmp_path: Path) -> None:
+    (tmp_path / "stage.py").write_text(SCRIPT)
+    notes = tmp_path.parent / f"{tmp_path.name}-notes"
+    run = f"{sys.executable} stage.py {notes}"
+    # The package travels in the upload too, as with `ray job submit --working-dir .`
+    os.symlink(REPOSITORY / "clipmill", tmp_path / "clipmill")
+    jobs = [
+        job("last", "again", entrypoint=f"{run} last"),
+        job("again", "first", entrypoint=f"{run} again"),
+        job("first", entrypoint=f"{run} first"),
+        job("broken", entrypoint=f"{run} broken"),
+    ]
+    path = write_jobs(tmp_path, jobs, runtime_env={"working_dir": "."})
+    submit(path, ["last"], head)
+    assert notes.read_text().split() == ["first", "again", "again", "last"]
+    submit(path, ["first"], head)
+    assert notes.read_text().split()[4:] == ["first"]
+    with pytest.raises(StageFailed, match=r"job broken \(broken-[0-9a-f]{8}-a1\) failed with exit status 1") as caught:
+        submit(path, ["broken"], head)
+    assert "{'word': 'broken 3'}" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_stopped_driver_has_time_for_its_checkpoint(head: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    entrypoint = f"{sys.executable} {Path(__file__).with_name('driver.py')} train {folder}"
+    environment = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}
+    path = write_jobs(tmp_path, [job("train", entrypoint=entrypoint)], runtime_env=environment)
+    command = (
+        "import sys; from clipmill.cluster import submit; from clipmill.errors import Interrupted\n"
+        "try: submit(sys.argv[1], [], sys.argv[2])\n"
+        "except Interrupted as error: print(error); sys.exit(75)"
+    )
+    watcher = subprocess.Popen([sys.executable, "-c", command, str(path), head], stdout=subprocess.PIPE, text=True)
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(head)
+    deadline = time.monotonic() + 120
+    while True:
+        found = [each.submission_id for each in client.list_jobs() if each.submission_id.startswith("train-")]
+        if found and "at work" in client.get_job_logs(found[0]):
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    client.stop_job(found[0])
+    output, _ = watcher.communicate(timeout=120)
+    assert (watcher.returncode, "was stopped; submit again to go on" in output) == (75, True)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.slow
+def test_a_job_out_of_time_is_stopped(head: str, tmp_path: Path) -> None:
+    path = write_jobs(tmp_path, [job("slow", entrypoint="sleep 600", timeout_seconds=3)])
+    with pytest.raises(StageFailed, match=r"slow-[0-9a-f]{8}-a1 was stopped: \w+ after 3 s"):
+        submit(path, [], head)
