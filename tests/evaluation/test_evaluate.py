@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clipmill import storage
+from clipmill.config import RunConfig
+from clipmill.errors import UserError
+from clipmill.evaluation import evaluate
+from clipmill.evaluation.gallery import Gallery, clips_per_class
+from clipmill.models.export import load_prior
+from clipmill.models.vqvae import to_input, to_pixels
+from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
+from clipmill.shards.manifest import Manifest
+from tests.evaluation.toy_run import (
+    CLASSES,
+    NUM_CLIPS,
+    Unleased,
+    clip_pixels,
+    toy_config,
+    write_prior,
+    write_tokenizer,
+    write_tokens,
+)
+
+
+def read_metrics(config: RunConfig) -> dict[str, Any]:
+    return storage.read_document(config.folder("evaluation", "metrics.json"), evaluate.METRICS_SCHEMA)
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    return evaluate.run(config, Unleased(evaluate.folder_url(config), 1))
+
+
+def val_codes(config: RunConfig) -> np.ndarray:
+    tokens = ShardDataset(Manifest.load(config.folder("tokens", "val"), "tokens"), decode_codes)
+    return np.stack([tokens[index]["codes"] for index in range(len(tokens))])
+
+
+def test_reconstruction_is_measured_on_every_val_clip(config: RunConfig):
+    _, tokenizer, _, _ = load_prior(config.folder("prior"))
+    clips = np.stack([clip_pixels("val", number) for number in range(NUM_CLIPS["val"])])
+    with torch.inference_mode():
+        copies = to_pixels(tokenizer.decode(tokenizer.encode(to_input(torch.from_numpy(clips))))).numpy()
+    numbers = read_metrics(config)["reconstruction"]
+    assert numbers["num_clips"] == 7
+    # Another batch size rounds a few pixels otherwise.
+    assert numbers["mse"] == pytest.approx(np.mean((clips / 255 - copies / 255) ** 2), rel=1e-3)
+    assert numbers["nmse"] == pytest.approx(numbers["mse"] / (clips / 255).var(), rel=1e-9)
+
+
+def test_the_prior_is_measured_on_every_val_token_without_dropout(config: RunConfig):
+    prior, _, _, _ = load_prior(config.folder("prior"))
+    codes = torch.from_numpy(val_codes(config))
+    labels = torch.tensor([number % 3 for number in range(7)])
+    with torch.inference_mode():
+        log_probabilities = prior(codes, labels).log_softmax(-1)
+    expected = -log_probabilities.gather(-1, codes.reshape(7, -1, 1)).mean().item()
+    numbers = read_metrics(config)["prior"]
+    assert prior.training is False
+    assert config.prior.model.dropout > 0
+    assert numbers["val_nats_per_token"] == pytest.approx(expected, rel=1e-5)
+    assert numbers["bits_per_token"] == pytest.approx(expected / math.log(2), rel=1e-5)
+    assert numbers["bits_per_clip"] == pytest.approx(32 * expected / math.log(2), rel=1e-5)
+    assert numbers["bits_per_dim"] == pytest.approx(numbers["bits_per_clip"] / (8 * 16 * 16 * 3), rel=1e-9)
+    assert numbers["ratio_to_unigram"] == pytest.approx(expected / numbers["unigram_nats"], rel=1e-5)
+    assert (numbers["num_clips"], numbers["num_clips_in_split"], numbers["num_clips_behind_tables"]) == (7, 7, 9)
+
+
+def test_codebook_and_samples_are_counted(config: RunConfig):
+    metrics = read_metrics(config)
+    codes = val_codes(config)
+    assert metrics["codebook"]["num_used"] == len(np.unique(codes))
+    counts = np.bincount(codes.reshape(-1), minlength=16)
+    assert metrics["codebook"]["sorted_counts"] == sorted(counts.tolist(), reverse=True)
+
+    manifest = Manifest.load(config.folder("samples", "default"), "samples")
+    dataset = ShardDataset(manifest, decode_clip)
+    pixels = np.stack([dataset[index]["video"] for index in range(6)]) / 255
+    samples = metrics["samples"]
+    assert samples["count"] == 6
+    assert samples["per_class"] == dict.fromkeys(CLASSES, 2)
+    assert samples["statistics"]["pixel_variance"] == pytest.approx(pixels.var(), rel=1e-9)
+    real = np.stack([clip_pixels("val", number) for number in range(7)]) / 255
+    change = np.abs(np.diff(pixels, axis=1)).mean() / np.abs(np.diff(real, axis=1)).mean()
+    assert samples["ratio_to_val"]["frame_change"] == pytest.approx(change, rel=1e-9)
+    tokens = ShardDataset(manifest, decode_codes)
+    made = np.bincount(np.stack([tokens[index]["codes"] for index in range(6)]).reshape(-1), minlength=16)
+    distance = np.abs(made / made.sum() - counts / counts.sum()).sum() / 2
+    assert samples["code_total_variation"] == pytest.approx(distance, rel=1e-9)
+
+
+def test_the_gallery_holds_the_clips_that_were_scored(config: RunConfig):
+    gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
+    assert gallery.labels == tuple(CLASSES[number % 3] for number in range(7))
+    assert np.array_equal(gallery.real, np.stack([clip_pixels("val", number) for number in range(7)]))
+    error = np.mean((gallery.real / 255 - gallery.reconstruction / 255) ** 2)
+    assert error == pytest.approx(read_metrics(config)["reconstruction"]["mse"], rel=1e-9)
+
+
+def test_clips_per_class_shows_all_of_few_and_some_of_many():
+    assert clips_per_class([]) == {None: 8}
+    assert clips_per_class(["a", "b", "c", "d", "e"]) == dict.fromkeys("abcde", 4)
+    assert set(clips_per_class([f"{number:03d}" for number in range(101)]).values()) == {3}
+    assert len(clips_per_class([f"{number:03d}" for number in range(101)])) == 12
+
+
+def test_metrics_say_what_they_were_measured_on(config: RunConfig):
+    assert evaluate.is_finished(config)
+    identity = read_metrics(config)["identity"]
+    assert identity["clips_val"] == Manifest.load(config.folder("clips", "val"), "clips").fingerprint
+    assert identity["tokens_val"] == Manifest.load(config.folder("tokens", "val"), "tokens").fingerprint
+    fewer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_clips": 4})})
+    assert not evaluate.is_finished(fewer)
+    run(fewer)
+    numbers = read_metrics(fewer)
+    assert numbers["reconstruction"]["num_clips"] == numbers["prior"]["num_clips_behind_tables"] == 4
+    assert numbers["prior"]["num_clips_in_split"] == 7
+    assert not evaluate.is_finished(config)
+
+
+def test_running_again_gives_the_same_numbers(config: RunConfig):
+    before = storage.read_bytes(config.folder("evaluation", "metrics.json"))
+    storage.remove(config.folder("evaluation", "metrics.json"))
+    assert not evaluate.is_finished(config)
+    run(config)
+    assert storage.read_bytes(config.folder("evaluation", "metrics.json")) == before
+
+
+@pytest.mark.parametrize(
+    ("missing", "stage"),
+    [
+        ("clips/val", "shard"),
+        ("tokens/train", "tokenize"),
+        ("tokens/val", "tokenize"),
+        ("prior/exports", "train-prior"),
+        ("samples/default", "sample"),
+    ],
+)
+def test_a_missing_stage_is_named(config: RunConfig, missing: str, stage: str):
+    shutil.rmtree(Path(config.root, missing))
+    shutil.rmtree(Path(config.root, "evaluation"))
+    for ask in (evaluate.is_finished, run):
+        with pytest.raises(UserError, match=rf"run `clipmill {stage}`"):
+            ask(config)
+    assert not Path(config.root, "evaluation").exists()
+
+
+def test_tokens_of_another_tokenizer_are_refused(config: RunConfig, tmp_path: Path):
+    other = toy_config(tmp_path / "other")
+    shutil.copytree(Path(config.root, "clips"), Path(other.root, "clips"))
+    clips = {split: Manifest.load(other.folder("clips", split), "clips") for split in NUM_CLIPS}
+    torch.manual_seed(5)
+    write_tokenizer(other, clips["train"])
+    for split, manifest in clips.items():
+        write_tokens(other, manifest, tmp_path / "scratch" / split)
+    shutil.rmtree(Path(config.root, "tokens"))
+    shutil.copytree(Path(other.root, "tokens"), Path(config.root, "tokens"))
+    with pytest.raises(UserError, match="was trained on tokens of"):
+        evaluate.is_finished(config)
+
+
+def test_samples_of_another_prior_are_refused(config: RunConfig):
+    torch.manual_seed(6)
+    write_prior(config, Manifest.load(config.folder("tokens", "train"), "tokens"))
+    with pytest.raises(UserError, match=r"made by prior .*sample\.name"):
+        evaluate.is_finished(config)
