@@ -191,7 +191,7 @@ def test_a_real_browser_decodes_every_film(config: RunConfig, tmp_path: Path):
     _, text = write(config)
     # The browser writes the whole document out when its virtual time is over; what it saw of the films goes along.
     probe = """<script>setInterval(() => { document.body.dataset.films = JSON.stringify(
-        [...document.querySelectorAll("video")].map(v => [v.readyState, v.videoWidth, v.duration, v.error?.code ?? null])
+        videos.map(v => [v.readyState, v.videoWidth, v.duration, v.error?.code ?? null])
     ); document.body.dataset.refused = refused; }, 50);</script></body>"""
     watch = "<head><script>let refused = 0; addEventListener('securitypolicyviolation', () => refused++);</script>"
     copy = tmp_path / "copy.html"
