@@ -31,7 +31,8 @@ class CodeInput(nn.Module):
     """Embeds the codes before each position: codebook vector, linear layer, right shift, axial positions.
 
     Args:
-        dim: hidden channels C, a multiple of 3 (one third for each axis).
+        dim: hidden channels C, of which each axis takes a third (the paper's 512 and 1024 leave a remainder: t, then h,
+            take one channel more).
         latent_shape: (t, h, w).
         codebook: float [K, D]; state, since without it a prior cannot be used.
     """
@@ -43,7 +44,9 @@ class CodeInput(nn.Module):
         self.register_buffer("codebook", codebook.detach().clone())
         self.project = nn.Linear(codebook.shape[1], dim, bias=False)
         self.start = nn.Parameter(torch.randn(dim) * 0.02)
-        self.axes = nn.ParameterList(torch.randn(length, dim // 3) * 0.01 for length in latent_shape)
+        widths = [dim // 3 + (axis < dim % 3) for axis in range(3)]
+        shapes = zip(latent_shape, widths, strict=True)
+        self.axes = nn.ParameterList(torch.randn(length, width) * 0.01 for length, width in shapes)
         nn.init.normal_(self.project.weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ class Prior(nn.Module):
         num_classes: classes of the data; used when ``config.class_conditional``.
 
     Raises:
-        UserError: the hidden size has no thirds for the three axes, or there are no classes to condition on.
+        UserError: there are no classes to condition on.
     """
 
     def __init__(
@@ -137,11 +140,6 @@ class Prior(nn.Module):
         num_classes: int = 0,
     ) -> None:
         super().__init__()
-        if config.hidden_dim % 3:
-            raise UserError(
-                f"prior.model.hidden_dim {config.hidden_dim} must be a multiple of 3 (a third of the position "
-                f"embedding for each axis); use {config.hidden_dim // 3 * 3 + 3}"
-            )
         if config.class_conditional and num_classes < 1:
             raise UserError(
                 "prior.model.class_conditional needs labelled clips, and these have none; "

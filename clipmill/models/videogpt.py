@@ -102,7 +102,9 @@ def _vqvae_state(published: dict[str, Tensor], config: VQVAEModelConfig) -> dict
             state |= {f"{new}.8.{name}": tensor for name, tensor in _axial(published, f"{old}.8").items()}
         last = config.num_res_layers
         renamed |= _norm_names(f"{side}.res_stack.{last}", f"{side}.stack.{last}")
-    return state | {ours: published[theirs] for theirs, ours in renamed.items()}
+    state |= {ours: published[theirs] for theirs, ours in renamed.items()}
+    # Our convolutions of kernel 1 are linear layers.
+    return {name: tensor[..., 0, 0, 0] if tensor.shape[2:] == (1, 1, 1) else tensor for name, tensor in state.items()}
 
 
 def _norm_names(old: str, new: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from clipmill.config import VQVAEModelConfig
 from clipmill.errors import UserError
 from clipmill.models.attention import AxialAttention
+from clipmill.models.convolutions import Grow, Pointwise, Shrink
 from clipmill.models.quantizers import EMACodebook
 from clipmill.models.ranks import GlobalBatchNorm
 
@@ -57,31 +58,6 @@ def halvings(downsample: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     return list(zip(t, h, w, strict=True))
 
 
-class Shrink(nn.Conv3d):
-    """Convolution with kernel 4 and SAME zero padding; an odd padding has its larger half in front."""
-
-    def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int]) -> None:
-        super().__init__(in_dim, out_dim, kernel_size=4, stride=stride, padding=1)
-        # Stride 2 pads (1, 1), stride 1 pads (2, 1): the convolution pads 1, this the rest (last axis first).
-        self.front = [pad for s in reversed(stride) for pad in (2 - s, 0)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Divides each axis of x [B, C, T, H, W] by its stride."""
-        return super().forward(F.pad(x, self.front) if any(self.front) else x)
-
-
-class Grow(nn.ConvTranspose3d):
-    """Transposed convolution with kernel 4, the mirror of ``Shrink``."""
-
-    def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int]) -> None:
-        super().__init__(in_dim, out_dim, kernel_size=4, stride=stride, padding=1)
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Multiplies each axis of x [B, C, T, H, W] by its stride."""
-        t, h, w = (length * stride for length, stride in zip(x.shape[2:], self.stride, strict=True))
-        return super().forward(x)[:, :, :t, :h, :w]  # an axis of stride 1 comes out one too long at its end
-
-
 class ResidualBlock(nn.Module):
     """x + [norm, ReLU, conv 3 to half the channels, norm, ReLU, conv 1 back, norm, ReLU, axial attention].
 
@@ -97,7 +73,7 @@ class ResidualBlock(nn.Module):
             nn.Conv3d(dim, dim // 2, kernel_size=3, padding=1, bias=False),
             GlobalBatchNorm(dim // 2),
             nn.ReLU(inplace=True),
-            nn.Conv3d(dim // 2, dim, kernel_size=1, bias=False),
+            Pointwise(dim // 2, dim, bias=False),
         ]
         if config.axial_attention:
             layers += [GlobalBatchNorm(dim), nn.ReLU(inplace=True), AxialAttention(dim, config.num_heads)]
@@ -189,9 +165,9 @@ class VQVAE(nn.Module):
         self.config = config
         self.pixel_variance = pixel_variance
         self.encoder = Encoder(config)
-        self.to_latent = nn.Conv3d(config.hidden_dim, config.embedding_dim, kernel_size=1)
+        self.to_latent = Pointwise(config.hidden_dim, config.embedding_dim)
         self.quantizer = EMACodebook(config.num_codes, config.embedding_dim, config.ema_decay, config.restart_share)
-        self.from_latent = nn.Conv3d(config.embedding_dim, config.hidden_dim, kernel_size=1)
+        self.from_latent = Pointwise(config.embedding_dim, config.hidden_dim)
         self.decoder = Decoder(config)
 
     def encode(self, video: Tensor) -> Tensor:

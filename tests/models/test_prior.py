@@ -135,9 +135,15 @@ def test_dropout_acts_in_training_only() -> None:
     torch.testing.assert_close(noisy.eval().loss(codes), prior.loss(codes))
 
 
+@pytest.mark.parametrize("hidden_dim", [64, 65, 66])
+def test_the_axes_share_a_hidden_size_that_three_does_not_divide(hidden_dim: int) -> None:
+    config = PriorModelConfig(hidden_dim=hidden_dim, num_heads=1)
+    positions = Prior(config, SHAPE, 11, torch.randn(11, 5)).input.positions()
+    assert positions.shape == (NUM_POSITIONS, hidden_dim)
+    assert len(positions.unique(dim=0)) == NUM_POSITIONS
+
+
 def test_settings_that_do_not_fit_are_user_errors() -> None:
-    with pytest.raises(UserError, match=r"multiple of 3.*use 66"):
-        Prior(PriorModelConfig(hidden_dim=64), SHAPE, 11, torch.randn(11, 5))
     with pytest.raises(UserError, match="needs labelled clips"):
         Prior(PriorModelConfig(hidden_dim=24, class_conditional=True), SHAPE, 11, torch.randn(11, 5), num_classes=0)
 

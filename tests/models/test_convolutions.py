@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipmill.models.convolutions import Grow, Pointwise, Shrink
+
+STRIDES = [stride for stride in itertools.product((1, 2), repeat=3) if 2 in stride]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_shrink_pads_the_larger_half_in_front(stride: tuple[int, int, int]) -> None:
+    conv = Shrink(2, 3, stride)
+    x = torch.randn(1, 2, 4, 4, 6)
+    padding = [pad for s in reversed(stride) for pad in ((1, 1) if s == 2 else (2, 1))]
+    expected = F.conv3d(F.pad(x, padding), conv.weight, conv.bias, stride)
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("out_dim", [3, 8])
+def test_grow_is_the_transposed_convolution_with_its_gradients(stride: tuple[int, int, int], out_dim: int) -> None:
+    conv = Grow(4, out_dim, stride)
+    x = torch.randn(2, 4, 3, 4, 5, requires_grad=True)
+    y = conv(x)
+    t, h, w = y.shape[2:]
+    assert (t, h, w) == (3 * stride[0], 4 * stride[1], 5 * stride[2])
+    expected = nn.ConvTranspose3d.forward(conv, x)[:, :, :t, :h, :w]
+    torch.testing.assert_close(y, expected)
+    direction = torch.randn_like(y)
+    sources = (x, conv.weight, conv.bias)
+    gradients = torch.autograd.grad((y * direction).sum(), sources)
+    for gradient, reference in zip(gradients, torch.autograd.grad((expected * direction).sum(), sources), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_pointwise_is_a_convolution_of_kernel_one() -> None:
+    layer = Pointwise(4, 6)
+    x = torch.randn(2, 4, 3, 4, 5)
+    torch.testing.assert_close(layer(x), F.conv3d(x, layer.weight[..., None, None, None], layer.bias))
