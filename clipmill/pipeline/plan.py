@@ -45,19 +45,22 @@ BATCH_ROWS = 2**16
 
 logger = logging.getLogger(__name__)
 
-_SOURCE_COLUMNS = pa.schema(
-    [
-        ("url", pa.large_string()),  # 32-bit offsets would overflow at some 20 million names
-        ("bytes", pa.int64()),
-        ("etag", pa.large_string()),
-        ("label", pa.large_string()),
-        ("actions", pa.large_string()),
-        ("text", pa.large_string()),
-    ]
-)
-_PLAN_COLUMNS = pa.schema(
-    [("split", pa.string()), ("unit", pa.int32()), ("ordinal", pa.int32()), ("id", pa.string()), *_SOURCE_COLUMNS]
-)
+_TEXT = pa.large_string()  # 32-bit offsets would overflow at some 20 million names
+_SOURCE_COLUMNS: dict[str, pa.DataType] = {
+    "url": _TEXT,
+    "bytes": pa.int64(),
+    "etag": _TEXT,
+    "label": _TEXT,
+    "actions": _TEXT,
+    "text": _TEXT,
+}
+_PLAN_COLUMNS: dict[str, pa.DataType] = {
+    "split": pa.string(),
+    "unit": pa.int32(),
+    "ordinal": pa.int32(),
+    "id": pa.string(),
+    **_SOURCE_COLUMNS,
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Plan:
     def unit(self, split: str, number: int) -> Unit:
         """The videos of one unit, in order."""
         first, end = self._rows[split, number]
-        columns = [field.name for field in _PLAN_COLUMNS if field.name not in ("split", "unit", "ordinal")]
+        columns = ["id", *_SOURCE_COLUMNS]
         rows = self._table.select(columns).slice(first, end - first).to_pylist()
         return Unit(split, number, tuple(PlannedVideo(**row) for row in rows))
 
@@ -207,17 +210,18 @@ def make_plan(config: RunConfig) -> Plan:
     name = "gen-0000.parquet"
     with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder:
         path = Path(folder) / name
-        with pq.ParquetWriter(path, _PLAN_COLUMNS) as writer:
+        schema = pa.schema(_PLAN_COLUMNS)
+        with pq.ParquetWriter(path, schema) as writer:
             for first in range(0, len(order), BATCH_ROWS):
                 rows = slice(first, first + BATCH_ROWS)
-                placed = [
-                    np.where(is_val[rows], "val", "train"),
-                    units[rows],
-                    ordinals[rows],
-                    [f"{number:016x}" for number in ids[rows].tolist()],
-                ]
-                columns = [*map(pa.array, placed), *table.take(pa.array(order[rows])).columns]
-                writer.write_table(pa.table(dict(zip(_PLAN_COLUMNS.names, columns, strict=True)), _PLAN_COLUMNS))
+                columns: dict[str, Any] = {
+                    "split": np.where(is_val[rows], "val", "train"),
+                    "unit": units[rows],
+                    "ordinal": ordinals[rows],
+                    "id": [f"{number:016x}" for number in ids[rows].tolist()],
+                    **table.take(pa.array(order[rows])).to_pydict(),
+                }
+                writer.write_table(pa.table(columns, schema))
         storage.publish_file(path, config.folder("clips", "plan", name))
         generation = {
             "file": name,
@@ -254,16 +258,16 @@ def _list_source(data: DataConfig) -> tuple[pa.Table, np.ndarray]:
     """The listing as one table, and uint64[n] the hash of each identity; Python objects live for one batch."""
     source_url = storage.absolute(data.source.url)
     identified = _identified(list_videos(data.source), source_url)
+    schema = pa.schema(_SOURCE_COLUMNS)
     batches, hashes = [], [np.empty(0, np.uint64)]
     while batch := list(islice(identified, BATCH_ROWS)):
         hashes.append(np.array([_number(video_identity) for _, video_identity in batch], np.uint64))
         listed = [video for video, _ in batch]
-        columns: dict[str, list[Any]] = {
-            field.name: [getattr(video, "name" if field.name == "url" else field.name) for video in listed]
-            for field in _SOURCE_COLUMNS
+        columns = {
+            name: [getattr(video, "name" if name == "url" else name) for video in listed] for name in _SOURCE_COLUMNS
         }
-        batches.append(pa.record_batch(columns, _SOURCE_COLUMNS))
-    return pa.Table.from_batches(batches, _SOURCE_COLUMNS).combine_chunks(), np.concatenate(hashes)
+        batches.append(pa.table(columns, schema))
+    return pa.concat_tables([schema.empty_table(), *batches]).combine_chunks(), np.concatenate(hashes)
 
 
 def _identified(videos: Iterator[SourceVideo], source_url: str) -> Iterator[tuple[SourceVideo, str]]:

@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 
 import clipmill
 from clipmill import storage
@@ -232,5 +231,14 @@ def _versions() -> dict[str, str]:
         "clipmill": clipmill.__version__,
         "av": metadata.version("av"),  # its wheel holds FFmpeg and libx264
         "decord": metadata.version("decord"),
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{platform.machine()} {_vector_instructions()}",
     }
+
+
+def _vector_instructions() -> str:
+    """The widest vector instructions: libx264 and swscale choose their code, and so their rounding, by them."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "unknown"
+    return next((name for name in ("avx512f", "avx2", "avx", "sse4_2", "sve", "asimd") if name in flags), "plain")

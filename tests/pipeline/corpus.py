@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from clipmill.config import RunConfig
+from clipmill.lease import hold
+from clipmill.pipeline import shard
 from clipmill.video import encode_mp4
 
 CLASSES = ("down", "left", "right", "up")
 NUM_FRAMES = 4
 """Frames of a clip."""
+RESOLUTION = 64
 
 
 @functools.cache
@@ -43,17 +46,23 @@ def write_corpus(source: Path, videos_per_class: int = 3, *, with_bad: bool = Tr
         (source / "short.mp4").write_bytes(video_bytes(78, NUM_FRAMES - 1))
 
 
-def run_config(root: Path, source: Path, **data: Any) -> RunConfig:
+def run_config(root: Path, source: Path, /, num_workers: int = 1, **data: Any) -> RunConfig:
     """Several small units in each split."""
-    clip = {"num_frames": NUM_FRAMES, "resolution": 32}
+    clip = {"num_frames": NUM_FRAMES, "resolution": RESOLUTION}
     defaults = {"source": {"url": str(source)}, "clip": clip, "val_fraction": 0.3, "unit_bytes": 6000}
     return RunConfig.model_validate(
         {
             "root": str(root),
             "data": {**defaults, **data},
-            "cluster": {"num_cpus": 2, "fanout_workers": 2, "max_failures": 1},
+            "cluster": {"num_cpus": 2, "fanout_workers": num_workers, "max_failures": 1},
         }
     )
+
+
+def run_shard(config: RunConfig) -> dict[str, Any]:
+    """The stage as `clipmill.stages` runs it."""
+    with hold(shard.folder_url(config), "shard") as lease:
+        return shard.run(config, lease)
 
 
 def files_of(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:

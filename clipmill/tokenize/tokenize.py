@@ -1,0 +1,321 @@
+"""Stage ``tokenize``: every clip is encoded once, so that training the prior reads a few hundred codes a clip.
+
+Unit n of the clips becomes unit n of the tokens, in each split: ``{key}.codes.npy`` (as narrow as the codebook
+allows, shape t h w) with the clip's own ``{key}.json`` and, where it has them, ``{key}.actions.npy``. A worker
+loads the tokenizer once, keeps to a fixed number of threads, and forms its batches inside a unit in order, so a
+unit's bytes do not depend on which worker does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import clipmill
+from clipmill.cluster.fanout import fan_out
+from clipmill.config import RunConfig
+from clipmill.errors import UserError
+from clipmill.lease import Lease
+from clipmill.models.export import load_vqvae, read_latest
+from clipmill.models.vqvae import VQVAE, to_input
+from clipmill.progress import bar
+from clipmill.shards.dataset import ShardDataset, decode_clip
+from clipmill.shards.format import Sample, UnitWriter, npy_bytes
+from clipmill.shards.manifest import Manifest, commit_unit, committed_units, freeze, read_commit
+
+__all__ = ["folder_url", "is_finished", "run"]
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, repr=False)
+class Unit:
+    """One unit of clips to encode.
+
+    Attributes:
+        split: ``train`` or ``val``.
+        number: of the clip unit, and of the token unit to be.
+        shards: names of its tars.
+    """
+
+    split: str
+    number: int
+    shards: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.split}/{self.number:06d}"
+
+
+def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
+    """Encodes both splits and freezes them.
+
+    Returns:
+        Counts for the summary.
+
+    Raises:
+        UserError: clips or tokenizer are missing or do not fit each other, or the folder holds other tokens. Nothing
+            has been written then.
+        StageFailed: a unit failed at every attempt.
+    """
+    clips, recipe = _inputs(config)
+    tallies = {split: Tally(recipe["num_codes"]) for split in SPLITS}
+    pending = [unit for split in SPLITS for unit in _count_committed(config, clips[split], recipe, tallies[split])]
+    with bar("tokenize", total=sum(manifest.num_samples for manifest in clips.values()), unit="clips") as progress:
+
+        def on_result(unit: Unit, result: dict[str, Any]) -> None:
+            tallies[unit.split].add(result)
+            progress.update(sum(tally.num_clips for tally in tallies.values()))
+
+        if pending:
+            arguments = (config, lease, recipe["tokenizer"])
+            fan_out(make_worker, arguments, pending, config=config.cluster, on_result=on_result)
+    return _freeze(config, clips, recipe, tallies)
+
+
+def folder_url(config: RunConfig) -> str:
+    """Where this stage writes."""
+    return config.folder("tokens")
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether both splits hold the tokens of these clips by this tokenizer.
+
+    Raises:
+        UserError: clips or tokenizer are missing or do not fit each other, or the folder holds other tokens.
+    """
+    clips, recipe = _inputs(config)
+    for split in SPLITS:
+        try:
+            tokens = Manifest.load(config.folder("tokens", split), "tokens")
+        except FileNotFoundError:
+            return False
+        _check_tokenizer(config, split, tokens.recipe["tokenizer"], recipe)
+        if tokens.facts["clips"] != clips[split].fingerprint:
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------- the driver
+
+
+class Tally:
+    """What the finished units of a split amount to.
+
+    Attributes:
+        num_clips: clips encoded.
+        code_counts: int64 [num_codes], how often each code occurs.
+        versions: of the software that encoded them.
+    """
+
+    def __init__(self, num_codes: int) -> None:
+        self.num_clips = 0
+        self.code_counts = np.zeros(num_codes, np.int64)
+        self.versions: list[dict[str, Any]] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds one unit's commit record."""
+        self.num_clips += record["num_clips"]
+        self.code_counts += np.array(record["code_counts"], np.int64)
+        if record["versions"] not in self.versions:
+            self.versions.append(record["versions"])
+
+    @property
+    def perplexity(self) -> float:
+        """Codes that would carry as much if they were used evenly: exp of the entropy of their frequencies."""
+        frequencies = self.code_counts[self.code_counts > 0] / max(int(self.code_counts.sum()), 1)
+        return float(np.exp(-(frequencies * np.log(frequencies)).sum()))
+
+
+def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
+    """The clips of each split, and the recipe of the tokens to be."""
+    try:
+        clips = {split: Manifest.load(config.folder("clips", split), "clips") for split in SPLITS}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no finished clips at {config.folder('clips')}; run `clipmill shard` with this config first"
+        ) from error
+    latest = read_latest(config.tokenizer_url)
+    if latest is None:
+        raise UserError(f"no tokenizer at {config.tokenizer_url}; run `clipmill train-vqvae` with this config first")
+    body, sha8 = latest
+    if body["kind"] != "vqvae":
+        raise UserError(f"tokenize.tokenizer {config.tokenizer_url} is a {body['kind']} export; name a tokenizer's")
+    clip_recipe = clips["train"].recipe
+    for key in ("num_frames", "resolution"):
+        trained, found = body["clip"]["clip"][key], clip_recipe["clip"][key]
+        if trained != found:
+            raise UserError(
+                f"the tokenizer at {config.tokenizer_url} was trained on clips with {key}={trained}, the clips at "
+                f"{config.folder('clips')} have {key}={found}; train a tokenizer on these clips"
+            )
+    recipe = {
+        "tokenizer": sha8,
+        "num_codes": body["num_codes"],
+        "latent_shape": list(body["latent_shape"]),
+        "clip": clip_recipe,
+    }
+    return clips, recipe
+
+
+def _check_tokenizer(config: RunConfig, split: str, found: str, recipe: dict[str, Any]) -> None:
+    if found != recipe["tokenizer"]:
+        raise UserError(
+            f"{config.folder('tokens', split)} holds tokens of tokenizer {found}, the one at {config.tokenizer_url} is "
+            f"{recipe['tokenizer']}; remove {folder_url(config)}, choose another root, or set tokenize.tokenizer to "
+            "the export that made them"
+        )
+
+
+def _count_committed(config: RunConfig, clips: Manifest, recipe: dict[str, Any], tally: Tally) -> list[Unit]:
+    """Adds the units that an earlier run committed to the tally; the others are returned."""
+    split = clips.url.rpartition("/")[2]
+    shards: dict[int, list[str]] = {number: [] for number in range(clips.facts["num_units"])}
+    for shard in clips.shards:
+        shards[int(shard.name.split("-")[1])].append(shard.name)
+    units = [Unit(split, number, tuple(names)) for number, names in shards.items()]
+    url = config.folder("tokens", split)
+    committed = set(committed_units(url))
+    finished = [unit for unit in units if unit.number in committed]
+    with ThreadPoolExecutor(16) as pool:  # a bucket answers in some 20 ms, whatever the number of requests
+        for unit, record in zip(finished, pool.map(lambda unit: read_commit(url, unit.number), finished), strict=True):
+            _check_tokenizer(config, split, record["tokenizer"], recipe)
+            if tuple(record["clips"]) != unit.shards:
+                raise UserError(
+                    f"{url} holds tokens of other clips (unit {unit.number}); remove {folder_url(config)} or choose "
+                    "another root"
+                )
+            tally.add(record)
+    return [unit for unit in units if unit.number not in committed]
+
+
+def _freeze(
+    config: RunConfig, clips: dict[str, Manifest], recipe: dict[str, Any], tallies: dict[str, Tally]
+) -> dict[str, Any]:
+    summary: dict[str, Any] = {"tokenizer": recipe["tokenizer"]}
+    for split, tally in tallies.items():
+        facts = {
+            "classes": clips[split].facts["classes"],
+            "clips": clips[split].fingerprint,
+            "num_clips": tally.num_clips,
+            "num_units": clips[split].facts["num_units"],
+            "code_counts": tally.code_counts.tolist(),
+            "versions": sorted(tally.versions, key=str),
+        }
+        freeze(config.folder("tokens", split), "tokens", range(facts["num_units"]), recipe, facts)
+        summary[f"{split}_clips"] = tally.num_clips
+        summary[f"{split}_tokens"] = int(tally.code_counts.sum())
+        summary[f"{split}_codes_used"] = int((tally.code_counts > 0).sum())
+        summary[f"{split}_perplexity"] = tally.perplexity
+    return summary
+
+
+# ------------------------------------------------------------------------------------------- the worker
+
+
+def code_dtype(num_codes: int) -> np.dtype:
+    """The narrowest unsigned type, little-endian, that holds 0 ... num_codes - 1."""
+    return np.min_scalar_type(num_codes - 1).newbyteorder("<")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer that is ready to work, and what its bytes depend on."""
+
+    model: VQVAE
+    num_codes: int
+    device: torch.device
+    batch_size: int
+
+    @torch.inference_mode()
+    def __call__(self, videos: list[np.ndarray]) -> np.ndarray:
+        """uint8 [T, H, W, 3] each -> codes [B, t, h, w] in the narrowest little-endian type."""
+        batch = torch.from_numpy(np.stack(videos)).to(self.device)
+        codes = self.model.encode(to_input(batch)).cpu().numpy()
+        return codes.astype(code_dtype(self.num_codes))
+
+    def versions(self) -> dict[str, Any]:
+        """What the codes depend on beside clips and tokenizer."""
+        if self.device.type == "cuda":
+            hardware = torch.cuda.get_device_name(self.device)
+        else:
+            hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return {
+            "clipmill": clipmill.__version__,
+            "torch": torch.__version__,
+            "hardware": hardware,
+            "threads": torch.get_num_threads(),
+            "batch_size": self.batch_size,
+        }
+
+
+def make_worker(config: RunConfig, lease: Lease, tokenizer: str) -> Callable[[Unit], dict[str, Any]]:
+    """Runs once in each actor: loads the tokenizer, and returns the function that encodes one unit."""
+    torch.set_num_threads(config.cluster.fanout_cpus)  # sums are split over threads: their number is part of the bytes
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    model, body, sha8 = load_vqvae(config.tokenizer_url)
+    if sha8 != tokenizer:
+        raise UserError(f"{config.tokenizer_url} changed from {tokenizer} to {sha8}; run `clipmill tokenize` again")
+    encoder = Encoder(model.to(device), body["num_codes"], device, config.tokenize.batch_size)
+    clips = {split: Manifest.load(config.folder("clips", split), "clips") for split in SPLITS}
+    return functools.partial(_tokenize_unit, config, lease, tokenizer, encoder, clips)
+
+
+def _tokenize_unit(
+    config: RunConfig, lease: Lease, tokenizer: str, encoder: Encoder, clips: dict[str, Manifest], unit: Unit
+) -> dict[str, Any]:
+    """Encodes, packs and commits one unit; returns its commit record without the parts."""
+    counts = np.zeros(encoder.num_codes, np.int64)
+    num_clips = 0
+    with tempfile.TemporaryDirectory(prefix="clipmill-tokenize-") as folder:
+        finished, copies = Path(folder, "finished"), Path(folder, "copies")
+        finished.mkdir()
+        writer = UnitWriter(finished, "tokens", unit.number, config.data.shard_bytes)
+        for batch in _batches(_read_clips(clips[unit.split], unit, copies), encoder.batch_size):
+            for clip, codes in zip(batch, encoder([clip["video"] for clip in batch]), strict=True):
+                writer.add(Sample(clip["key"], {"codes.npy": npy_bytes(codes), **clip["copied"]}))
+                counts += np.bincount(codes.reshape(-1), minlength=encoder.num_codes)
+                num_clips += 1
+        body = {
+            "tokenizer": tokenizer,
+            "clips": list(unit.shards),
+            "num_clips": num_clips,
+            "code_counts": counts.tolist(),
+            "versions": encoder.versions(),
+        }
+        parts = writer.finish()
+        lease.check()
+        record = commit_unit(config.folder("tokens", unit.split), unit.number, parts, body)
+    return {name: record[name] for name in body}
+
+
+def _read_clips(manifest: Manifest, unit: Unit, cache: Path) -> Iterator[dict[str, Any]]:
+    """The clips of a unit in order; a bucket's shards are fetched and verified one after the other."""
+    dataset = ShardDataset(manifest, _decode, cache, cache_bytes=1)
+    wanted = set(unit.shards)
+    for index, shard in enumerate(manifest.shards):
+        if shard.name in wanted:
+            for row in range(shard.samples):
+                yield dataset.read(index, row)
+
+
+def _decode(members: dict[str, memoryview]) -> dict[str, Any]:
+    """The pixels of a clip, and the members that its tokens take over as they are."""
+    copied = {name: bytes(members[name]) for name in ("json", "actions.npy") if name in members}
+    return {"video": decode_clip(members)["video"], "copied": copied}
+
+
+def _batches(clips: Iterator[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(islice(clips, batch_size)):
+        yield batch

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clipmill.cluster import connect
+from clipmill.config import ClusterConfig, RunConfig, identity
+from clipmill.errors import UserError
+from clipmill.lease import hold
+from clipmill.models.export import load_vqvae, save_export
+from clipmill.models.vqvae import VQVAE, latent_shape, to_input
+from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
+from clipmill.shards.manifest import Manifest, committed_units, read_commit
+from clipmill.tokenize import tokenize
+from tests.pipeline.corpus import NUM_FRAMES, RESOLUTION, files_of, run_config, run_shard, write_corpus
+
+SPLITS = ("train", "val")
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    with hold(tokenize.folder_url(config), "tokenize") as lease:
+        return tokenize.run(config, lease)
+
+
+def open_split(config: RunConfig, kind: Any, split: str) -> ShardDataset:
+    decode = {"clips": decode_clip, "tokens": decode_codes}[kind]
+    return ShardDataset(Manifest.load(config.folder(kind, split), kind), decode)
+
+
+def export_tokenizer(config: RunConfig, seed: int, **clip: int) -> str:
+    """A small tokenizer with random layers, as the training stage exports it."""
+    torch.manual_seed(seed)
+    clips = open_split(config, "clips", "train")
+    recipe = clips.manifest.recipe
+    model = VQVAE(config.vqvae.model, pixel_variance=0.05)
+    videos = to_input(torch.from_numpy(np.stack([clips[index]["video"] for index in range(8)])))
+    for _ in range(20):  # settles the codebook and the batch statistics
+        model(videos)
+    body = {
+        "kind": "vqvae",
+        "model": identity(config.vqvae.model),
+        "latent_shape": list(latent_shape(config.vqvae.model, NUM_FRAMES, RESOLUTION)),
+        "num_codes": config.vqvae.model.num_codes,
+        "clip": {**recipe, "clip": {**recipe["clip"], **clip}},
+        "pixel_variance": 0.05,
+        "step": 1,
+    }
+    return save_export(config.folder("vqvae"), model, body)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
+    """A sharded corpus and a tokenizer, and a Ray that stays for the tests of this module."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_corpus(folder / "source", with_bad=False)
+    for path in (folder / "source").rglob("*.mp4"):
+        np.save(path.with_suffix(".actions.npy"), np.arange(40, dtype=np.float32).reshape(20, 2))
+    source = {"url": str(folder / "source"), "actions_suffix": ".actions.npy"}
+    config = run_config(folder / "run", folder / "source", num_workers=2, source=source)
+    model = {"hidden_dim": 16, "num_res_layers": 1, "embedding_dim": 8, "num_codes": 300, "downsample": (2, 8, 8)}
+    vqvae = config.vqvae.model_copy(update={"model": type(config.vqvae.model).model_validate(model)})
+    config = config.model_copy(update={"vqvae": vqvae})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connect(ClusterConfig(num_cpus=2)):
+            run_shard(config)
+            export_tokenizer(config, seed=1)
+            yield config
+
+
+@pytest.fixture(scope="module")
+def finished(clips: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
+    assert not tokenize.is_finished(clips)
+    return clips, run(clips)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_each_clip_becomes_its_codes(finished: tuple[RunConfig, dict[str, Any]], split: str) -> None:
+    config, _ = finished
+    torch.set_num_threads(1)
+    model, _, _ = load_vqvae(config.tokenizer_url)
+    videos, tokens = open_split(config, "clips", split), open_split(config, "tokens", split)
+    assert len(videos) == len(tokens) > 0
+    for index in range(len(videos)):
+        video, codes = videos[index], tokens[index]
+        assert (codes["key"], codes["label"]) == (video["key"], video["label"])
+        np.testing.assert_array_equal(codes["actions"], video["actions"])
+        with torch.inference_mode():
+            expected = model.encode(to_input(torch.from_numpy(video["video"])[None]))[0].numpy()
+        assert codes["codes"].shape == (2, 8, 8)
+        # A batch may sum in another order, so a latent between two codes may fall to the other side.
+        assert (codes["codes"] != expected).mean() < 0.01
+
+
+def test_the_manifest_names_tokenizer_and_clips(finished: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, summary = finished
+    clips = Manifest.load(config.folder("clips", "train"), "clips")
+    tokens = Manifest.load(config.folder("tokens", "train"), "tokens")
+    assert tokens.recipe == {
+        "tokenizer": load_vqvae(config.tokenizer_url)[2],
+        "num_codes": 300,
+        "latent_shape": [2, 8, 8],
+        "clip": clips.recipe,
+    }
+    assert tokens.facts["clips"] == clips.fingerprint
+    assert tokens.facts["classes"] == clips.facts["classes"]
+    assert sum(tokens.facts["code_counts"]) == tokens.num_samples * 2 * 8 * 8 == summary["train_tokens"]
+    assert 5 < summary["train_perplexity"] <= summary["train_codes_used"] <= 300
+    assert committed_units(config.folder("tokens", "train")) == committed_units(config.folder("clips", "train"))
+
+
+def test_codes_are_as_narrow_as_the_codebook_allows(finished: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, _ = finished
+    manifest = Manifest.load(config.folder("tokens", "train"), "tokens")
+    shard = storage_bytes(config, manifest.shards[0].name)
+    assert b"'descr': '<u2'" in shard
+    assert tokenize.code_dtype(256).str == "|u1"
+    assert tokenize.code_dtype(257).str == "<u2"
+    assert tokenize.code_dtype(65_536).str == "<u2"
+    assert tokenize.code_dtype(65_537).str == "<u4"
+
+
+def storage_bytes(config: RunConfig, name: str) -> bytes:
+    return Path(config.folder("tokens", "train", name)).read_bytes()
+
+
+def test_running_again_changes_nothing_and_redoes_what_is_missing(
+    finished: tuple[RunConfig, dict[str, Any]],
+) -> None:
+    config, summary = finished
+    assert tokenize.is_finished(config)
+    folder = Path(config.folder("tokens"))
+    before = files_of(folder, but=("_lease",))
+    lost = folder / "train"
+    (lost / "manifest.json").unlink()
+    record = read_commit(str(lost), 1)
+    (lost / "commits" / "000001.json").unlink()
+    for part in record["parts"]:
+        (lost / part["name"]).unlink()
+    assert not tokenize.is_finished(config)
+    assert run(config) == summary
+    assert files_of(folder, but=("_lease",)) == before
+
+
+def test_tokens_of_another_tokenizer_are_not_mixed_in(finished: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, _ = finished
+    latest = Path(config.folder("vqvae", "exports", "latest.json"))
+    first = json.loads(latest.read_text())["sha8"]
+    document = latest.read_bytes()
+    try:
+        export_tokenizer(config, seed=2)
+        for call in (tokenize.is_finished, run):
+            with pytest.raises(UserError, match=f"holds tokens of tokenizer {first}.*remove .*choose another root"):
+                call(config)
+        pinned = config.tokenize.model_copy(update={"tokenizer": config.folder("vqvae", "exports", first)})
+        assert tokenize.is_finished(config.model_copy(update={"tokenize": pinned}))
+    finally:
+        latest.write_bytes(document)
+
+
+def test_tokens_of_other_clips_are_not_mixed_in(finished: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, _ = finished
+    path = Path(config.folder("tokens", "train", "commits", "000000.json"))
+    content = path.read_text()
+    try:
+        path.write_text(content.replace("clips-000000-00-", "clips-000000-00-f"))
+        with pytest.raises(UserError, match=r"holds tokens of other clips \(unit 0\)"):
+            run(config)
+    finally:
+        path.write_text(content)
+
+
+def test_what_is_missing_or_unfit_is_named_before_anything_is_written(clips: RunConfig, tmp_path: Path) -> None:
+    empty = clips.model_copy(update={"root": str(tmp_path / "run")})
+    with pytest.raises(UserError, match="run `clipmill shard`"):
+        tokenize.is_finished(empty)
+    untrained = clips.tokenize.model_copy(update={"tokenizer": str(tmp_path / "none")})
+    with pytest.raises(UserError, match="run `clipmill train-vqvae`"):
+        tokenize.is_finished(clips.model_copy(update={"tokenize": untrained}))
+    other = clips.model_copy(update={"root": str(tmp_path / "run")})
+    Path(other.root).mkdir()
+    Path(other.folder("clips")).symlink_to(clips.folder("clips"))
+    export_tokenizer(other, seed=1, num_frames=8)
+    with pytest.raises(UserError, match=r"num_frames=8, the clips .* have num_frames=4"):
+        tokenize.is_finished(other)
+    assert not Path(other.folder("tokens")).exists()
