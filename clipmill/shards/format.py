@@ -243,7 +243,7 @@ def json_bytes(document: Any) -> bytes:
 def npy_bytes(array: np.ndarray) -> bytes:
     """An array as an npy file: format version 1.0, C order, little-endian."""
     file = io.BytesIO()
-    little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    little_endian = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
     np.lib.format.write_array(file, little_endian, version=(1, 0), allow_pickle=False)
     return file.getvalue()
 

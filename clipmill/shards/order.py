@@ -14,11 +14,14 @@ Step k takes positions [k G, (k + 1) G), stably sorted by (epoch, stream), and r
 ceil(G / W) of these rows. So a batch holds the same samples for any W, each sample comes once an epoch, and where
 to go on is one integer. When P divides G and W divides P, a rank keeps to its own P / W streams, and so to few shards.
 
-Permutations are Feistel networks of 8 rounds on the bits of the index (M. Luby, C. Rackoff, "How to construct
-pseudorandom permutations from pseudorandom functions", 1988), restricted to n values by walking the cycle until an
-image is below n (J. Black, P. Rogaway, "Ciphers with arbitrary finite domains", 2002). Round functions and keys are
-outputs of SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", 2014), because
-the streams of numpy's generators are not promised to stay the same. **Any change here changes the order of every run.**
+Keyed permutations of n >= 64 values are Feistel networks of 8 rounds on the bits of the index (M. Luby, C. Rackoff,
+"How to construct pseudorandom permutations from pseudorandom functions", 1988), restricted to n values by walking the
+cycle until an image is below n (J. Black, P. Rogaway, "Ciphers with arbitrary finite domains", 2002). On fewer bits
+they mix badly: some orders of five shards would come twice as often as others; so fewer values are ranked by their
+hashes. Hashes, round functions and keys are outputs of SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable
+pseudorandom number generators", 2014), because numpy does not promise that its generators stay the same.
+
+**Any change here changes the order of every run.** tests/shards/order_reference.py says the same in plain integers.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ MAX_STREAMS = 64
 CACHED_EPOCHS = 4
 """A batch straddles two epochs, more only when the data set is smaller than the batch."""
 NUM_ROUNDS = 8
-MIN_BITS = 6
-"""With fewer, halves of a bit or two do not mix: some orders of five shards would come twice as often as others."""
+FEW = 64
+"""Fewer values than these are permuted by ranking their hashes."""
 SHARDS, WINDOWS = 0, 1
 """First number drawn below the seed: what a key is for."""
 
@@ -198,12 +201,28 @@ def _permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
         int64 [n].
     """
     key = np.broadcast_to(key, index.shape)
+    few = size < FEW
+    image = np.empty_like(index)
+    image[few] = _permute_few(index[few], size[few], key[few])
+    image[~few] = _permute_many(index[~few], size[~few], key[~few])
+    return image
+
+
+def _permute_few(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Ranks of hashes. One key gives no hash twice: SplitMix64's outputs are a permutation of its states."""
+    values = np.arange(size.max(initial=1))
+    hashes = _splitmix64(key[:, None], values.astype(np.uint64))  # [n, largest size]
+    own = np.take_along_axis(hashes, index[:, None], axis=1)
+    return np.count_nonzero((hashes < own) & (values < size[:, None]), axis=1)
+
+
+def _permute_many(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """A Feistel network with cycle walking."""
     # frexp's exponent is the number of bits of an integer: the smallest power of two that holds every index.
-    num_bits = np.frexp((size - 1).astype(np.float64))[1]
-    num_bits = np.where(size == 1, 0, np.maximum(num_bits, MIN_BITS)).astype(np.uint64)
+    num_bits = np.frexp((size - 1).astype(np.float64))[1].astype(np.uint64)
     image = _feistel(index.astype(np.uint64), num_bits, key)
     outside = np.flatnonzero(image >= size.astype(np.uint64))
-    while outside.size:  # each step brings home half of them or more, on average, unless sizes are tiny
+    while outside.size:  # each step brings home at least half of them, on average
         image[outside] = _feistel(image[outside], num_bits[outside], key[outside])
         outside = outside[image[outside] >= size[outside].astype(np.uint64)]
     return image.astype(np.int64)
