@@ -1,0 +1,117 @@
+"""What a user can get wrong: exit 2, one line that says what to do, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipmill.config import load_config
+from clipmill.models.export import save_export
+from clipmill.models.vqvae import VQVAE
+from clipmill.shards.manifest import freeze
+
+
+def clipmill(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "clipmill.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *expected: str) -> None:
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("clipmill: ")
+    for text in expected:
+        assert text in lines[0]
+
+
+def test_an_unknown_key(tmp_path):
+    result = clipmill("shard", "root=run", "data.clip.num_frame=8", cwd=tmp_path)
+    assert_refused(result, "unknown key data.clip.num_frame", "num_frames")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_is_missing_or_empty(tmp_path):
+    result = clipmill("shard", "root=run", "data.source.url=absent", cwd=tmp_path)
+    assert_refused(result, str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no video")
+    result = clipmill("shard", "root=run", "data.source.url=empty", cwd=tmp_path)
+    assert_refused(result, str(tmp_path / "empty"))
+    result = clipmill("shard", "root=run", cwd=tmp_path)
+    assert_refused(result, "data.source.url")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "first"),
+    [
+        ("train-vqvae", "clipmill shard"),
+        ("tokenize", "clipmill shard"),
+        ("train-prior", "clipmill tokenize"),
+        ("sample", "clipmill train-prior"),
+        ("evaluate", "clipmill"),
+        ("report", "clipmill"),
+    ],
+)
+def test_a_stage_before_its_predecessor(tmp_path, stage, first):
+    assert_refused(clipmill(stage, "root=run", cwd=tmp_path), first)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prior_on_another_tokenizers_tokens(tmp_path):
+    config = load_config([], ["root=x", "vqvae.model.hidden_dim=8", "vqvae.model.num_codes=16"])
+    model = VQVAE(config.vqvae.model, pixel_variance=0.1)
+    sha8 = save_export(str(tmp_path / "run" / "vqvae"), model, {"kind": "vqvae", "pixel_variance": 0.1})
+    recipe = {"tokenizer": "00000000", "num_codes": 16, "latent_shape": [1, 4, 4]}
+    tokens = tmp_path / "run" / "tokens" / "train"
+    writer_files = _one_shard(tokens)
+    freeze(str(tokens), "tokens", [0], recipe, {"classes": []})
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    assert_refused(clipmill("train-prior", "root=run", cwd=tmp_path), "00000000", sha8, "clipmill tokenize")
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert writer_files
+
+
+def _one_shard(folder: Path) -> int:
+    import numpy as np
+
+    from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
+    from clipmill.shards.manifest import commit_unit
+
+    staging = folder.parent / "staging"
+    staging.mkdir(parents=True)
+    writer = UnitWriter(staging, "tokens", 0, 10**6)
+    members = {"json": json_bytes({"label": None}), "codes.npy": npy_bytes(np.zeros((1, 4, 4), np.uint8))}
+    writer.add(Sample("0" * 16 + "_000000", members))
+    return len(commit_unit(str(folder), 0, writer.finish(), {})["parts"])
+
+
+def test_a_relative_root_on_a_cluster(tmp_path):
+    (tmp_path / "videos").mkdir()
+    result = clipmill("shard", "root=run", "data.source.url=videos", cwd=tmp_path, RAY_ADDRESS="127.0.0.1:1")
+    assert_refused(result, "root run is relative", "absolute path")
+
+
+def test_config_prints_what_a_run_would_use(tmp_path):
+    result = clipmill("config", "root=run", "data.crf=30", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "crf: 30" in result.stdout
+    (tmp_path / "again.yaml").write_text(result.stdout)
+    again = clipmill("config", "--config", "again.yaml", cwd=tmp_path)
+    assert again.stdout == result.stdout
+
+
+def test_verify_of_nothing(tmp_path):
+    assert_refused(clipmill("verify", "nowhere", cwd=tmp_path), "no data set")
