@@ -9,6 +9,7 @@ data set is the same data set.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,7 @@ def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], f
     Raises:
         FileNotFoundError: a unit is not committed.
     """
+    recipe, facts = json.loads(json.dumps([recipe, facts]))  # as every reader will see them: tuples become lists
     manifest = _manifest(url, kind, tuple(committed_shards(url, units)), recipe, facts)
     names = "".join(f"{shard.name}\n" for shard in manifest.shards).encode()
     names_url = storage.join(url, "shards.txt")
@@ -221,4 +223,4 @@ def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], f
         **document,
     }:
         storage.publish_document(document_url, document, SCHEMA)
-    return Manifest.load(url, kind)  # as every reader will see it: tuples of the recipe have become lists
+    return manifest

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from clipmill import storage
+from clipmill.errors import UserError
+from clipmill.shards import cache as shard_cache
+from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes, eval_batches, train_batches
+from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
+from clipmill.shards.manifest import Manifest, commit_unit, freeze
+from clipmill.shards.order import Order, num_streams
+from clipmill.video import encode_mp4
+from tests.shards.folders import write_dataset
+
+COUNTS = [5, 0, 12, 3, 9]
+KEYS = [f"{unit:016x}_{clip:06d}" for unit, count in enumerate(COUNTS) for clip in range(count)]
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return write_dataset(tmp_path / "tokens", tmp_path, COUNTS)
+
+
+@pytest.fixture
+def dataset(manifest, tmp_path):
+    return ShardDataset(manifest, decode_codes, tmp_path / "cache")
+
+
+def take(dataset, num_steps, *, first_step=0, global_batch=8, **changes):
+    order = Order(dataset.manifest.counts, 3, num_streams(global_batch), 4)
+    arguments = {"micro_batch": None, "rank": 0, "world_size": 1, "num_workers": 0, **changes}
+    batches = train_batches(dataset, order, global_batch=global_batch, first_step=first_step, **arguments)
+    return list(itertools.islice(batches, num_steps))
+
+
+def keys_of(batch):
+    return [key for key, weight in zip(batch["key"], batch["weight"].tolist(), strict=True) if weight]
+
+
+def assert_equal(one, other):
+    for left, right in zip(one, other, strict=True):
+        for a, b in zip(left, right, strict=True):
+            assert (a["key"], a["label"]) == (b["key"], b["label"])
+            for field in ("codes", "actions", "weight"):
+                torch.testing.assert_close(a[field], b[field], rtol=0, atol=0)
+
+
+def test_stored_order(dataset):
+    assert len(dataset) == 29
+    assert [dataset[index]["key"] for index in range(29)] == KEYS
+    assert dataset.read(2, 1)["key"] == f"{3:016x}_{1:06d}"  # a unit without samples has no shard
+    for index in (-1, 29):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_batches_hold_tensors_and_lists(dataset):
+    ((batch,),) = take(dataset, 1)
+    assert batch["codes"].dtype == torch.int64
+    assert batch["codes"].shape == (8, 3, 2, 2)
+    assert batch["actions"].dtype == torch.float32
+    assert batch["actions"].shape == (8, 3, 2)
+    assert batch["weight"].tolist() == [1.0] * 8
+    assert set(batch["label"]) <= {"class0", "class1", None}
+    for key, codes, actions in zip(batch["key"], batch["codes"], batch["actions"], strict=True):
+        video, clip = int(key[:16], 16), int(key[17:])
+        assert codes[0, 0].tolist() == [video, clip]
+        assert actions[0, 0] == video
+
+
+def test_an_epoch_serves_each_sample_once(dataset):
+    batches = take(dataset, 29, global_batch=4)
+    served = [key for (batch,) in batches for key in batch["key"]]
+    assert sorted(served) == sorted(KEYS * 4)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 3, 8])
+def test_world_sizes_and_micro_batches_do_not_change_a_step(dataset, micro_batch):
+    whole = take(dataset, 5)
+    for world_size in (1, 2, 3, 4, 6, 8, 16):
+        ranks = [take(dataset, 5, micro_batch=micro_batch, rank=r, world_size=world_size) for r in range(world_size)]
+        for step, (batch,) in enumerate(whole):
+            micro_batches = [micro for rank in ranks for micro in rank[step]]
+            assert [key for micro in micro_batches for key in keys_of(micro)] == batch["key"]
+            assert sum(micro["weight"].sum() for micro in micro_batches) == 8
+            assert len({len(rank[step]) for rank in ranks}) == 1
+            assert len({len(micro["key"]) for micro in micro_batches}) == 1
+            assert len(micro_batches[0]["key"]) <= (micro_batch or 8)
+
+
+def test_resume_at_any_step_is_a_suffix(dataset):
+    undisturbed = take(dataset, 12)
+    for step in (1, 5, 11):
+        assert_equal(take(dataset, 12 - step, first_step=step), undisturbed[step:])
+
+
+def test_the_number_of_workers_changes_nothing(dataset):
+    alone = take(dataset, 7, micro_batch=3)
+    for num_workers in (1, 2):
+        assert_equal(take(dataset, 7, micro_batch=3, num_workers=num_workers), alone)
+
+
+def test_loading_leaves_the_global_generator_alone(dataset):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    take(dataset, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("world_size", "max_samples"), [(1, None), (2, None), (3, 10), (4, 3), (1, 1000), (8, 1)])
+def test_evaluation_reads_in_order_and_once(dataset, world_size, max_samples):
+    ranks = [
+        list(eval_batches(dataset, batch_size=4, rank=rank, world_size=world_size, max_samples=max_samples))
+        for rank in range(world_size)
+    ]
+    assert [key for rank in ranks for batch in rank for key in keys_of(batch)] == KEYS[:max_samples]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert len({len(batch["key"]) for rank in ranks for batch in rank}) == 1
+    assert len(ranks[0][0]["key"]) <= 4
+
+
+def test_evaluation_of_nothing_yields_nothing(dataset, tmp_path):
+    empty = ShardDataset(write_dataset(tmp_path / "empty", tmp_path / "none", [0]), decode_codes, tmp_path / "cache")
+    assert list(eval_batches(empty, batch_size=4, rank=0, world_size=1)) == []
+    assert list(eval_batches(dataset, batch_size=4, rank=0, world_size=1, max_samples=0)) == []
+
+
+@pytest.mark.parametrize("member", ["mp4", "npy"])
+def test_clips(tmp_path, member):
+    frames = np.random.default_rng(0).integers(0, 255, (4, 1, 1, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+    content = encode_mp4(frames, 10.0, 10) if member == "mp4" else npy_bytes(frames)
+    writer = UnitWriter(tmp_path, "clips", 0, 2**20)
+    writer.add(Sample("clip", {member: content, "json": json_bytes({"label": "a", "fps": 10.0})}))
+    commit_unit(str(tmp_path / "clips"), 0, writer.finish(), {})
+    clips = ShardDataset(freeze(str(tmp_path / "clips"), "clips", [0], {}, {}), decode_clip, tmp_path / "cache")
+    clip = clips[0]
+    assert (clip["label"], clip["meta"]["fps"], clip["key"]) == ("a", 10.0, "clip")
+    assert clip["video"].dtype == np.uint8
+    assert np.abs(clip["video"].astype(int) - frames).max() <= (0 if member == "npy" else 40)
+    assert "actions" not in clip
+
+
+# ------------------------------------------------------------------------------------- verified access
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (flip, "has sha256"),
+        (lambda tar: os.truncate(tar, 1024), "has 1024 bytes"),
+        (lambda tar: tar.unlink(), "does not exist"),
+        (lambda tar: flip(tar.with_name(tar.name + ".idx")), ".idx does not have the sha256"),
+        (lambda tar: tar.with_name(tar.name + ".idx").unlink(), ".idx does not exist"),
+        (lambda tar: tar.write_bytes(sorted(tar.parent.glob("*.tar"))[-1].read_bytes()), "the manifest says"),
+    ],
+)
+@pytest.mark.parametrize("known", [False, True])
+def test_a_damaged_shard_serves_no_sample(manifest, tmp_path, damage, cause, known):
+    if known:  # verified by an earlier run, and damaged since
+        ShardDataset(manifest, decode_codes, tmp_path / "cache").read(1, 0)
+    name = manifest.shards[1].name
+    damage(storage.local_path(manifest.url) / name)
+    dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
+    with pytest.raises(UserError, match=cause) as caught:
+        dataset.read(1, 0)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert dataset.read(0, 0)["key"] == KEYS[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_worker_s_damage_arrives_as_one_line(manifest, tmp_path, num_workers):
+    for shard in manifest.shards:
+        flip(storage.local_path(manifest.url) / shard.name)
+    dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
+    with pytest.raises(UserError, match="has sha256") as caught:
+        take(dataset, 1, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_verified_shard_is_hashed_once_for_all_processes(manifest, tmp_path, monkeypatch):
+    hashed = []
+    digest = shard_cache.hashlib.file_digest
+    monkeypatch.setattr(
+        shard_cache.hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name)
+    )
+    for _ in range(3):
+        dataset = pickle.loads(pickle.dumps(ShardDataset(manifest, decode_codes, tmp_path / "cache")))
+        for index in range(len(dataset)):
+            dataset[index]
+    assert len(hashed) == len(manifest.shards)
+
+
+def test_without_a_writable_cache_local_data_is_still_verified(manifest, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    dataset = ShardDataset(manifest, decode_codes, tmp_path / "file" / "cache")
+    assert [dataset[index]["key"] for index in range(29)] == KEYS
+    flip(storage.local_path(manifest.url) / manifest.shards[0].name)
+    with pytest.raises(UserError, match="has sha256"):
+        ShardDataset(manifest, decode_codes, tmp_path / "file" / "cache")[0]
+
+
+def test_open_shards_are_bounded_and_their_views_stay_readable(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "MAX_OPEN_SHARDS", 2)
+    cache = shard_cache.ShardCache(manifest, tmp_path / "cache", 2**30)
+    first = cache.open(0)
+    before = bytes(first.view)
+    for shard in (1, 2, 3):
+        cache.open(shard)
+    assert len(cache._open) == 2
+    assert bytes(first.view) == before
+
+
+# ------------------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def remote(manifest):
+    """The same data set as a bucket of fsspec's memory file system, which belongs to this process."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    folder = storage.local_path(manifest.url)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            memory.pipe_file(f"/bucket/tokens/{path.relative_to(folder)}", path.read_bytes())
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_bucket_is_read_through_the_cache(remote, manifest, tmp_path):
+    loaded = Manifest.load("memory://bucket/tokens", "tokens")
+    assert loaded.fingerprint == manifest.fingerprint
+    dataset = ShardDataset(loaded, decode_codes, tmp_path / "cache")
+    assert [dataset[index]["key"] for index in range(29)] == KEYS
+    remote.rm("/bucket/tokens", recursive=True)
+    again = ShardDataset(loaded, decode_codes, tmp_path / "cache")
+    assert [again[index]["key"] for index in range(29)] == KEYS
+    remote.pipe_file("/bucket/x", b"")  # the fixture removes the bucket
+
+
+def test_a_damaged_download_is_never_served_or_kept(remote, manifest, tmp_path):
+    name = manifest.shards[0].name
+    content = remote.cat_file(f"/bucket/tokens/{name}")
+    remote.pipe_file(f"/bucket/tokens/{name}", content[:600] + b"?" + content[601:])
+    loaded = Manifest.load("memory://bucket/tokens", "tokens")
+    with pytest.raises(UserError, match=f"{name} of memory://bucket/tokens: .* has sha256"):
+        ShardDataset(loaded, decode_codes, tmp_path / "cache")[0]
+    remote.pipe_file(f"/bucket/tokens/{name}", content)
+    assert ShardDataset(loaded, decode_codes, tmp_path / "cache")[0]["key"] == KEYS[0]
+    remote.rm(f"/bucket/tokens/{manifest.shards[1].name}")
+    with pytest.raises(UserError, match=f"{manifest.shards[1].name} .*does not exist"):
+        ShardDataset(loaded, decode_codes, tmp_path / "cache").read(1, 0)
+
+
+def test_a_cached_file_that_was_damaged_is_downloaded_again(remote, tmp_path):
+    loaded = Manifest.load("memory://bucket/tokens", "tokens")
+    ShardDataset(loaded, decode_codes, tmp_path / "cache")[0]
+    (cached,) = (tmp_path / "cache" / "shards").glob("*.tar")
+    for damage in (flip, lambda path: os.truncate(path, 700), lambda path: path.with_name(path.name + ".idx").unlink()):
+        damage(cached)
+        assert ShardDataset(loaded, decode_codes, tmp_path / "cache")[0]["key"] == KEYS[0]
+
+
+def test_the_cache_keeps_to_its_budget_by_least_recent_use(remote, manifest, tmp_path):
+    sizes = [shard.bytes for shard in manifest.shards]
+    loaded = Manifest.load("memory://bucket/tokens", "tokens")
+    budget = sizes[0] + sizes[1] + sizes[2]
+    cache = tmp_path / "cache"
+
+    def cached():
+        names = {path.stem for path in (cache / "shards").glob("*.tar")}
+        return [number for number, shard in enumerate(manifest.shards) if shard.sha256 in names]
+
+    first = ShardDataset(loaded, decode_codes, cache, budget)
+    for shard in (0, 1, 2):
+        first.read(shard, 0)
+    assert cached() == [0, 1, 2]
+    ShardDataset(loaded, decode_codes, cache, budget).read(0, 0)  # now shard 1 is the one used longest ago
+    first.read(3, 0)
+    assert 0 in cached()
+    assert 3 in cached()
+    assert 1 not in cached()
+    assert sum(path.stat().st_size for path in (cache / "shards").glob("*.tar")) <= budget
+    assert first.read(1, 0)["key"] == f"{2:016x}_{0:06d}"  # unlinked, but still mapped
+    ShardDataset(loaded, decode_codes, cache, cache_bytes=1).read(2, 0)
+    assert 2 in cached()
