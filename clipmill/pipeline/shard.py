@@ -101,6 +101,7 @@ class SplitCounts:
     num_clips: int = 0
     num_short: int = 0
     num_truncated: int = 0
+    num_with_actions: int = 0
     num_excluded: int = 0
     num_values: int = 0
     pixel_sum: int = 0
@@ -244,6 +245,7 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "num_videos": counts.num_videos,
             "num_short": counts.num_short,
             "num_truncated": counts.num_truncated,
+            "num_with_actions": counts.num_with_actions,
             "num_duplicates": plan.num_duplicates,
             "exclusions": counts.num_excluded,
             "versions": [json.loads(versions) for versions in sorted(tally.versions)],
@@ -257,6 +259,7 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "bytes": sum(shard.bytes for shard in manifest.shards),
             "short": counts.num_short,
             "truncated": counts.num_truncated,
+            "with_actions": counts.num_with_actions,
             "failed": counts.num_excluded,
         }
     totals = {name: sum(numbers[name] for numbers in splits.values()) for name in splits["train"]}

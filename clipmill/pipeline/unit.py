@@ -91,6 +91,7 @@ def digest(record: dict[str, Any]) -> dict[str, Any]:
             "num_clips": sum(video["clips"] for video in record["videos"]),
             "num_short": record["num_short"],
             "num_truncated": sum(video["truncated"] for video in record["videos"]),
+            "num_with_actions": sum(video["actions"] for video in record["videos"]),
             "num_excluded": len(record["exclusions"]),
             **record["pixels"],
         },
@@ -124,7 +125,7 @@ def _shard_video(
     path = _local_copy(data, video.url, copy)
     if path.stat().st_size != video.bytes:
         raise ExcludedVideo("fetch", f"changed since it was planned: {video.bytes} -> {path.stat().st_size} bytes")
-    actions = _read_actions(data, video, folder) if video.actions else None
+    actions = _read_actions(data, video, folder)
     encode = (data.format, data.crf)
     try:
         for clip in decoder.clips(path, data.clip, data.decoder, encode=encode):
@@ -149,6 +150,7 @@ def _shard_video(
         "clips": outcome.num_clips,
         "short": outcome.short,
         "truncated": outcome.truncated,
+        "actions": actions is not None,
         "num_frames": outcome.num_frames,
         "info": outcome.as_document()["info"],
     }
@@ -171,10 +173,14 @@ def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
     return copy
 
 
-def _read_actions(data: DataConfig, video: PlannedVideo, folder: Path) -> np.ndarray:
-    """float32 [num_frames, ...]: the actions of a video."""
-    assert video.actions is not None
-    path = _local_copy(data, video.actions, folder / "actions")
+def _read_actions(data: DataConfig, video: PlannedVideo, folder: Path) -> np.ndarray | None:
+    """float32 [num_frames, ...]: the actions of a video; none where no file of that name lies beside it."""
+    if video.actions is None:
+        return None
+    try:
+        path = _local_copy(data, video.actions, folder / "actions")
+    except ExcludedVideo:
+        return None
     try:
         actions = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         if actions.ndim < 1 or actions.dtype.kind not in "fiub":

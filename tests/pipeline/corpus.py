@@ -21,8 +21,9 @@ RESOLUTION = 64
 
 @functools.cache
 def video_bytes(seed: int, num_frames: int) -> bytes:
-    """An h264 file of a moving square."""
-    frames = np.full((num_frames, 48, 64, 3), 40 + seed, np.uint8)
+    """An h264 file of a square that moves over a slope."""
+    frames = np.empty((num_frames, 48, 64, 3), np.uint8)
+    frames[:] = (np.arange(64)[:, None] * (1, 2, 3) + 40 + seed).clip(0, 255)
     for index in range(num_frames):
         left = (3 * index + 5 * seed) % 48
         frames[index, 10:26, left : left + 16] = (200, 30 + 2 * seed, 90)

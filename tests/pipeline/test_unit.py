@@ -96,7 +96,6 @@ def test_each_clip_carries_the_actions_of_its_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "cause"),
     [
-        (lambda path: None, "fetch: one.actions.npy is missing"),
         (
             lambda path: np.save(path, np.zeros((11, 2), np.float32)),
             "actions: 11 rows of actions for clips of 12 frames",
@@ -105,7 +104,7 @@ def test_each_clip_carries_the_actions_of_its_frames(tmp_path: Path) -> None:
         (lambda path: np.save(path, np.array(["a"] * 12)), "actions: one.actions.npy is no numeric .npy file"),
     ],
 )
-def test_a_video_without_its_actions_is_excluded(tmp_path: Path, make: Callable[[Path], None], cause: str) -> None:
+def test_a_video_whose_actions_are_bad_is_excluded(tmp_path: Path, make: Callable[[Path], None], cause: str) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "one.mp4").write_bytes(video_bytes(1, 12))
@@ -114,6 +113,16 @@ def test_a_video_without_its_actions_is_excluded(tmp_path: Path, make: Callable[
     (exclusion,) = shard(config, unit)["exclusions"]
     assert f"{exclusion['stage']}: {exclusion['cause']}".startswith(cause)
     assert samples_of(config) == {}
+
+
+def test_a_video_without_an_action_file_has_clips_without_actions(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.mp4").write_bytes(video_bytes(1, 12))
+    config, unit = one_unit(tmp_path, source={"url": str(source), "actions_suffix": ".actions.npy"})
+    counts = shard(config, unit)["counts"]
+    assert (counts["num_with_actions"], counts["num_excluded"]) == (0, 0)
+    assert [set(sample) & {"mp4", "actions.npy"} for sample in samples_of(config).values()] == [{"mp4"}]
 
 
 def test_files_that_changed_or_vanished_since_the_plan_are_excluded(tmp_path: Path) -> None:

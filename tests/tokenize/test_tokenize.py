@@ -40,7 +40,10 @@ def export_tokenizer(config: RunConfig, seed: int, **clip: int) -> str:
     recipe = clips.manifest.recipe
     model = VQVAE(config.vqvae.model, pixel_variance=0.05)
     videos = to_input(torch.from_numpy(np.stack([clips[index]["video"] for index in range(8)])))
-    for _ in range(20):  # settles the codebook and the batch statistics
+    for module in model.modules():
+        if hasattr(module, "momentum"):
+            module.momentum = 1.0  # the running statistics become those of the one batch
+    with torch.no_grad():
         model(videos)
     body = {
         "kind": "vqvae",
