@@ -74,7 +74,8 @@ class SourceConfig(Section):
     label: Literal["parent_folder", "none"] = "parent_folder"
     """``parent_folder``: the name of the folder that holds the file, none for files directly under ``url``."""
     actions_suffix: str | None = None
-    """``.actions.npy``: ``x.mp4`` is accompanied by ``x.actions.npy``, float32 [num_frames, action_dim]."""
+    """``.actions.npy``: where ``x.actions.npy`` lies beside ``x.mp4``, it holds the video's actions, float32
+    [num_frames, action_dim]; its clips carry theirs. A video without such a file has none."""
 
 
 class ClipConfig(Section):

@@ -122,7 +122,9 @@ def test_a_video_without_an_action_file_has_clips_without_actions(tmp_path: Path
     config, unit = one_unit(tmp_path, source={"url": str(source), "actions_suffix": ".actions.npy"})
     counts = shard(config, unit)["counts"]
     assert (counts["num_with_actions"], counts["num_excluded"]) == (0, 0)
-    assert [set(sample) & {"mp4", "actions.npy"} for sample in samples_of(config).values()] == [{"mp4"}]
+    samples = samples_of(config).values()
+    assert samples
+    assert not any("actions.npy" in sample for sample in samples)
 
 
 def test_files_that_changed_or_vanished_since_the_plan_are_excluded(tmp_path: Path) -> None:
