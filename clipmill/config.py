@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -314,11 +315,11 @@ def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) ->
     for file in files:
         if not os.path.isfile(file):
             raise UserError(f"config file {file} does not exist; name a YAML file with --config")
-        merged = _merge(merged, f"config file {file}", lambda file=file: OmegaConf.load(file))
+        merged = _merge(merged, f"config file {file}", partial(OmegaConf.load, file))
     for assignment in assignments:
         if "=" not in assignment or assignment.startswith("="):
             raise UserError(f"cannot read {assignment!r}: write section.key=value")
-        merged = _merge(merged, f"{assignment!r}", lambda item=assignment: OmegaConf.from_dotlist([item]))
+        merged = _merge(merged, repr(assignment), partial(OmegaConf.from_dotlist, [assignment]))
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:  # an interpolation such as ${rooot}

@@ -77,11 +77,15 @@ def _actions(members: dict[str, memoryview]) -> dict[str, np.ndarray]:
 
 
 def _collate(samples: Sequence[dict[str, Any]], weight: np.ndarray) -> dict[str, Any]:
-    """Fields of equally shaped arrays become tensors [rows, ...], others (labels, keys) lists; adds ``weight``."""
+    """Arrays become tensors [rows, ...], others (labels, keys) lists; adds ``weight``.
+
+    Fields that not all samples have (actions, where only some videos come with them) are left out.
+    """
     batch: dict[str, Any] = {}
-    for field, first in samples[0].items():
+    shared = [field for field in samples[0] if all(field in sample for sample in samples)]
+    for field in shared:
         values = [sample[field] for sample in samples]
-        batch[field] = torch.from_numpy(np.stack(values)) if isinstance(first, np.ndarray) else values
+        batch[field] = torch.from_numpy(np.stack(values)) if isinstance(values[0], np.ndarray) else values
     return {**batch, "weight": torch.from_numpy(weight)}
 
 

@@ -26,7 +26,7 @@ from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease
 from clipmill.training.engine import Engine, World
 
-__all__ = ["Checkpoint", "fetch", "list_checkpoints", "prune", "save"]
+__all__ = ["Checkpoint", "fetch", "list_checkpoints", "newest", "prune", "save"]
 
 SCHEMA = 1
 NODE_WAIT_SECONDS = 1800.0
@@ -131,6 +131,11 @@ def list_checkpoints(folder_url: str) -> list[Checkpoint]:
                 continue
             found.append(Checkpoint(url, document["step"], tuple(document["files"]), document["state"]))
     return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.url))
+
+
+def newest(folder_url: str) -> Checkpoint | None:
+    """The checkpoint to resume from, if there is one."""
+    return next(reversed(list_checkpoints(folder_url)), None)
 
 
 def fetch(checkpoint: Checkpoint, folder: Path) -> None:

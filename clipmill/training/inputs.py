@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from clipmill.config import RunConfig, TrainingConfig, changed_keys
 from clipmill.errors import UserError
 from clipmill.models.export import read_latest
 from clipmill.shards.dataset import ShardDataset
-from clipmill.shards.manifest import Manifest
+from clipmill.shards.manifest import Kind, Manifest
 
 __all__ = ["finished_step", "open_dataset", "require_manifest"]
 
 
-def require_manifest(config: RunConfig, kind: str, split: str) -> Manifest:
+def require_manifest(config: RunConfig, kind: Kind, split: str) -> Manifest:
     """The manifest of ``clips`` or ``tokens``.
 
     Raises:
         UserError: it is not there yet, or its train split is empty.
     """
-    made_by = {"clips": "shard", "tokens": "tokenize"}[kind]
+    made_by = "shard" if kind == "clips" else "tokenize"
     url = config.folder(kind, split)
     try:
         manifest = Manifest.load(url, kind)
@@ -37,7 +35,7 @@ def open_dataset(
     manifest: Manifest, decode: Callable[[dict[str, memoryview]], dict[str, Any]], training: TrainingConfig
 ) -> ShardDataset:
     """The samples of a manifest, through the cache that all workers of a node share."""
-    return ShardDataset(manifest, decode, Path(tempfile.gettempdir()) / "clipmill-cache", training.cache_bytes)
+    return ShardDataset(manifest, decode, cache_bytes=training.cache_bytes)
 
 
 def finished_step(folder_url: str, identity: dict[str, Any]) -> int:

