@@ -101,7 +101,7 @@ def _join(address: str) -> None:
         _require_reachable(address)
     try:
         ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(f"cannot join the Ray cluster at {address}: {last_line(error)}") from error
 
 

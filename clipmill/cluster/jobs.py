@@ -176,6 +176,7 @@ def submit(path: str | Path, names: Sequence[str], address: str | None, config_a
 
 def _client(address: str | None) -> JobSubmissionClient:
     try:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise UserError("submitting jobs needs Ray: pip install 'ray[default]'") from error
@@ -184,6 +185,11 @@ def _client(address: str | None) -> JobSubmissionClient:
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(f"no Ray Jobs server answers at {address or 'RAY_ADDRESS'} ({line}); pass its URL") from error
+    except AuthenticationError as error:
+        raise UserError(
+            f"the Ray Jobs server at {address or 'RAY_ADDRESS'} wants a token: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to the cluster's token file"
+        ) from error
 
 
 def _run(client: JobSubmissionClient, job: Job, entrypoint: str, runtime_env: dict[str, Any]) -> None:

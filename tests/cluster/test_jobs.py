@@ -110,7 +110,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         f"--object-store-memory={256 * 2**20}", "--disable-usage-stats",
     ]  # fmt: skip
-    environment = {**os.environ, "RAY_raylet_start_wait_time_s": "120"}
+    # A token file on this machine would switch authentication on for the servers but not for their clients.
+    environment = {**os.environ, "RAY_raylet_start_wait_time_s": "120", "RAY_AUTH_MODE": "disabled"}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     try:
