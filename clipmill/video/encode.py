@@ -23,6 +23,9 @@ _ENCODER_OPTIONS = {
     "bf": "0",  # B-frames would need an edit list, which some readers mishandle
     "sc_threshold": "0",
     "threads": "1",
+    # With its macroblock tree x264 wrote differing bytes for the same frames in 1 to 2 % of clips of 32 and 48 pixels
+    # (none in 2,850 encodes without it); one-GOP clips gain little from it.
+    "x264-params": "mbtree=0",
 }
 # The header of our own files says everything: without these limits the demuxer decodes frames to guess what they are.
 _DEMUXER_OPTIONS = {"probesize": "32", "analyzeduration": "0"}
