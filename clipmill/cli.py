@@ -93,14 +93,20 @@ def show_config(assignments: Assignments = None, config: ConfigFiles = None) -> 
 
 @app.command("submit")
 def submit(
-    names: Annotated[list[str] | None, typer.Argument(help="Jobs of the file; none: all.", show_default=False)] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Jobs of the file (none: all), and section.key=value for all of them.", show_default=False),
+    ] = None,
     jobs: Annotated[Path, typer.Option("--jobs", help="The jobs and what each needs.")] = Path("ray_jobs.yaml"),
-    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster.")] = "http://127.0.0.1:8265",
+    address: Annotated[
+        str | None, typer.Option(help="http://HOST:8265; none: RAY_ADDRESS, else this machine's.")
+    ] = None,
 ) -> None:
     """Submit jobs and what they need to a Ray cluster, in order, and wait for them."""
     from clipmill.cluster import jobs as ray_jobs
 
-    ray_jobs.submit(jobs, names or [], address)
+    chosen = [name for name in names or [] if "=" not in name]
+    ray_jobs.submit(jobs, chosen, address, [name for name in names or [] if "=" in name])
 
 
 @app.command("verify")
