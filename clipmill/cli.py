@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from clipmill import storage
 from clipmill.config import RunConfig, load_config
-from clipmill.errors import ClipmillError
+from clipmill.errors import ClipmillError, Interrupted
 
 __all__ = ["app", "main"]
 
@@ -163,11 +165,18 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("DeepSpeed", "ray", "httpx", "botocore", "s3fs"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
-        app(standalone_mode=True)
+        app()
     except ClipmillError as error:
         print(f"clipmill: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """SIGTERM and Ctrl-C outside the parts of a stage that end in an order of their own."""
+    raise Interrupted("stopped; run the same command to go on")
 
 
 if __name__ == "__main__":

@@ -167,8 +167,7 @@ def draw_video(seed: int, index: int) -> tuple[str, np.ndarray, np.ndarray]:
     """
     label = CLASSES[index % len(CLASSES)]
     random = np.random.default_rng([seed, index])
-    shade = np.linspace(0.8, 1.2, SIZE)[:, None, None]  # a little lighter below
-    background = _BACKGROUNDS[random.integers(len(_BACKGROUNDS))] * shade
+    background = _BACKGROUNDS[random.integers(len(_BACKGROUNDS))]
     scene = _CLASSES[label](random)
     frames = np.broadcast_to(background, (NUM_FRAMES, SIZE, SIZE, 3))
     for distance, colour in scene.layers:

@@ -19,6 +19,7 @@ import yaml
 
 from clipmill import __version__, storage
 from clipmill.cluster import launch
+from clipmill.cluster.connection import WORKER_ENVIRONMENT
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
@@ -79,6 +80,7 @@ def run_stage(name: str, config: RunConfig) -> dict[str, Any] | None:
         StageFailed: it could not finish for another reason.
     """
     stage = STAGES[name]
+    os.environ.update(WORKER_ENVIRONMENT)  # before a stage imports torch: some run in this very process
     config = _with_absolute_urls(config)
     if stage.module.is_finished(config):
         logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))

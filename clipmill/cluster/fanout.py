@@ -47,7 +47,7 @@ class FanoutActor:
     def __init__(self, num_threads: int) -> None:
         # Before the stage's modules arrive with start(): libraries read these when they are loaded.
         self._num_threads = num_threads
-        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
+        os.environ.update(connection.WORKER_ENVIRONMENT | dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
 
     def place(self) -> None:
         """Returns as soon as the actor has been given its resources."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from clipmill.cluster.connection import (
     POLL_SECONDS,
     WAIT_WARNING_SECONDS,
+    WORKER_ENVIRONMENT,
     cluster_error,
     connect,
     death,
@@ -247,7 +248,7 @@ class _Fit:
         import ray.train
         import ray.train.torch
 
-        environment = {"OMP_NUM_THREADS": str(task["num_threads"])}
+        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(task["num_threads"])}
         if not config.use_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
         self._trainer = _without_cleaner(ray.train.torch.TorchTrainer)(

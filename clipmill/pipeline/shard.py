@@ -191,10 +191,9 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> N
 
         show()
         if names:
-            allowed = _allowed_failures(config.data, plan.num_videos)
-            fan_out(
-                make_worker, (config, lease, allowed), _Pending(plan, names), config=config.cluster, on_result=on_result
-            )
+            arguments = (config, lease, _allowed_failures(config.data, plan.num_videos))
+            cluster = config.cluster.model_copy(update={"use_gpu": False})  # decoding would only hold GPUs idle
+            fan_out(make_worker, arguments, _Pending(plan, names), config=cluster, on_result=on_result)
 
 
 def _allowed_failures(data: DataConfig, num_finished: int) -> int:
