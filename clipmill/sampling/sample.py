@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import clipmill
 from clipmill import storage
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig, SampleConfig, changed_keys, identity
@@ -29,6 +27,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_prior, read_latest
 from clipmill.models.prior import Prior
+from clipmill.models.provenance import computed_with
 from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.progress import bar
 from clipmill.sampling.generate import generate
@@ -215,19 +214,5 @@ def _make_batch(
             writer.add(Sample(f"{index:016x}_000000", members))
         parts = writer.finish()
         lease.check()
-        commit_unit(folder_url(config), unit, parts, {"recipe": recipe, "versions": _versions(codes.device)})
+        commit_unit(folder_url(config), unit, parts, {"recipe": recipe, "versions": computed_with(codes.device)})
     return {"samples": len(indices)}
-
-
-def _versions(device: torch.device) -> dict[str, Any]:
-    """What the bytes of a unit depend on beside the recipe."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "clipmill": clipmill.__version__,
-        "torch": torch.__version__,
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-    }

@@ -9,7 +9,6 @@ unit's bytes do not depend on which worker does it.
 from __future__ import annotations
 
 import functools
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import clipmill
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_vqvae, read_latest
+from clipmill.models.provenance import computed_with
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
 from clipmill.shards.dataset import ShardDataset, decode_clip
@@ -245,17 +244,7 @@ class Encoder:
 
     def versions(self) -> dict[str, Any]:
         """What the codes depend on beside clips and tokenizer."""
-        if self.device.type == "cuda":
-            hardware = torch.cuda.get_device_name(self.device)
-        else:
-            hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return {
-            "clipmill": clipmill.__version__,
-            "torch": torch.__version__,
-            "hardware": hardware,
-            "threads": torch.get_num_threads(),
-            "batch_size": self.batch_size,
-        }
+        return {**computed_with(self.device), "batch_size": self.batch_size}
 
 
 def make_worker(config: RunConfig, lease: Lease, tokenizer: str) -> Callable[[Unit], dict[str, Any]]:
