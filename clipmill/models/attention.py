@@ -44,7 +44,7 @@ class AxialAttention(nn.Module):
         """Attention along one axis of qkv [B, T, H, W, 3 * C] -> [B, T, H, W, C]."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim(axis, -2).movedim(3, 0)
         others = qkv.shape[1:4]  # B and the two other axes
-        # One copy for all three: the fused attention and its gradient are slower on strided views.
+        # One copy for all three, where flattening their strided views would copy each.
         q, k, v = qkv.flatten(1, 3).contiguous().unbind(0)  # each [batch, N, length, D]
         mixed = F.scaled_dot_product_attention(q, k, v)
         return mixed.unflatten(0, others).movedim(-2, axis).flatten(-2)

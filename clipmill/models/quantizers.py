@@ -151,8 +151,8 @@ class EMACodebook(nn.Module):
 
 def _sum_by_code(rows: Tensor, codes: Tensor, num_codes: int) -> Tensor:
     """Sum of the rows of each code, float32 [K, D]."""
-    # The gradient of a look-up is this sum; torch computes it in a fixed order on CPU and CUDA, where
-    # index_add_ on CUDA adds in any order and on CPU is 20 times slower at some sizes.
+    # The gradient of a look-up is this sum. index_add_ adds in any order on CUDA, and on a CPU it was measured
+    # between 1 and 40 ms for the same work, this between 0.2 and 3.
     return torch.ops.aten.embedding_dense_backward(rows, codes, num_codes, -1, False)
 
 
