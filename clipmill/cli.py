@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from clipmill import storage
 from clipmill.config import RunConfig, load_config
 from clipmill.errors import ClipmillError, Interrupted
 
@@ -42,7 +40,7 @@ def _stage_command(name: str, help_text: str) -> None:
         from clipmill import stages
 
         summary = stages.run_stage(name, load_config(config or [], assignments or []))
-        if summary is not None and os.environ.get("RANK", "0") == "0":
+        if summary is not None:
             print(json.dumps({key: value for key, value in summary.items() if key != "versions"}))
 
 
@@ -123,7 +121,6 @@ def verify(
     from clipmill.shards.verify import prune as prune_orphans
     from clipmill.shards.verify import verify as verify_dataset
 
-    url = storage.absolute(url)
     sound = True
     for dataset_url in stages.find_datasets(url):
         report = verify_dataset(dataset_url, deep)
@@ -150,14 +147,16 @@ def inspect(
     from clipmill import stages
     from clipmill.pipeline.inspect import inspect as describe
 
-    clips = [found for found in stages.find_datasets(storage.absolute(url)) if "/clips" in found]
-    for dataset_url in clips or [url]:
+    found = stages.find_datasets(url)
+    clips = [dataset_url for dataset_url in found if Path(dataset_url).parent.name == "clips"]
+    pictures = []
+    for dataset_url in clips or found:
         facts = describe(dataset_url)
-        picture = facts.pop("contact_sheet")
+        pictures.append(facts.pop("contact_sheet"))
         print(yaml.safe_dump({dataset_url: facts}, sort_keys=False), end="")
-        if picture is not None and not sheet.exists():
-            sheet.write_bytes(picture)
-            print(f"contact sheet: {sheet}")
+    if pictures[0] is not None:
+        sheet.write_bytes(pictures[0])
+        print(f"contact sheet: {sheet}")
 
 
 def main() -> None:
@@ -175,8 +174,12 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """SIGTERM and Ctrl-C outside the parts of a stage that end in an order of their own."""
-    raise Interrupted("stopped; run the same command to go on")
+    """SIGTERM and Ctrl-C outside the parts of a stage that end in an order of their own.
+
+    Not an `Exception`: code that expects anything of a damaged file must not take it for the damage.
+    """
+    print("clipmill: stopped; run the same command to go on", file=sys.stderr)
+    raise SystemExit(Interrupted.exit_status)
 
 
 if __name__ == "__main__":

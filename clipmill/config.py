@@ -41,6 +41,7 @@ __all__ = [
     "TrainingConfig",
     "VQVAEConfig",
     "VQVAEModelConfig",
+    "VQVAETrainingConfig",
     "changed_keys",
     "fingerprint",
     "identity",
@@ -147,7 +148,7 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     shuffle_window: PositiveInt = 4096
     """Samples of one stream that are permuted among themselves (see ``clipmill/shards/order.py``)."""
@@ -189,11 +190,17 @@ class VQVAEModelConfig(Section):
         return downsample
 
 
+class VQVAETrainingConfig(TrainingConfig):
+    """Training of the tokenizer, with the paper's learning rate."""
+
+    lr: Annotated[float, Field(gt=0), FREE] = 7e-4
+
+
 class VQVAEConfig(Section):
     """Stage ``train-vqvae``."""
 
     model: VQVAEModelConfig = VQVAEModelConfig()
-    training: TrainingConfig = TrainingConfig(lr=7e-4)
+    training: VQVAETrainingConfig = VQVAETrainingConfig()
 
 
 class TokenizeConfig(Section):

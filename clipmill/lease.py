@@ -42,7 +42,8 @@ class Lease:
         """Raises `StageFailed` when a later run has taken the folder over."""
         newest = _newest_attempt(self.url)
         if newest != self.attempt:
-            raise StageFailed(f"{self.url} was taken over by attempt {newest} while attempt {self.attempt} still ran")
+            what = f"was taken over by attempt {newest}" if newest else "has lost its _lease folder"
+            raise StageFailed(f"{self.url} {what} while attempt {self.attempt} still ran; run the same command again")
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from clipmill import storage
 
 __all__ = ["MetricsLog", "read_metrics"]
 
-UPLOAD_SECONDS = 30.0
-
 
 class MetricsLog:
-    """Appends records locally and uploads the whole file now and then.
+    """Appends records locally; `upload` publishes them as one whole file.
 
     Args:
         url: the training folder; the file becomes ``metrics/<attempt>.jsonl`` in it.
@@ -33,24 +30,19 @@ class MetricsLog:
         self._folder = tempfile.TemporaryDirectory(prefix="clipmill-metrics-")
         self._path = Path(self._folder.name) / "metrics.jsonl"
         self._file = self._path.open("a")
-        self._uploaded = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one record; uploads when the last upload is old."""
+        """Appends one record to the local file."""
         self._file.write(json.dumps(record) + "\n")
-        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
-            self.upload()
 
     def upload(self) -> None:
         """Publishes everything written so far."""
         self._file.flush()
         if self._path.stat().st_size:
             storage.publish_file(self._path, self._url)
-        self._uploaded = time.monotonic()
 
     def close(self) -> None:
-        """Publishes the rest and removes the local file."""
-        self.upload()
+        """Removes the local file."""
         self._file.close()
         self._folder.cleanup()
 

@@ -85,7 +85,7 @@ def run_stage(name: str, config: RunConfig) -> dict[str, Any] | None:
     if stage.module.is_finished(config):
         logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
         return None
-    if os.environ.get("RANK", "0") != "0":  # under torchrun: rank 0 holds the lease and writes the summary
+    if stage.is_training and os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 has the lease, writes the summary
         stage.module.train(config, None, _LocalReport(name, quiet=True))
         return None
     began = time.monotonic()
@@ -103,6 +103,7 @@ def find_datasets(url: str) -> list[str]:
     Raises:
         UserError: there is none.
     """
+    url = storage.absolute(url)
     if "commits" in storage.list_folders(url):
         return [url]
     kinds = [kind for kind in ("clips", "tokens", "samples") if kind in storage.list_folders(url)]
@@ -116,15 +117,22 @@ def find_datasets(url: str) -> list[str]:
 
 def _with_absolute_urls(config: RunConfig) -> RunConfig:
     """Workers start in other folders, so local paths must not depend on where they start."""
-    if storage.is_local(config.root) and not os.path.isabs(config.root) and not launch.is_embedded(config.cluster):
-        raise UserError(
-            f"root {config.root} is relative, but the work runs on a Ray cluster; give an absolute path that all nodes "
-            "share, or a bucket URL"
-        )
-    source = config.data.source
-    url = storage.absolute(source.url) if source.url else ""
-    data = config.data.model_copy(update={"source": source.model_copy(update={"url": url})})
-    return config.model_copy(update={"root": storage.absolute(config.root), "data": data})
+    source, tokenize = config.data.source, config.tokenize
+    paths = {"root": config.root, "data.source.url": source.url}
+    if "/" in tokenize.tokenizer:  # else it is a name under the root
+        paths["tokenize.tokenizer"] = tokenize.tokenizer
+    if not launch.is_embedded(config.cluster):
+        for key, path in paths.items():
+            if path and storage.is_local(path) and not os.path.isabs(path):
+                raise UserError(
+                    f"{key} {path} is relative, but the work runs on a Ray cluster; give an absolute path that all "
+                    "nodes share, or a bucket URL"
+                )
+    absolute = {key: storage.absolute(path) if path else "" for key, path in paths.items()}
+    source = source.model_copy(update={"url": absolute["data.source.url"]})
+    tokenize = tokenize.model_copy(update={"tokenizer": absolute.get("tokenize.tokenizer", tokenize.tokenizer)})
+    data = config.data.model_copy(update={"source": source})
+    return config.model_copy(update={"root": absolute["root"], "data": data, "tokenize": tokenize})
 
 
 def _publish_config(config: RunConfig, folder_url: str) -> None:

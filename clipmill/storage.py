@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import fsspec
@@ -42,7 +42,6 @@ __all__ = [
     "read_document",
     "remove",
     "remove_tree",
-    "size",
     "walk",
 ]
 
@@ -113,18 +112,6 @@ def exists(url: str) -> bool:
         return local_path(url).exists()
     filesystem, path = _filesystem(url)
     return filesystem.exists(path)
-
-
-def size(url: str) -> int:
-    """Bytes of an object.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if is_local(url):
-        return local_path(url).stat().st_size
-    filesystem, path = _filesystem(url)
-    return filesystem.size(path)
 
 
 def read_bytes(url: str) -> bytes:
@@ -221,10 +208,7 @@ def _local_walk(folder: Path, prefix: str) -> Iterator[Entry]:
 def publish_bytes(url: str, data: bytes) -> None:
     """Writes a whole object, replacing one that is there."""
     if is_local(url):
-        target = local_path(url)
-        temporary = _write_temporary(target, data)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
+        _publish_local(local_path(url), lambda file: file.write(data))
     else:
         filesystem, path = _filesystem(url)
         filesystem.pipe_file(path, data)
@@ -233,14 +217,8 @@ def publish_bytes(url: str, data: bytes) -> None:
 def publish_file(path: Path, url: str) -> None:
     """Copies a finished local file to a URL, replacing what is there."""
     if is_local(url):
-        target = local_path(url)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
-        with os.fdopen(handle, "wb") as copy, path.open("rb") as original:
-            shutil.copyfileobj(original, copy, 2**20)
-            _sync_file(copy.fileno())
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
+        with path.open("rb") as original:
+            _publish_local(local_path(url), lambda file: shutil.copyfileobj(original, file, 2**20))
     else:
         filesystem, remote = _filesystem(url)
         filesystem.put_file(str(path), remote)
@@ -250,13 +228,11 @@ def create_bytes(url: str, data: bytes) -> bool:
     """Writes a whole object only if there is none: of several writers exactly one gets True."""
     if is_local(url):
         target = local_path(url)
-        temporary = _write_temporary(target, data)
         try:
-            os.link(temporary, target)  # unlike rename it fails on an existing name, and the content is already whole
+            with _temporary_beside(target, lambda file: file.write(data)) as temporary:
+                os.link(temporary, target)  # unlike rename it fails on an existing name; the content is already whole
         except FileExistsError:
             return False
-        finally:
-            os.unlink(temporary)
         _sync_folder(target.parent)
         return True
     filesystem, path = _filesystem(url)
@@ -271,19 +247,27 @@ def create_bytes(url: str, data: bytes) -> bool:
     return True
 
 
-def _write_temporary(target: Path, data: bytes) -> str:
+def _publish_local(target: Path, write: Callable[[BinaryIO], Any]) -> None:
+    with _temporary_beside(target, write) as temporary:
+        os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _temporary_beside(target: Path, write: Callable[[BinaryIO], Any]) -> Iterator[str]:
+    """A finished and synced file in the target's folder; gone at the end unless it was renamed, also on a full disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        _sync_file(file.fileno())
-    return temporary
-
-
-def _sync_file(descriptor: int) -> None:
-    os.fchmod(descriptor, 0o644)  # mkstemp's 0600 would hide published data from other users
-    os.fsync(descriptor)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide published data from other users
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def _sync_folder(folder: Path) -> None:

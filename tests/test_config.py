@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clipmill.config import FREE, RunConfig, Section, changed_keys, fingerprint, identity, load_config
+from clipmill.config import RunConfig, changed_keys, fingerprint, identity, load_config
 from clipmill.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -73,14 +73,6 @@ def test_changed_keys_name_section_and_both_values():
     assert fingerprint(old) == fingerprint(identity(RunConfig(root="elsewhere")))
 
 
-def test_every_key_has_a_unit_or_an_explanation_where_its_name_is_not_enough():
-    def sections(section: type[Section]):
-        yield section
-        for field in section.model_fields.values():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                yield from sections(field.annotation)
-
-    for section in sections(RunConfig):
-        assert section.__doc__
-        assert section.__doc__ != Section.__doc__, section
-    assert any(FREE in field.metadata for field in RunConfig.model_fields.values())
+def test_each_training_section_keeps_its_own_learning_rate_when_another_key_is_set():
+    config = load_config([], ["root=here", "vqvae.training.steps=10", "prior.training.steps=10"])
+    assert (config.vqvae.training.lr, config.prior.training.lr) == (7e-4, 3e-4)

@@ -7,10 +7,12 @@ def test_a_newer_attempt_replaces_what_it_did_again(tmp_path):
     first = MetricsLog(str(tmp_path), "000001-0000")
     for step in (10, 20, 30):
         first.write({"step": step, "split": "train", "loss": 1.0 * step})
+    first.upload()
     first.close()
     second = MetricsLog(str(tmp_path), "000002-0000")
     for step in (20, 30, 40):
         second.write({"step": step, "split": "train", "loss": 2.0 * step})
+    second.upload()
     second.close()
     assert [(record["step"], record["loss"]) for record in read_metrics(str(tmp_path))] == [
         (10, 10.0),

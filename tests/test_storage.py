@@ -15,9 +15,19 @@ def test_published_objects_are_whole_readable_and_leave_nothing_beside_them(tmp_
     storage.publish_bytes(url, b"one")
     storage.publish_bytes(url, b"two")
     assert storage.read_bytes(url) == b"two"
-    assert storage.size(url) == 3
     assert os.listdir(tmp_path / "a") == ["b.bin"]
     assert (tmp_path / "a" / "b.bin").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_write_that_fails_leaves_neither_the_object_nor_its_beginning(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        storage.publish_bytes(str(tmp_path), b"a folder is in the way")
+    with pytest.raises(FileNotFoundError):
+        storage.publish_file(tmp_path / "absent", str(tmp_path / "a" / "b"))
+    assert storage.create_bytes(str(tmp_path / "one"), b"1")
+    assert not storage.create_bytes(str(tmp_path / "one"), b"2")
+    assert [path.name for path in tmp_path.rglob("*")] == ["one"]
+    assert not list(tmp_path.parent.glob(f"{storage.TEMPORARY_PREFIX}*"))
 
 
 def test_publish_file_and_fetch_copy_whole_files(tmp_path):

@@ -158,7 +158,7 @@ def _sum_by_code(rows: Tensor, codes: Tensor, num_codes: int) -> Tensor:
 
 def _codebook_metrics(counts: Tensor) -> dict[str, Tensor]:
     """Usage and perplexity of a batch from its counts [K]."""
-    share = counts / counts.sum()
+    share = counts / counts.sum().clamp(min=1)
     entropy = torch.special.entr(share).sum()
     return {"codebook_usage": (counts > 0).float().mean(), "codebook_perplexity": entropy.exp()}
 

@@ -24,9 +24,10 @@ from typing import Any
 from clipmill import storage
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease
+from clipmill.shards.format import file_sha256
 from clipmill.training.engine import Engine, World
 
-__all__ = ["Checkpoint", "fetch", "list_checkpoints", "newest", "prune", "save"]
+__all__ = ["Checkpoint", "fetch", "list_checkpoints", "newest", "prune", "save", "staging_folder"]
 
 SCHEMA = 1
 NODE_WAIT_SECONDS = 1800.0
@@ -61,9 +62,9 @@ def save(engine: Engine, folder_url: str, step: int, attempt: str, lease: Lease 
     """
     world = engine.world
     url = storage.join(folder_url, "checkpoints", f"step-{step:08d}", attempt)
-    staging = _staging_folder(url)
+    staging = staging_folder(folder_url)
     if world.local_rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)  # of a group that was killed while it staged this very step
+        shutil.rmtree(staging, ignore_errors=True)  # of a group that was killed while it staged
         staging.mkdir(parents=True)
     world.barrier()
     engine.save(staging)
@@ -76,10 +77,10 @@ def save(engine: Engine, folder_url: str, step: int, attempt: str, lease: Lease 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _staging_folder(url: str) -> Path:
-    """The same path on every node, different for every user, attempt and step."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}" / name
+def staging_folder(folder_url: str) -> Path:
+    """Where the ranks of a node meet: the same path for all of them, another for each user and training folder."""
+    name = hashlib.sha256(folder_url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}" / f"checkpoint-{name}"
 
 
 def _nodes(world: World) -> list[int]:
@@ -94,13 +95,8 @@ def _upload(staging: Path, url: str, node: int) -> None:
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
         name = path.relative_to(staging).as_posix()
         storage.publish_file(path, storage.join(url, name))
-        files.append({"name": name, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+        files.append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
     storage.publish_document(storage.join(url, f"node-{node}.done"), {"files": files}, SCHEMA)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit(url: str, step: int, num_nodes: int, lease: Lease | None, state: dict[str, Any]) -> None:
@@ -151,7 +147,7 @@ def fetch(checkpoint: Checkpoint, folder: Path) -> None:
             storage.fetch(storage.join(checkpoint.url, file["name"]), path)
         except FileNotFoundError as error:
             raise _damaged(checkpoint, file["name"], "is missing") from error
-        if path.stat().st_size != file["bytes"] or _sha256(path) != file["sha256"]:
+        if path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
             raise _damaged(checkpoint, file["name"], "has another content than was committed")
 
 

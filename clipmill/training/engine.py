@@ -6,6 +6,7 @@ The traps of DeepSpeed that this module keeps from its callers are noted where e
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import logging
 import os
@@ -23,6 +24,8 @@ from clipmill.config import TrainingConfig
 
 __all__ = ["Engine", "World", "consolidated_state", "deepspeed_config", "join_world"]
 
+CONTROL_TIMEOUT_SECONDS = 7200.0
+
 
 class World:
     """This process among its peers.
@@ -38,7 +41,9 @@ class World:
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         # Control messages go over gloo: on NCCL even one integer would wait for the GPU's stream.
-        self._control = dist.new_group(backend="gloo") if self.size > 1 else None
+        # Peers wait in it while rank 0 waits for the slowest node's upload, which must run out of patience first.
+        patience = datetime.timedelta(seconds=CONTROL_TIMEOUT_SECONDS)
+        self._control = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

@@ -10,6 +10,7 @@ from clipmill.errors import UserError
 from clipmill.models.export import read_latest
 from clipmill.shards.dataset import ShardDataset
 from clipmill.shards.manifest import Kind, Manifest
+from clipmill.training import checkpoint
 
 __all__ = ["finished_step", "open_dataset", "require_manifest"]
 
@@ -42,15 +43,15 @@ def finished_step(folder_url: str, identity: dict[str, Any]) -> int:
     """Steps of the newest export of a training folder, 0 without one.
 
     Raises:
-        UserError: the export was trained with other identity keys or on other data.
+        UserError: the export or the newest checkpoint was trained with other identity keys or on other data.
     """
     latest = read_latest(folder_url)
-    if latest is None:
-        return 0
-    body, _ = latest
-    changes = changed_keys(body["identity"], identity)
-    if changes:
-        raise UserError(
-            f"{folder_url} was trained with other settings: {', '.join(changes)}; take another root, or remove it"
-        )
-    return int(body["step"])
+    newest = checkpoint.newest(folder_url)
+    trained = [latest[0]["identity"]] if latest else []
+    unfinished = [newest.state["identity"]] if newest else []
+    for known in trained + unfinished:
+        if changes := changed_keys(known, identity):
+            raise UserError(
+                f"{folder_url} was trained with other settings: {', '.join(changes)}; restore them, or take another root"
+            )
+    return int(latest[0]["step"]) if latest else 0

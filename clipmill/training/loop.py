@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from clipmill.training import checkpoint
 from clipmill.training.engine import Engine, World, consolidated_state
 from clipmill.training.telemetry import Report, Stopwatch, Telemetry
 
-__all__ = ["Job", "fit", "learning_rate"]
+__all__ = ["Job", "fit", "learning_rate", "rows_and_accumulation"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         UserError: the newest checkpoint belongs to another configuration, data set or world size.
         StageFailed: the loss is no longer finite.
     """
-    rows, accumulation = _rows_and_accumulation(job.config, world.size)
+    rows, accumulation = rows_and_accumulation(job.config, world.size)
     engine = Engine(job.objective, job.config, world, rows, accumulation)
     attempt = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
     first_step = _resume(job, engine)
@@ -116,8 +117,8 @@ def _run_steps(
         save = stop or last or done % config.checkpoint_every == 0
         if save or done % config.log_every == 0:
             facts = _means(world, sums)
-            _check_finite(job, done, facts["loss"])
             facts |= engine.grad_norm() | {"lr": learning_rate(config, step)} | stopwatch.facts()
+            _check_finite(job, done, facts)
             if telemetry is not None:
                 telemetry.log(done, "train", facts)
             stopwatch.reset()
@@ -129,6 +130,8 @@ def _run_steps(
                 telemetry.log(done, "val", facts)
             stopwatch.reset()
         if save:
+            if telemetry is not None:
+                telemetry.upload()
             state = {"identity": job.identity, "world_size": world.size, "zero_stage": config.zero_stage}
             checkpoint.save(engine, job.folder_url, done, attempt, lease, state)
             world.from_rank_zero(lambda: checkpoint.prune(job.folder_url, config.keep_last, lease))
@@ -184,7 +187,7 @@ def _validate(job: Job, engine: Engine) -> dict[str, float]:
     world = engine.world
     batches = eval_batches(
         job.val,
-        batch_size=min(job.config.micro_batch or job.config.global_batch, job.config.global_batch) // world.size or 1,
+        batch_size=rows_and_accumulation(job.config, world.size)[0],
         rank=world.rank,
         world_size=world.size,
         max_samples=num_clips,
@@ -197,11 +200,12 @@ def _validate(job: Job, engine: Engine) -> dict[str, float]:
     return _means(world, sums)
 
 
-def _check_finite(job: Job, step: int, loss: float) -> None:
-    if not math.isfinite(loss):
+def _check_finite(job: Job, step: int, facts: dict[str, float]) -> None:
+    broken = [f"{name} {facts[name]}" for name in ("loss", "grad_norm") if not math.isfinite(facts.get(name, 0.0))]
+    if broken:
         saved = checkpoint.newest(job.folder_url)
         last = f"the last good checkpoint is {saved.url}" if saved else "no checkpoint was written before"
-        raise StageFailed(f"the loss at step {step} is {loss}; {last}; lower the learning rate and run again")
+        raise StageFailed(f"step {step} gave {', '.join(broken)}; {last}; lower the learning rate and run again")
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -215,7 +219,8 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.lr * (config.min_lr_share + (1 - config.min_lr_share) * cosine)
 
 
-def _rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int, int]:
+def rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int, int]:
+    """Clips of a rank's micro-batch, and micro-batches a step. Their product may exceed the share: padding fills up."""
     share = math.ceil(config.global_batch / world_size)
     accumulation = math.ceil(share / (config.micro_batch or share))
     return math.ceil(share / accumulation), accumulation
@@ -240,17 +245,25 @@ def _resume(job: Job, engine: Engine) -> int:
         return 0
     changes = changed_keys(newest.state["identity"], job.identity)
     if changes:
-        raise UserError(f"checkpoint {newest.url} was written with other settings: {', '.join(changes)}")
+        raise UserError(
+            f"checkpoint {newest.url} was written with other settings: {', '.join(changes)}; restore them, or take "
+            "another root"
+        )
     recorded = (newest.state["world_size"], newest.state["zero_stage"])
     if recorded != (world.size, job.config.zero_stage):
         raise UserError(
             f"checkpoint {newest.url} was written by {recorded[0]} workers at ZeRO stage {recorded[1]}, this run has "
             f"{world.size} at stage {job.config.zero_stage}; start it with the recorded ones"
         )
-    with tempfile.TemporaryDirectory(prefix="clipmill-resume-") as folder:
-        checkpoint.fetch(newest, Path(folder))
-        engine.load(Path(folder))
+    folder = checkpoint.staging_folder(job.folder_url)
+    if world.local_rank == 0:  # once a node
+        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.fetch(newest, folder)
     world.barrier()
+    engine.load(folder)
+    world.barrier()
+    if world.local_rank == 0:
+        shutil.rmtree(folder)
     if world.rank == 0:
         logger.info("resumed from step %d (%s)", newest.step, newest.url)
     return newest.step

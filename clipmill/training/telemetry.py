@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import statistics
 import tempfile
@@ -16,6 +17,11 @@ from clipmill import storage
 from clipmill.metrics import MetricsLog, read_metrics
 
 __all__ = ["Report", "Stopwatch", "Telemetry", "summarise"]
+
+UPLOAD_SECONDS = 30.0
+"""How often records are published: buckets cannot append, so each time as whole files."""
+
+logger = logging.getLogger(__name__)
 
 
 class Report(Protocol):
@@ -78,12 +84,15 @@ class Telemetry:
         self._tensorboard_url = storage.join(folder_url, "tensorboard", attempt)
         self._events = tempfile.TemporaryDirectory(prefix="clipmill-events-")
         self._writer = SummaryWriter(self._events.name)
+        self._uploaded = time.monotonic()
 
     def log(self, step: int, split: str, facts: dict[str, float]) -> None:
         """Records the facts of one split after ``step`` steps and shows the important ones."""
         self._metrics.write({"step": step, "split": split, **facts})
         for name, value in facts.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
+        if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
+            self.upload()
         if split == "train":
             self.progress(step, loss=facts["loss"])
         else:
@@ -93,12 +102,25 @@ class Telemetry:
         """Moves the progress bar."""
         self._report.update({"step": step, "total": self._steps, **facts})
 
+    def upload(self) -> None:
+        """Publishes everything recorded so far.
+
+        Called before each commit too: a checkpoint must not be ahead of its curve, which a resumed run goes on from.
+        """
+        self._uploaded = time.monotonic()
+        try:
+            self._metrics.upload()
+            self._writer.flush()
+            for path in Path(self._events.name).iterdir():
+                storage.publish_file(path, storage.join(self._tensorboard_url, path.name))
+        except OSError as error:  # no reason to lose the training: the next upload has it all
+            logger.warning("cannot upload metrics: %s", error)
+
     def close(self) -> None:
-        """Publishes everything recorded."""
-        self._metrics.close()
+        """Publishes everything recorded and removes the local files."""
         self._writer.close()
-        for path in Path(self._events.name).iterdir():
-            storage.publish_file(path, storage.join(self._tensorboard_url, path.name))
+        self.upload()
+        self._metrics.close()
         self._events.cleanup()
 
 

@@ -16,7 +16,7 @@ from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
 from clipmill.training.engine import join_world
 from clipmill.training.inputs import finished_step, open_dataset, require_manifest
-from clipmill.training.loop import Job, fit
+from clipmill.training.loop import Job, fit, rows_and_accumulation
 from clipmill.training.telemetry import Report, summarise
 
 __all__ = ["folder_url", "is_finished", "summary", "train"]
@@ -31,10 +31,11 @@ def is_finished(config: RunConfig) -> bool:
     """Whether an export of ``steps`` steps or more is there.
 
     Raises:
-        UserError: there are no clips yet, or the folder holds a model of other settings.
+        UserError: there are no clips yet, the downsampling does not fit them, or the folder holds a model of other settings.
     """
-    wanted = _identity(config, require_manifest(config, "clips", "train"))
-    return finished_step(folder_url(config), wanted) >= config.vqvae.training.steps
+    clips = require_manifest(config, "clips", "train")
+    _latent_shape(config, clips)
+    return finished_step(folder_url(config), _identity(config, clips)) >= config.vqvae.training.steps
 
 
 def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
@@ -45,11 +46,13 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     """
     training = config.vqvae.training
     world = join_world()
-    if training.global_batch % world.size or (training.micro_batch and training.global_batch % training.micro_batch):
+    rows, accumulation = rows_and_accumulation(training, world.size)
+    if rows * accumulation * world.size != training.global_batch:
         usable = [size for size in range(1, training.global_batch + 1) if training.global_batch % size == 0]
         raise UserError(
-            f"vqvae.training.global_batch {training.global_batch} must be a multiple of micro_batch and of the "
-            f"{world.size} workers, because padding would enter the batch statistics; usable numbers: {usable}"
+            f"vqvae.training.global_batch {training.global_batch} does not split evenly over {world.size} workers with "
+            f"{accumulation} micro-batches each, and padding would enter the batch statistics; usable numbers of "
+            f"workers: {usable}, and micro_batch must divide their share"
         )
     clips = require_manifest(config, "clips", "train")
     torch.manual_seed(config.seed)  # of the initial weights
@@ -90,14 +93,18 @@ def _identity(config: RunConfig, clips: Manifest) -> dict[str, Any]:
     return {"vqvae": identity(config.vqvae), "clips": clips.fingerprint, "seed": config.seed}
 
 
+def _latent_shape(config: RunConfig, clips: Manifest) -> tuple[int, int, int]:
+    clip = clips.recipe["clip"]
+    return latent_shape(config.vqvae.model, clip["num_frames"], clip["resolution"])
+
+
 def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step: int) -> None:
     model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
     model.load_state_dict(weights)
-    clip = config.data.clip
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
-        "latent_shape": list(latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)),
+        "latent_shape": list(_latent_shape(config, clips)),
         "num_codes": config.vqvae.model.num_codes,
         "clip": clips.recipe,
         "pixel_variance": clips.facts["pixel_variance"],

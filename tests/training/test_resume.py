@@ -137,8 +137,7 @@ def _check_exact_resume(workspace: Path, tmp_path: Path, stage: str, zero_stage:
     first_step = json.loads((killed / folder / "metrics" / attempts[-1]).read_text().splitlines()[0])["step"]
     assert first_step > CHECKPOINT_EVERY, "it did not resume from a checkpoint"
     assert len(set(undisturbed.values())) > STEPS // 2, "a loss that does not move proves nothing"
-    for step in range(first_step, STEPS + 1):
-        assert resumed[step] == undisturbed[step], f"step {step}"
+    assert resumed == undisturbed, "the curve of the resumed run has a hole or another loss"
     exports = [sorted(path.name for path in (root / folder / "exports").iterdir()) for root in (whole, killed)]
     assert exports[0] == exports[1], "the exported weights differ"
 
