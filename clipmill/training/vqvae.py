@@ -31,7 +31,7 @@ def is_finished(config: RunConfig) -> bool:
     """Whether an export of ``steps`` steps or more is there.
 
     Raises:
-        UserError: there are no clips yet, the downsampling does not fit them, or the folder holds a model of other settings.
+        UserError: there are no clips yet, the downsampling does not fit them, or another model is in the folder.
     """
     clips = require_manifest(config, "clips", "train")
     _latent_shape(config, clips)
