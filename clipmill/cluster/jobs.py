@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shlex
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from clipmill.cluster.connection import stop_signals
 from clipmill.config import fingerprint
 from clipmill.errors import Interrupted, StageFailed, UserError
 
@@ -64,7 +66,7 @@ class Job(_Fields):
     needs: list[str] = []
     """Names of the jobs that must have succeeded before."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How often it is submitted again after exit status 75, or after its driver or the head's supervisor died."""
+    """How often it is submitted again after exit status 75, or after a signal killed its driver or its supervisor."""
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     """From submission to end; then the job is stopped and counts as failed."""
     submission_id: Name | None = None
@@ -206,10 +208,19 @@ def _run(client: JobSubmissionClient, job: Job, entrypoint: str, runtime_env: di
             return
         if status == "STOPPED":
             raise Interrupted(f"job {job.name} ({submission_id}) was stopped; submit again to go on")
-        if exit_code not in (75, None) or not remaining:
+        if not _may_succeed_again(exit_code) or not remaining:
             tail = "\n".join(client.get_job_logs(submission_id).splitlines()[-LOG_TAIL_LINES:])
             raise StageFailed(f"job {job.name} ({submission_id}) failed with exit status {exit_code}:\n{tail}")
         logger.warning("job %s ended with exit status %s: submitting it again", submission_id, exit_code)
+
+
+def _may_succeed_again(exit_code: int | None) -> bool:
+    """Whether a driver ended for a reason that another attempt may not meet.
+
+    That is 75 (interrupted), no status (its supervisor died), or a signal, such as the kernel's when memory runs out:
+    negative where the driver was Ray's own child, above 128 where a shell stood between.
+    """
+    return exit_code is None or exit_code == 75 or exit_code < 0 or 128 < exit_code < 128 + signal.NSIG
 
 
 def _last_attempt(client: JobSubmissionClient, stem: str) -> tuple[int, bool]:
@@ -248,7 +259,7 @@ def _wait(client: JobSubmissionClient, submission_id: str, timeout_seconds: floa
     """Logs a job's status until it ends; returns the status and the driver's exit status."""
     began = mentioned = time.monotonic()
     last = ""
-    try:
+    with stop_signals() as stop:
         while True:
             details = client.get_job_info(submission_id)
             status, now = str(details.status.value), time.monotonic()
@@ -260,6 +271,6 @@ def _wait(client: JobSubmissionClient, submission_id: str, timeout_seconds: floa
             if timeout_seconds is not None and now - began > timeout_seconds:
                 client.stop_job(submission_id)
                 raise StageFailed(f"job {submission_id} was stopped: {status} after {timeout_seconds:g} s")
-            time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"job {submission_id} runs on; give the same command to wait for it again") from error
+            time.sleep(POLL_SECONDS)  # not stop.wait: the handler would wait for a lock that its own thread holds
+            if stop.is_set():
+                raise Interrupted(f"job {submission_id} runs on; give the same command to wait for it again")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from clipmill.cluster import in_order, load_jobs, submit
-from clipmill.cluster.jobs import submission_stem
+from clipmill.cluster.jobs import _may_succeed_again, submission_stem
 from clipmill.errors import StageFailed, UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -93,6 +93,12 @@ def test_a_submission_is_known_by_what_runs(tmp_path: Path) -> None:
 def test_an_unreachable_jobs_server_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no Ray Jobs server answers at http://127\.0\.0\.1:1"):
         submit(write_jobs(tmp_path, [job("a")]), [], "http://127.0.0.1:1")
+
+
+def test_a_driver_that_a_signal_killed_is_tried_again() -> None:
+    tried_again = {code for code in (None, *range(-64, 256)) if _may_succeed_again(code)}
+    assert {None, 75, -signal.SIGKILL, 128 + signal.SIGKILL, 128 + signal.SIGTERM} <= tried_again
+    assert tried_again.isdisjoint({0, 1, 2, 126, 127, 128, 255})
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +214,35 @@ def test_a_job_out_of_time_is_stopped(head: str, tmp_path: Path) -> None:
     path = write_jobs(tmp_path, [job("slow", entrypoint="sleep 600", timeout_seconds=3)])
     with pytest.raises(StageFailed, match=r"slow-[0-9a-f]{8}-a1 was stopped: \w+ after 3 s"):
         submit(path, [], head)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entrypoint", ["kill -9 $$", "sh -c 'kill -9 $$'; exit $?"], ids=["itself", "below a shell"])
+def test_a_killed_driver_is_submitted_again(head: str, tmp_path: Path, entrypoint: str) -> None:
+    mark = tmp_path / "killed"
+    killed_once = f"test -e {mark} || {{ touch {mark}; {entrypoint}; }}"
+    submit(write_jobs(tmp_path, [job("killed", entrypoint=killed_once, retries=1)]), [], head)
+    mark.unlink()
+    with pytest.raises(StageFailed, match=r"failed with exit status (-9|137)"):
+        submit(write_jobs(tmp_path, [job("killed", entrypoint=killed_once, retries=0)]), [], head)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whoever_stops_waiting_is_told_that_the_job_runs_on(head: str, tmp_path: Path, number: int) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    name = f"waited{number}"
+    path = write_jobs(tmp_path, [job(name, entrypoint="sleep 600")])
+    command = [sys.executable, "-m", "clipmill.cli", "submit", "--jobs", str(path), "--address", head]
+    waiter = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert waiter.stderr is not None
+    while f"job {name}-" not in (line := waiter.stderr.readline()):  # it waits from then on
+        assert line
+    waiter.send_signal(number)
+    _, output = waiter.communicate(timeout=60)
+    assert (waiter.returncode, "runs on; give the same command" in output) == (75, True)
+    client = JobSubmissionClient(head)
+    [found] = [each for each in client.list_jobs() if (each.submission_id or "").startswith(name)]
+    assert not found.status.is_terminal()
+    client.stop_job(found.submission_id)
