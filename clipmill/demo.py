@@ -17,6 +17,7 @@ import numpy as np
 
 from clipmill import storage
 from clipmill.errors import UserError
+from clipmill.progress import bar
 from clipmill.video.encode import encode_mp4
 
 __all__ = ["CLASSES", "FPS", "NUM_FRAMES", "SIZE", "draw_video", "generate"]
@@ -133,13 +134,21 @@ def generate(url: str, *, num_videos: int = 240, seed: int = 0) -> bool:
         Whether anything was written.
 
     Raises:
-        UserError: the folder holds a generated data set of another size or seed.
+        UserError: no folder is named, or it holds other files or a generated data set of another size or seed. Nothing
+            was written.
     """
+    if not url:
+        raise UserError("the demo needs a folder for its videos: set data.source.url to one that is empty or new")
     marker = storage.join(url, _MARKER)
     wanted = {"num_videos": num_videos, "seed": seed}
     try:
         found = storage.read_document(marker, _SCHEMA)
     except FileNotFoundError:
+        if (other := next(storage.walk(url), None)) is not None:
+            raise UserError(
+                f"{url} holds other files ({other.name}), and the demo must not mix its videos with them; set "
+                "data.source.url to a folder that is empty or new"
+            ) from None
         found = {**wanted, "complete": False}
         storage.publish_document(marker, found, _SCHEMA)
     if {key: found[key] for key in wanted} != wanted:
@@ -147,14 +156,16 @@ def generate(url: str, *, num_videos: int = 240, seed: int = 0) -> bool:
         raise UserError(f"{url} holds a generated data set with {recorded}; remove it or choose another folder")
     if found["complete"]:
         return False
-    for index in range(num_videos):
-        label, frames, actions = draw_video(seed, index)
-        name = storage.join(url, label, f"{label}_{index:04d}")
-        array = io.BytesIO()
-        np.save(array, actions)
-        # The video last: whoever sees it finds its actions.
-        storage.publish_bytes(f"{name}.actions.npy", array.getvalue())
-        storage.publish_bytes(f"{name}.mp4", encode_mp4(frames, FPS, _CRF))
+    with bar("demo", total=num_videos, unit="videos") as progress:
+        for index in range(num_videos):
+            label, frames, actions = draw_video(seed, index)
+            name = storage.join(url, label, f"{label}_{index:04d}")
+            array = io.BytesIO()
+            np.save(array, actions)
+            # The video last: whoever sees it finds its actions.
+            storage.publish_bytes(f"{name}.actions.npy", array.getvalue())
+            storage.publish_bytes(f"{name}.mp4", encode_mp4(frames, FPS, _CRF))
+            progress.update(index + 1)
     storage.publish_document(marker, {**wanted, "complete": True}, _SCHEMA)
     return True
 
