@@ -9,11 +9,16 @@ start counting elsewhere. Workers are spawned, because neither fsspec nor CUDA s
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import json
+import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,21 +268,29 @@ def _load(
     dataset: ShardDataset, place: Callable[[int], Rows], numbers: range, num_workers: int
 ) -> Iterator[dict[str, Any]]:
     """Batches by their numbers, in this process or a few ahead in others."""
+    ending = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
+    end = partial(setattr, ending, "value", True)
     loader = DataLoader(
         _Batches(dataset, place),
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, ending),
         multiprocessing_context="spawn" if num_workers else None,
         prefetch_factor=PREFETCH_FACTOR if num_workers else None,
         generator=torch.Generator(),  # else the loader draws a seed from the global generator of the training
     )
-    for batch in loader:
-        if isinstance(batch, ClipmillError):
-            raise batch
-        yield batch
+    # An error that nobody catches keeps this generator alive: Python then ends the workers by SIGTERM, and joins them.
+    atexit.register(end)
+    try:
+        for batch in loader:
+            if isinstance(batch, ClipmillError):
+                raise batch
+            yield batch
+    finally:
+        end()
+        atexit.unregister(end)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -285,6 +298,10 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(ending: ctypes.c_bool, _: int) -> None:
+    """Ignores the signals that stop a training until ``ending``: they reach its whole process group (Ctrl-C, torchrun,
+    scancel), and its last checkpoint comes after a step that still needs data.
+    """
     torch.set_num_threads(1)  # the cores belong to the training; as many workers as asked for are as many threads
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the step under way needs its data
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)

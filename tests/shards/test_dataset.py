@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -104,6 +111,60 @@ def test_the_number_of_workers_changes_nothing(dataset):
     alone = take(dataset, 7, micro_batch=3)
     for num_workers in (1, 2):
         assert_equal(take(dataset, 7, micro_batch=3, num_workers=num_workers), alone)
+
+
+TRAINER = """\
+import signal, sys
+from pathlib import Path
+from clipmill.shards.dataset import ShardDataset, decode_codes, train_batches
+from clipmill.shards.manifest import Manifest
+from clipmill.shards.order import Order, num_streams
+
+if __name__ == "__main__":
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    dataset = ShardDataset(Manifest.load(sys.argv[1], "tokens"), decode_codes, Path(sys.argv[2]))
+    order = Order(dataset.manifest.counts, 3, num_streams(8), 4)
+    batches = train_batches(
+        dataset, order, global_batch=8, micro_batch=None, rank=0, world_size=1, first_step=0, num_workers=2
+    )
+    next(batches)
+    print("at work", flush=True)
+    while not stopped:
+        next(batches)
+    for _ in range(20):  # more than the workers have ready
+        next(batches)
+    print("checkpoint", flush=True)
+    if sys.argv[3] == "error":
+        raise RuntimeError("an error keeps the frames, and so the loader, alive")
+    if sys.argv[3] == "kill":
+        signal.raise_signal(signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["return", "error", "kill"])
+def test_workers_outlive_a_signal_to_their_group_but_not_the_training(manifest, tmp_path, end):
+    (script := tmp_path / "trainer.py").write_text(TRAINER)
+    command = [sys.executable, str(script), manifest.url, str(tmp_path / "cache"), end]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as trainer:
+        assert trainer.stdout is not None
+        try:
+            assert trainer.stdout.readline() == "at work\n"
+            workers = psutil.Process(trainer.pid).children(recursive=True)
+            assert len(workers) >= 2
+            os.killpg(trainer.pid, signal.SIGTERM)
+            assert trainer.stdout.readline() == "checkpoint\n"
+            assert trainer.wait(timeout=60) == {"return": 0, "error": 1, "kill": -signal.SIGKILL}[end]
+            deadline = time.monotonic() + 60
+            while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in workers):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(trainer.pid, signal.SIGKILL)
 
 
 def test_loading_leaves_the_global_generator_alone(dataset):
