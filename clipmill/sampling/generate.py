@@ -60,11 +60,9 @@ def generate(
 
 def noise(seed: int, indices: Sequence[int], num_positions: int) -> np.ndarray:
     """Uniforms in [0, 1), float64 [num_positions, len(indices)]; column j depends on (seed, indices[j]) alone."""
-    columns = [
-        np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64))).random(num_positions)
-        for index in indices
-    ]
-    return np.stack(columns, 1)
+    # The raw words: numpy promises these for ever, the numbers that its Generator makes of them only for a version.
+    words = [np.random.Philox(key=np.array([seed, index], np.uint64)).random_raw(num_positions) for index in indices]
+    return (np.stack(words, 1) >> np.uint64(11)) * 2.0**-53
 
 
 def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int | None, top_p: float) -> Tensor:

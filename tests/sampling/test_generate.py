@@ -68,6 +68,9 @@ def test_noise_is_keyed_by_seed_and_index() -> None:
     assert np.array_equal(noise(1, [9], 10)[:, 0], columns[:10, 1])
     assert not np.array_equal(noise(2, [9], 1000)[:, 0], columns[:, 1])
     assert abs(np.corrcoef(columns.T)[0, 1]) < 0.1
+    assert ((columns >= 0) & (columns < 1)).all()
+    # The keys are (seed, index); the values must stay: every sample on disk was made from them.
+    assert (noise(7, [3], 2)[:, 0] * 2**53).tolist() == [4342628383507864, 6522433390077937]
     assert noise(2**64 - 1, [2**64 - 1], 3).shape == (3, 1)
 
 
