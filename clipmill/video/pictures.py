@@ -15,6 +15,10 @@ from clipmill.video.encode import encode_mp4
 __all__ = ["contact_sheet", "playing_row", "png_bytes"]
 
 _WHITE = 255
+_SHEET_COLUMNS = 8
+"""Frames that a contact sheet shows of a longer clip."""
+_SHEET_GAP_PIXELS = 2
+_ROW_CRF = 12
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
@@ -27,23 +31,18 @@ def png_bytes(picture: np.ndarray) -> bytes:
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
 
-def contact_sheet(clips: np.ndarray, *, max_columns: int = 8, scale: int = 1, gap: int = 2) -> bytes:
-    """A PNG file of clips: a row is a clip, its frames run left to right.
+def contact_sheet(clips: np.ndarray) -> bytes:
+    """A PNG file of clips uint8 [N, T, H, W, 3]: a row is a clip, its frames run left to right.
 
-    Args:
-        clips: uint8 [N, T, H, W, 3].
-        max_columns: of longer clips this many frames are shown, evenly spaced, first and last included.
-        scale: enlargement, by whole pixels.
-        gap: white pixels between the pictures.
+    Of long clips some frames are shown, evenly spaced, first and last included.
     """
     num_frames = clips.shape[1]
-    columns = np.linspace(0, num_frames - 1, min(num_frames, max_columns)).round().astype(int)
-    shown = _enlarge(clips[:, columns], scale)
-    rows = [_beside(list(clip), gap, axis=1) for clip in shown]
-    return png_bytes(_beside(rows, gap, axis=0))
+    columns = np.linspace(0, num_frames - 1, min(num_frames, _SHEET_COLUMNS)).round().astype(int)
+    rows = [_beside(list(clip), _SHEET_GAP_PIXELS, axis=1) for clip in clips[:, columns]]
+    return png_bytes(_beside(rows, _SHEET_GAP_PIXELS, axis=0))
 
 
-def playing_row(clips: np.ndarray, *, fps: float, scale: int = 2, gap: int = 4, crf: int = 12) -> bytes:
+def playing_row(clips: np.ndarray, *, fps: float, scale: int, gap: int) -> bytes:
     """An mp4 file that plays clips side by side, for the ``<video>`` element of a page.
 
     Args:
@@ -51,13 +50,12 @@ def playing_row(clips: np.ndarray, *, fps: float, scale: int = 2, gap: int = 4, 
         fps: frames per second.
         scale: enlargement, by whole pixels.
         gap: white pixels between the clips.
-        crf: constant rate factor of h264.
     """
     row = _beside(list(_enlarge(clips, scale)), gap, axis=2)
     height, width = row.shape[1:3]
     # h264 in yuv420p needs even sizes.
     row = np.pad(row, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=_WHITE)
-    return encode_mp4(row, fps, crf)
+    return encode_mp4(row, fps, _ROW_CRF)
 
 
 def _enlarge(clips: np.ndarray, scale: int) -> np.ndarray:

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, Self
@@ -143,10 +143,6 @@ class Outcome:
     short: bool
     attempts: list[str]
 
-    def as_document(self) -> dict[str, Any]:
-        """The outcome as plain JSON values (``info`` nested)."""
-        return asdict(self)
-
 
 class Decoder:
     """One decoding child, reused from video to video and replaced after a fault. For one thread at a time.
@@ -157,11 +153,10 @@ class Decoder:
         outcome: of the video that `clips` decoded last; None before that and after `BadVideo`.
     """
 
-    def __init__(self, limits: Limits, scratch: Path | None = None):
-        """``scratch``: local folder for the spool file; none: the system's temporary folder."""
+    def __init__(self, limits: Limits):
         self.outcome: Outcome | None = None
         self._limits = limits
-        self._spool = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  lives as long as this object
+        self._spool = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as this object
         self._child: _Child | None = None
 
     def __enter__(self) -> Self:

@@ -65,7 +65,7 @@ def test_clips_are_the_frames_of_the_rule(tmp_path, decoder):
     outcome = decoder.outcome
     assert (outcome.num_frames, outcome.num_clips) == (40, 6)
     assert (outcome.short, outcome.truncated, outcome.attempts) == (False, False, [])
-    assert outcome.as_document()["info"]["decoder"] == "decord"
+    assert outcome.info.decoder == "decord"
 
 
 def test_mp4_clips_are_reproducible_and_one_child_serves_many_videos(tmp_path, decoder):
