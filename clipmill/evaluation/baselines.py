@@ -29,7 +29,7 @@ _BIGRAM_GRID = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e6)
 
 @dataclass
 class CodeTables:
-    """Counts of codes and of pairs of codes; streaming and mergeable.
+    """Counts of codes and of pairs of codes, batch by batch.
 
     Memory: two int64 tables [K, K] (64 MiB together for 2,048 codes).
     """
@@ -64,14 +64,6 @@ class CodeTables:
         self.first_code += np.bincount(row[:, 0], minlength=self.num_codes)
         np.add.at(self.temporal, (codes[:, :-1].reshape(-1), codes[:, 1:].reshape(-1)), 1)
         np.add.at(self.raster, (row[:, :-1].reshape(-1), row[:, 1:].reshape(-1)), 1)
-
-    def merge(self, other: CodeTables) -> None:
-        """Adds the counts of another worker."""
-        if self.num_codes != other.num_codes:
-            raise ValueError(f"tables of {self.num_codes} and {other.num_codes} codes cannot be merged")
-        self.num_clips += other.num_clips
-        for name in ("unigram", "first_frame", "first_code", "temporal", "raster"):
-            getattr(self, name)[...] += getattr(other, name)
 
     @property
     def num_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Scores that are summed clip by clip: streaming, mergeable, and the same for any order and any split of the data.
+"""Scores that are summed clip by clip: streaming, and the same for any order and any batches of the data.
 
 Pixels are uint8, so every pixel sum here is an exact integer: no rounding, whatever the order. Results are in units of
 the pixel range [0, 1]. Shapes: B clips, T frames, H height, W width, K codes, [t, h, w] latents of a clip.
@@ -7,7 +7,7 @@ the pixel range [0, 1]. Shapes: B clips, T frames, H height, W width, K codes, [
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,6 @@ class ReconstructionScores:
         if ssim is not None:
             self.num_ssim += len(ssim)
             self.sum_ssim += float(ssim.sum())
-
-    def merge(self, other: ReconstructionScores) -> None:
-        """Adds the clips that another worker has scored."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def result(self) -> dict[str, Any]:
         """The scores, as plain JSON values.
@@ -111,11 +106,6 @@ class CodeUsage:
         self.num_clips += len(codes)
         self.counts += np.bincount(codes.reshape(-1), minlength=len(self.counts))
 
-    def merge(self, other: CodeUsage) -> None:
-        """Adds the clips that another worker has counted."""
-        self.num_clips += other.num_clips
-        self.counts += other.counts
-
     def shares(self) -> NDArray[np.float64]:
         """Share of all tokens that each code takes: float64 [K], sums to 1."""
         return self.counts / max(1, int(self.counts.sum()))
@@ -172,11 +162,6 @@ class VideoStatistics:
         self.num_differences += difference.size
         self.sum_absolute_differences += int(np.abs(difference).sum(dtype=np.int64))
         self.sum_squared_differences += int(np.square(difference).sum(dtype=np.int64))
-
-    def merge(self, other: VideoStatistics) -> None:
-        """Adds the clips that another worker has measured."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def result(self) -> dict[str, Any]:
         """The statistics, as plain JSON values.

@@ -25,15 +25,13 @@ def test_counts_of_one_small_clip():
     assert (counted.num_clips, counted.num_tokens) == (1, 4)
 
 
-def test_merged_tables_are_the_tables_of_everything():
+def test_batches_add_up_to_the_tables_of_everything():
     codes = np.random.default_rng(0).integers(0, 5, (6, 3, 2, 2))
-    left, right, whole = tables(codes[:1], 5), tables(codes[1:], 5), tables(codes, 5)
-    left.merge(right)
-    assert left.num_clips == whole.num_clips
+    parts, whole = tables(codes[:1], 5), tables(codes, 5)
+    parts.update(codes[1:])
+    assert parts.num_clips == whole.num_clips
     for name in ("unigram", "first_frame", "first_code", "temporal", "raster"):
-        assert np.array_equal(getattr(left, name), getattr(whole, name))
-    with pytest.raises(ValueError, match="cannot be merged"):
-        left.merge(tables(codes, 6))
+        assert np.array_equal(getattr(parts, name), getattr(whole, name))
 
 
 def test_hand_computed_cross_entropies():

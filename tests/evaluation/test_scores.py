@@ -12,14 +12,13 @@ def clips(seed: int, num_clips: int = 5, side: int = 16) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (num_clips, 4, side, side, 3), dtype=np.uint8)
 
 
-def test_reconstruction_scores_agree_with_numpy_in_any_split():
+def test_reconstruction_scores_agree_with_numpy_in_any_batches():
     original, reconstruction = clips(0), clips(1)
     a, b = original / 255.0, reconstruction / 255.0
-    whole, left, right = ReconstructionScores(), ReconstructionScores(), ReconstructionScores()
+    whole, parts = ReconstructionScores(), ReconstructionScores()
     whole.update(original, reconstruction)
-    left.update(original[:2], reconstruction[:2])
-    right.update(original[2:], reconstruction[2:])
-    right.merge(left)
+    parts.update(original[2:], reconstruction[2:])
+    parts.update(original[:2], reconstruction[:2])
 
     result = whole.result()
     mse = np.mean((a - b) ** 2)
@@ -28,9 +27,9 @@ def test_reconstruction_scores_agree_with_numpy_in_any_split():
     assert result["nmse"] == pytest.approx(mse / a.var(), rel=1e-12)
     assert result["psnr_db"] == pytest.approx(10 * math.log10(1 / mse), rel=1e-12)
     assert result["num_clips"] == 5
-    merged = right.result()
-    assert merged.pop("ssim") == pytest.approx(result.pop("ssim"), rel=1e-12)
-    assert merged == result  # integer sums: not merely close
+    summed = parts.result()
+    assert summed.pop("ssim") == pytest.approx(result.pop("ssim"), rel=1e-12)
+    assert summed == result  # integer sums: not merely close
 
 
 def test_predicting_the_mean_has_nmse_one_and_a_perfect_copy_zero():
@@ -88,10 +87,9 @@ def test_nothing_scored_is_an_error():
 
 
 def test_code_usage_of_a_known_distribution():
-    usage, other = CodeUsage(8), CodeUsage(8)
+    usage = CodeUsage(8)
     usage.update(np.array([0, 0, 1, 2]).reshape(1, 1, 2, 2))
-    other.update(np.array([0, 0, 1, 2]).reshape(1, 1, 2, 2))
-    usage.merge(other)
+    usage.update(np.array([0, 0, 1, 2]).reshape(1, 1, 2, 2))
     result = usage.result()
     assert result["num_used"] == 3
     assert result["used_share"] == 3 / 8
@@ -102,14 +100,13 @@ def test_code_usage_of_a_known_distribution():
     assert result["raw_bits_per_clip"] == pytest.approx(12.0)
 
 
-def test_video_statistics_agree_with_numpy_in_any_split():
+def test_video_statistics_agree_with_numpy_in_any_batches():
     video = clips(4)
     values = video / 255.0
-    left, right = VideoStatistics(), VideoStatistics()
-    left.update(video[:3])
-    right.update(video[3:])
-    left.merge(right)
-    result = left.result()
+    statistics = VideoStatistics()
+    statistics.update(video[:3])
+    statistics.update(video[3:])
+    result = statistics.result()
     assert result["pixel_mean"] == pytest.approx(values.mean(), rel=1e-12)
     assert result["pixel_variance"] == pytest.approx(values.var(), rel=1e-12)
     assert result["frame_change"] == pytest.approx(np.abs(np.diff(values, axis=1)).mean(), rel=1e-12)
