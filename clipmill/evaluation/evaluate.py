@@ -27,6 +27,7 @@ from clipmill.evaluation.scores import CodeUsage, ReconstructionScores, VideoSta
 from clipmill.lease import Lease
 from clipmill.models.export import load_prior, read_latest
 from clipmill.models.prior import Prior
+from clipmill.models.provenance import deterministic_device
 from clipmill.models.vqvae import VQVAE, to_input, to_pixels
 from clipmill.progress import bar
 from clipmill.shards.dataset import Decode, ShardDataset, decode_clip, decode_codes, eval_batches
@@ -66,7 +67,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         UserError: as `is_finished`. Nothing was written.
     """
     inputs = _Inputs.load(config)
-    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    device = deterministic_device(config.cluster)  # as the tokens were made, so that they come out again
     prior, tokenizer, body, _ = load_prior(storage.join(config.folder("prior"), "exports", inputs.prior_sha8))
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     manifests = (inputs.clips, inputs.train_tokens, inputs.val_tokens, inputs.samples)

@@ -25,7 +25,7 @@ from clipmill.evaluation.gallery import Gallery, clips_per_class
 from clipmill.lease import Lease
 from clipmill.metrics import read_metrics
 from clipmill.shards.dataset import ShardDataset, decode_clip
-from clipmill.shards.manifest import Kind, Manifest
+from clipmill.shards.manifest import SPLITS, Kind, Manifest
 
 __all__ = ["folder_url", "is_finished", "run"]
 
@@ -88,7 +88,7 @@ def _stage_folders(config: RunConfig) -> dict[str, str]:
 def _inputs(config: RunConfig) -> str:
     """Hash of everything the page is made from."""
     documents = [storage.join(url, "summary.json") for url in _stage_folders(config).values()]
-    documents += [config.folder("clips", split, "manifest.json") for split in ("train", "val")]
+    documents += [config.folder("clips", split, "manifest.json") for split in SPLITS]
     documents += [config.folder("samples", config.sample.name, "manifest.json")]
     documents += [config.folder("evaluation", "metrics.json")]
     read = {url.removeprefix(config.root): _digest(url) for url in documents}
@@ -129,7 +129,7 @@ def _config_text(config: RunConfig) -> str:
 
 def _render(config: RunConfig) -> str:
     metrics = _document(config.folder("evaluation", "metrics.json"), METRICS_SCHEMA)
-    manifests = {split: _manifest(config.folder("clips", split), "clips") for split in ("train", "val")}
+    manifests = {split: _manifest(config.folder("clips", split), "clips") for split in SPLITS}
     samples = _manifest(config.folder("samples", config.sample.name), "samples")
     environment = Environment(
         loader=PackageLoader("clipmill.evaluation", "."),
@@ -211,9 +211,6 @@ def _stages(config: RunConfig) -> list[dict[str, Any]]:
             if key not in ("stage", "schema", "seconds") and isinstance(value, int | float | str)
         }
         rates = {key.removesuffix("_per_second"): facts.pop(key) for key in list(facts) if key.endswith("_per_second")}
-        if summary and not rates:
-            num_clips = sum(facts.get(key, 0) for key in ("clips", "train_clips", "val_clips"))
-            rates = {"clips": num_clips / summary["seconds"]} if num_clips else {}
         rows.append({"name": name, "summary": summary, "facts": facts, "rates": rates})
     return rows
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 import clipmill
+from clipmill.config import ClusterConfig
 
-__all__ = ["computed_with"]
+__all__ = ["computed_with", "deterministic_device"]
 
 
 def computed_with(device: torch.device) -> dict[str, Any]:
@@ -24,3 +25,11 @@ def computed_with(device: torch.device) -> dict[str, Any]:
         "hardware": hardware,
         "threads": torch.get_num_threads(),
     }
+
+
+def deterministic_device(config: ClusterConfig) -> torch.device:
+    """Sets this process up so that a model gives the same bytes again, and names the device to compute on."""
+    torch.set_num_threads(config.fanout_cpus)  # sums are split over threads: their number is part of the bytes
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda" if config.use_gpu else "cpu")

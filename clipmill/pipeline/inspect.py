@@ -10,19 +10,21 @@ import numpy as np
 from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.shards.dataset import ShardDataset, decode_clip
-from clipmill.shards.manifest import Manifest, committed_units, read_commit
+from clipmill.shards.manifest import Manifest, committed_units, read_commits
 from clipmill.video.pictures import contact_sheet
 
 __all__ = ["inspect"]
 
+SHEET_CLIPS = 16
 
-def inspect(url: str, num_clips: int = 16) -> dict[str, Any]:
+
+def inspect(url: str) -> dict[str, Any]:
     """Describes one frozen split of clips (such as ``runs/demo/clips/train``).
 
     Returns:
         ``clips``, ``videos``, ``shards``, ``bytes``, ``fingerprint``, ``recipe``; ``classes`` {label: clips} (clips
         without a label under ``"-"``); ``video_seconds`` {min, median, max, total}, of the videos that state a
-        duration; ``excluded`` [{url, cause}]; ``contact_sheet``, a PNG of up to ``num_clips`` clips spread evenly
+        duration; ``excluded`` [{url, cause}]; ``contact_sheet``, a PNG of up to `SHEET_CLIPS` clips spread evenly
         over the split, none where it is empty.
 
     Raises:
@@ -37,8 +39,7 @@ def inspect(url: str, num_clips: int = 16) -> dict[str, Any]:
         ) from error
     classes: Counter[str] = Counter()
     durations, excluded = [], []
-    for unit in committed_units(url):
-        record = read_commit(url, unit)
+    for record in read_commits(url, committed_units(url)):
         excluded += [{"url": video["url"], "cause": video["cause"]} for video in record["exclusions"]]
         for video in record["videos"]:
             classes[video["label"] or "-"] += video["clips"]
@@ -54,7 +55,7 @@ def inspect(url: str, num_clips: int = 16) -> dict[str, Any]:
         "classes": dict(sorted(classes.items())),
         "video_seconds": _spread(durations),
         "excluded": excluded,
-        "contact_sheet": _sheet(manifest, num_clips) if manifest.num_samples else None,
+        "contact_sheet": _sheet(manifest) if manifest.num_samples else None,
     }
 
 
@@ -64,7 +65,7 @@ def _spread(values: list[float]) -> dict[str, float] | None:
     return {"min": min(values), "median": float(np.median(values)), "max": max(values), "total": sum(values)}
 
 
-def _sheet(manifest: Manifest, num_clips: int) -> bytes:
-    chosen = np.unique(np.linspace(0, manifest.num_samples - 1, num_clips).astype(np.int64))
+def _sheet(manifest: Manifest) -> bytes:
+    chosen = np.unique(np.linspace(0, manifest.num_samples - 1, SHEET_CLIPS).astype(np.int64))
     dataset = ShardDataset(manifest, decode_clip)
     return contact_sheet(np.stack([dataset[int(index)]["video"] for index in chosen]))

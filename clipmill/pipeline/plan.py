@@ -35,11 +35,12 @@ from clipmill import storage
 from clipmill.config import DataConfig, RunConfig, changed_keys, identity
 from clipmill.errors import UserError
 from clipmill.pipeline.sources import SourceVideo, list_videos
+from clipmill.shards.format import file_sha256
+from clipmill.shards.manifest import SPLITS
 
-__all__ = ["SPLITS", "Plan", "PlannedVideo", "Unit", "load_plan", "make_plan", "read_plan_document"]
+__all__ = ["Plan", "PlannedVideo", "Unit", "load_plan", "make_plan", "read_plan_document"]
 
 SCHEMA = 1
-SPLITS = ("train", "val")
 EDGE_BYTES = 64 * 2**10
 BATCH_ROWS = 2**16
 
@@ -190,7 +191,7 @@ def _read_table(config: RunConfig, generation: dict[str, Any]) -> pa.Table:
             storage.fetch(url, path)
         except FileNotFoundError as error:
             raise UserError(f"{url} is missing; restore it, or remove the clips folder and shard again") from error
-        if _file_sha256(path) != generation["sha256"]:
+        if file_sha256(path) != generation["sha256"]:
             raise UserError(f"{url} is damaged; restore it, or remove the clips folder and shard again")
         return pq.read_table(path, memory_map=False)
 
@@ -225,7 +226,7 @@ def make_plan(config: RunConfig) -> Plan:
         storage.publish_file(path, config.folder("clips", "plan", name))
         generation = {
             "file": name,
-            "sha256": _file_sha256(path),
+            "sha256": file_sha256(path),
             "videos": len(order),
             "bytes": int(sizes[order].sum()),
             "units": {split: int(units[is_val == (split == "val")].max(initial=-1)) + 1 for split in SPLITS},
@@ -335,12 +336,7 @@ def _tell_apart(bases: np.ndarray, content: Callable[[int], str]) -> tuple[np.nd
 def _content(table: pa.Table, source_url: str, row: int) -> str:
     if not storage.is_local(source_url):
         return f"{table['bytes'][row].as_py()}:{table['etag'][row].as_py()}"
-    return _file_sha256(storage.local_path(storage.join(source_url, table["url"][row].as_py())))
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(storage.local_path(storage.join(source_url, table["url"][row].as_py())))
 
 
 def _cut_units(sizes: np.ndarray, is_val: np.ndarray, unit_bytes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,8 @@ class SourceVideo:
         etag: the bucket's content tag; none on a local disk.
         label: name of its class, or none.
         actions: relative path of the file with its actions, or none.
-        text: its caption, or none.
+        text: its caption; always none so far, since a folder of files holds no captions (the plan and the clips'
+            json keep the place for sources that do).
     """
 
     name: str

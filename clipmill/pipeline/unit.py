@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,7 +123,13 @@ def _shard_video(
         OSError, DecoderLost: the environment failed.
     """
     copy = folder / f"video{PurePosixPath(video.url).suffix}"
-    path = _local_copy(data, video.url, copy)
+    try:
+        path = _local_copy(data, video.url, copy)
+    except FileNotFoundError as error:
+        source = storage.absolute(data.source.url)
+        if next(storage.walk(source), None) is None:  # an unmounted disk is no reason to exclude anything
+            raise OSError(f"the source {source} is empty or gone") from error
+        raise ExcludedVideo("fetch", f"{video.url} is missing") from error
     if path.stat().st_size != video.bytes:
         raise ExcludedVideo("fetch", f"changed since it was planned: {video.bytes} -> {path.stat().st_size} bytes")
     actions = _read_actions(data, video, folder)
@@ -152,24 +159,22 @@ def _shard_video(
         "truncated": outcome.truncated,
         "actions": actions is not None,
         "num_frames": outcome.num_frames,
-        "info": outcome.as_document()["info"],
+        "info": asdict(outcome.info),
     }
 
 
 def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
-    """A file of the source on this machine: itself where the source is local, else fetched to ``copy``."""
-    source = storage.absolute(data.source.url)
-    url = storage.join(source, name)
-    try:
-        if storage.is_local(url):
-            path = storage.local_path(url)
-            path.stat()
-            return path
-        storage.fetch(url, copy)
-    except FileNotFoundError as error:
-        if next(storage.walk(source), None) is None:  # an unmounted disk is no reason to exclude anything
-            raise OSError(f"the source {source} is empty or gone") from error
-        raise ExcludedVideo("fetch", f"{name} is missing") from error
+    """A file of the source on this machine: itself where the source is local, else fetched to ``copy``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    url = storage.join(storage.absolute(data.source.url), name)
+    if storage.is_local(url):
+        path = storage.local_path(url)
+        path.stat()
+        return path
+    storage.fetch(url, copy)
     return copy
 
 
@@ -179,7 +184,7 @@ def _read_actions(data: DataConfig, video: PlannedVideo, folder: Path) -> np.nda
         return None
     try:
         path = _local_copy(data, video.actions, folder / "actions")
-    except ExcludedVideo:
+    except FileNotFoundError:
         return None
     try:
         actions = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)

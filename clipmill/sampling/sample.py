@@ -27,7 +27,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_prior, read_latest
 from clipmill.models.prior import Prior
-from clipmill.models.provenance import computed_with
+from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.progress import bar
 from clipmill.sampling.generate import generate
@@ -160,10 +160,7 @@ def _labels_in_turn(config: SampleConfig, body: dict[str, Any]) -> list[str | No
 
 def make_worker(config: RunConfig, lease: Lease, prior_sha8: str) -> Callable[[int], dict[str, Any]]:
     """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one batch."""
-    torch.set_num_threads(config.cluster.fanout_cpus)  # sums are split over threads: their number is part of the bytes
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    device = deterministic_device(config.cluster)
     prior, tokenizer, body, _ = load_prior(storage.join(config.folder("prior"), "exports", prior_sha8))
     recipe, labels = _recipe(config, prior_sha8), _labels_in_turn(config.sample, body)
     return functools.partial(

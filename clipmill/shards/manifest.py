@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from clipmill.errors import UserError
 from clipmill.shards.format import INDEX_SUFFIX, Part, file_sha256
 
 __all__ = [
+    "SPLITS",
     "Kind",
     "Manifest",
     "ShardEntry",
@@ -32,10 +33,13 @@ __all__ = [
     "committed_units",
     "freeze",
     "read_commit",
+    "read_commits",
 ]
 
 SCHEMA = 1
 """Of commit records and manifests."""
+SPLITS = ("train", "val")
+"""The data sets, side by side in one folder, of a stage that keeps what is trained on apart from what judges it."""
 NUM_READERS = 16
 """Commit records that are read at once: a bucket answers each after some 20 ms."""
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
@@ -165,6 +169,16 @@ def read_commit(url: str, unit: int) -> dict[str, Any]:
     return storage.read_document(_record_url(url, unit), SCHEMA)
 
 
+def read_commits(url: str, units: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The commit records of ``units``, in their order, several read at once.
+
+    Raises:
+        FileNotFoundError: one of them is not committed.
+    """
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        yield from readers.map(lambda unit: read_commit(url, unit), units)
+
+
 def committed_shards(url: str, units: Sequence[int]) -> list[ShardEntry]:
     """The shards of committed units, in the order of ``units``.
 
@@ -172,16 +186,13 @@ def committed_shards(url: str, units: Sequence[int]) -> list[ShardEntry]:
         FileNotFoundError: one of them is not committed.
         UserError: a record is damaged.
     """
-
-    def shards_of(unit: int) -> list[ShardEntry]:
-        record = read_commit(url, unit)
+    shards = []
+    for unit, record in zip(units, read_commits(url, units), strict=True):
         try:
-            return [ShardEntry(**part) for part in record["parts"]]
+            shards += [ShardEntry(**part) for part in record["parts"]]
         except (KeyError, TypeError) as error:
             raise UserError(f"{_record_url(url, unit)} is damaged; restore or remove it") from error
-
-    with ThreadPoolExecutor(NUM_READERS) as readers:
-        return [shard for shards in readers.map(shards_of, units) for shard in shards]
+    return shards
 
 
 # ---------------------------------------------------------------------------------------------- freeze

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,16 +25,14 @@ from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_vqvae, read_latest
-from clipmill.models.provenance import computed_with
+from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
 from clipmill.shards.dataset import ShardDataset, decode_clip
 from clipmill.shards.format import Sample, UnitWriter, npy_bytes
-from clipmill.shards.manifest import Manifest, commit_unit, committed_units, freeze, read_commit
+from clipmill.shards.manifest import SPLITS, Manifest, commit_unit, committed_units, freeze, read_commits
 
 __all__ = ["folder_url", "is_finished", "run"]
-
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,16 +67,18 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     clips, recipe = _inputs(config)
     tallies = {split: Tally(recipe["num_codes"]) for split in SPLITS}
     pending = [unit for split in SPLITS for unit in _count_committed(config, clips[split], recipe, tallies[split])]
+    began, num_clips_before = time.monotonic(), _num_clips(tallies)
     with bar("tokenize", total=sum(manifest.num_samples for manifest in clips.values()), unit="clips") as progress:
 
         def on_result(unit: Unit, result: dict[str, Any]) -> None:
             tallies[unit.split].add(result)
-            progress.update(sum(tally.num_clips for tally in tallies.values()))
+            progress.update(_num_clips(tallies))
 
         if pending:
             arguments = (config, lease, recipe["tokenizer"])
             fan_out(make_worker, arguments, pending, config=config.cluster, on_result=on_result)
-    return _freeze(config, clips, recipe, tallies)
+    clips_per_second = (_num_clips(tallies) - num_clips_before) / (time.monotonic() - began)
+    return {**_freeze(config, clips, recipe, tallies), "clips_per_second": clips_per_second}
 
 
 def folder_url(config: RunConfig) -> str:
@@ -135,6 +135,10 @@ class Tally:
         return float(np.exp(-(frequencies * np.log(frequencies)).sum()))
 
 
+def _num_clips(tallies: dict[str, Tally]) -> int:
+    return sum(tally.num_clips for tally in tallies.values())
+
+
 def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
     """The clips of each split, and the recipe of the tokens to be."""
     try:
@@ -185,15 +189,14 @@ def _count_committed(config: RunConfig, clips: Manifest, recipe: dict[str, Any],
     url = config.folder("tokens", split)
     committed = set(committed_units(url))
     finished = [unit for unit in units if unit.number in committed]
-    with ThreadPoolExecutor(16) as pool:  # a bucket answers in some 20 ms, whatever the number of requests
-        for unit, record in zip(finished, pool.map(lambda unit: read_commit(url, unit.number), finished), strict=True):
-            _check_tokenizer(config, split, record["tokenizer"], recipe)
-            if tuple(record["clips"]) != unit.shards:
-                raise UserError(
-                    f"{url} holds tokens of other clips (unit {unit.number}); remove {folder_url(config)} or choose "
-                    "another root"
-                )
-            tally.add(record)
+    for unit, record in zip(finished, read_commits(url, [unit.number for unit in finished]), strict=True):
+        _check_tokenizer(config, split, record["tokenizer"], recipe)
+        if tuple(record["clips"]) != unit.shards:
+            raise UserError(
+                f"{url} holds tokens of other clips (unit {unit.number}); remove {folder_url(config)} or choose "
+                "another root"
+            )
+        tally.add(record)
     return [unit for unit in units if unit.number not in committed]
 
 
@@ -249,10 +252,7 @@ class Encoder:
 
 def make_worker(config: RunConfig, lease: Lease, tokenizer: str) -> Callable[[Unit], dict[str, Any]]:
     """Runs once in each actor: loads the tokenizer, and returns the function that encodes one unit."""
-    torch.set_num_threads(config.cluster.fanout_cpus)  # sums are split over threads: their number is part of the bytes
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    device = torch.device("cuda" if config.cluster.use_gpu else "cpu")
+    device = deterministic_device(config.cluster)
     model, body, sha8 = load_vqvae(config.tokenizer_url)
     if sha8 != tokenizer:
         raise UserError(f"{config.tokenizer_url} changed from {tokenizer} to {sha8}; run `clipmill tokenize` again")

@@ -52,7 +52,8 @@ def write(config: RunConfig) -> tuple[Page, str]:
 
 def test_the_page_plays_every_class_and_shows_the_measured_numbers(config: RunConfig):
     for stage, url in report._stage_folders(config).items():
-        storage.publish_document(storage.join(url, "summary.json"), {"stage": stage, "seconds": 4.0, "clips": 10}, 1)
+        summary = {"stage": stage, "seconds": 4.0, "clips": 10, "clips_per_second": 2.5}
+        storage.publish_document(storage.join(url, "summary.json"), summary, 1)
     page, _ = write(config)
     films = page.all("video")
     assert len(films) == len(CLASSES)

@@ -66,6 +66,11 @@ def run_shard(config: RunConfig) -> dict[str, Any]:
         return shard.run(config, lease)
 
 
+def facts_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without the speed, which belongs to one run and not to the data set."""
+    return {name: value for name, value in summary.items() if name != "clips_per_second"}
+
+
 def files_of(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
     """Content by relative name."""
     return {
