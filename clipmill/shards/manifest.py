@@ -42,6 +42,8 @@ SPLITS = ("train", "val")
 """The data sets, side by side in one folder, of a stage that keeps what is trained on apart from what judges it."""
 NUM_READERS = 16
 """Commit records that are read at once: a bucket answers each after some 20 ms."""
+READ_AHEAD = 256
+"""Records that may wait for their consumer: each lists all videos of its unit."""
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 
 Kind = Literal["clips", "tokens", "samples"]
@@ -176,7 +178,8 @@ def read_commits(url: str, units: Sequence[int]) -> Iterator[dict[str, Any]]:
         FileNotFoundError: one of them is not committed.
     """
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        yield from readers.map(lambda unit: read_commit(url, unit), units)
+        for first in range(0, len(units), READ_AHEAD):
+            yield from readers.map(lambda unit: read_commit(url, unit), units[first : first + READ_AHEAD])
 
 
 def committed_shards(url: str, units: Sequence[int]) -> list[ShardEntry]:
