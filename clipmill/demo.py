@@ -144,9 +144,9 @@ def generate(url: str, *, num_videos: int = 240, seed: int = 0) -> bool:
     try:
         found = storage.read_document(marker, _SCHEMA)
     except FileNotFoundError:
-        if (other := next(storage.walk(url), None)) is not None:
+        if others := [*storage.list_folders(url), *(entry.name for entry in storage.list_folder(url))]:
             raise UserError(
-                f"{url} holds other files ({other.name}), and the demo must not mix its videos with them; set "
+                f"{url} holds other files ({others[0]}), and the demo must not mix its videos with them; set "
                 "data.source.url to a folder that is empty or new"
             ) from None
         found = {**wanted, "complete": False}
