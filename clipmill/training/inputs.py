@@ -51,7 +51,5 @@ def finished_step(folder_url: str, identity: dict[str, Any]) -> int:
     unfinished = [newest.state["identity"]] if newest else []
     for known in trained + unfinished:
         if changes := changed_keys(known, identity):
-            raise UserError(
-                f"{folder_url} has other settings: {', '.join(changes)}; restore them or take another root"
-            )
+            raise UserError(f"{folder_url} has other settings: {', '.join(changes)}; restore them or take another root")
     return int(latest[0]["step"]) if latest else 0
