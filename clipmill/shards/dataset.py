@@ -10,6 +10,7 @@ start counting elsewhere. Workers are spawned, because neither fsspec nor CUDA s
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ Decode = Callable[[dict[str, memoryview]], dict[str, Any]]
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Of a batch: shards int64, rows in them int64, weights float32, each [rows]."""
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PREFETCH_FACTOR = 4
 """Micro-batches that each loader worker has ready."""
 
@@ -284,13 +287,26 @@ def _load(
     # An error that nobody catches keeps this generator alive: Python then ends the workers by SIGTERM, and joins them.
     atexit.register(end)
     try:
-        for batch in loader:
+        with _stop_signals_blocked():
+            batches = iter(loader)  # starts the workers
+        for batch in batches:
             if isinstance(batch, ClipmillError):
                 raise batch
             yield batch
     finally:
         end()
         atexit.unregister(end)
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes started here begin with these signals blocked: one that still imports torch must not die of them."""
+    resource_tracker.ensure_running()  # the first process of all starts it, and that unblocks them again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -305,3 +321,4 @@ def _start_worker(ending: ctypes.c_bool, _: int) -> None:
     torch.set_num_threads(1)  # the cores belong to the training; as many workers as asked for are as many threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

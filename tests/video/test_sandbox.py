@@ -36,8 +36,20 @@ def hanging(tmp_path):
     return path
 
 
-def _children() -> list[psutil.Process]:
+def _all_children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "clipmill.video" in " ".join(child.cmdline())]
+
+
+_OLDER: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _remember_the_children_of_other_tests():
+    _OLDER.update(_all_children())
+
+
+def _children() -> list[psutil.Process]:
+    return [child for child in _all_children() if child not in _OLDER]
 
 
 def _wait_until(condition, seconds=30.0):
