@@ -228,8 +228,7 @@ def rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int,
 
 def _claim_attempt(folder_url: str, lease: Lease | None) -> str:
     """A name no other group of workers has: Ray Train restarts the group under one and the same lease."""
-    if lease is None:
-        raise AssertionError("rank 0 trains without a lease")
+    assert lease is not None  # only the other ranks go without
     for restart in range(10_000):
         attempt = f"{lease.attempt:06d}-{restart:04d}"
         if storage.create_bytes(storage.join(folder_url, "metrics", f"{attempt}.jsonl"), b""):

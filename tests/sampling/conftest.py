@@ -1,15 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from tests.models.conftest import _one_thread_and_fixed_seed
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_fixed_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["_one_thread_and_fixed_seed"]
