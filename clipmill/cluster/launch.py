@@ -58,24 +58,27 @@ class Mailbox:
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
         self._progress: dict[int, dict[str, Any]] = {}
-        self._started = False
+        self._newest: dict[int, tuple[int, int]] = {}
+        self._attempts = 0
         self._finished: set[int] = set()
         self._verdict: tuple[str, str] | None = None
         self._stop = asyncio.Event()
         self._all_finished = asyncio.Event()
 
-    async def begin(self, rank: int) -> bool:
-        """A rank starts (again); False: nothing is left to do, a verdict stands or the driver wants to stop."""
-        self._started = True
+    async def begin(self, rank: int) -> int | None:
+        """A rank starts (again), as attempt number so many; None: a verdict stands or the driver wants to stop."""
+        self._attempts += 1
         self._finished.discard(rank)
         self._all_finished.clear()
         if self._verdict is None and self._stop.is_set():
             self._verdict = ("Interrupted", "stopped before the training began; submit the same command again")
-        return self._verdict is None
+        return self._attempts if self._verdict is None else None
 
-    async def put(self, rank: int, progress: dict[str, Any]) -> None:
-        """Keeps the newest progress of a rank."""
-        self._progress[rank] = progress
+    async def put(self, rank: int, number: tuple[int, int], progress: dict[str, Any]) -> None:
+        """Keeps the newest progress of a rank, by (attempt, update): async actors may run calls out of order."""
+        if number > self._newest.get(rank, (0, 0)):
+            self._newest[rank] = number
+            self._progress[rank] = progress
 
     async def finish(self, rank: int, verdict: tuple[str, str] | None) -> None:
         """A rank ends; the first verdict (class name and message of a ClipmillError) stands."""
@@ -88,7 +91,7 @@ class Mailbox:
         """For the driver: progress since the last call in rank order, whether a rank began, the verdict."""
         progress = [self._progress[rank] for rank in sorted(self._progress)]
         self._progress.clear()
-        return progress, self._started, self._verdict
+        return progress, self._attempts > 0, self._verdict
 
     async def request_stop(self) -> None:
         """The driver wants the ranks to checkpoint and end."""
@@ -106,14 +109,23 @@ class Mailbox:
 class Report:
     """A training rank's line to the driver; neither direction ever blocks the training step."""
 
-    def __init__(self, mailbox: ActorHandle, rank: int) -> None:
+    def __init__(self, mailbox: ActorHandle, rank: int, attempt: int) -> None:
         self._mailbox = mailbox
-        self._rank = rank
+        self._rank, self._attempt, self._updates = rank, attempt, 0
+        self._sent: Any = None
         self._stopped = mailbox.stopped.remote()
 
     def update(self, progress: dict[str, Any]) -> None:
         """Shows the driver this rank's newest progress: a small dict of plain values."""
-        self._mailbox.put.remote(self._rank, progress)
+        self._updates += 1
+        self._sent = self._mailbox.put.remote(self._rank, (self._attempt, self._updates), progress)
+
+    def flush(self) -> None:
+        """Waits until the newest progress has arrived."""
+        import ray
+
+        if self._sent is not None:
+            ray.get(self._sent)
 
     @property
     def stop_requested(self) -> bool:
@@ -133,15 +145,18 @@ def _run_rank(task: dict[str, Any]) -> None:
     mailbox, rank = task["mailbox"], ray.train.get_context().get_world_rank()
     torch.set_num_threads(task["num_threads"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    if not ray.get(mailbox.begin.remote(rank)):
+    attempt = ray.get(mailbox.begin.remote(rank))
+    if attempt is None:
         return
+    report = Report(mailbox, rank, attempt)
     try:
-        task["train"](task["payload"], Report(mailbox, rank))
+        task["train"](task["payload"], report)
     except ClipmillError as error:
         ray.get(mailbox.finish.remote(rank, (type(error).__name__, str(error))))
         if not isinstance(error, Interrupted):
             _await_peers(mailbox)
     else:
+        report.flush()
         ray.get(mailbox.finish.remote(rank, None))
 
 
