@@ -5,7 +5,7 @@ Everything else is a bug or an outage: it keeps its traceback and exits 1.
 
 from __future__ import annotations
 
-__all__ = ["ClipmillError", "Interrupted", "StageFailed", "UserError"]
+__all__ = ["ClipmillError", "Interrupted", "StageFailed", "StorageUnavailable", "UserError"]
 
 
 class ClipmillError(Exception):
@@ -16,6 +16,10 @@ class ClipmillError(Exception):
 
 class StageFailed(ClipmillError):
     """The stage could not finish for a reason outside the configuration (exit 1)."""
+
+
+class StorageUnavailable(StageFailed, OSError):
+    """A bucket's server was away for longer than an operation may wait; an `OSError`, as a failing disk gives."""
 
 
 class UserError(ClipmillError):

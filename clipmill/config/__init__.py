@@ -1,0 +1,52 @@
+"""The one configuration of a run: sections, defaults, units, and which keys identify data on disk.
+
+``clipmill STAGE --config run.yaml [section.key=value ...]``: YAML files merge left to right, then the
+assignments, then pydantic checks the result (an unknown key is an error).
+
+Every key is *identity* unless it is marked ``FREE``. Identity keys enter the fingerprint of what a stage
+writes: running the stage again over its own output with another value is refused, naming the keys.
+Free keys (batch size of a fan-out stage, logging, number of steps, learning rate) may change at any time.
+"""
+
+from __future__ import annotations
+
+from clipmill.config.data import ClipConfig, DataConfig
+from clipmill.config.load import load_config
+from clipmill.config.prior import PRESETS, PriorModelConfig
+from clipmill.config.run import ClusterConfig, EvaluateConfig, RunConfig, SampleConfig, TokenizeConfig
+from clipmill.config.section import FREE, Section, changed_keys, fingerprint, identity
+from clipmill.config.source import SourceConfig, TableColumns
+from clipmill.config.training import (
+    PriorConfig,
+    TrainingConfig,
+    VQVAEConfig,
+    VQVAEModelConfig,
+    VQVAETrainingConfig,
+    refused_changes,
+)
+
+__all__ = [
+    "FREE",
+    "PRESETS",
+    "ClipConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "PriorConfig",
+    "PriorModelConfig",
+    "RunConfig",
+    "SampleConfig",
+    "Section",
+    "SourceConfig",
+    "TableColumns",
+    "TokenizeConfig",
+    "TrainingConfig",
+    "VQVAEConfig",
+    "VQVAEModelConfig",
+    "VQVAETrainingConfig",
+    "changed_keys",
+    "fingerprint",
+    "identity",
+    "load_config",
+    "refused_changes",
+]

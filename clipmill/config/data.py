@@ -1,0 +1,99 @@
+"""Section ``data``: raw videos become clip shards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from clipmill.config.section import FREE, PositiveInt, Section
+from clipmill.config.source import SourceConfig
+
+__all__ = ["ClipConfig", "DataConfig"]
+
+
+GreyLevels = Annotated[float, Field(ge=0, le=255)]
+"""Of 8-bit colour channels."""
+
+
+class ClipConfig(Section):
+    """Which frames become a clip, and at which size."""
+
+    num_frames: PositiveInt = 16
+    frame_stride: PositiveInt = 1
+    """Every n-th frame of the video enters the clip (native frame rate, presentation order)."""
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Frames per second of the clips: the video is resampled by its timestamps. Instead of ``frame_stride``."""
+    clip_stride: PositiveInt | None = None
+    """Frames of the video (of the resampled one where ``fps`` is set) between the starts of two clips; none: clips do
+    not overlap."""
+    max_clips_per_video: PositiveInt | None = None
+    """The first so many clips that are not rejected."""
+    scene_cut: GreyLevels | None = None
+    """A frame that differs from the one before by more than this, mean absolute, begins a scene: no clip spans two.
+    30 finds most hard cuts; none: the whole video is one scene."""
+    reject_static: GreyLevels | None = None
+    """Clips whose consecutive frames differ by less, mean absolute, are left out. 1 leaves out still pictures."""
+    reject_black: GreyLevels | None = None
+    """Clips of which no frame is brighter on average are left out. 10 leaves out black ones."""
+    resolution: PositiveInt = 64
+    """Height and width of a clip in pixels."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """``crop``: resize the shorter side, centre crop. ``pad``: resize the longer side, pad with black."""
+    views_per_clip: PositiveInt = 1
+    """More than one: each clip is stored so many times, cut at random places out of frames an eighth larger."""
+    flip_views: bool = True
+    """Mirror every second of these views, at random; not where left and right mean something (labels, actions)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fps is not None and self.frame_stride != 1:
+            raise ValueError("fps and frame_stride exclude each other; remove one")
+        if self.views_per_clip > 1 and self.fit != "crop":
+            raise ValueError("views_per_clip above 1 cuts random crops; it needs fit=crop")
+        return self
+
+    @property
+    def span(self) -> int:
+        """Frames of the video (of the resampled one where ``fps`` is set) that one clip covers."""
+        return (self.num_frames - 1) * self.frame_stride + 1
+
+    @property
+    def step(self) -> int:
+        """Frames of the video (of the resampled one where ``fps`` is set) between the starts of two clips."""
+        return self.clip_stride or self.num_frames * self.frame_stride
+
+
+class DataConfig(Section):
+    """Stage ``shard``: raw videos become clip shards."""
+
+    source: SourceConfig = SourceConfig()
+    clip: ClipConfig = ClipConfig()
+    format: Literal["mp4", "npy", "jpgs"] = "mp4"
+    """``mp4``: h264, small. ``npy``: lossless uint8 [num_frames, height, width, 3]. ``jpgs``: a JPEG file for each
+    frame."""
+    crf: Annotated[int, Field(ge=0, le=51)] = 16
+    """Constant rate factor of the h264 clips: lower is better and larger."""
+    jpeg_quality: Annotated[int, Field(ge=1, le=95)] = 95
+    """Of the ``jpgs`` clips: higher is better and larger."""
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+    """``auto``: PyAV, right for more files and quicker. ``decord``: PyAV takes over where decord fails."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the videos in the split ``val``, chosen by a hash of each video's identity."""
+    unit_bytes: PositiveInt = 256 * 2**20
+    """Source bytes in one unit of work (whole videos)."""
+    shard_bytes: PositiveInt = 128 * 2**20
+    """A unit closes a tar when it reaches this size."""
+    cpu_seconds_per_video: Annotated[PositiveInt, FREE] = 3600
+    memory_bytes_per_video: Annotated[PositiveInt, FREE] = 4 * 2**30
+    """Address space of the decoding child beyond what it has at its start."""
+    no_progress_seconds: Annotated[PositiveInt, FREE] = 120
+    """A decoding child that delivers nothing for so long is killed."""
+    max_failed_videos: Annotated[int, Field(ge=0), FREE] = 10
+    max_failed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.05
+    """The stage stops when more than max(max_failed_videos, max_failed_share of those finished) failed."""
+
+    @property
+    def quality(self) -> int | None:
+        """``crf`` or ``jpeg_quality``, whichever the format has; None where it is lossless."""
+        return {"mp4": self.crf, "jpgs": self.jpeg_quality}.get(self.format)

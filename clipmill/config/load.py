@@ -1,0 +1,85 @@
+"""From YAML files and ``section.key=value`` assignments to one checked `RunConfig`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from clipmill.config.run import RunConfig
+from clipmill.config.section import Section
+from clipmill.errors import UserError
+
+__all__ = ["load_config"]
+
+
+def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) -> RunConfig:
+    """Merges YAML files left to right, then ``section.key=value`` assignments, and validates the result.
+
+    Raises:
+        UserError: a file is missing or no YAML, an assignment has no ``=``, a key is unknown or a value invalid.
+    """
+    merged = OmegaConf.create({})
+    for file in files:
+        if not os.path.isfile(file):
+            raise UserError(f"config file {file} does not exist; name a YAML file with --config")
+        merged = _merge(merged, f"config file {file}", partial(OmegaConf.load, file))
+    for assignment in assignments:
+        if "=" not in assignment or assignment.startswith("="):
+            raise UserError(f"cannot read {assignment!r}: write section.key=value")
+        merged = _merge(merged, repr(assignment), partial(OmegaConf.from_dotlist, [assignment]))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:  # an interpolation such as ${rooot}
+        raise UserError(f"config: {_first_line(error)}") from error
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def _merge(merged: DictConfig, source: str, load: Callable[[], Any]) -> DictConfig:
+    try:
+        return DictConfig(OmegaConf.merge(merged, load()))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {source}: {_first_line(error)}; it must hold sections and keys") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for all problems of a configuration."""
+    problems = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key}{_suggest(problem['loc'])}")
+        elif problem["type"] == "missing":
+            problems.append(f"{key} is required (add {key}=VALUE)")
+        else:
+            problems.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+    return "config: " + "; ".join(problems)
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    """The keys that the section of a misspelt key does know."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        field = (
+            section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
+        )
+        if field is None:
+            return ""
+        section = field.annotation
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return ""
+    return f" (known here: {', '.join(section.model_fields)})"

@@ -1,0 +1,124 @@
+"""Section ``prior.model``: sizes, style, conditioning, and presets of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from clipmill.config.section import FREE, PositiveInt, Section
+
+__all__ = ["PRESETS", "PriorModelConfig"]
+
+
+def _published(hidden_dim: int, num_heads: int, num_layers: int) -> dict[str, Any]:
+    sizes = {"hidden_dim": hidden_dim, "num_heads": num_heads, "num_layers": num_layers}
+    return {"style": "videogpt", **sizes, "dropout": 0.2, "attention_dropout": 0.3}
+
+
+def _modern(hidden_dim: int, num_heads: int, num_kv_heads: int, num_layers: int, mlp_dim: int) -> dict[str, Any]:
+    sizes = {"hidden_dim": hidden_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "num_layers": num_layers}
+    return {"style": "modern", **sizes, "mlp_dim": mlp_dim, "dropout": 0.0, "attention_dropout": 0.0}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # VideoGPT, arXiv 2104.10157, table 9.
+    "videogpt-bair": _published(512, 4, 16),
+    "videogpt-ucf101": _published(1024, 8, 20),
+    "videogpt-tgif": _published(1024, 8, 20),
+    # By parameters, for 1,024 codes and no classes: 106 M, 348 M, 1.07 B, 3.03 B, 6.99 B.
+    "100m": _modern(768, 12, 4, 12, 3072),
+    "350m": _modern(1024, 16, 4, 24, 3840),
+    "1b": _modern(2048, 16, 4, 24, 5504),
+    "3b": _modern(3072, 24, 8, 30, 8192),
+    "7b": _modern(4096, 32, 8, 32, 14336),
+}
+
+
+class PriorModelConfig(Section):
+    """The prior: VideoGPT's transformer (arXiv 2104.10157, section 3.2), or the same idea in today's parts."""
+
+    preset: Annotated[str | None, FREE] = None
+    """Sizes by name (see ``PRESETS``); keys that are set beside it override it. Free: what counts is what it sets."""
+    style: Literal["videogpt", "modern"] = "videogpt"
+    """``videogpt``: as published (axial learned positions, layer norm, quick-GELU). ``modern``: rotary positions over
+    t, h, w, RMS norm, normalised queries and keys, SwiGLU, grouped keys and values, no biases."""
+    hidden_dim: PositiveInt = 576
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt | None = None
+    """Heads of keys and values, each shared by as many heads of queries; none: one for each. ``modern`` only."""
+    num_layers: PositiveInt = 8
+    mlp_dim: PositiveInt | None = None
+    """Width inside the MLP; none: 4 x ``hidden_dim`` (``modern``: 8/3 of it, in multiples of 64)."""
+    rope_base: Annotated[float, Field(gt=1)] = 100.0
+    """Rotary wavelengths run from 2 pi to 2 pi x this many latents: an axis has tens of them, not thousands (arXiv
+    2403.13298 takes 100 for images). ``modern`` only."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    class_conditional: bool = False
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training clips whose class is hidden: above 0, ``sample.guidance`` can push away from a prior
+    without classes (classifier-free guidance, arXiv 2207.12598)."""
+    condition: Literal["frames", "actions", "text"] | None = None
+    """What else a clip comes with, beside its class: its first frames (``tokenize.condition_frames``), an action for
+    each frame (``data.source.actions_suffix``), or its text's embedding (``tokenize.text_embeddings``)."""
+    condition_by: Literal["cross_attention", "norm", "add"] = "cross_attention"
+    """How it enters. ``norm`` (gains and biases of each latent frame) and ``add`` (to the input) are for actions."""
+    checkpointed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
+    """Share of the blocks whose activations are made again in the backward pass: 0 is fastest, 1 needs least memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if preset is None:
+            return values
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
+        return PRESETS[preset] | values
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> PriorModelConfig:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim {self.hidden_dim} must be a multiple of num_heads {self.num_heads}")
+        if self.style == "videogpt" and self.num_kv_heads is not None:
+            raise ValueError("num_kv_heads needs style=modern: the published attention has as many keys as queries")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.style == "modern" and self.head_dim % 2:
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} over {self.num_heads} heads gives an odd head of {self.head_dim} "
+                "channels; rotary positions turn pairs of them"
+            )
+        if self.label_dropout and not self.class_conditional:
+            raise ValueError("label_dropout needs class_conditional=true: there is no class to hide")
+        if self.condition_by != "cross_attention" and self.condition != "actions":
+            raise ValueError(f"condition_by={self.condition_by} needs condition=actions; others go by cross_attention")
+        return self
+
+    @property
+    def attends(self) -> bool:
+        """Whether blocks attend to a condition."""
+        return self.condition is not None and self.condition_by == "cross_attention"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.hidden_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels inside the MLP."""
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        return 4 * self.hidden_dim if self.style == "videogpt" else -(-8 * self.hidden_dim // (3 * 64)) * 64
+
+    @property
+    def num_checkpointed(self) -> int:
+        """Blocks whose activations are made again in the backward pass: the first ones."""
+        return round(self.checkpointed_share * self.num_layers)

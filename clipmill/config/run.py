@@ -1,0 +1,111 @@
+"""One run: a root folder, a section for each stage, and where the work runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from clipmill.config.data import DataConfig
+from clipmill.config.section import FREE, PositiveInt, Section
+from clipmill.config.training import PriorConfig, VQVAEConfig
+
+__all__ = ["ClusterConfig", "EvaluateConfig", "RunConfig", "SampleConfig", "TokenizeConfig"]
+
+
+class TokenizeConfig(Section):
+    """Stage ``tokenize``: clip shards become token shards."""
+
+    tokenizer: str = "vqvae"
+    """Export to encode with: a name under ``root`` or a URL of a training folder or of one export."""
+    batch_size: Annotated[PositiveInt, FREE] = 16
+    condition_frames: Annotated[int, Field(ge=0)] = 0
+    """So many first frames of each clip are kept beside its codes, for ``prior.model.condition=frames``."""
+    text_embeddings: Annotated[str | None, FREE] = None
+    """Folder (URL) of embeddings for ``prior.model.condition=text``: for a clip whose text has the SHA-256 ``h``, the
+    file ``h.npy`` holds float [length, channels], of one shape for all. Any text encoder may write it."""
+
+
+class SampleConfig(Section):
+    """Stage ``sample``: videos from the newest export of the prior."""
+
+    name: str = "default"
+    """Samples go to ``samples/NAME`` under ``root``."""
+    num_samples: Annotated[PositiveInt, FREE] = 64
+    seed: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: PositiveInt | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    classes: list[str] | None = None
+    """Names of classes to draw from in turn; none: all of them in turn."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Logits go this far from those of no class through those of the class (1: to them); needs
+    ``prior.model.label_dropout``."""
+    prefix_latents: Annotated[int, Field(ge=0)] = 0
+    """So many first latent frames of a clip are taken as given, and the prior goes on from them."""
+    given: str = "val"
+    """Where given latents and conditions come from: a split of ``tokens/`` or the URL of such a data set. Sample i
+    takes its clip i, round and round; of a prior with classes it also takes its class, unless ``classes`` are set."""
+    batch_size: PositiveInt = 16
+    """Identity: samples are bit-identical at the recorded batch size, precision and hardware class."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError(f"sample.name {name!r} must be a plain folder name")
+        return name
+
+
+class EvaluateConfig(Section):
+    """Stage ``evaluate``."""
+
+    batch_size: Annotated[PositiveInt, FREE] = 16
+    max_clips: Annotated[PositiveInt, FREE] = 2048
+    """Clips of the split ``val`` (and of ``train``, for the table baselines) that are read."""
+
+
+class ClusterConfig(Section):
+    """Where the work runs. Nothing here changes what is written."""
+
+    address: Annotated[str | None, FREE] = None
+    """Address of a running Ray cluster; none: ``RAY_ADDRESS``, else an embedded Ray."""
+    training_launcher: Annotated[Literal["ray", "process"], FREE] = "ray"
+    """``process``: train in this process, without Ray. Under torchrun, and without Ray installed, that is so anyway."""
+    num_cpus: Annotated[PositiveInt | None, FREE] = None
+    """CPUs of the embedded Ray; none: all of this machine."""
+    fanout_workers: Annotated[PositiveInt | None, FREE] = None
+    """Workers of shard, tokenize and sample; none: as many as the cluster's CPUs (or GPUs) hold."""
+    fanout_cpus: Annotated[PositiveInt, FREE] = 1
+    """CPUs, and so threads, of one such worker."""
+    training_workers: Annotated[PositiveInt, FREE] = 1
+    training_cpus: Annotated[PositiveInt | None, FREE] = None
+    """CPUs of one training worker; none: its even share of the cluster."""
+    use_gpu: Annotated[bool, FREE] = False
+    """Give each training, tokenize and sample worker one GPU."""
+    max_failures: Annotated[int, Field(ge=0), FREE] = 3
+    """How often a failed unit or a failed group of training workers is tried again."""
+
+
+class RunConfig(Section):
+    """One run: a root folder and a section for each stage."""
+
+    root: Annotated[str, FREE]
+    """URL of the run's folder: ``runs/demo``, ``s3://bucket/runs/bair``."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig = DataConfig()
+    vqvae: VQVAEConfig = VQVAEConfig()
+    tokenize: TokenizeConfig = TokenizeConfig()
+    prior: PriorConfig = PriorConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def folder(self, *names: str) -> str:
+        """URL of a folder of this run."""
+        return "/".join([self.root.rstrip("/"), *names])
+
+    @property
+    def tokenizer_url(self) -> str:
+        """Where the tokenizer's export is."""
+        return self.tokenize.tokenizer if "/" in self.tokenize.tokenizer else self.folder(self.tokenize.tokenizer)

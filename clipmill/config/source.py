@@ -1,0 +1,72 @@
+"""Section ``data.source``: where the raw videos are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from clipmill.config.section import FREE, Section
+
+__all__ = ["SourceConfig", "TableColumns"]
+
+
+class TableColumns(Section):
+    """Names of the columns of a table of videos; what is none is not read. All other columns become metadata."""
+
+    url: str = "url"
+    """Absolute path or URL of the file, or relative to the table's folder."""
+    label: str | None = None
+    text: str | None = None
+    actions: str | None = None
+    """Of a ``.npy`` file as ``actions_suffix`` describes it; empty for a video without actions."""
+    split: str | None = None
+    """``train`` or ``val`` (also ``valid``, ``validation``, ``test``); empty: a hash decides."""
+
+
+class SourceConfig(Section):
+    """Where the raw videos are: ``docs/sources.md`` shows each type. Keys of another type are refused."""
+
+    type: Literal["folder", "table", "hdf5", "bair", "ucf101", "tgif"] = "folder"
+    url: Annotated[str, FREE] = ""
+    """Folder or bucket prefix, searched recursively; ``table``, ``hdf5``: the file. Free: a moved corpus is the same
+    corpus."""
+    label: Literal["parent_folder", "none"] = "parent_folder"
+    """``folder``: ``parent_folder``: the name of the folder that holds the file, none for files directly under
+    ``url``."""
+    actions_suffix: str | None = None
+    """``folder``: ``.actions.npy``: where ``x.actions.npy`` lies beside ``x.mp4``, it holds the video's actions,
+    float32 [num_frames, action_dim]; its clips carry theirs. A video without such a file has none."""
+    columns: TableColumns = TableColumns()
+    """``table``."""
+    array_fps: Annotated[float, Field(gt=0, le=1000)] = 10.0
+    """``hdf5``, ``bair``: frames per second, which these files do not state."""
+    camera: Literal["image_main", "image_aux1", "both"] = "image_aux1"
+    """``bair``: ``image_aux1`` is the one of the published comparisons; ``both``: two videos a record."""
+    split_number: Literal[1, 2, 3] = 1
+    """``ucf101``: which of the official splits."""
+    split_files: str | None = None
+    """``ucf101``: folder of ``trainlist01.txt`` and so on, relative to ``url`` or absolute; none:
+    ``ucfTrainTestlist``. ``tgif``: folder of ``train.txt``, ``val.txt``, ``test.txt``; none: a hash decides."""
+    captions: str = "tgif-v1.0.tsv"
+    """``tgif``: the list of URLs and captions, relative to ``url`` or absolute."""
+
+    @model_validator(mode="after")
+    def _refuse_keys_of_other_types(self) -> Self:
+        for name, types in _TYPES_OF_KEY.items():
+            value: Any = getattr(self, name)
+            if self.type not in types and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to type {' and '.join(types)}, not to {self.type}; remove it")
+        return self
+
+
+_TYPES_OF_KEY = {
+    "label": ("folder",),
+    "actions_suffix": ("folder",),
+    "columns": ("table",),
+    "array_fps": ("hdf5", "bair"),
+    "camera": ("bair",),
+    "split_number": ("ucf101",),
+    "split_files": ("ucf101", "tgif"),
+    "captions": ("tgif",),
+}

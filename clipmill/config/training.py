@@ -1,0 +1,178 @@
+"""Sections of the two training stages: ``vqvae`` and ``prior``."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from clipmill.config.prior import PriorModelConfig
+from clipmill.config.section import FREE, PositiveInt, Section, changed_keys
+
+__all__ = [
+    "DATASET_KEYS",
+    "PriorConfig",
+    "TrainingConfig",
+    "VQVAEConfig",
+    "VQVAEModelConfig",
+    "VQVAETrainingConfig",
+    "refused_changes",
+]
+
+DATASET_KEYS = frozenset({"clips", "tokens"})
+"""Of a training's identity: fingerprints of the data sets."""
+
+
+class TrainingConfig(Section):
+    """What the two training stages share."""
+
+    steps: Annotated[PositiveInt, FREE] = 100_000
+    global_batch: PositiveInt = 32
+    """Clips a step, over all ranks and micro-steps."""
+    micro_batch: PositiveInt | None = None
+    """Clips a rank takes through the model at once; none: its whole share of the global batch."""
+    lr: Annotated[float, Field(gt=0), FREE] = 3e-4
+    warmup_steps: Annotated[int, Field(ge=0), FREE] = 0
+    schedule: Annotated[Literal["cosine", "constant"], FREE] = "cosine"
+    min_lr_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
+    """The cosine ends at this share of ``lr``."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    shuffle_window: PositiveInt = 4096
+    """Samples of one stream that are permuted among themselves (see ``clipmill/shards/order.py``)."""
+    loader_workers: Annotated[int, Field(ge=0), FREE] = 1
+    cache_bytes: Annotated[PositiveInt, FREE] = 64 * 2**30
+    """Local disk that a node may fill with downloaded shards."""
+    log_every: Annotated[PositiveInt, FREE] = 10
+    val_every: Annotated[PositiveInt, FREE] = 1000
+    val_clips: Annotated[PositiveInt, FREE] = 256
+    """Clips of the split ``val`` that a periodic validation reads."""
+    checkpoint_every: Annotated[PositiveInt, FREE] = 1000
+    keep_last: Annotated[PositiveInt, FREE] = 2
+    """Newest checkpoints that stay."""
+    keep_every: Annotated[PositiveInt | None, FREE] = None
+    """Checkpoints of every so many steps stay too."""
+    resume: Annotated[str, FREE] = "auto"
+    """``auto``: from this folder's newest checkpoint, if it has one. ``never``: refuse a folder that has one. A URL:
+    start from the newest checkpoint of that training folder, which must have one."""
+    accept_new_dataset: Annotated[bool, FREE] = False
+    """Go on over clips or tokens that are not those of the checkpoint, from the start of an epoch (`DATASET_KEYS`)."""
+    hang_seconds: Annotated[float, Field(gt=0), FREE] = 900.0
+    """A rank that waits so long for its peers names the one that hangs and ends itself."""
+    deepspeed: Annotated[dict[str, Any], FREE] = Field(default_factory=dict)
+    """Merged over the DeepSpeed config that ours becomes, for experts."""
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> TrainingConfig:
+        if self.micro_batch is not None and self.micro_batch > self.global_batch:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} is more than the global_batch {self.global_batch} of a step"
+            )
+        return self
+
+
+def refused_changes(recorded: dict[str, Any], wanted: dict[str, Any], accept_new_dataset: bool) -> list[str]:
+    """Names the keys of a training's identity that differ and must not, as `changed_keys` does."""
+    ignored = DATASET_KEYS if accept_new_dataset else frozenset()
+    changes = changed_keys(
+        {key: value for key, value in recorded.items() if key not in ignored},
+        {key: value for key, value in wanted.items() if key not in ignored},
+    )
+    if any(change.split(" ")[0] in DATASET_KEYS for change in changes):
+        changes[-1] += " (--accept-new-dataset goes on over another data set)"
+    return changes
+
+
+class VQVAEModelConfig(Section):
+    """The tokenizer (VideoGPT, arXiv 2104.10157, section 3.1)."""
+
+    hidden_dim: PositiveInt = 240
+    num_res_layers: Annotated[int, Field(ge=0)] = 4
+    num_heads: PositiveInt = 2
+    """Heads of the axial attention."""
+    axial_attention: bool = True
+    norm: Literal["batch", "group"] = "batch"
+    """``batch``: statistics of all ranks' clips; ``group``: of each clip by itself (of each frame, if causal)."""
+    causal: bool = False
+    """Nothing depends on later frames; clips have 1 + n * downsample[0] frames, the first can be decoded alone."""
+    quantizer: Literal["ema", "fsq", "lfq"] = "ema"
+    """``ema``: a learned codebook; ``fsq``: rounding to ``fsq_levels``; ``lfq``: signs of log2(num_codes) channels."""
+    embedding_dim: PositiveInt = 256
+    """Channels of a latent, for ``ema``; ``fsq`` and ``lfq`` have as many as levels and bits."""
+    num_codes: Annotated[int, Field(ge=2)] = 2048
+    """Codes of one codebook."""
+    num_codebooks: Annotated[int, Field(ge=1, le=8)] = 1
+    """Codes of one latent; each has a slice of its channels."""
+    fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    """Levels of each channel; their product is num_codes: 8, 8, 4 for 256 codes, 8, 5, 5, 5 for 1,000."""
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    """Between latents and codes of ``ema``."""
+    codebook_start: Literal["rows", "kmeans"] = "rows"
+    """The first codes of ``ema``: latents of the first batch, or the centres of their clusters."""
+    downsample: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 4, 4)
+    """Frames, height, width per latent; each a power of two."""
+    l1_cost: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the mean absolute error, over the pixels' standard deviation, beside the mean square one."""
+    commitment_cost: Annotated[float, Field(ge=0)] = 0.25
+    entropy_cost: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the entropy loss of ``lfq``."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    restart_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """A code used less than this share of its even part (tokens a step / codes) restarts from data."""
+
+    @field_validator("downsample")
+    @classmethod
+    def _powers_of_two(cls, downsample: tuple[int, int, int]) -> tuple[int, int, int]:
+        if any(factor & (factor - 1) for factor in downsample):
+            raise ValueError(f"downsample {downsample} must be powers of two, such as (4, 4, 4) or (1, 4, 4)")
+        return downsample
+
+    @model_validator(mode="after")
+    def _codes_fit(self) -> VQVAEModelConfig:
+        num_codes = math.prod(self.fsq_levels)
+        if self.quantizer == "fsq" and num_codes != self.num_codes:
+            raise ValueError(
+                f"fsq_levels {self.fsq_levels} make {num_codes} codes, not num_codes {self.num_codes}; "
+                "set both, such as fsq_levels=[8,8,4] and num_codes=256"
+            )
+        if self.quantizer == "lfq" and self.num_codes & (self.num_codes - 1):
+            raise ValueError(f"num_codes {self.num_codes} must be a power of two for quantizer lfq, such as 1024")
+        if self.latent_dim % self.num_codebooks:
+            raise ValueError(
+                f"embedding_dim {self.embedding_dim} must be a multiple of num_codebooks {self.num_codebooks}"
+            )
+        return self
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels of a latent, of all codebooks."""
+        if self.quantizer == "fsq":
+            return len(self.fsq_levels) * self.num_codebooks
+        if self.quantizer == "lfq":
+            return (self.num_codes.bit_length() - 1) * self.num_codebooks
+        return self.embedding_dim
+
+
+class VQVAETrainingConfig(TrainingConfig):
+    """Training of the tokenizer, with the paper's learning rate."""
+
+    lr: Annotated[float, Field(gt=0), FREE] = 7e-4
+
+
+class VQVAEConfig(Section):
+    """Stage ``train-vqvae``."""
+
+    model: VQVAEModelConfig = VQVAEModelConfig()
+    training: VQVAETrainingConfig = VQVAETrainingConfig()
+
+
+class PriorConfig(Section):
+    """Stage ``train-prior``."""
+
+    model: PriorModelConfig = PriorModelConfig()
+    training: TrainingConfig = TrainingConfig()
