@@ -13,13 +13,14 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from clipmill import storage
-from clipmill.errors import StageFailed, UserError
+from clipmill.errors import ClipmillError, StageFailed, StorageUnavailable, UserError
 
 __all__ = ["Lease", "hold"]
 
@@ -59,7 +60,8 @@ def hold(
     Raises:
         UserError: another run that is alive owns it.
     """
-    owner = _this_process()
+    # The token makes claims of one process differ: a bucket takes equal content for a repeated put.
+    owner = {**_this_process(), "token": uuid.uuid4().hex}
     lease = _acquire(url, stage, owner, silence_seconds)
     stopped = threading.Event()
     beats = threading.Thread(target=_beat, args=(lease, stage, owner, stopped, heartbeat_seconds), daemon=True)
@@ -69,8 +71,16 @@ def hold(
     finally:
         stopped.set()
         beats.join()
-        if _newest_attempt(url) == lease.attempt:
+        _release(lease, stage, owner)
+
+
+def _release(lease: Lease, stage: str, owner: dict[str, Any]) -> None:
+    """Says that the folder is free. The next run finds out by itself where the storage is away: our error stands."""
+    try:
+        if _newest_attempt(lease.url) == lease.attempt:
             storage.publish_document(_claim_url(lease), {"stage": stage, "released": True, **owner}, SCHEMA)
+    except StorageUnavailable as error:
+        logger.warning("cannot release the lease: %s", error)
 
 
 def _claim_url(lease: Lease) -> str:
@@ -145,7 +155,7 @@ def _beat(lease: Lease, stage: str, owner: dict[str, Any], stopped: threading.Ev
                 return  # check() tells whoever is about to publish
             body = {"stage": stage, "released": False, "beat": beat, **owner}
             storage.publish_document(_claim_url(lease), body, SCHEMA)
-        except OSError as error:  # the storage is away for a moment: the next beat tries again
+        except (OSError, ClipmillError) as error:  # the storage is away for a moment: the next beat tries again
             logger.warning("cannot renew the lease on %s: %s", lease.url, error)
 
 

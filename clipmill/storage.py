@@ -9,18 +9,19 @@ publishes a partial object when an exception leaves ``with fs.open(url, "wb")``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-import fsspec
-
+from clipmill import bucket
 from clipmill.errors import UserError
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "list_folder",
     "list_folders",
     "local_path",
+    "open_to_read",
     "publish_bytes",
     "publish_document",
     "publish_file",
@@ -42,6 +44,8 @@ __all__ = [
     "read_document",
     "remove",
     "remove_tree",
+    "resolve",
+    "stat",
     "walk",
 ]
 
@@ -89,18 +93,9 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a bucket URL, and the object's path in it.
-
-    Listings are never cached: other processes write into the same folders. fsspec itself keeps one
-    instance per process and set of arguments, and makes a new one after a fork or spawn.
-    """
-    protocol = urlsplit(url).scheme
-    try:
-        filesystem = fsspec.filesystem(protocol, use_listings_cache=False)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {url}: {error}; use a local path or an s3:// URL") from error
-    return filesystem, filesystem._strip_protocol(url)
+def resolve(url: str, name: str) -> str:
+    """A name relative to a folder's URL; an absolute path or URL as it is."""
+    return absolute(name) if "://" in name or name.startswith("/") else join(url, name)
 
 
 # ---------------------------------------------------------------------------------------------- reads
@@ -110,8 +105,7 @@ def exists(url: str) -> bool:
     """Whether an object or folder is there."""
     if is_local(url):
         return local_path(url).exists()
-    filesystem, path = _filesystem(url)
-    return filesystem.exists(path)
+    return bucket.call(url, lambda filesystem, path: filesystem.exists(path))
 
 
 def read_bytes(url: str) -> bytes:
@@ -122,8 +116,38 @@ def read_bytes(url: str) -> bytes:
     """
     if is_local(url):
         return local_path(url).read_bytes()
-    filesystem, path = _filesystem(url)
-    return filesystem.cat_file(path)
+    # With more than one reader s3fs asks for the size first: documents are small, one request is enough.
+    return bucket.call(url, lambda filesystem, path: filesystem.cat_file(path, max_concurrency=1))
+
+
+def open_to_read(url: str, block_bytes: int = 2**16) -> BinaryIO:
+    """The object as a file that can be read and sought; from a bucket in requests of at least ``block_bytes``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if is_local(url):
+        return local_path(url).open("rb")
+    return bucket.open_to_read(url, block_bytes)
+
+
+def stat(url: str) -> Entry:
+    """One object, as a listing of its folder would show it.
+
+    Raises:
+        FileNotFoundError: there is none, or it is a folder, FIFO or socket.
+    """
+    name = url.rsplit("/", 1)[-1]
+    if is_local(url):
+        path = local_path(url)
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        status = path.stat()
+        return Entry(name, status.st_size, None, status.st_mtime)
+    info = bucket.call(url, lambda filesystem, path: filesystem.info(path))
+    if info["type"] != "file":
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    return replace(_entry(info, ""), name=name)
 
 
 def fetch(url: str, path: Path) -> None:
@@ -131,8 +155,7 @@ def fetch(url: str, path: Path) -> None:
     if is_local(url):
         shutil.copyfile(local_path(url), path)
     else:
-        filesystem, remote = _filesystem(url)
-        filesystem.get_file(remote, str(path))
+        bucket.call(url, lambda filesystem, remote: filesystem.get_file(remote, str(path)))
 
 
 def list_folder(url: str) -> list[Entry]:
@@ -148,21 +171,22 @@ def list_folders(url: str) -> list[str]:
 def _children(url: str) -> list[tuple[Entry, bool]]:
     if is_local(url):
         return _local_children(local_path(url))
-    filesystem, path = _filesystem(url)
     try:
-        infos = filesystem.ls(path, detail=True)
+        folder, infos = bucket.call(url, lambda filesystem, path: (path, filesystem.ls(path, detail=True)))
     except FileNotFoundError:
         return []
-    entries = [(_entry(info, path), info["type"] == "directory") for info in infos]
+    entries = [(_entry(info, folder), info["type"] == "directory") for info in infos]
     return sorted((item for item in entries if item[0].name), key=lambda item: item[0].name)
 
 
 def _local_children(folder: Path) -> list[tuple[Entry, bool]]:
-    """Regular files and folders; a FIFO, socket or dangling link has no content to read."""
+    """Regular files and folders; a FIFO, socket, or dangling or circular link has no content to read."""
     children = []
     try:
         with os.scandir(folder) as found:
             for item in found:
+                if item.is_symlink() and not os.path.exists(item.path):
+                    continue
                 if item.is_dir():
                     children.append((Entry(item.name, 0, None, None), True))
                 elif item.is_file():
@@ -178,7 +202,10 @@ def _entry(info: dict[str, Any], folder: str) -> Entry:
     etag = info.get("ETag") or info.get("etag")
     modified = info.get("LastModified")
     return Entry(
-        name, info.get("size") or 0, etag.strip('"') if etag else None, modified.timestamp() if modified else None
+        name,
+        info.get("size") or 0,
+        etag.strip('"') if etag else None,
+        modified.timestamp() if isinstance(modified, datetime) else None,
     )
 
 
@@ -187,17 +214,22 @@ def walk(url: str) -> Iterator[Entry]:
     if is_local(url):
         yield from _local_walk(local_path(url), "")
         return
-    filesystem, path = _filesystem(url)
-    found = filesystem.find(path, detail=True)
+    folder, found = bucket.call(url, lambda filesystem, path: (path, filesystem.find(path, detail=True)))
     for name in sorted(found):
-        yield _entry(found[name], path)
+        yield _entry(found[name], folder)
 
 
-def _local_walk(folder: Path, prefix: str) -> Iterator[Entry]:
-    for child, is_folder in _local_children(folder):
+def _local_walk(folder: Path, prefix: str, above: tuple[os.stat_result, ...] = ()) -> Iterator[Entry]:
+    children = _local_children(folder)
+    if not children:
+        return
+    here = folder.stat()
+    if any(os.path.samestat(here, ancestor) for ancestor in above):
+        return  # a link back up: its files have been listed where they are
+    for child, is_folder in children:
         name = prefix + child.name
         if is_folder:
-            yield from _local_walk(folder / child.name, name + "/")
+            yield from _local_walk(folder / child.name, name + "/", (*above, here))
         else:
             yield Entry(name, child.bytes, None, child.modified)
 
@@ -210,8 +242,7 @@ def publish_bytes(url: str, data: bytes) -> None:
     if is_local(url):
         _publish_local(local_path(url), lambda file: file.write(data))
     else:
-        filesystem, path = _filesystem(url)
-        filesystem.pipe_file(path, data)
+        bucket.call(url, lambda filesystem, path: filesystem.pipe_file(path, data))
 
 
 def publish_file(path: Path, url: str) -> None:
@@ -220,8 +251,7 @@ def publish_file(path: Path, url: str) -> None:
         with path.open("rb") as original:
             _publish_local(local_path(url), lambda file: shutil.copyfileobj(original, file, 2**20))
     else:
-        filesystem, remote = _filesystem(url)
-        filesystem.put_file(str(path), remote)
+        bucket.call(url, lambda filesystem, remote: filesystem.put_file(str(path), remote))
 
 
 def create_bytes(url: str, data: bytes) -> bool:
@@ -235,16 +265,7 @@ def create_bytes(url: str, data: bytes) -> bool:
             return False
         _sync_folder(target.parent)
         return True
-    filesystem, path = _filesystem(url)
-    try:
-        filesystem.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
-    except OSError as error:  # s3fs reports If-None-Match as EINVAL with the server's answer as cause
-        if "PreconditionFailed" in repr(error.__cause__) or "PreconditionFailed" in str(error):
-            return False
-        raise
-    return True
+    return bucket.create(url, data)
 
 
 def _publish_local(target: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -283,9 +304,8 @@ def remove(url: str) -> None:
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
-    filesystem, path = _filesystem(url)
     with contextlib.suppress(FileNotFoundError):
-        filesystem.rm_file(path)
+        bucket.call(url, lambda filesystem, path: filesystem.rm_file(path))
 
 
 def remove_tree(url: str) -> None:
@@ -293,9 +313,8 @@ def remove_tree(url: str) -> None:
     if is_local(url):
         shutil.rmtree(local_path(url), ignore_errors=True)
         return
-    filesystem, path = _filesystem(url)
     with contextlib.suppress(FileNotFoundError):
-        filesystem.rm(path, recursive=True)
+        bucket.call(url, lambda filesystem, path: filesystem.rm(path, recursive=True))
 
 
 # ------------------------------------------------------------------------------------- JSON documents

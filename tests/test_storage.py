@@ -67,6 +67,15 @@ def test_listing_is_sorted_and_skips_what_has_no_content(tmp_path):
     assert storage.list_folder(str(tmp_path / "absent")) == []
 
 
+def test_links_in_a_circle_end(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "itself").symlink_to("itself")
+    (tmp_path / "c").symlink_to("a")
+    assert [entry.name for entry in storage.walk(str(tmp_path))] == ["a/b/file", "c/b/file"]
+
+
 def test_documents_carry_a_schema_and_newer_ones_are_refused(tmp_path):
     url = str(tmp_path / "doc.json")
     storage.publish_document(url, {"b": 1, "a": [2]}, schema=2)
