@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
-__all__ = ["decode_mp4", "encode_mp4"]
+__all__ = ["decode_mp4", "encode_mp4", "write_raw_video"]
 
 _EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 _ENCODER_OPTIONS = {
@@ -124,3 +125,23 @@ def decode_mp4(data: bytes | memoryview) -> np.ndarray:
     if decoded != num_frames:
         raise ValueError(f"the mp4 declares {num_frames} frames and holds {decoded}")
     return clip
+
+
+def write_raw_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
+    """Writes frames that were never encoded into a file that every reader of videos gives back bit for bit.
+
+    Args:
+        path: local file, overwritten.
+        frames: uint8 [T, H, W, 3], RGB.
+        fps: frames per second.
+    """
+    rate = Fraction(fps).limit_denominator(60_000)
+    with av.open(str(path), "w", format="nut") as container:
+        stream = container.add_stream("rawvideo", rate=rate)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "rgb24"
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

@@ -1,8 +1,9 @@
-"""A cheap look at a video file: what it is, and which decoder is right for it.
+"""A cheap look at a video file: what it is, and who reads it.
 
 Cheap: the header and one frame. The frame is needed because some containers state rotation and size only there.
-Which decoder is right was measured frame by frame against ffmpeg (``docs/design.md`` has the table): decord is right
-and quick for small frames of a few codecs in two containers; elsewhere it fails, or skips and repeats frames silently.
+``auto`` is PyAV: it was measured frame by frame against what was written (``docs/formats.md`` has the table), and with
+one resizer for all it is quicker than decord at every size from 64 x 48 to 1920 x 1080 (``benchmarks/shard.py``).
+decord fails for some files, and skips and repeats frames of others silently: it reads where it is asked for.
 """
 
 from __future__ import annotations
@@ -21,13 +22,6 @@ import av
 __all__ = ["DecoderChoice", "VideoError", "VideoInfo", "blame_video", "open_video", "probe"]
 
 DecoderChoice = Literal["auto", "decord", "pyav"]
-
-SMALL_FRAME_PIXELS = 640 * 480
-"""Up to here decord is at least as quick as PyAV; above, its full-size conversion to RGB dominates."""
-
-_DECORD_CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-_DECORD_CODECS = {"h264", "mjpeg", "mpeg4", "vp8", "vp9"}
-_DECORD_PIXEL_FORMATS = {"yuv420p", "yuvj420p"}
 
 _DECORD_PREFIX = re.compile(r"\[[\d:]+\] \S+: ")
 """Time of day and source line: the same fault must read the same twice."""
@@ -64,6 +58,7 @@ class VideoInfo:
         container_frames: number of frames by the container's index; None where it has none.
         stream_index: the stream that both decoders read.
         decoder: the decoder that reads it.
+        interlaced: frames weave two moments; PyAV's are deinterlaced.
     """
 
     container: str
@@ -77,26 +72,41 @@ class VideoInfo:
     container_frames: int | None
     stream_index: int
     decoder: Literal["decord", "pyav"]
+    interlaced: bool = False
 
 
 @contextmanager
-def blame_video(action: str) -> Iterator[None]:
-    """Turns whatever a decoder raises into a VideoError; lets memory and the environment's errors through."""
+def blame_video(action: str, path: str | Path) -> Iterator[None]:
+    """Turns what a decoder raises about a file into a VideoError; lets memory and the environment's errors through."""
     try:
         yield
     except (VideoError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS:
+        if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS and not _is_demuxers_own(error, path):
             raise
         reason = error.strerror if isinstance(error, av.FFmpegError) else _DECORD_PREFIX.sub("", str(error))
         first_line = (reason.strip() or type(error).__name__).splitlines()[0][:300]
         raise VideoError(f"{action}: {first_line}") from error
 
 
+def _is_demuxers_own(error: OSError, path: str | Path) -> bool:
+    """Whether FFmpeg speaks of an I/O error where there is none: Matroska's demuxer does so for a file that is cut."""
+    if not isinstance(error, av.FFmpegError):
+        return False
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError:
+        return False
+    return True
+
+
 def open_video(path: str | Path) -> Any:
     """Opens a local file, and only that file: a playlist inside it must not make us read other places."""
-    return av.open(f"file:{path}", options={"protocol_whitelist": "file"})
+    # Titles in AVI and FLV files are in whatever encoding their writers used; nobody here reads them.
+    return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
 
 
 def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
@@ -104,7 +114,7 @@ def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
 
     Args:
         path: local file.
-        decoder: ``auto`` chooses; another value is taken as it is.
+        decoder: ``auto`` is PyAV.
 
     Raises:
         VideoError: not a readable video; the message is the cause.
@@ -113,18 +123,15 @@ def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
     status = Path(path).stat()
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise VideoError("the file is empty")
-    with blame_video("cannot open"), open_video(path) as container:
+    with blame_video("cannot open", path), open_video(path) as container:
         streams = [stream for stream in container.streams.video if not _is_picture(stream)]
         if not streams:
             kinds = sorted({stream.type for stream in container.streams})
             raise VideoError(f"no video stream (found: {', '.join(kinds) or 'nothing'})")
         best = container.streams.best("video")
         stream = best if best in streams else streams[0]
-        info = _describe(container, stream)
-        if decoder == "auto":
-            chosen = len(streams) == 1 and _decord_is_right(info, stream)
-            return replace(info, decoder="decord" if chosen else "pyav")
-        return replace(info, decoder=decoder)
+        info = _describe(container, stream, path)
+        return replace(info, decoder="decord" if decoder == "decord" else "pyav")
 
 
 def _is_picture(stream: Any) -> bool:
@@ -132,9 +139,11 @@ def _is_picture(stream: Any) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
-def _describe(container: Any, stream: Any) -> VideoInfo:
+def _describe(container: Any, stream: Any, path: str | Path) -> VideoInfo:
     """The facts of one stream; decodes its first frame."""
-    with blame_video("cannot decode the first frame"):
+    if stream.codec_context is None:
+        raise VideoError("no decoder knows the codec of its video stream")
+    with blame_video("cannot decode the first frame", path):
         stream.codec_context.thread_count = 1
         first = next(iter(container.decode(stream)), None)
     if first is None:
@@ -154,6 +163,7 @@ def _describe(container: Any, stream: Any) -> VideoInfo:
         container_frames=stream.frames or None,
         stream_index=stream.index,
         decoder="pyav",
+        interlaced=bool(first.interlaced_frame),
     )
 
 
@@ -166,26 +176,3 @@ def _duration_seconds(container: Any, stream: Any) -> float | None:
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except (KeyError, ValueError):
         return None if container.duration is None else container.duration / av.time_base
-
-
-def _decord_is_right(info: VideoInfo, stream: Any) -> bool:
-    """Where decord was measured to deliver every frame once, and is not slower than PyAV."""
-    return (
-        info.container in _DECORD_CONTAINERS
-        and info.codec in _DECORD_CODECS
-        and info.pixel_format in _DECORD_PIXEL_FORMATS
-        and info.width * info.height <= SMALL_FRAME_PIXELS
-        and not _is_edited(info, stream)
-    )
-
-
-def _is_edited(info: VideoInfo, stream: Any) -> bool:
-    """Whether an mp4's edit list delays the video or cuts frames: decord ignores that and repeats the tail.
-
-    The demuxer applies the list to the duration but not to the number of frames.
-    """
-    if stream.start_time:
-        return True
-    if info.container_frames is None or info.duration_seconds is None:
-        return False
-    return abs(info.duration_seconds * info.fps - info.container_frames) > 0.5

@@ -5,7 +5,7 @@ stopped then. One child decodes, cuts and encodes (so that pixels never cross a 
 
     with Decoder(Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)) as decoder:
         for clip in decoder.clips(path, config.data.clip, "auto", encode=("mp4", 16)):
-            ...                # clip.data: bytes of an mp4, or uint8 [T, H, W, 3]
+            ...                # clip.data: bytes of an mp4 or jpgs member, or uint8 [T, H, W, 3]
         decoder.outcome        # what became of the video
 
 A video is all or nothing: the first clip appears once the whole video has been decoded, so a bad video has delivered
@@ -33,16 +33,17 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from clipmill.video.decode import ClipRule
+from clipmill.video.clips import ClipRule
 from clipmill.video.probe import DecoderChoice, VideoInfo
+from clipmill.video.views import View
 
 if TYPE_CHECKING:  # the child needs no pydantic
     from clipmill.config import ClipConfig
 
 __all__ = ["BadVideo", "Clip", "Decoder", "DecoderLost", "Encoding", "Limits", "Outcome"]
 
-Encoding = tuple[Literal["mp4", "npy"], int]
-"""Format of the clips and, for mp4, the constant rate factor."""
+Encoding = tuple[Literal["mp4", "npy", "jpgs"], int | None]
+"""Format of the clips and its quality: the constant rate factor of mp4, libjpeg's quality of jpgs, none of npy."""
 
 _START_SECONDS = 300
 """A busy machine may take long to start an interpreter."""
@@ -101,25 +102,30 @@ class Clip:
 
     Attributes:
         ordinal: number of the clip within its video.
-        first_frame: index of its first frame in the video, in presentation order.
+        frame_numbers: of its frames in the video, in presentation order.
         start_seconds: presentation time of its first frame.
         end_seconds: presentation time at which its last frame ends.
-        fps: frames per second of the clip as it is stored (the video's over ``frame_stride``).
-        data: an h264 mp4 file (``bytes``), or uint8 [T, H, W, 3] where the format is ``npy``.
+        fps: frames per second of the clip as it is stored.
+        view: number of the view of this clip, and where it was cut; none where there is one view, the centre.
+        data: an h264 mp4 file or a jpgs member (``bytes``), or uint8 [T, H, W, 3] where the format is ``npy``.
         pixel_sum: exact sum of its uint8 values before encoding.
         pixel_square_sum: exact sum of their squares.
         num_values: T * H * W * 3.
+        squared_error: exact sum over the values of (decoded - original)^2, where this clip is one of the sample whose
+            encoding is measured.
     """
 
     ordinal: int
-    first_frame: int
+    frame_numbers: tuple[int, ...]
     start_seconds: float
     end_seconds: float
     fps: float
+    view: tuple[int, View] | None
     data: bytes | np.ndarray
     pixel_sum: int
     pixel_square_sum: int
     num_values: int
+    squared_error: int | None
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,13 @@ class Outcome:
     Attributes:
         info: what the probe found, with the decoder that was used in the end.
         num_frames: frames that the decoder delivered.
-        num_clips: clips that the clip rule made of them.
+        num_clips: clips that the clip rule made of them, each view counted.
         truncated: the file ends well before the duration or the frame count that it declares (False where
             ``max_clips_per_video`` ended the reading early).
-        short: fewer frames than one clip spans.
+        short: the video, or each of its scenes, has fewer frames than one clip spans.
+        num_static: clips rejected because nothing moves in them.
+        num_black: clips rejected because they are dark throughout.
+        num_needed_frames: number of the last frame of any clip, plus one.
         attempts: failed attempts before the good one (empty almost always), as in `BadVideo`.
     """
 
@@ -141,6 +150,9 @@ class Outcome:
     num_clips: int
     truncated: bool
     short: bool
+    num_static: int
+    num_black: int
+    num_needed_frames: int
     attempts: list[str]
 
 
@@ -179,6 +191,7 @@ class Decoder:
         decoder: DecoderChoice = "auto",
         *,
         encode: Encoding = ("mp4", 16),
+        key: str = "",
     ) -> Iterator[Clip]:
         """Decodes a local file once, in order, and yields its clips.
 
@@ -186,28 +199,42 @@ class Decoder:
             path: local file.
             clip: the clip rule.
             decoder: which decoder to use; ``auto``: by the probe.
-            encode: format and, for mp4, the constant rate factor.
+            encode: format and quality.
+            key: of everything random about this video: its views, and which of its clips are measured.
 
         Raises:
             BadVideo: the video's fault.
             DecoderLost: the environment's fault.
         """
         self.outcome = None
-        rule = ClipRule(clip.num_frames, clip.frame_stride, clip.step, clip.max_clips_per_video)
+        rule = ClipRule(
+            num_frames=clip.num_frames,
+            frame_stride=clip.frame_stride,
+            step=clip.step,
+            max_clips=clip.max_clips_per_video,
+            fps=clip.fps,
+            scene_cut=clip.scene_cut,
+            reject_static=clip.reject_static,
+            reject_black=clip.reject_black,
+        )
         request = {
             "path": os.path.abspath(path),
             "rule": rule,
             "resolution": clip.resolution,
             "fit": clip.fit,
             "decoder": decoder,
+            "rgb_first": decoder == "decord",  # also of PyAV where it takes over: one data set, one way to the pixels
+            "views": clip.views_per_clip,
+            "flip": clip.flip_views,
             "encode": encode,
+            "key": key,
         }
         messages, attempts = self._decode(request)
         done = messages.pop()
         info = VideoInfo(**done.pop("info"))
         self.outcome = Outcome(info=info, num_clips=len(messages), attempts=attempts, **done)
         for message in messages:
-            yield self._read_clip(message, clip)
+            yield self._read_clip(message, clip, is_encoded=encode[0] != "npy")
 
     def _decode(self, request: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
         """(one message for each clip and a last one for the video, the failed attempts before)."""
@@ -223,7 +250,7 @@ class Decoder:
                 stderr_tail = child.stderr_tail()
                 self._discard_child()
                 if len(attempts) == 2 and name == "decord":
-                    # Never the other way round: where auto chose PyAV, decord is wrong, and silently.
+                    # Never the other way round: where PyAV fails, decord is often wrong, and silently.
                     request = {**request, "decoder": "pyav"}
                 elif len(attempts) >= 2:
                     raise BadVideo(str(fault), attempts, stderr_tail) from None
@@ -238,14 +265,18 @@ class Decoder:
         self._spool.truncate(0)
         return self._child.decode(request, self._limits.no_progress_seconds)
 
-    def _read_clip(self, message: dict[str, Any], clip: ClipConfig) -> Clip:
+    def _read_clip(self, message: dict[str, Any], clip: ClipConfig, *, is_encoded: bool) -> Clip:
         """A clip out of the spool file."""
-        offset, num_bytes, is_mp4 = message.pop("offset"), message.pop("num_bytes"), message.pop("is_mp4")
+        offset, num_bytes = message.pop("offset"), message.pop("num_bytes")
         data = os.pread(self._spool.fileno(), num_bytes, offset)
         if len(data) != num_bytes:
             raise DecoderLost(f"the spool file holds {len(data)} of {num_bytes} bytes of a clip")
         shape = (clip.num_frames, clip.resolution, clip.resolution, 3)
-        return Clip(data=data if is_mp4 else np.frombuffer(data, np.uint8).reshape(shape), **message)
+        message["frame_numbers"] = tuple(message["frame_numbers"])
+        if message["view"] is not None:
+            number, place = message["view"]
+            message["view"] = number, View(*place)
+        return Clip(data=data if is_encoded else np.frombuffer(data, np.uint8).reshape(shape), **message)
 
     def _discard_child(self) -> None:
         child, self._child = self._child, None

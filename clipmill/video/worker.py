@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -16,14 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from clipmill.video.decode import ClipRule, cut_clips, is_truncated, read_frames
-from clipmill.video.encode import encode_mp4
+from clipmill.video.clips import ClipCutter, ClipRule
+from clipmill.video.decode import is_truncated, read_frames
+from clipmill.video.encode import decode_mp4, encode_mp4
+from clipmill.video.jpgs import decode_jpgs, encode_jpgs
 from clipmill.video.probe import VideoError, probe
+from clipmill.video.views import draw_view, roomy, take_view
 
-__all__ = ["serve"]
+__all__ = ["is_measured", "serve"]
 
 Say = Callable[[dict[str, Any]], None]
 """Sends one message to the parent."""
+
+_ENCODERS: dict[str, Callable[[np.ndarray, float, Any], bytes]] = {
+    "mp4": encode_mp4,
+    "jpgs": lambda frames, _, quality: encode_jpgs(frames, quality),
+    "npy": lambda frames, _, __: frames.tobytes(),
+}
+_DECODERS = {"mp4": decode_mp4, "jpgs": decode_jpgs}
 
 _PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1
@@ -66,32 +77,44 @@ def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
     """Puts the clips of a video into the spool file and says where they are."""
     info = probe(request["path"], request["decoder"])
     say({"kind": "decoder", "name": info.decoder})
-    rule = ClipRule(*request["rule"])
-    codec, crf = request["encode"]
-    frames = _CountedFrames(read_frames(request["path"], info, request["resolution"], request["fit"]), say)
-    clip_fps = info.fps / rule.frame_stride
-    num_clips = end = 0
-    for clip in cut_clips(frames, rule, info.fps):
-        data = encode_mp4(clip.frames, clip_fps, crf) if codec == "mp4" else clip.frames.tobytes()
-        _write_all(spool, data, end)
-        values = clip.frames.reshape(-1).astype(np.float64)  # exact: the sums stay far below 2**53
-        say(
-            {
-                "kind": "clip",
-                "ordinal": clip.ordinal,
-                "first_frame": clip.first_frame,
-                "start_seconds": clip.start_seconds,
-                "end_seconds": clip.end_seconds,
-                "fps": clip_fps,
-                "pixel_sum": int(values.sum()),
-                "pixel_square_sum": int(values @ values),
-                "num_values": values.size,
-                "offset": end,
-                "num_bytes": len(data),
-                "is_mp4": codec == "mp4",
-            }
-        )
-        num_clips, end = num_clips + 1, end + len(data)
+    rule, resolution, num_views = ClipRule(*request["rule"]), request["resolution"], request["views"]
+    side = resolution if num_views == 1 else roomy(resolution)
+    timed_frames = read_frames(
+        request["path"], info, side, request["fit"], whole=num_views > 1, rgb_first=request["rgb_first"]
+    )
+    frames = _CountedFrames(timed_frames, say)
+    cutter = ClipCutter(rule, info.fps)
+    clip_fps = rule.fps or info.fps / rule.frame_stride
+    codec, quality = request["encode"]
+    end = num_needed_frames = 0
+    for clip in cutter.cut(frames):
+        num_needed_frames = max(num_needed_frames, clip.frame_numbers[-1] + 1)
+        for number in range(num_views):
+            key = f"{request['key']}:{clip.ordinal}:{number}"
+            view = None
+            pixels = clip.frames
+            if num_views > 1:
+                height, width = pixels.shape[1:3]
+                view = draw_view(key, height, width, resolution, may_flip=request["flip"])
+                pixels = take_view(pixels, view, resolution)
+            data = _ENCODERS[codec](pixels, clip_fps, quality)
+            _write_all(spool, data, end)
+            say(
+                {
+                    "kind": "clip",
+                    "ordinal": clip.ordinal,
+                    "frame_numbers": clip.frame_numbers,
+                    "start_seconds": clip.start_seconds,
+                    "end_seconds": clip.end_seconds,
+                    "fps": clip_fps,
+                    "view": None if view is None else (number, view),
+                    "offset": end,
+                    "num_bytes": len(data),
+                    "squared_error": _squared_error(codec, data, pixels) if is_measured(key) else None,
+                    **_moments(pixels),
+                }
+            )
+            end += len(data)
     if not frames.count:
         raise VideoError("no frame could be decoded")
     say(
@@ -99,10 +122,32 @@ def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
             "kind": "done",
             "info": asdict(info),
             "num_frames": frames.count,
-            "truncated": num_clips != rule.max_clips and is_truncated(info, frames.count),
-            "short": frames.count < rule.span,
+            "truncated": cutter.num_kept != rule.max_clips
+            and is_truncated(info, frames.count, frames.first_seconds, frames.last_seconds),
+            "short": cutter.is_short,
+            "num_static": cutter.num_static,
+            "num_black": cutter.num_black,
+            "num_needed_frames": num_needed_frames,
         }
     )
+
+
+def _moments(pixels: np.ndarray) -> dict[str, int]:
+    values = pixels.reshape(-1).astype(np.float64)  # exact: the sums stay far below 2**53
+    return {"num_values": values.size, "pixel_sum": int(values.sum()), "pixel_square_sum": int(values @ values)}
+
+
+def is_measured(key: str) -> bool:
+    """One clip of sixteen, chosen by its key: decoding each would cost half as much as encoding it."""
+    return hashlib.blake2b(f"measure:{key}".encode(), digest_size=1).digest()[0] < 16
+
+
+def _squared_error(codec: str, data: bytes, pixels: np.ndarray) -> int | None:
+    """Exact sum of the squared errors of a lossy clip; None for npy."""
+    if codec not in _DECODERS:
+        return None
+    error = _DECODERS[codec](data).reshape(-1).astype(np.float64) - pixels.reshape(-1)
+    return int(error @ error)
 
 
 class _CountedFrames:
@@ -110,12 +155,16 @@ class _CountedFrames:
 
     def __init__(self, frames: Iterator[tuple[float, np.ndarray]], say: Say):
         self.count = 0
+        self.first_seconds = self.last_seconds = 0.0
         self._frames = frames
         self._say = say
         self._said_at = 0.0
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
         for timed_frame in self._frames:
+            self.last_seconds = timed_frame[0]
+            if not self.count:
+                self.first_seconds = self.last_seconds
             self.count += 1
             now = time.monotonic()
             if now - self._said_at > _SECONDS_BETWEEN_SIGNS_OF_LIFE:

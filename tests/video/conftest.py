@@ -38,13 +38,17 @@ def make_video(
     rotation: int = 0,
     num_streams: int = 1,
     pts: list[int] | None = None,
+    container_options: dict[str, str] | None = None,
+    tag: str | None = None,
 ) -> Path:
     """Writes barcodes 0, 1, ... of size (width, height); stream s of several counts from 100 * s."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options or {}) as container:
         streams = []
         for _ in range(num_streams):
             stream = container.add_stream(codec, rate=fps, options=options or {})
             stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
+            if tag:
+                stream.codec_context.codec_tag = tag
             if rotation:
                 stream.set_display_rotation(rotation)
             streams.append(stream)

@@ -2,20 +2,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipmill.video.decode import ClipRule, cut_clips, fitted_size, is_truncated, read_frames
+from clipmill.video.decode import fitted_size, is_truncated, read_frames
 from clipmill.video.probe import VideoError, VideoInfo, probe
 from tests.video.conftest import barcode, make_edited, make_sound, make_video, read_barcode
 
 SHARED_VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
 
-# name, encoder, options of make_video, decoder that auto must choose
+# name, encoder, options of make_video, "decord" where that is right too
 CONTAINERS = [
     ("plain.mp4", "libx264", {}, "decord"),
     ("b_frames_open_gop.mp4", "libx264", {"options": {"bf": "3", "x264-params": "open-gop=1:keyint=12"}}, "decord"),
@@ -43,20 +45,20 @@ def test_every_frame_comes_once_and_in_order(tmp_path, name, codec, options, dec
     info = probe(path)
     frames = list(read_frames(path, info, 64, "stretch"))
     assert [read_barcode(frame) for _, frame in frames] == list(range(options.get("num_frames", 40)))
-    assert info.decoder == decoder
-    assert not is_truncated(info, len(frames))
+    assert info.decoder == "pyav"
+    assert not is_truncated(info, len(frames), frames[0][0], frames[-1][0])
     times = np.array([time for time, _ in frames])
     # gif counts hundredths of a second, Matroska thousandths
     np.testing.assert_allclose(np.diff(times), 1 / options.get("fps", 10), atol=0.011)
 
 
 @pytest.mark.parametrize("case", [c for c in CONTAINERS if c[3] == "decord"], ids=lambda case: case[0])
-def test_pixels_and_times_do_not_depend_on_the_decoder(tmp_path, case):
+def test_where_decord_was_asked_for_pixels_and_times_do_not_depend_on_who_reads(tmp_path, case):
     name, codec, options, _ = case
     path = make_video(tmp_path / name, codec, **options)
     info = probe(path)
     by_decord, by_pyav = (
-        list(read_frames(path, dataclasses.replace(info, decoder=decoder), 48, "crop"))
+        list(read_frames(path, dataclasses.replace(info, decoder=decoder), 48, "crop", rgb_first=True))
         for decoder in ("decord", "pyav")
     )
     assert [time for time, _ in by_decord] == [time for time, _ in by_pyav]
@@ -74,13 +76,13 @@ def test_rotation_is_undone_once_by_either_decoder(tmp_path, rotation, decoder):
         assert read_barcode(stored) == number
 
 
-def test_an_edit_list_goes_to_pyav_and_cuts_its_frames(tmp_path):
+def test_an_edit_list_cuts_its_frames(tmp_path):
     path = make_edited(tmp_path / "edited.mp4", make_video(tmp_path / "whole.mp4"), shift_seconds=1.0)
     info = probe(path)
     assert info.decoder == "pyav"
-    numbers = [read_barcode(frame) for _, frame in read_frames(path, info, 64, "stretch")]
-    assert numbers == list(range(10, 40))
-    assert not is_truncated(info, len(numbers))
+    frames = list(read_frames(path, info, 64, "stretch"))
+    assert [read_barcode(frame) for _, frame in frames] == list(range(10, 40))
+    assert not is_truncated(info, len(frames), frames[0][0], frames[-1][0])
 
 
 def test_variable_frame_rate_keeps_all_frames_and_their_times(tmp_path):
@@ -91,16 +93,54 @@ def test_variable_frame_rate_keeps_all_frames_and_their_times(tmp_path):
     np.testing.assert_allclose([time for time, _ in frames], np.array(pts) / 10, atol=1e-6)
 
 
+def _combing(frames: list[np.ndarray]) -> float:
+    """How much more neighbouring rows differ than rows of one field."""
+    stack = np.stack(frames).astype(float)
+    return np.abs(stack[:, 1:] - stack[:, :-1]).mean() - np.abs(stack[:, 2:] - stack[:, :-2]).mean()
+
+
+def test_interlaced_pictures_are_made_whole(tmp_path):
+    path = tmp_path / "fields.mp4"
+    with av.open(str(path), "w") as container:
+        options = {"flags": "+ildct+ilme", "x264-params": "tff=1", "crf": "5"}
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for index in range(12):
+            picture = np.zeros((64, 96, 3), np.uint8)
+            for field in range(2):  # a bar that moves 4 pixels a field
+                left = 4 * (2 * index + field) % 80
+                picture[field::2, left : left + 16] = 255
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    info = probe(path)
+    assert (info.interlaced, info.decoder) == (True, "pyav")
+    whole, woven = (
+        [frame for _, frame in read_frames(path, dataclasses.replace(info, interlaced=interlaced), 64, "crop")]
+        for interlaced in (True, False)
+    )
+    assert len(whole) == len(woven) == 12
+    assert _combing(woven) > 10
+    assert _combing(whole) < 2
+
+
+def test_avi_with_b_frames_has_even_times(tmp_path):
+    path = make_video(tmp_path / "b.avi", "libx264", options={"bf": "2"})
+    times = [time for time, _ in read_frames(path, probe(path), 64, "stretch")]
+    np.testing.assert_allclose(np.diff(times), 0.1)
+
+
 @pytest.mark.parametrize(("name", "codec"), [("cut.mkv", "libx264"), ("cut.avi", "mpeg4"), ("cut.webm", "libvpx")])
 def test_a_truncated_file_is_short_and_says_so(tmp_path, name, codec):
     path = make_video(tmp_path / name, codec, num_frames=200, options={"g": "10", "bf": "0"})
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     info = probe(path)
-    numbers = [read_barcode(frame) for _, frame in read_frames(path, info, 64, "stretch")]
-    assert numbers == list(range(len(numbers)))
-    assert 0 < len(numbers) < 150
-    assert is_truncated(info, len(numbers))
+    frames = list(read_frames(path, info, 64, "stretch"))
+    assert [read_barcode(frame) for _, frame in frames] == list(range(len(frames)))
+    assert 0 < len(frames) < 150
+    assert is_truncated(info, len(frames), frames[0][0], frames[-1][0])
 
 
 def _nothing(path: Path) -> None:
@@ -167,26 +207,6 @@ def test_fitted_sizes_touch_the_square_on_the_right_side(width, height, resoluti
     assert max(fitted_size(width, height, resolution, "pad")) == resolution
 
 
-@given(
-    num_frames=st.integers(1, 6),
-    stride=st.integers(1, 4),
-    step=st.integers(1, 12),
-    max_clips=st.none() | st.integers(1, 4),
-    length=st.integers(0, 60),
-)
-def test_clips_are_what_the_rule_says(num_frames, stride, step, max_clips, length):
-    rule = ClipRule(num_frames, stride, step, max_clips)
-    frames = ((index / 10, np.full((1, 1, 3), index, np.uint8)) for index in range(length))
-    clips = list(cut_clips(frames, rule, fps=10))
-    starts = [start for start in range(0, length, step) if start + (num_frames - 1) * stride < length][:max_clips]
-    assert [clip.first_frame for clip in clips] == starts
-    assert [clip.ordinal for clip in clips] == list(range(len(starts)))
-    for clip, start in zip(clips, starts, strict=True):
-        assert clip.frames[:, 0, 0, 0].tolist() == [start + i * stride for i in range(num_frames)]
-        assert clip.start_seconds == start / 10
-        assert clip.end_seconds == pytest.approx((start + (num_frames - 1) * stride + 1) / 10)
-
-
 def test_the_resizer_leaves_frames_of_the_right_size_alone(tmp_path):
     path = make_video(tmp_path / "same.mkv", "ffv1", size=(64, 64), num_frames=2, pix_fmt="bgr0")
     for number, (_, frame) in enumerate(read_frames(path, probe(path), 64, "crop")):
@@ -218,13 +238,18 @@ def test_real_footage(name, num_frames):
         return
     frames = list(read_frames(path, info, 64, "crop"))
     assert len(frames) == num_frames
-    assert not is_truncated(info, num_frames)
+    assert not is_truncated(info, num_frames, frames[0][0], frames[-1][0])
     assert all(late > early for (early, _), (late, _) in itertools.pairwise(frames))
 
 
 def test_truncation_takes_the_smaller_claim():
     info = VideoInfo("avi", "h264", "yuv420p", 64, 64, 0, 10.0, 30.0, 100, 0, "pyav")
-    assert not is_truncated(info, 100)
-    assert not is_truncated(info, 97)
-    assert is_truncated(info, 90)
-    assert not is_truncated(dataclasses.replace(info, duration_seconds=None, container_frames=None), 1)
+    assert not is_truncated(info, 100, 0.0, 9.9)
+    assert not is_truncated(info, 97, 0.0, 9.6)
+    assert not is_truncated(info, 100, 20.0, 29.9)
+    assert is_truncated(info, 90, 0.0, 8.9)
+    sparse = dataclasses.replace(info, container_frames=None)  # 100 frames in 30 s, at an average of 10 by its header
+    assert not is_truncated(sparse, 100, 0.0, 29.7)
+    assert is_truncated(sparse, 100, 0.0, 9.9)
+    unknown = dataclasses.replace(sparse, duration_seconds=None)
+    assert not is_truncated(unknown, 1, 0.0, 0.0)
