@@ -3,6 +3,10 @@
 The driver holds all state: which units wait, which actor has which, how often each was tried. An actor is a place
 to run and nothing else, so losing one loses at most its running unit. A unit's result must be safe to produce twice
 (first commit wins): a cut network makes Ray report an actor dead that still works.
+
+A node that is short of memory gets no more units until it has some again: its actors say after each unit how much is
+left, and while they wait. Only where no unit runs anywhere one is handed out nevertheless, so that the work always goes
+on.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from clipmill.cluster import connection
+from clipmill.cluster.memory import free_share
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted, StageFailed
 
@@ -34,6 +39,10 @@ U = TypeVar("U")
 Outcome = tuple[str, Any]
 """("done", dict), ("raised", (class name, message)) for a ClipmillError, or ("failed", traceback text)."""
 
+MIN_FREE_SHARE = 0.1
+"""Of a node's memory. Ray kills workers at 5 %, whichever video happens to be in them."""
+WATCH_SECONDS = 2.0
+"""How often an actor of a node that is short of memory looks again."""
 WINDOW = 2
 """Units an actor holds: the one it works on, and the next, so that it never waits for the driver."""
 SLOW_UNIT_SECONDS = 600
@@ -64,9 +73,14 @@ class FanoutActor:
             sys.modules["torch"].set_num_threads(self._num_threads)
         return outcome
 
-    def run(self, unit: Any) -> Outcome:
-        """Does one unit."""
-        return _attempt(lambda: self._work(unit))
+    def run(self, unit: Any) -> tuple[Outcome, float]:
+        """Does one unit; with it comes the share of the node's memory that is free afterwards."""
+        return _attempt(lambda: self._work(unit)), free_share()
+
+    def watch(self) -> float:
+        """The share of the node's memory that is free a little later."""
+        time.sleep(WATCH_SECONDS)
+        return free_share()
 
 
 def _attempt(work: Callable[[], dict[str, Any]]) -> Outcome:
@@ -120,11 +134,18 @@ class _Slot:
 
     actor: ActorHandle
     calls: deque[tuple[ObjectRef, int | None]]
-    """(call, index of its unit); None: not a unit but ``place`` or ``start``."""
+    """(call, index of its unit); None: not a unit but ``place``, ``start`` or ``watch``."""
     created: float = field(default_factory=time.monotonic)
     answered: float = field(default_factory=time.monotonic)
     placed: bool = False
     started: bool = False
+    free_share: float = 1.0
+    """Of its node's memory, when it last said so."""
+
+    @property
+    def is_short(self) -> bool:
+        """Whether its node has too little memory left for another unit."""
+        return self.free_share < MIN_FREE_SHARE
 
 
 class _Driver(Generic[U]):
@@ -199,11 +220,28 @@ class _Driver(Generic[U]):
         window = WINDOW if len(self._waiting) > len(self._slots) else 1
         for depth in range(window):
             for slot in self._slots:
-                if self._waiting and slot.started and len(slot.calls) == depth:
-                    index = self._waiting.popleft()
-                    if not slot.calls:
-                        slot.answered = time.monotonic()
-                    slot.calls.append((slot.actor.run.remote(self._units[index]), index))
+                if self._waiting and slot.started and len(slot.calls) == depth and not slot.is_short:
+                    self._give(slot)
+        self._watch_short()
+
+    def _give(self, slot: _Slot) -> None:
+        """Hands the next unit to an actor."""
+        index = self._waiting.popleft()
+        if not slot.calls:
+            slot.answered = time.monotonic()
+        slot.calls.append((slot.actor.run.remote(self._units[index]), index))
+
+    def _watch_short(self) -> None:
+        """Idle actors of nodes short of memory tell when there is more; one of them works if nobody else does."""
+        idle = [slot for slot in self._slots if slot.started and slot.is_short and not slot.calls]
+        runs = any(index is not None for slot in self._slots for _, index in slot.calls)
+        if idle and self._waiting and not runs:
+            slot = max(idle, key=lambda slot: slot.free_share)
+            idle.remove(slot)
+            self._give(slot)
+        for slot in idle:
+            if self._waiting:
+                slot.calls.append((slot.actor.watch.remote(), None))
 
     def _take(self, slot: _Slot) -> None:
         """Reads the answer to the oldest call of an actor."""
@@ -212,15 +250,25 @@ class _Driver(Generic[U]):
         call, index = slot.calls.popleft()
         slot.answered = time.monotonic()
         try:
-            outcome = ray.get(call)
+            answer = ray.get(call)
         except ray.exceptions.RayError as error:  # the actor or its node died, or the arguments do not unpickle
-            outcome = ("failed", connection.death(error) if connection.is_death(error) else str(error))
+            lost = ("failed", connection.death(error) if connection.is_death(error) else str(error))
+            answer = lost if index is None else (lost, slot.free_share)
         if not slot.placed:
-            self._take_place(slot, outcome)
+            self._take_place(slot, answer)
+        elif not slot.started:
+            self._take_start(slot, answer)
         elif index is None:
-            self._take_start(slot, outcome)
+            self._take_watch(slot, answer)
         else:
+            outcome, slot.free_share = answer
             self._take_unit(slot, index, outcome)
+
+    def _take_watch(self, slot: _Slot, answer: float | Outcome) -> None:
+        if isinstance(answer, float):
+            slot.free_share = answer
+        else:
+            self._drop(slot)  # it died, with nothing in its hands
 
     def _take_place(self, slot: _Slot, outcome: Outcome | None) -> None:
         if outcome is not None:

@@ -38,10 +38,13 @@ def inspect(url: str) -> dict[str, Any]:
             f"{url} holds no finished clips; name a split of a run, such as runs/demo/clips/train"
         ) from error
     classes: Counter[str] = Counter()
-    durations, excluded = [], []
+    durations: list[float] = []
+    excluded: dict[str, dict[str, Any]] = {}
     for record in read_commits(url, committed_units(url)):
-        excluded += [{"url": video["url"], "cause": video["cause"]} for video in record["exclusions"]]
+        # Units ascend, so what a retried video came to last holds.
+        excluded |= {video["id"]: {"url": video["url"], "cause": video["cause"]} for video in record["exclusions"]}
         for video in record["videos"]:
+            excluded.pop(video["id"], None)
             classes[video["label"] or "-"] += video["clips"]
             if video["info"]["duration_seconds"] is not None:
                 durations.append(video["info"]["duration_seconds"])
@@ -54,7 +57,7 @@ def inspect(url: str) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "classes": dict(sorted(classes.items())),
         "video_seconds": _spread(durations),
-        "excluded": excluded,
+        "excluded": list(excluded.values()),
         "contact_sheet": _sheet(manifest) if manifest.num_samples else None,
     }
 

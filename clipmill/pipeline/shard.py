@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, overload
 
 from clipmill import storage
@@ -21,13 +20,19 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import DataConfig, RunConfig, identity
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease
-from clipmill.pipeline.plan import Plan, Unit, load_plan, make_plan, read_plan_document
+from clipmill.pipeline.generation import extend_plan, make_plan, retry_videos
+from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_plan_document
 from clipmill.pipeline.sources import check_source
-from clipmill.pipeline.unit import FIRST_VIDEOS, digest, make_worker
+from clipmill.pipeline.tally import Tally, publish_tally, read_tally
+from clipmill.pipeline.unit import FIRST_VIDEOS, make_worker
 from clipmill.progress import bar
-from clipmill.shards.manifest import SPLITS, Manifest, committed_units, freeze, read_commits
+from clipmill.shards.interop import publish_energon
+from clipmill.shards.manifest import SPLITS, Manifest, freeze
 
-__all__ = ["folder_url", "is_finished", "run"]
+__all__ = ["folder_url", "is_finished", "plan_more", "run"]
+
+PUBLISH_EVERY = 1000
+"""Units between two writings of the tally: a killed driver makes the next one read at most so many records."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +52,12 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         plan = load_plan(config)
     except FileNotFoundError:
         plan = make_plan(config)
-    tally = Tally()
+    tally = read_tally(config, plan)
     try:
         clips_per_second = _shard_units(config, lease, plan, tally)
     finally:  # whoever has to find out why a run stopped needs the list most
-        if tally.exclusions:
+        publish_tally(config, tally)
+        if tally.exclusions or len(plan.document["generations"]) > 1:  # a retry may have emptied it
             storage.publish_bytes(config.folder("clips", "quarantine.jsonl"), tally.quarantine())
     return {**_freeze(config, plan, tally), "clips_per_second": clips_per_second}
 
@@ -81,6 +87,36 @@ def is_finished(config: RunConfig) -> bool:
     return all(manifest.facts["num_generations"] == num_generations for manifest in manifests)
 
 
+def plan_more(config: RunConfig, kind: GenerationKind) -> bool:
+    """Adds a generation to the plan: what the source holds beyond it, or what is in quarantine.
+
+    A generation of this kind that is not finished is not planned a second time, so that the same command goes on after
+    any kill. Older units and their shards stay as they are.
+
+    Returns:
+        Whether there is anything to do now.
+
+    Raises:
+        UserError: the source is missing, empty or unreadable; nothing has been written then.
+    """
+    try:
+        plan = load_plan(config)
+    except FileNotFoundError:
+        return True
+    generations = plan.document["generations"]
+    if len(generations) > 1 and generations[-1]["kind"] == kind and not is_finished(config):
+        logger.info("generation %d is not finished yet: going on with it", len(generations) - 1)
+        return True
+    if kind == "listed":
+        added, nothing = extend_plan(config, plan), "the source holds no video that is not planned yet"
+    else:
+        ids = {exclusion["id"] for exclusion in read_tally(config, plan).exclusions}
+        added, nothing = retry_videos(config, plan, ids), "no video is in quarantine"
+    if not added:
+        logger.info("%s", nothing)
+    return added or not is_finished(config)
+
+
 def _check_resolution(data: DataConfig) -> None:
     if data.format == "mp4" and data.clip.resolution % 2:
         raise UserError(
@@ -90,57 +126,6 @@ def _check_resolution(data: DataConfig) -> None:
 
 
 # ------------------------------------------------------------------------------------------ the driver
-
-
-@dataclass
-class SplitCounts:
-    """Sums over the committed units of a split. All integers, so their order does not matter."""
-
-    num_videos: int = 0
-    num_clips: int = 0
-    num_short: int = 0
-    num_truncated: int = 0
-    num_with_actions: int = 0
-    num_excluded: int = 0
-    num_values: int = 0
-    pixel_sum: int = 0
-    pixel_square_sum: int = 0
-
-    def pixel_moments(self) -> tuple[float | None, float | None]:
-        """Mean and variance of x / 255 - 0.5 over all uint8 values x, exact up to the final rounding."""
-        if not self.num_values:
-            return None, None
-        mean = Fraction(self.pixel_sum, self.num_values)
-        variance = Fraction(self.pixel_square_sum, self.num_values) - mean**2
-        return float(mean / 255 - Fraction(1, 2)), float(variance / 255**2)
-
-
-@dataclass
-class Tally:
-    """What the finished units amount to, from earlier runs and from this one."""
-
-    splits: dict[str, SplitCounts] = field(default_factory=lambda: {split: SplitCounts() for split in SPLITS})
-    labels: Counter[str] = field(default_factory=Counter)
-    exclusions: list[dict[str, Any]] = field(default_factory=list)
-    versions: set[str] = field(default_factory=set)
-
-    def add(self, unit: dict[str, Any]) -> None:
-        """Adds one unit's `digest`."""
-        counts = self.splits[unit["split"]]
-        for name, number in unit["counts"].items():
-            setattr(counts, name, getattr(counts, name) + number)
-        self.labels.update(unit["labels"])
-        self.exclusions += unit["exclusions"]
-        self.versions.add(json.dumps(unit["versions"], sort_keys=True))
-
-    def total(self, name: str) -> int:
-        """A count over both splits."""
-        return sum(getattr(counts, name) for counts in self.splits.values())
-
-    def quarantine(self) -> bytes:
-        """The excluded videos as JSON lines, in the order of the plan."""
-        ordered = sorted(self.exclusions, key=lambda exclusion: (exclusion["split"], exclusion["id"]))
-        return b"".join(json.dumps(exclusion, sort_keys=True).encode() + b"\n" for exclusion in ordered)
 
 
 class _Pending(Sequence[Unit]):
@@ -163,18 +148,17 @@ class _Pending(Sequence[Unit]):
 
 
 def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> float:
-    """Counts what is committed already and does the rest, within the failure budget.
+    """Does the units that are not committed yet, within the failure budget.
 
     Returns:
         Clips a second, of those that this run has made.
     """
-    names = []
-    for split in SPLITS:
-        url = config.folder("clips", split)
-        committed = set(committed_units(url)) & set(range(plan.num_units(split)))
-        for record in read_commits(url, sorted(committed)):
-            tally.add(digest(record))
-        names += [(split, number) for number in range(plan.num_units(split)) if number not in committed]
+    names = [
+        (split, number)
+        for split in SPLITS
+        for number in range(plan.num_units(split))
+        if number not in tally.committed[split]
+    ]
     _check_budget(config, tally)
     began, num_clips_before = time.monotonic(), tally.total("num_clips")
     with bar("shard", total=plan.num_videos, unit="videos") as progress:
@@ -189,6 +173,8 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
             if "counts" not in result:
                 raise _over_budget(config, result["exclusions"], result["tried"])
             tally.add(result)
+            if tally.num_units % PUBLISH_EVERY == 0:
+                publish_tally(config, tally)
             show()
             _check_budget(config, tally)
 
@@ -227,16 +213,14 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
         raise StageFailed(
             f"the split train has no clip: of {counts.num_videos} videos {counts.num_short} are shorter than "
             f"{config.data.clip.span} frames and {counts.num_excluded} failed (see quarantine.jsonl in "
-            f"{folder_url(config)}). Shorten data.clip.num_frames or lower data.val_fraction, with another root"
+            f"{folder_url(config)}); {counts.num_static} static and {counts.num_black} black clips were rejected. "
+            "Shorten data.clip.num_frames or lower data.val_fraction, with another root"
         )
     if not tally.splits["val"].num_clips:
         logger.warning("the split val has no clip: add videos or raise data.val_fraction (with another root)")
-    recipe = {
-        "clip": identity(config.data.clip),
-        "format": config.data.format,
-        "crf": config.data.crf if config.data.format == "mp4" else None,
-    }
+    recipe = {"clip": identity(config.data.clip), "format": config.data.format, "quality": config.data.quality}
     splits: dict[str, dict[str, int]] = {}
+    manifests: dict[str, Manifest] = {}
     for split, counts in tally.splits.items():
         pixel_mean, pixel_variance = counts.pixel_moments()
         facts = {
@@ -247,6 +231,10 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "num_units": plan.num_units(split),
             "num_videos": counts.num_videos,
             "num_short": counts.num_short,
+            "psnr": _psnr(counts.squared_error, counts.num_measured_values),
+            "num_measured_clips": counts.num_measured_clips,
+            "num_static_clips": counts.num_static,
+            "num_black_clips": counts.num_black,
             "num_truncated": counts.num_truncated,
             "num_with_actions": counts.num_with_actions,
             "num_duplicates": plan.num_duplicates,
@@ -254,16 +242,34 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "versions": [json.loads(versions) for versions in sorted(tally.versions)],
         }
         url = config.folder("clips", split)
-        manifest = freeze(url, "clips", range(plan.num_units(split)), recipe, facts)
+        manifest = manifests[split] = freeze(url, "clips", range(plan.num_units(split)), recipe, facts)
         splits[split] = {
             "videos": counts.num_videos,
             "clips": manifest.num_samples,
             "shards": len(manifest.shards),
             "bytes": sum(shard.bytes for shard in manifest.shards),
             "short": counts.num_short,
+            "static_clips": counts.num_static,
+            "black_clips": counts.num_black,
             "truncated": counts.num_truncated,
             "with_actions": counts.num_with_actions,
             "failed": counts.num_excluded,
         }
+    publish_energon(folder_url(config), manifests)
     totals = {name: sum(numbers[name] for numbers in splits.values()) for name in splits["train"]}
-    return {**totals, "duplicates": plan.num_duplicates, "classes": len(tally.labels), "splits": splits}
+    return {
+        **totals,
+        "duplicates": plan.num_duplicates,
+        "classes": len(tally.labels),
+        "psnr": _psnr(tally.total("squared_error"), tally.total("num_measured_values")),
+        "measured_clips": tally.total("num_measured_clips"),
+        "splits": splits,
+    }
+
+
+def _psnr(squared_error: int, num_values: int) -> float | None:
+    """Peak signal-to-noise ratio in dB, of the mean squared error over all values of the measured clips.
+
+    None where none was measured, or nothing was lost.
+    """
+    return 10 * math.log10(255**2 * num_values / squared_error) if squared_error else None

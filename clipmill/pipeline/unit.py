@@ -8,23 +8,23 @@ of a unit depend on the plan, the versions of the codecs and the CPU's instructi
 from __future__ import annotations
 
 import functools
-import io
+import json
 import platform
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import clipmill
-from clipmill import storage
 from clipmill.config import DataConfig, RunConfig
 from clipmill.lease import Lease
+from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo, Unit
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import commit_unit
@@ -53,16 +53,17 @@ def _shard_unit(config: RunConfig, lease: Lease, allowed_failures: int, decoder:
     videos: list[dict[str, Any]] = []
     exclusions: list[dict[str, Any]] = []
     pixels = {"num_values": 0, "pixel_sum": 0, "pixel_square_sum": 0}
+    encoding = {"num_measured_clips": 0, "num_measured_values": 0, "squared_error": 0}
     with tempfile.TemporaryDirectory(prefix="clipmill-shard-") as folder:
-        finished, copies = Path(folder, "finished"), Path(folder, "copies")
+        finished = Path(folder, "finished")
         finished.mkdir()
-        copies.mkdir()
         writer = UnitWriter(finished, "clips", unit.number, config.data.shard_bytes)
         for tried, video in enumerate(unit.videos, start=1):
             try:
-                videos.append(_shard_video(config.data, video, decoder, writer, copies, pixels))
+                with tempfile.TemporaryDirectory(dir=folder) as copies:
+                    videos.append(_shard_video(config, video, decoder, writer, Path(copies), pixels, encoding))
             except ExcludedVideo as excluded:
-                exclusions.append({"id": video.id, "url": video.url, **excluded.document})
+                exclusions.append({"id": video.id, "url": video.name, **excluded.document})
                 if len(exclusions) > allowed_failures or FIRST_VIDEOS <= tried == len(exclusions):
                     return {"exclusions": exclusions, "tried": tried}
         body = {
@@ -71,6 +72,7 @@ def _shard_unit(config: RunConfig, lease: Lease, allowed_failures: int, decoder:
             "exclusions": exclusions,
             "num_short": sum(video["short"] for video in videos),
             "pixels": pixels,
+            "encoding": encoding,
             "versions": _versions(),
         }
         parts = writer.finish()
@@ -87,31 +89,35 @@ def digest(record: dict[str, Any]) -> dict[str, Any]:
             labels[video["label"]] += video["clips"]
     return {
         "split": record["split"],
+        "unit": record["unit"],
         "counts": {
             "num_videos": len(record["videos"]) + len(record["exclusions"]),
             "num_clips": sum(video["clips"] for video in record["videos"]),
             "num_short": record["num_short"],
+            "num_static": sum(video["static"] for video in record["videos"]),
+            "num_black": sum(video["black"] for video in record["videos"]),
             "num_truncated": sum(video["truncated"] for video in record["videos"]),
             "num_with_actions": sum(video["actions"] for video in record["videos"]),
             "num_excluded": len(record["exclusions"]),
             **record["pixels"],
+            **record["encoding"],
         },
         "labels": labels,
-        "exclusions": [{"split": record["split"], **exclusion} for exclusion in record["exclusions"]],
+        "exclusions": [
+            {"split": record["split"], "unit": record["unit"], **exclusion} for exclusion in record["exclusions"]
+        ],
         "versions": record["versions"],
     }
 
 
-class ExcludedVideo(Exception):
-    """This video gives no clips; ``document`` says why, without anything that differs from run to run."""
-
-    def __init__(self, stage: str, cause: str, attempts: Sequence[str] = (), stderr: str = "") -> None:
-        super().__init__(cause)
-        self.document = {"stage": stage, "cause": cause, "attempts": list(attempts), "stderr": stderr}
-
-
 def _shard_video(
-    data: DataConfig, video: PlannedVideo, decoder: Decoder, writer: UnitWriter, folder: Path, pixels: dict[str, int]
+    config: RunConfig,
+    video: PlannedVideo,
+    decoder: Decoder,
+    writer: UnitWriter,
+    folder: Path,
+    pixels: dict[str, int],
+    encoding: dict[str, int],
 ) -> dict[str, Any]:
     """Adds all clips of a video to the unit, or none.
 
@@ -122,77 +128,40 @@ def _shard_video(
         ExcludedVideo: the video or its actions are bad; nothing has been added.
         OSError, DecoderLost: the environment failed.
     """
-    copy = folder / f"video{PurePosixPath(video.url).suffix}"
+    data = config.data
+    path, actions = fetch_video(data, video, folder)
+    encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
     try:
-        path = _local_copy(data, video.url, copy)
-    except FileNotFoundError as error:
-        source = storage.absolute(data.source.url)
-        if next(storage.walk(source), None) is None:  # an unmounted disk is no reason to exclude anything
-            raise OSError(f"the source {source} is empty or gone") from error
-        raise ExcludedVideo("fetch", f"{video.url} is missing") from error
-    if path.stat().st_size != video.bytes:
-        raise ExcludedVideo("fetch", f"changed since it was planned: {video.bytes} -> {path.stat().st_size} bytes")
-    actions = _read_actions(data, video, folder)
-    encode = (data.format, data.crf)
-    try:
-        for clip in decoder.clips(path, data.clip, data.decoder, encode=encode):
+        for clip in decoder.clips(path, data.clip, data.decoder, encode=encode, key=key):
             outcome = _finished(decoder)
             if actions is not None and clip.ordinal == 0:
-                _check_rows(len(actions), (outcome.num_clips - 1) * data.clip.step + data.clip.span)
+                _check_rows(len(actions), outcome.num_needed_frames)
             writer.add(_sample(data, video, clip, actions))
             pixels["num_values"] += clip.num_values
             pixels["pixel_sum"] += clip.pixel_sum
             pixels["pixel_square_sum"] += clip.pixel_square_sum
+            if clip.squared_error is not None:
+                encoding["num_measured_clips"] += 1
+                encoding["num_measured_values"] += clip.num_values
+                encoding["squared_error"] += clip.squared_error
     except BadVideo as bad:
-        scrub = functools.partial(_scrub, path=path, url=video.url)
+        scrub = functools.partial(_scrub, path=path, name=video.name)
         attempts = [scrub(attempt) for attempt in bad.attempts]
         raise ExcludedVideo("decode", scrub(bad.cause), attempts, scrub(bad.stderr_tail)) from bad
-    finally:
-        copy.unlink(missing_ok=True)
     outcome = _finished(decoder)
     return {
         "id": video.id,
-        "url": video.url,
+        "url": video.name,
         "label": video.label,
         "clips": outcome.num_clips,
         "short": outcome.short,
+        "static": outcome.num_static,
+        "black": outcome.num_black,
         "truncated": outcome.truncated,
         "actions": actions is not None,
         "num_frames": outcome.num_frames,
         "info": asdict(outcome.info),
     }
-
-
-def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
-    """A file of the source on this machine: itself where the source is local, else fetched to ``copy``.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    url = storage.join(storage.absolute(data.source.url), name)
-    if storage.is_local(url):
-        path = storage.local_path(url)
-        path.stat()
-        return path
-    storage.fetch(url, copy)
-    return copy
-
-
-def _read_actions(data: DataConfig, video: PlannedVideo, folder: Path) -> np.ndarray | None:
-    """float32 [num_frames, ...]: the actions of a video; none where no file of that name lies beside it."""
-    if video.actions is None:
-        return None
-    try:
-        path = _local_copy(data, video.actions, folder / "actions")
-    except FileNotFoundError:
-        return None
-    try:
-        actions = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        if actions.ndim < 1 or actions.dtype.kind not in "fiub":
-            raise ValueError(f"an array {actions.dtype} {list(actions.shape)}")
-    except (ValueError, EOFError) as error:
-        raise ExcludedVideo("actions", f"{video.actions} is no numeric .npy file with a row for each frame") from error
-    return np.asarray(actions, np.float32)
 
 
 def _check_rows(num_rows: int, num_frames: int) -> None:
@@ -207,32 +176,37 @@ def _finished(decoder: Decoder) -> Outcome:
 
 
 def _sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarray | None) -> Sample:
+    key = f"{video.id}_{clip.ordinal:06d}"
+    crop: dict[str, Any] = {"crop": "center" if data.clip.fit == "crop" else data.clip.fit}
+    if clip.view is not None:
+        number, view = clip.view
+        key, crop = f"{key}_v{number}", {"crop": "random", "view": {"number": number, **view._asdict()}}
     members = {
         data.format: clip.data if isinstance(clip.data, bytes) else npy_bytes(clip.data),
         "json": json_bytes(
             {
-                "source": video.url,
+                "source": video.name,
                 "video": video.id,
                 "start_seconds": clip.start_seconds,
                 "end_seconds": clip.end_seconds,
-                "first_frame": clip.first_frame,
-                "frame_stride": data.clip.frame_stride,
+                "first_frame": clip.frame_numbers[0],
+                "frame_stride": data.clip.frame_stride if data.clip.fps is None else None,
                 "fps": clip.fps,
-                "crop": "center" if data.clip.fit == "crop" else data.clip.fit,
+                **crop,
                 "label": video.label,
                 "text": video.text,
+                "metadata": None if video.metadata is None else json.loads(video.metadata),
             }
         ),
     }
     if actions is not None:
-        end_frame = clip.first_frame + data.clip.span
-        members["actions.npy"] = npy_bytes(actions[clip.first_frame : end_frame : data.clip.frame_stride])
-    return Sample(f"{video.id}_{clip.ordinal:06d}", members)
+        members["actions.npy"] = npy_bytes(actions[list(clip.frame_numbers)])
+    return Sample(key, members)
 
 
-def _scrub(text: str, path: Path, url: str) -> str:
+def _scrub(text: str, path: Path, name: str) -> str:
     """Takes out of a message what differs from run to run: where the file lay, and addresses in memory."""
-    return re.sub(r"0x[0-9a-fA-F]{6,}", "0x..", text.replace(str(path), url))
+    return re.sub(r"0x[0-9a-fA-F]{6,}", "0x..", text.replace(str(path), name))
 
 
 @functools.cache
@@ -242,6 +216,7 @@ def _versions() -> dict[str, str]:
         "clipmill": clipmill.__version__,
         "av": metadata.version("av"),  # its wheel holds FFmpeg and libx264
         "decord": metadata.version("decord"),
+        "pillow": metadata.version("pillow"),  # its wheel holds libjpeg-turbo
         "cpu": f"{platform.machine()} {_vector_instructions()}",
     }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -124,3 +125,20 @@ def test_more_workers_than_room_do_not_hold_up_the_work(tmp_path: Path) -> None:
     results = run(make_recorder, (str(tmp_path),), ["a", "b", "c"], fanout_workers=3, fanout_cpus=2)
     assert sorted(unit for unit, _ in results) == ["a", "b", "c"]
     assert len({result["pid"] for _, result in results}) == 1
+
+
+def make_timer() -> Callable[[int], dict[str, Any]]:
+    def work(unit: int) -> dict[str, Any]:
+        began = time.monotonic()  # one clock for all processes of a machine
+        time.sleep(0.3)
+        return {"began": began, "ended": time.monotonic()}
+
+    return work
+
+
+def test_nodes_short_of_memory_get_one_unit_at_a_time_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipmill.cluster.fanout.MIN_FREE_SHARE", 2.0)  # no machine ever has so much
+    results = run(make_timer, (), list(range(6)), fanout_workers=2)
+    spans = sorted((result["began"], result["ended"]) for _, result in results)
+    assert len(spans) == 6
+    assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))

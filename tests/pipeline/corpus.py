@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,18 @@ def files_of(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not str(path.relative_to(folder)).startswith(but)
     }
+
+
+def members_of(config: RunConfig) -> dict[str, bytes]:
+    """What a finished data set holds: the members of all samples, as ``split/video_clip.member``, each once."""
+    found: dict[str, bytes] = {}
+    for split in ("train", "val"):
+        folder = Path(config.folder("clips", split))
+        for name in (folder / "shards.txt").read_text().split():
+            with tarfile.open(folder / name) as tar:
+                for member in tar:
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    assert f"{split}/{member.name}" not in found
+                    found[f"{split}/{member.name}"] = content.read()
+    return found

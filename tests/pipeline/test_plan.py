@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.plan import EDGE_BYTES, Plan, _cut_units, load_plan, make_plan
+from clipmill.pipeline.generation import cut_units, make_plan
+from clipmill.pipeline.plan import Plan, load_plan
+from clipmill.pipeline.sources.record import EDGE_BYTES
 
 
 def fill(source, names, sizes=None):
@@ -151,7 +153,7 @@ def test_the_columns_on_disk(tmp_path):
     plan = make_plan(config_for(tmp_path))
     table = pq.read_table(tmp_path / "run" / "clips" / "plan" / "gen-0000.parquet")
     assert table.column_names == (
-        ["split", "unit", "ordinal", "id", "url", "bytes", "etag", "label", "actions", "text"]
+        ["split", "unit", "ordinal", "id", "url", "bytes", "etag", "label", "actions", "text", "member", "metadata"]
     )
     (row,) = table.to_pylist()
     assert row["url"] == "a/one.mp4"
@@ -168,7 +170,7 @@ def test_the_columns_on_disk(tmp_path):
 )
 def test_units_are_consecutive_and_bounded(sizes, num_train, unit_bytes):
     is_val = np.arange(len(sizes)) >= num_train
-    units, ordinals = _cut_units(np.array(sizes, np.int64), is_val, unit_bytes)
+    units, ordinals = cut_units(np.array(sizes, np.int64), is_val, unit_bytes)
     for in_val in (False, True):
         numbers, places = units[is_val == in_val].tolist(), ordinals[is_val == in_val].tolist()
         held = np.array(sizes)[is_val == in_val]

@@ -54,7 +54,7 @@ def test_the_manifests_hold_what_readers_ask_for(finished: tuple[RunConfig, dict
     config, _ = finished
     for manifest in manifests(config).values():
         assert manifest.recipe["clip"]["num_frames"] == 4
-        assert (manifest.recipe["format"], manifest.recipe["crf"]) == ("mp4", 16)
+        assert (manifest.recipe["format"], manifest.recipe["quality"]) == ("mp4", 16)
         assert manifest.facts["classes"] == list(CLASSES)
         assert -0.5 < manifest.facts["pixel_mean"] < 0.5
         assert 0 < manifest.facts["pixel_variance"] < 0.25

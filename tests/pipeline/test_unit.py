@@ -15,9 +15,13 @@ import pytest
 from clipmill.config import RunConfig
 from clipmill.errors import StageFailed
 from clipmill.lease import Lease, hold
-from clipmill.pipeline.plan import Unit, make_plan
+from clipmill.pipeline.generation import make_plan
+from clipmill.pipeline.plan import Unit
 from clipmill.pipeline.unit import make_worker
+from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import committed_units, read_commit
+from clipmill.video import encode_mp4
+from clipmill.video.worker import is_measured
 from tests.pipeline.corpus import run_config, video_bytes, write_corpus
 
 
@@ -76,6 +80,7 @@ def test_the_json_says_where_a_clip_comes_from(tmp_path: Path) -> None:
         "crop": "center",
         "label": "left",
         "text": None,
+        "metadata": None,
     }
 
 
@@ -91,6 +96,83 @@ def test_each_clip_carries_the_actions_of_its_frames(tmp_path: Path) -> None:
     found = [np.load(io.BytesIO(sample["actions.npy"])) for sample in samples_of(config).values()]
     np.testing.assert_array_equal(found, [actions[0:5:2], actions[6:11:2]])
     assert found[0].dtype == np.float32
+
+
+def test_actions_follow_the_frames_that_a_frame_rate_chooses(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.mp4").write_bytes(video_bytes(1, 12))  # 12.5 frames a second
+    actions = np.arange(24, dtype=np.float32).reshape(12, 2)
+    np.save(source / "one.actions.npy", actions)
+    clip = {"num_frames": 3, "fps": 5, "clip_stride": 1, "resolution": 32}
+    config, unit = one_unit(tmp_path, source={"url": str(source), "actions_suffix": ".actions.npy"}, clip=clip)
+    shard(config, unit)
+    samples = samples_of(config).values()
+    found = [np.load(io.BytesIO(sample["actions.npy"])) for sample in samples]
+    # Ticks every 0.2 s on frames every 0.08 s.
+    np.testing.assert_array_equal(found, [actions[[0, 2, 5]], actions[[2, 5, 7]], actions[[5, 7, 10]]])
+    described = [json.loads(sample["json"]) for sample in samples]
+    assert [document["first_frame"] for document in described] == [0, 2, 5]
+    assert {(document["fps"], document["frame_stride"]) for document in described} == {(5, None)}
+
+
+@pytest.mark.parametrize("form", ["mp4", "jpgs", "npy"])
+def test_the_loss_of_encodingis_measured_on_some_clips(tmp_path: Path, form: str) -> None:
+    write_corpus(tmp_path / "source", 1, with_bad=False)
+    clip = {"num_frames": 2, "clip_stride": 1, "resolution": 32}
+    config, unit = one_unit(tmp_path, format=form, clip=clip)
+    counts = shard(config, unit)["counts"]
+    stored = {key: decode_clip(dict(map(_view, sample.items())))["video"] for key, sample in samples_of(config).items()}
+    lossless_config, lossless_unit = one_unit(
+        tmp_path / "npy", source={"url": str(tmp_path / "source")}, format="npy", clip=clip
+    )
+    shard(lossless_config, lossless_unit)
+    exact = {key: np.load(io.BytesIO(sample["npy"])) for key, sample in samples_of(lossless_config).items()}
+    if form == "npy":
+        assert (counts["num_measured_clips"], counts["squared_error"]) == (0, 0)
+        return
+    measured = [key for key in exact if is_measured(f"0:{key[:16]}:{int(key[17:])}:0")]
+    assert 0 < counts["num_measured_clips"] == len(measured) < len(exact) / 4
+    errors = [int(((stored[key].astype(np.int64) - exact[key]) ** 2).sum()) for key in measured]
+    assert counts["squared_error"] == sum(errors) > 0
+    assert counts["num_measured_values"] == len(measured) * 2 * 32 * 32 * 3
+
+
+def _view(member: tuple[str, bytes]) -> tuple[str, memoryview]:
+    return member[0], memoryview(member[1])
+
+
+def test_each_view_is_a_sample_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "one.mp4").write_bytes(video_bytes(1, 8))
+    config, unit = one_unit(
+        tmp_path, format="jpgs", clip={"num_frames": 4, "resolution": 32, "views_per_clip": 2, "max_clips_per_video": 2}
+    )
+    assert shard(config, unit)["counts"]["num_clips"] == 4
+    samples = samples_of(config)
+    video = unit.videos[0].id
+    assert list(samples) == [f"{video}_{clip:06d}_v{view}" for clip in range(2) for view in range(2)]
+    described = [json.loads(sample["json"]) for sample in samples.values()]
+    assert [document["view"]["number"] for document in described] == [0, 1, 0, 1]
+    assert {document["crop"] for document in described} == {"random"}
+    assert all(
+        decode_clip(dict(map(_view, sample.items())))["video"].shape == (4, 32, 32, 3) for sample in samples.values()
+    )
+
+
+def test_rejected_clips_are_counted(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "still.mp4").write_bytes(encode_mp4(np.full((8, 48, 64, 3), 90, np.uint8), 10, 20))
+    (source / "moving.mp4").write_bytes(video_bytes(1, 8))
+    config, unit = one_unit(tmp_path, clip={"num_frames": 4, "resolution": 32, "reject_static": 1})
+    counts = shard(config, unit)["counts"]
+    assert (counts["num_clips"], counts["num_static"], counts["num_black"], counts["num_short"]) == (2, 2, 0, 0)
+    videos = read_commit(config.folder("clips", "train"), 0)["videos"]
+    assert {video["url"]: (video["clips"], video["static"]) for video in videos} == {
+        "still.mp4": (0, 2),
+        "moving.mp4": (2, 0),
+    }
 
 
 @pytest.mark.parametrize(
@@ -184,5 +266,5 @@ def test_the_commit_tells_all_about_the_unit(tmp_path: Path) -> None:
     assert (good["info"]["codec"], good["info"]["width"], good["info"]["height"]) == ("h264", 64, 48)
     assert good["num_frames"] == 11
     assert {exclusion["url"] for exclusion in record["exclusions"]} == {"up/broken.mp4", "up/readme.mp4"}
-    assert record["versions"].keys() == {"clipmill", "av", "decord", "cpu"}
+    assert record["versions"].keys() == {"clipmill", "av", "decord", "pillow", "cpu"}
     assert str(tmp_path) not in json.dumps(record)

@@ -1,0 +1,201 @@
+"""Makes the generations of a plan: the first from a listing, further ones from what came or failed since.
+
+A generation is planned once. Its file is written first and ``plan.json`` last, so that a killed planner leaves the plan
+as it was, and the generation that a run has not finished yet is not planned again by the same command.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipmill import storage
+from clipmill.config import RunConfig
+from clipmill.pipeline.listing import NO_ELDERS, NO_SPLIT, Elders, hash64, list_source, tell_apart
+from clipmill.pipeline.plan import BATCH_ROWS, PLAN_COLUMNS, GenerationKind, Plan, load_plan, publish_plan_document
+from clipmill.shards.format import file_sha256
+from clipmill.shards.manifest import SPLITS
+
+__all__ = ["extend_plan", "make_plan", "retry_videos"]
+
+logger = logging.getLogger(__name__)
+
+_OWN_COLUMNS = ("split", "unit", "ordinal", "id")
+"""Of `PLAN_COLUMNS`, those that a generation decides; the others come from the source."""
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Lists the source once and publishes the plan.
+
+    Raises:
+        UserError: the source is missing, empty or unreadable; nothing has been written then.
+    """
+    _add_listed(config, None)
+    return load_plan(config)
+
+
+def extend_plan(config: RunConfig, plan: Plan) -> bool:
+    """Lists the source again and plans the videos that no generation has; False: there are none.
+
+    Raises:
+        UserError: the source is missing, empty or unreadable; nothing has been written then.
+    """
+    return _add_listed(config, plan)
+
+
+def retry_videos(config: RunConfig, plan: Plan, ids: Collection[str]) -> bool:
+    """Plans videos of earlier generations anew, in units of their own; False: there are none."""
+    places = np.flatnonzero(np.isin(plan.ids(), np.array([int(i, 16) for i in ids], np.uint64)))
+    if not len(places):
+        return False
+    table = plan.rows(places)
+    numbers = np.array([int(i, 16) for i in table["id"].to_pylist()], np.uint64)
+    _, firsts = np.unique(numbers, return_index=True)  # one that failed twice stands in two generations
+    is_val = np.array([split == "val" for split in table["split"].to_pylist()])[firsts]
+    order = np.lexsort((numbers[firsts], is_val))
+    _publish(config, plan, "retried", table, firsts[order], is_val[order], numbers[firsts][order], {"duplicates": 0})
+    return True
+
+
+def _add_listed(config: RunConfig, plan: Plan | None) -> bool:
+    listing = list_source(config.data.source)
+    elders, num_known_duplicates = NO_ELDERS, 0
+    if plan is not None:
+        elders, num_known_duplicates = _elders(plan), plan.num_duplicates
+    ids, keep, ambiguous = tell_apart(
+        listing.bases, listing.content, lambda row: listing.table["url"][row].as_py(), elders
+    )
+    # Split by the unrefined hash: a look-alike that is added later must not move its elder.
+    is_val = np.fromiter((_share(config.seed, base) < config.data.val_fraction for base in _ints(listing.bases)), bool)
+    is_val = np.where(listing.splits == NO_SPLIT, is_val, listing.splits == SPLITS.index("val"))
+    num_duplicates = max(int(len(keep) - keep.sum()) - num_known_duplicates, 0)
+    rows = np.flatnonzero(keep & ~elders.holds(ids))
+    if plan is not None and not len(rows):
+        return False
+    order = rows[np.lexsort((ids[rows], is_val[rows]))]
+    facts = {"duplicates": num_duplicates, "ambiguous": sorted(f"{base:016x}" for base in ambiguous)}
+    _publish(config, plan, "listed", listing.table, order, is_val[order], ids[order], facts)
+    return True
+
+
+def _elders(plan: Plan) -> Elders:
+    ids = plan.ids()
+    ambiguous = {
+        int(base, 16) for generation in plan.document["generations"] for base in generation.get("ambiguous", [])
+    }
+
+    def url(number: int) -> str:
+        return plan.rows(np.flatnonzero(ids == np.uint64(number))[:1])["url"][0].as_py()
+
+    return Elders(np.sort(ids), ambiguous, url)
+
+
+def _publish(
+    config: RunConfig,
+    plan: Plan | None,
+    kind: GenerationKind,
+    table: pa.Table,
+    order: np.ndarray,
+    is_val: np.ndarray,
+    ids: np.ndarray,
+    facts: dict[str, Any],
+) -> None:
+    """Writes one more generation.
+
+    Args:
+        config: of the run.
+        plan: the generations so far.
+        kind: of the generation.
+        table: source columns of at least these videos.
+        order: int64[n], rows of the table in the order of the plan.
+        is_val: bool[n], whether each is in ``val``.
+        ids: uint64[n], their ids.
+        facts: for ``plan.json``.
+    """
+    sizes = table.column("bytes").to_numpy()[order]
+    units, ordinals = cut_units(sizes, is_val, config.data.unit_bytes)
+    num_units = {split: int(units[is_val == (split == "val")].max(initial=-1)) + 1 for split in SPLITS}
+    earlier = [] if plan is None else plan.document["generations"]
+    if plan is not None:
+        units += np.where(is_val, plan.num_units("val"), plan.num_units("train")).astype(np.int32)
+    name = f"gen-{len(earlier):04d}.parquet"
+    with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder:
+        path = Path(folder) / name
+        _write_rows(path, table, order, is_val, units, ordinals, ids)
+        storage.publish_file(path, config.folder("clips", "plan", name))
+        generation = {
+            "kind": kind,
+            "file": name,
+            "sha256": file_sha256(path),
+            "videos": len(order),
+            "bytes": int(sizes.sum()),
+            "units": num_units,
+            **facts,
+        }
+    publish_plan_document(config, [*earlier, generation])
+    logger.info(
+        "planned %d videos (generation %d, %s; %d duplicates left out)",
+        len(order),
+        len(earlier),
+        kind,
+        facts["duplicates"],
+    )
+
+
+def _write_rows(
+    path: Path,
+    table: pa.Table,
+    order: np.ndarray,
+    is_val: np.ndarray,
+    units: np.ndarray,
+    ordinals: np.ndarray,
+    ids: np.ndarray,
+) -> None:
+    schema = pa.schema(PLAN_COLUMNS)
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, len(order), BATCH_ROWS):
+            rows = slice(first, first + BATCH_ROWS)
+            taken = table.take(pa.array(order[rows]))
+            columns: dict[str, Any] = {
+                "split": np.where(is_val[rows], "val", "train"),
+                "unit": units[rows],
+                "ordinal": ordinals[rows],
+                "id": [f"{number:016x}" for number in ids[rows].tolist()],
+                **{name: taken.column(name) for name in taken.column_names if name not in _OWN_COLUMNS},
+            }
+            writer.write_table(pa.table(columns, schema))
+
+
+def _share(seed: int, base: int) -> float:
+    """A number in [0, 1) that decides the split, independent of the order."""
+    return hash64(f"split:{seed}:{base:016x}") / 2**64
+
+
+def _ints(numbers: np.ndarray) -> Iterator[int]:
+    """As Python's own numbers, which are faster to compute with one by one, never many of them at once."""
+    for first in range(0, len(numbers), BATCH_ROWS):
+        yield from numbers[first : first + BATCH_ROWS].tolist()
+
+
+def cut_units(sizes: np.ndarray, is_val: np.ndarray, unit_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts each split, in order, into units: int32[n] unit and int32[n] ordinal in it.
+
+    A unit closes before the video that would take it beyond ``unit_bytes``; it holds at least one.
+    """
+    units, ordinals = np.empty(len(sizes), np.int32), np.empty(len(sizes), np.int32)
+    unit, ordinal, filled, split = 0, 0, 0, False
+    for row, (size, in_val) in enumerate(zip(_ints(sizes), is_val, strict=True)):
+        if in_val != split:
+            unit, ordinal, filled, split = 0, 0, 0, in_val
+        elif ordinal and filled + size > unit_bytes:
+            unit, ordinal, filled = unit + 1, 0, 0
+        units[row], ordinals[row] = unit, ordinal
+        ordinal, filled = ordinal + 1, filled + size
+    return units, ordinals

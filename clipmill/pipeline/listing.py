@@ -1,0 +1,209 @@
+"""What a source holds now, and which of it are different videos. Python objects live for one batch of the listing."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from clipmill import storage
+from clipmill.config import SourceConfig
+from clipmill.errors import UserError
+from clipmill.pipeline.sources import base_url, list_videos
+from clipmill.pipeline.sources.record import SourceVideo, file_identity
+from clipmill.shards.format import file_sha256
+from clipmill.shards.manifest import SPLITS
+
+__all__ = ["NO_SPLIT", "SOURCE_COLUMNS", "Elders", "Listing", "hash64", "list_source", "tell_apart"]
+
+BATCH_ROWS = 2**16
+NO_SPLIT = -1
+
+logger = logging.getLogger(__name__)
+
+_TEXT = pa.large_string()  # 32-bit offsets would overflow at some 20 million names
+SOURCE_COLUMNS: dict[str, pa.DataType] = {
+    "url": _TEXT,
+    "bytes": pa.int64(),
+    "etag": _TEXT,
+    "label": _TEXT,
+    "actions": _TEXT,
+    "text": _TEXT,
+    "member": _TEXT,
+    "metadata": _TEXT,
+}
+_MD5 = re.compile("[0-9a-f]{32}")
+"""The etag of an object that was put whole: it covers the content. Others (of multipart uploads, of encrypted
+buckets) depend on how the object was put as well."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A source's listing.
+
+    Attributes:
+        table: `SOURCE_COLUMNS` of each video.
+        bases: uint64[n], the hash of each identity.
+        splits: int8[n], the split that the source gives each (its index in `SPLITS`), or `NO_SPLIT`.
+        base_url: the folder that relative URLs are relative to.
+    """
+
+    table: pa.Table
+    bases: np.ndarray
+    splits: np.ndarray
+    base_url: str
+
+    def content(self, row: int) -> str:
+        """What tells two videos of equal identity apart: a hash of the whole file, which is read for it."""
+        name, num_bytes, etag, member = (self.table[c][row].as_py() for c in ("url", "bytes", "etag", "member"))
+        url = storage.resolve(self.base_url, name)
+        if etag is not None and _MD5.fullmatch(etag):
+            return f"{num_bytes}:{etag}:{member}"
+        try:
+            return f"{_whole_sha256(url)}:{member}"
+        except FileNotFoundError:
+            return f"missing:{name}"
+
+
+def list_source(source: SourceConfig) -> Listing:
+    """Lists a source once, in a stream.
+
+    Raises:
+        UserError: the source is missing, empty or unreadable.
+    """
+    identified = _identified(list_videos(source), base_url(source))
+    schema = pa.schema(SOURCE_COLUMNS)
+    hashes, splits = [np.empty(0, np.uint64)], [np.empty(0, np.int8)]
+    chunks: dict[str, list[pa.Array]] = {field.name: [pa.array([], field.type)] for field in schema}
+    while batch := list(islice(identified, BATCH_ROWS)):
+        hashes.append(np.array([hash64(video_identity) for _, video_identity in batch], np.uint64))
+        listed = [video for video, _ in batch]
+        splits.append(np.array([SPLITS.index(v.split) if v.split else NO_SPLIT for v in listed], np.int8))
+        for name, kind in SOURCE_COLUMNS.items():
+            attribute = "name" if name == "url" else name
+            chunks[name].append(pa.array([getattr(video, attribute) for video in listed], kind))
+    # One after the other, each freed before the next: the listing is never in memory twice.
+    table = pa.table([pa.concat_arrays(chunks.pop(name)) for name in SOURCE_COLUMNS], schema)
+    return Listing(table, np.concatenate(hashes), np.concatenate(splits), base_url(source))
+
+
+def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[SourceVideo, str]]:
+    """Videos with their identities; a file that vanished after the listing is left out."""
+    for video in videos:
+        url = storage.resolve(base, video.name)
+        try:
+            yield video, video.identity or file_identity(url, video.bytes, video.etag)
+        except FileNotFoundError:
+            logger.warning("%s vanished while the source was listed", url)
+        except PermissionError as error:
+            raise UserError(f"{url} may not be read; change its permissions or remove it") from error
+
+
+def hash64(text: str) -> int:
+    """The first 64 bits of a SHA-256; as 16 hex digits they sort as the numbers do."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@functools.lru_cache  # a file of many videos stands in many rows
+def _whole_sha256(url: str) -> str:
+    if storage.is_local(url):
+        return file_sha256(storage.local_path(url))
+    with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder:
+        path = Path(folder) / "video"
+        storage.fetch(url, path)
+        return file_sha256(path)
+
+
+@dataclass(frozen=True)
+class Elders:
+    """What earlier generations of a plan know.
+
+    Attributes:
+        ids: uint64[n], sorted: of all planned videos.
+        ambiguous: hashes of identities behind which different contents were found.
+        url: of the planned video with this id.
+    """
+
+    ids: np.ndarray
+    ambiguous: Set[int]
+    url: Callable[[int], str]
+
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """bool[n]: whether these are planned."""
+        if not len(self.ids):
+            return np.zeros(len(ids), bool)
+        places = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
+        return self.ids[places] == ids
+
+
+NO_ELDERS = Elders(np.empty(0, np.uint64), frozenset(), str)
+
+
+def tell_apart(
+    bases: np.ndarray, content: Callable[[int], str], url: Callable[[int], str] = str, elders: Elders = NO_ELDERS
+) -> tuple[np.ndarray, np.ndarray, set[int]]:
+    """Resolves equal identities by full content.
+
+    Args:
+        bases: uint64[n], the hash of each identity.
+        content: what tells two rows of equal identity apart (reads the whole file).
+        url: of a row.
+        elders: what is planned already.
+
+    Returns:
+        uint64[n] ids; bool[n] False for a row that repeats an earlier row's content; the hashes of identities behind
+        which contents differ. There every id is refined, so that ids do not depend on the order of the listing. Only a
+        video that was planned before its look-alikes came keeps the id that it has.
+    """
+    ids, keep = bases.copy(), np.ones(len(bases), bool)
+    by_hash = np.argsort(bases, kind="stable")
+    in_doubt = np.isin(bases[by_hash], np.array(sorted(elders.ambiguous), np.uint64))
+    equal = bases[by_hash[1:]] == bases[by_hash[:-1]]
+    in_doubt[1:] |= equal
+    in_doubt[:-1] |= equal
+    ambiguous = set()
+    for base, group in groupby(by_hash[in_doubt].tolist(), key=lambda row: int(bases[row])):
+        contents: dict[str, list[int]] = {}
+        for row in group:
+            contents.setdefault(content(row), []).append(row)
+        for rows in contents.values():
+            keep[rows[1:]] = False
+        if len(contents) == 1 and base not in elders.ambiguous:
+            continue
+        ambiguous.add(base)
+        for text, rows in contents.items():
+            ids[rows[0]] = hash64(f"{base:016x}:{text}")
+        if elders.holds(np.array([base], np.uint64))[0]:
+            _find_elder(base, contents, url, elders, ids, keep)
+    return ids, keep, ambiguous
+
+
+def _find_elder(
+    base: int,
+    contents: dict[str, list[int]],
+    url: Callable[[int], str],
+    elders: Elders,
+    ids: np.ndarray,
+    keep: np.ndarray,
+) -> None:
+    """Among look-alikes, gives the one that is planned under their common hash its id back."""
+    planned_url = elders.url(base)
+    for rows in contents.values():
+        if any(url(row) == planned_url for row in rows):
+            ids[rows[0]] = base
+            return
+    # Which of them is the planned one cannot be known: rather leave out a video than have one twice.
+    firsts = [rows[0] for rows in contents.values()]
+    keep[firsts] = False
+    logger.warning(
+        "left out %s: one of them is the planned %s, which is no longer there", ", ".join(map(url, firsts)), planned_url
+    )

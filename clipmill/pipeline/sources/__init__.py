@@ -1,0 +1,114 @@
+"""Where raw videos come from: one streaming listing a source type, in a stable order, no video opened.
+
+``folder``, ``table`` (a list of URLs), ``hdf5`` (VideoGPT's arrays), ``bair`` (TFRecords), ``ucf101``, ``tgif``:
+``docs/sources.md`` shows each. The first kind of source names files; files of the second kind (`read_array`) hold
+many videos without a codec, of which the plan knows the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from clipmill import storage
+from clipmill.config import SourceConfig
+from clipmill.errors import UserError
+from clipmill.pipeline.sources import bair, folder, hdf5, table, tgif, ucf101
+from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo
+
+__all__ = ["base_url", "check_source", "is_gone", "list_videos", "read_array"]
+
+_LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
+    "folder": folder.list_videos,
+    "table": table.list_videos,
+    "hdf5": hdf5.list_videos,
+    "bair": bair.list_videos,
+    "ucf101": ucf101.list_videos,
+    "tgif": tgif.list_videos,
+}
+
+_FILES = {"table": "the list of videos (.csv, .tsv, .parquet or .jsonl)", "hdf5": "the HDF5 file"}
+"""Source types whose URL is a file, and which."""
+
+
+def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
+    """Lists the videos of a source.
+
+    Raises:
+        UserError: the source does not exist, may not be read, is not what its type says, or holds no video.
+    """
+    url = _existing_source(source)
+    num_videos = 0
+    try:
+        for video in _LISTINGS[source.type](source):
+            num_videos += 1
+            yield video
+    except PermissionError as error:
+        raise UserError(f"data.source.url {url} cannot be listed ({error}); check its permissions") from error
+    if not num_videos:
+        raise UserError(f"data.source.url {url} holds no video{_wanted(source)}")
+
+
+def _wanted(source: SourceConfig) -> str:
+    if source.type == "bair":
+        return " (files ending in tfrecords); name the folder that holds train and test"
+    if source.type in _FILES:
+        return "; name another file"
+    endings = ", ".join(sorted(suffix.removeprefix(".") for suffix in folder.VIDEO_SUFFIXES))
+    return f" (files ending in {endings}); name another folder"
+
+
+def check_source(source: SourceConfig) -> None:
+    """Raises the `UserError` of `list_videos` as far as a look at the first entries of a local source finds it."""
+    if storage.is_local(_existing_source(source)):
+        for _ in list_videos(source):
+            if source.type != "ucf101":  # small, and what its lists name in vain shows at the end only
+                return
+
+
+def _existing_source(source: SourceConfig) -> str:
+    is_file = source.type in _FILES
+    what = _FILES.get(source.type, "the folder that holds the videos")
+    if not source.url:
+        raise UserError(f"data.source.url is empty; set it to {what}" + ("" if is_file else " (or a bucket prefix)"))
+    url = storage.absolute(source.url)
+    if storage.is_local(url):
+        path = storage.local_path(url)
+        if not (path.is_file() if is_file else path.is_dir()):
+            found = "a folder, not a file" if path.is_dir() else "a file, not a folder"
+            raise UserError(
+                f"data.source.url {url} {f'is {found}' if path.exists() else 'does not exist'}; name {what}"
+            )
+    return url
+
+
+def base_url(source: SourceConfig) -> str:
+    """The folder that the names of a source's files are relative to."""
+    url = storage.absolute(source.url)
+    return url.rsplit("/", 1)[0] if source.type in _FILES else url
+
+
+def is_gone(source: SourceConfig) -> bool:
+    """Whether there is nothing at all where the source was: an unmounted disk is no fault of its videos."""
+    url = storage.absolute(source.url)
+    if source.type in _FILES:
+        return not storage.exists(url)
+    return next(storage.walk(url), None) is None
+
+
+def read_array(source: SourceConfig, url: str, member: str, num_bytes: int) -> ArrayVideo:
+    """Reads one video out of a file of several.
+
+    Args:
+        source: what lists it.
+        url: of the file.
+        member: of the listed video.
+        num_bytes: of the listed video.
+
+    Raises:
+        DamagedVideo: that part of the file is damaged, or was changed since the listing.
+        FileNotFoundError: the file is missing.
+    """
+    if source.type == "bair":
+        return bair.read_array(url, member, num_bytes)
+    assert source.type == "hdf5", source.type
+    return hdf5.read_array(url, member, num_bytes)

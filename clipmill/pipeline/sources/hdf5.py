@@ -1,0 +1,115 @@
+"""VideoGPT's HDF5 layout: all frames of a split in one array, and the frame at which each video starts.
+
+``{train,test}_data`` uint8 [frames, H, W, 3], ``{train,test}_idx`` int [videos], and where there are actions
+``{train,test}_actions`` [frames, action_dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from clipmill import storage
+from clipmill.config import SourceConfig
+from clipmill.errors import UserError
+from clipmill.pipeline.sources.record import ArrayVideo, DamagedVideo, SourceVideo, file_identity
+
+__all__ = ["list_videos", "read_array"]
+
+_BLOCK_BYTES = 2**20
+
+
+def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
+    """The videos of both parts: ``train`` stays train, ``test`` becomes val. A lone part is split by hash.
+
+    Raises:
+        UserError: not an HDF5 file of this layout.
+    """
+    url = storage.absolute(source.url)
+    entry = storage.stat(url)
+    identity = file_identity(url, entry.bytes, entry.etag)
+    with storage.open_to_read(url, _BLOCK_BYTES) as file:
+        try:
+            content = h5py.File(file, "r")
+        except OSError as error:
+            raise UserError(f"data.source.url {url} is no readable HDF5 file: {_line(error)}; restore it") from error
+        with content:
+            parts = [part for part in ("train", "test") if _has_part(url, content, part)]
+            if not parts:
+                raise UserError(
+                    f"data.source.url {url} holds neither train_data and train_idx nor test_data and test_idx "
+                    f"(found: {', '.join(sorted(content)) or 'nothing'}); docs/sources.md shows the layout"
+                )
+            splits: dict[str, Literal["train", "val"]] = {"train": "train", "test": "val"} if len(parts) == 2 else {}
+            for part in parts:
+                frames = content[f"{part}_data"]
+                starts = content[f"{part}_idx"][:]
+                frame_bytes = int(np.prod(frames.shape[1:]))
+                for number, num_frames in enumerate(np.diff(starts, append=len(frames)).tolist()):
+                    yield SourceVideo(
+                        name=entry.name,
+                        bytes=num_frames * frame_bytes,
+                        etag=entry.etag,
+                        split=splits.get(part),
+                        member=f"{part}/{number}",
+                        identity=f"{identity}:{part}:{number}",
+                    )
+
+
+def _has_part(url: str, content: Any, part: str) -> bool:
+    """Whether a part is there and is what the layout says."""
+    names = [f"{part}_data", f"{part}_idx"]
+    present = [name for name in names if isinstance(content.get(name), h5py.Dataset)]
+    if not present:
+        return False
+    if len(present) == 1:
+        (missing,) = set(names) - set(present)
+        raise UserError(f"data.source.url {url} holds {present[0]} but no dataset {missing}; add it")
+    frames, starts = (content[name] for name in names)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+        raise UserError(
+            f"{names[0]} of {url} is {frames.dtype} {list(frames.shape)}; it must be uint8 [frames, height, width, 3]"
+        )
+    if starts.ndim != 1 or starts.dtype.kind not in "iu":
+        raise UserError(f"{names[1]} of {url} is {starts.dtype} {list(starts.shape)}; it must be integers [videos]")
+    values = starts[:].astype(np.int64)
+    if len(values) and (values[0] < 0 or values[-1] >= len(frames) or (np.diff(values) <= 0).any()):
+        raise UserError(f"{names[1]} of {url} must rise from video to video, within the {len(frames)} frames")
+    return True
+
+
+def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
+    """The frames of one video, and its rows of actions where the file has them.
+
+    Raises:
+        DamagedVideo: that part of the file cannot be read, or has changed.
+        FileNotFoundError: the file is missing.
+    """
+    part, number = member.split("/")
+    with storage.open_to_read(url, _BLOCK_BYTES) as file, _blame_file(), h5py.File(file, "r") as content:
+        data, actions = content[f"{part}_data"], content.get(f"{part}_actions")
+        bounds = content[f"{part}_idx"][int(number) : int(number) + 2].tolist()
+        rows = slice(bounds[0], bounds[1] if len(bounds) == 2 else len(data))
+        frames = data[rows]
+        if frames.nbytes != num_bytes:
+            raise DamagedVideo(f"changed since it was planned: {num_bytes} -> {frames.nbytes} bytes")
+        return ArrayVideo(frames, None if actions is None else np.asarray(actions[rows], np.float32))
+
+
+@contextmanager
+def _blame_file() -> Iterator[None]:
+    """HDF5 reports damage as OSError without a number; what has one is the disk's or the network's fault."""
+    try:
+        yield
+    except (OSError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DamagedVideo(f"cannot read: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,85 @@
+"""What a source says about one video, and what identifies a file without reading all of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from clipmill import storage
+from clipmill.errors import UserError
+
+__all__ = ["EDGE_BYTES", "ArrayVideo", "DamagedVideo", "SourceVideo", "file_identity"]
+
+EDGE_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True)
+class SourceVideo:
+    """One listed video.
+
+    Attributes:
+        name: path of its file relative to `base_url` of the source, with ``/``, or an absolute path or URL.
+        bytes: size of the file; of its own part where the file holds several videos.
+        etag: the bucket's content tag of the file; none on a local disk.
+        label: name of its class, or none.
+        actions: name of the file with its actions, or none.
+        text: its caption, or none.
+        split: where the source itself says which split the video belongs to; none: a hash decides.
+        member: which video of the file it is, where a file holds several. Its source type reads it.
+        metadata: JSON object of what else the source knows about it, or none.
+        identity: what tells the video from others; none: `file_identity` of its file.
+    """
+
+    name: str
+    bytes: int
+    etag: str | None
+    label: str | None = None
+    actions: str | None = None
+    text: str | None = None
+    split: Literal["train", "val"] | None = None
+    member: str | None = None
+    metadata: str | None = None
+    identity: str | None = None
+
+
+@dataclass(frozen=True)
+class ArrayVideo:
+    """A video that is stored as an array, without a codec.
+
+    Attributes:
+        frames: uint8 [num_frames, H, W, 3], RGB.
+        actions: float32 [num_frames, action_dim], or none.
+    """
+
+    frames: np.ndarray
+    actions: np.ndarray | None
+
+
+class DamagedVideo(Exception):
+    """A video of a file of several cannot be read: the message says why, in one line."""
+
+
+def file_identity(url: str, num_bytes: int, etag: str | None) -> str:
+    """What storage says about a file's content without reading all of it.
+
+    Raises:
+        FileNotFoundError: the file has vanished.
+        UserError: its storage has no content tags.
+    """
+    if storage.is_local(url):
+        return f"disk:{num_bytes}:{_edges_sha256(storage.local_path(url))}"
+    if etag is None:
+        raise UserError(f"{url} has no etag, so its videos have no identity; use s3:// or a folder")
+    return f"bucket:{num_bytes}:{etag}"
+
+
+def _edges_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(EDGE_BYTES))
+        file.seek(max(path.stat().st_size - EDGE_BYTES, 0))
+        digest.update(file.read(EDGE_BYTES))
+    return digest.hexdigest()
