@@ -6,11 +6,15 @@ each shard has a note there, locked (``flock``, which the kernel releases howeve
 downloads or hashes, that says which file (size, modification time, inode) was found right, so that others, and
 later epochs and runs, need not hash it again. What the note cannot see is a change that leaves all three alone,
 as of a failing disk: ``clipmill verify`` reads every byte.
+
+A process that reads a download holds a shared lock on it for as long as its memory map lives, and eviction takes only
+files on which it gets an exclusive one: nothing is removed that somebody reads, and no lock outlives its process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -20,7 +24,8 @@ import os
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +33,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from clipmill import storage
-from clipmill.errors import UserError
+from clipmill.errors import StageFailed, StorageUnavailable, UserError
 from clipmill.shards.format import INDEX_SUFFIX, read_index
 from clipmill.shards.manifest import Manifest, ShardEntry
 
-__all__ = ["OpenShard", "ShardCache", "default_cache_dir"]
+__all__ = ["OpenShard", "ShardCache", "default_cache_dir", "needed_cache_bytes"]
 
 MAX_OPEN_SHARDS = 256
 """Each holds a file descriptor; 1,024 of them is the usual limit of a process."""
+NUM_PREFETCHERS = 4
+"""Downloads that one process makes in the background: one stream of a bucket does not fill a network link."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +50,26 @@ logger = logging.getLogger(__name__)
 def default_cache_dir() -> Path:
     """A folder of this user on the node's own disk; TMPDIR moves it."""
     return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}"
+
+
+def needed_cache_bytes(manifest: Manifest, num_streams: int, window: int) -> int:
+    """What the downloads of one node take at once, so that no shard is fetched twice in an epoch.
+
+    streams x (window / samples per shard + 2) x shard bytes: a window spans so many whole shards, one more is cut by
+    either end. Never more than the data set.
+
+    Args:
+        manifest: what is read.
+        num_streams: streams that the ranks of this node read.
+        window: samples of a stream that are permuted among themselves.
+    """
+    filled = [shard for shard in manifest.shards if shard.samples]
+    if not filled:
+        return 0
+    largest = max(shard.bytes for shard in filled)
+    samples_per_shard = manifest.num_samples / len(filled)
+    needed = num_streams * (window / samples_per_shard + 2) * largest
+    return min(int(needed), sum(shard.bytes for shard in filled))
 
 
 @dataclass(frozen=True)
@@ -69,23 +96,58 @@ class ShardCache:
         self._cache_dir = cache_dir or default_cache_dir()
         self._cache_bytes = cache_bytes
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._used_ns: dict[int, int] = {}
+        self._asked_for: set[int] = set()
+        self._prefetchers: ThreadPoolExecutor | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}  # memory maps cannot travel to a worker
+    def __getstate__(self) -> dict[str, Any]:  # neither memory maps nor threads can travel to a worker
+        return {**self.__dict__, "_open": OrderedDict(), "_used_ns": {}, "_asked_for": set(), "_prefetchers": None}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are downloaded."""
+        return not storage.is_local(self._manifest.url)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Downloads shards in the background; whatever goes wrong is left to `open` to meet again and to tell."""
+        if not self.is_remote:
+            return
+        if self._prefetchers is None:
+            self._prefetchers = ThreadPoolExecutor(NUM_PREFETCHERS, thread_name_prefix="shard-prefetch")
+        for shard in shards:
+            if shard not in self._open and shard not in self._asked_for:
+                self._asked_for.add(shard)
+                self._prefetchers.submit(self._prefetch, shard)
+
+    def _prefetch(self, shard: int) -> None:
+        entry = self._manifest.shards[shard]
+        try:
+            self._open_remote(storage.join(self._manifest.url, entry.name), entry)
+        except Exception as error:
+            logger.debug("cannot prefetch %s: %s", entry.name, error)
 
     def open(self, shard: int) -> OpenShard:
         """A shard by its number in the manifest.
 
         Raises:
-            UserError: it is missing, or not what the manifest says.
+            UserError: it is missing, or not what the manifest says, or does not fit on the disk.
+            StageFailed: its bucket stayed away for longer than a download waits.
         """
+        self._used_ns[shard] = time.time_ns()
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         self._open[shard] = opened = self._open_verified(self._manifest.shards[shard])
+        self._asked_for.discard(shard)
         if len(self._open) > MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)
+            self._close(next(iter(self._open)))
+        if self.is_remote:
+            self._evict(keep=shard)
         return opened
+
+    def _close(self, shard: int) -> None:
+        """Lets go of a map; it ends, and its lock with it, once no sample refers to it any more."""
+        del self._open[shard], self._used_ns[shard]
 
     def _open_verified(self, entry: ShardEntry) -> OpenShard:
         url = storage.join(self._manifest.url, entry.name)
@@ -121,35 +183,55 @@ class ShardCache:
         index_path = path.with_name(path.name + INDEX_SUFFIX)
         with self._note(path, entry) as note:
             with contextlib.suppress(FileNotFoundError, _Damage), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
                 _check_file(file, entry, note)
                 opened = _map(file, index_path.read_bytes(), entry)
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))  # "used" must outlive noatime
                 return opened
             unfinished = path.with_suffix(".part")  # the lock keeps others off, so a killed download is written over
-            storage.fetch(url + INDEX_SUFFIX, index_path)
-            storage.fetch(url, unfinished)
+            self._download(url + INDEX_SUFFIX, index_path, entry)
+            self._download(url, unfinished, entry)
             with unfinished.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
                 _check_file(file, entry, note)
                 opened = _map(file, index_path.read_bytes(), entry)
                 os.rename(unfinished, path)
-        self._evict(keep=path)
         return opened
 
-    def _evict(self, keep: Path) -> None:
-        """Removes the downloads used least recently until the rest fits the budget."""
+    def _download(self, url: str, path: Path, entry: ShardEntry) -> None:
+        try:
+            storage.fetch(url, path)
+        except StorageUnavailable as error:
+            raise StageFailed(f"shard {entry.name} of {self._manifest.url}: {error}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"shard {entry.name} of {self._manifest.url}: no space left in {path.parent} for its "
+                f"{entry.bytes:,} bytes; free some, lower cache_bytes, or move the cache with TMPDIR"
+            ) from error
+
+    def _evict(self, keep: int) -> None:
+        """Removes the downloads used least recently, and read by nobody, until the rest fits the budget."""
+        ours = {self._manifest.shards[shard].sha256: shard for shard in self._open}
         found = []
         for path in self._downloads.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process evicts too
                 stat = path.stat()
-                found.append((stat.st_atime_ns, path, stat.st_size))
+                ours_ns = self._used_ns[ours[path.stem]] if path.stem in ours else 0
+                found.append((max(ours_ns, stat.st_atime_ns), path, stat.st_size))
         num_bytes = sum(size for _, _, size in found)
         for _, path, size in sorted(found):
             if num_bytes <= self._cache_bytes:
                 return
-            if path != keep:
-                logger.debug("evicting %s", path)
-                path.unlink(missing_ok=True)
-                path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+            shard = ours.get(path.stem)
+            if shard == keep:
+                continue
+            if shard is not None:
+                self._close(shard)
+            if _remove_unread(path):
+                logger.debug("evicted %s", path)
                 num_bytes -= size
 
     # ----------------------------------------------------------------------------------------- notes
@@ -169,6 +251,16 @@ class ShardCache:
         with note:
             fcntl.flock(note, fcntl.LOCK_EX)
             yield note
+
+
+def _remove_unread(path: Path) -> bool:
+    """Removes a download and its index unless some process has a map of it; whether it did."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+        path.with_name(path.name + INDEX_SUFFIX).unlink(missing_ok=True)
+        return True
+    return False
 
 
 class _Damage(Exception):

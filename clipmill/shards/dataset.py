@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,12 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PREFETCH_FACTOR = 4
 """Micro-batches that each loader worker has ready."""
+BLOCK_ROWS = 1024
+"""Rows that are located together: for a few of them numpy's calls cost more than the numbers."""
+CACHED_BLOCKS = 4
+"""One is read, one is looked ahead into."""
+LOOK_AHEAD = 64
+"""Micro-batches before its own that a worker starts to download a shard: time for some 100 MB over a slow link."""
 
 
 # -------------------------------------------------------------------------------------------- decoding
@@ -61,9 +68,13 @@ def decode_clip(members: dict[str, memoryview]) -> dict[str, Any]:
         from clipmill.video import decode_mp4  # here alone: a prior trains on a machine without codecs
 
         video = decode_mp4(bytes(members["mp4"]))
+    elif "jpgs" in members:
+        from clipmill.video import decode_jpgs  # here alone, as above
+
+        video = decode_jpgs(members["jpgs"])
     else:
         video = parse_npy(members["npy"])
-    meta = json.loads(bytes(members["json"]))
+    meta = json.loads(str(members["json"], "utf-8"))
     return {"video": video, "label": meta["label"], "meta": meta, **_actions(members)}
 
 
@@ -71,11 +82,16 @@ def decode_codes(members: dict[str, memoryview]) -> dict[str, Any]:
     """A sample of ``tokens``.
 
     Returns:
-        ``codes`` int64 [t, h, w] (narrower on disk), ``label`` str | None, and if it has actions ``actions`` float32
-        [T, action_dim].
+        ``codes`` int64 [t, h, w] (narrower on disk), ``label`` str | None, and as far as it has them ``actions``
+        float32 [T, action_dim], ``text`` float32 [S, E] (an embedding), ``frames`` uint8 [n, H, W, 3].
     """
     codes = parse_npy(members["codes.npy"]).astype(np.int64)
-    return {"codes": codes, "label": json.loads(bytes(members["json"]))["label"], **_actions(members)}
+    fields = {"codes": codes, "label": json.loads(str(members["json"], "utf-8"))["label"], **_actions(members)}
+    if "text.npy" in members:
+        fields["text"] = parse_npy(members["text.npy"]).astype(np.float32)
+    if "frames.npy" in members:
+        fields["frames"] = parse_npy(members["frames.npy"])
+    return fields
 
 
 def _actions(members: dict[str, memoryview]) -> dict[str, np.ndarray]:
@@ -140,7 +156,18 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """
         opened = self._cache.open(shard)
         key, members = read_sample(opened.view, int(opened.offsets[row]), int(opened.offsets[row + 1]))
-        return {**self._decode(members), "key": key}
+        sample = self._decode(members)
+        sample["key"] = key
+        return sample
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards are downloaded before they are read."""
+        return self._cache.is_remote
+
+    def prefetch(self, shards: np.ndarray) -> None:
+        """Starts to download shards (int64, in the order in which they are wanted) in the background."""
+        self._cache.prefetch(dict.fromkeys(shards.tolist()))
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -217,22 +244,39 @@ def eval_batches(
     return _load(dataset, place, range(num_batches), num_workers)
 
 
-@dataclass(frozen=True)
 class _TrainPlace:
     """Where the rows of micro-batch j are: it is number j mod M of the M that make up step j div M."""
 
-    order: Order
-    global_batch: int
-    rank: int
-    world_size: int
-    num_micro_batches: int
+    def __init__(self, order: Order, global_batch: int, rank: int, world_size: int, num_micro_batches: int) -> None:
+        self._order, self._global_batch = order, global_batch
+        self._rank, self._world_size = rank, world_size
+        self._num_micro_batches = num_micro_batches
+        share = -(-global_batch // world_size)
+        self._block_length = max(1, BLOCK_ROWS * num_micro_batches // share)  # in micro-batches
+        self._blocks: OrderedDict[int, Rows] = OrderedDict()
 
     def __call__(self, number: int) -> Rows:
-        step, micro_step = divmod(number, self.num_micro_batches)
-        positions = batch_positions(step, self.global_batch, self.order.num_samples, self.order.num_streams)
-        positions, weight = rank_rows(positions, self.rank, self.world_size)
-        picked, filled = part_rows(len(positions), micro_step, self.num_micro_batches)
-        return *self.order.locate(positions[picked]), weight[picked] * filled
+        block, index = divmod(number, self._block_length)
+        if block not in self._blocks:
+            first = block * self._block_length
+            self._blocks[block] = self._locate(range(first, first + self._block_length))
+            if len(self._blocks) > CACHED_BLOCKS:
+                self._blocks.popitem(last=False)
+        shards, rows, weight = self._blocks[block]  # [block_length, rows of a micro-batch] each
+        return shards[index], rows[index], weight[index]
+
+    def _locate(self, numbers: range) -> Rows:
+        positions, weights = zip(*(self._positions(number) for number in numbers), strict=True)
+        stacked = np.stack(positions)
+        shards, rows = self._order.locate(stacked.ravel())
+        return shards.reshape(stacked.shape), rows.reshape(stacked.shape), np.stack(weights)
+
+    def _positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        step, micro_step = divmod(number, self._num_micro_batches)
+        positions = batch_positions(step, self._global_batch, self._order.num_samples, self._order.num_streams)
+        positions, weight = rank_rows(positions, self._rank, self._world_size)
+        picked, filled = part_rows(len(positions), micro_step, self._num_micro_batches)
+        return positions[picked], weight[picked] * filled
 
 
 @dataclass(frozen=True)
@@ -260,6 +304,9 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, number: int) -> dict[str, Any] | ClipmillError:
         shards, rows, weight = self._place(number)
+        if self._dataset.is_remote:
+            self._dataset.prefetch(shards)
+            self._dataset.prefetch(self._place(number + LOOK_AHEAD)[0])
         try:
             samples = [self._dataset.read(*row) for row in zip(shards.tolist(), rows.tolist(), strict=True)]
         except ClipmillError as error:  # raised by a worker, torch would bury its one line under a traceback

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +37,8 @@ __all__ = [
 
 INDEX_SUFFIX = ".idx"
 BLOCK_BYTES = 512
+NPY_PREFIX_BYTES = 10
+"""Magic, version and length of the header."""
 MAX_NAME_LENGTH = 100
 """Of the USTAR name field: longer names would need its prefix field, which `read_sample` does not look at."""
 MAX_MEMBER_BYTES = 8**11 - 1
@@ -43,6 +46,9 @@ MAX_MEMBER_BYTES = 8**11 - 1
 # webdataset splits a member's name at its first dot, and its writer skips members that begin with "_".
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MEMBER = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
+
+_HEADER = struct.Struct("100s24x11s21xc100x5s250x")
+"""Of a USTAR header: name, size in octal digits, kind, magic."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -216,15 +222,17 @@ def read_sample(shard: memoryview, start: int, end: int) -> tuple[str, dict[str,
     members: dict[str, memoryview] = {}
     offset = start
     while offset < end:
-        header = bytes(shard[offset : offset + BLOCK_BYTES])
-        if len(header) < BLOCK_BYTES or header[257:262] != b"ustar" or header[156:157] != b"0":
+        if end - offset < BLOCK_BYTES:
             raise ValueError(f"no USTAR file header at offset {offset}")
-        member_key, _, member = header[:MAX_NAME_LENGTH].rstrip(b"\0").decode("ascii").partition(".")
+        name, size, kind, magic = _HEADER.unpack_from(shard, offset)
+        if magic != b"ustar" or kind != b"0":
+            raise ValueError(f"no USTAR file header at offset {offset}")
+        member_key, _, member = name.rstrip(b"\0").decode("ascii").partition(".")
         if members and member_key != key:
             raise ValueError(f"sample {key} at offset {start} runs into {member_key}")
         key = member_key
         offset += BLOCK_BYTES
-        num_bytes = int(header[124:135], 8)
+        num_bytes = int(size, 8)
         members[member] = shard[offset : offset + num_bytes]
         offset += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
     if offset != end:
@@ -255,12 +263,11 @@ def parse_npy(buffer: Buffer) -> np.ndarray:
         ValueError: this is no whole npy file of plain numbers.
     """
     view = memoryview(buffer)
-    prefix = bytes(view[:10])
-    if prefix[:8] != b"\x93NUMPY\x01\x00" or len(prefix) < 10:
+    if len(view) < NPY_PREFIX_BYTES:
         raise ValueError("no npy file of format version 1.0")
-    start = 10 + int.from_bytes(prefix[8:], "little")
-    dtype, shape, order = _parse_npy_header(bytes(view[10:start]))
-    if len(view) - start != math.prod(shape) * dtype.itemsize:
+    start = NPY_PREFIX_BYTES + view[8] + 256 * view[9]
+    dtype, shape, order, num_bytes = _parse_npy_header(bytes(view[:start]))
+    if len(view) - start != num_bytes:
         raise ValueError(f"npy file of {list(shape)} {dtype} holds {len(view) - start} bytes of data")
     array = np.frombuffer(view, dtype, offset=start).reshape(shape, order=order)
     array.flags.writeable = False
@@ -268,13 +275,15 @@ def parse_npy(buffer: Buffer) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any]:
-    """Data type, shape and memory order; cached because the arrays of a data set share a handful of headers."""
+def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any, int]:
+    """Data type, shape, memory order and bytes of data; cached, for the arrays of a data set share a few headers."""
+    if header[:8] != b"\x93NUMPY\x01\x00":
+        raise ValueError("no npy file of format version 1.0")
     try:
-        fields = ast.literal_eval(header.decode("latin1"))
+        fields = ast.literal_eval(header[NPY_PREFIX_BYTES:].decode("latin1"))
         dtype, shape, fortran = np.dtype(str(fields["descr"])), fields["shape"], fields["fortran_order"]
     except (ValueError, SyntaxError, TypeError, KeyError) as error:
         raise ValueError(f"unreadable npy header {header[:100]!r}") from error
     if dtype.kind not in "biufc" or not all(isinstance(length, int) and length >= 0 for length in shape):
         raise ValueError(f"npy file of {dtype} {shape} does not hold plain numbers")
-    return dtype, shape, "F" if fortran else "C"
+    return dtype, shape, "F" if fortran else "C", math.prod(shape) * dtype.itemsize

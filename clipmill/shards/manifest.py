@@ -9,6 +9,8 @@ data set is the same data set.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ from clipmill import storage
 from clipmill.config import fingerprint
 from clipmill.errors import UserError
 from clipmill.shards.format import INDEX_SUFFIX, Part, file_sha256
+from clipmill.shards.interop import publish_changed, shard_lists
 
 __all__ = [
     "SPLITS",
@@ -49,7 +52,7 @@ _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 Kind = Literal["clips", "tokens", "samples"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One shard of a data set, as commit records and manifests name it."""
 
@@ -92,18 +95,31 @@ class Manifest:
             UserError: it is damaged, of a newer schema, or holds something else than ``kind``.
         """
         document_url = storage.join(url, "manifest.json")
-        document = storage.read_document(document_url, SCHEMA)
-        try:
-            shards = tuple(ShardEntry(**entry) for entry in document["shards"])
-            manifest = _manifest(url, document["kind"], shards, document["recipe"], document["facts"])
-            whole = manifest.fingerprint == document["fingerprint"]
-        except (KeyError, TypeError):
-            whole = False
+        with _garbage_collection_paused():
+            document = storage.read_document(document_url, SCHEMA)
+            try:
+                shards = tuple(ShardEntry(**entry) for entry in document["shards"])
+                manifest = _manifest(url, document["kind"], shards, document["recipe"], document["facts"])
+                whole = manifest.fingerprint == document["fingerprint"]
+            except (KeyError, TypeError):
+                whole = False
         if not whole:
             raise UserError(f"{document_url} is damaged; restore it, or remove it and run the data set's stage again")
         if kind is not None and manifest.kind != kind:
             raise UserError(f"{url} holds {manifest.kind}, not {kind}; name a folder of {kind}")
         return manifest
+
+
+@contextlib.contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Looking for cycles among the hundreds of thousands of new objects would double the time to load them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _manifest(
@@ -202,7 +218,7 @@ def committed_shards(url: str, units: Sequence[int]) -> list[ShardEntry]:
 
 
 def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], facts: dict[str, Any]) -> Manifest:
-    """Makes a data set of committed units: writes ``shards.txt`` and, last, ``manifest.json``.
+    """Makes a data set of committed units: writes ``shards.txt``, ``wids.json`` and, last, ``manifest.json``.
 
     Running it again with the same input changes nothing on disk.
 
@@ -218,10 +234,8 @@ def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], f
     """
     recipe, facts = json.loads(json.dumps([recipe, facts]))  # as every reader will see them: tuples become lists
     manifest = _manifest(url, kind, tuple(committed_shards(url, units)), recipe, facts)
-    names = "".join(f"{shard.name}\n" for shard in manifest.shards).encode()
-    names_url = storage.join(url, "shards.txt")
-    if not storage.exists(names_url) or storage.read_bytes(names_url) != names:
-        storage.publish_bytes(names_url, names)
+    for name, content in shard_lists(manifest).items():
+        publish_changed(storage.join(url, name), content)
     document = {
         "kind": kind,
         "units": list(units),

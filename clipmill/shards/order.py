@@ -32,7 +32,16 @@ import numpy as np
 
 from clipmill.errors import UserError
 
-__all__ = ["Order", "batch_positions", "locate_stored", "num_streams", "part_rows", "rank_rows"]
+__all__ = [
+    "Order",
+    "batch_positions",
+    "locate_stored",
+    "num_streams",
+    "part_rows",
+    "rank_rows",
+    "same_video_pairs",
+    "streams_of_ranks",
+]
 
 MAX_STREAMS = 64
 CACHED_EPOCHS = 4
@@ -95,6 +104,30 @@ def locate_stored(ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.n
     """
     shard = np.searchsorted(ends, index, side="right")
     return shard, index - np.where(shard == 0, 0, ends[shard - 1])
+
+
+def streams_of_ranks(num_streams: int, num_ranks: int, world_size: int) -> int:
+    """At most so many streams are read by ``num_ranks`` ranks side by side: P / W each, one more where W cuts them."""
+    share = -(-num_streams // world_size) + (num_streams % world_size > 0)
+    return min(num_streams, num_ranks * share)
+
+
+def same_video_pairs(global_batch: int, num_streams: int, window: int, clips_per_video: float) -> float:
+    """Expected pairs of samples of one batch that come from one video: P C(G/P, 2) (c - 1) / (w - 1).
+
+    Clips of a video are stored side by side, so they are in one stream, and but for the ends of windows in one window.
+    A batch takes G / P samples of a stream, and two samples of a window of w have each of its pairs of places with the
+    same probability: given the one, c - 1 of the w - 1 others are of its video.
+
+    Args:
+        global_batch: G.
+        num_streams: P, a divisor of G.
+        window: w, in samples.
+        clips_per_video: c.
+    """
+    per_stream = global_batch / num_streams
+    pairs = num_streams * per_stream * (per_stream - 1) / 2
+    return pairs * min(1.0, (clips_per_video - 1) / max(1, window - 1))
 
 
 class Order:

@@ -15,6 +15,7 @@ from pathlib import Path
 from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.shards.format import INDEX_SUFFIX, file_sha256, parse_npy, read_index, read_sample
+from clipmill.shards.interop import shard_lists
 from clipmill.shards.manifest import Manifest, ShardEntry, committed_shards, committed_units
 
 __all__ = ["VerifyReport", "prune", "verify"]
@@ -109,7 +110,7 @@ def _find_orphans(url: str, shards: Sequence[ShardEntry]) -> list[str]:
 
 
 def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifest | None) -> list[str]:
-    """The manifest against the commit records, which may have got ahead of it, and ``shards.txt``."""
+    """The manifest against the commit records, which may have got ahead of it, and the lists for other readers."""
     if manifest is None:
         return ["manifest.json: absent; the stage that writes this data set has not finished"]
     known = set(committed)
@@ -118,12 +119,12 @@ def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifes
         for shard in manifest.shards
         if shard not in known
     ]
-    try:
-        names = storage.read_bytes(storage.join(url, "shards.txt")).decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return [*problems, "shards.txt: absent"]
-    if names != [shard.name for shard in manifest.shards]:
-        problems.append("shards.txt: names other shards than the manifest")
+    for name, content in shard_lists(manifest).items():
+        try:
+            if storage.read_bytes(storage.join(url, name)) != content:
+                problems.append(f"{name}: names other shards than the manifest")
+        except FileNotFoundError:
+            problems.append(f"{name}: absent")
     return problems
 
 
@@ -178,7 +179,7 @@ def _check_samples(path: Path, index_path: Path, num_samples: int, deep: bool) -
 
 def _check_members(members: dict[str, memoryview]) -> list[tuple[str, str]]:
     """The members of a sample that cannot be decoded, each with the cause."""
-    from clipmill.video import decode_mp4  # here alone: a check without ``deep`` needs no codecs
+    from clipmill.video import decode_jpgs, decode_mp4  # here alone: a check without ``deep`` needs no codecs
 
     causes = []
     for member, content in members.items():
@@ -189,6 +190,8 @@ def _check_members(members: dict[str, memoryview]) -> list[tuple[str, str]]:
                 parse_npy(content)
             elif member == "mp4":
                 decode_mp4(bytes(content))
+            elif member == "jpgs":
+                decode_jpgs(content)
         except Exception as error:  # decoders raise what they like
             causes.append((member, f"cannot be decoded: {error}"))
     return causes

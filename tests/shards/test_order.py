@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmill.errors import UserError
-from clipmill.shards.order import Order, batch_positions, num_streams, rank_rows
+from clipmill.shards.order import (
+    Order,
+    batch_positions,
+    num_streams,
+    rank_rows,
+    same_video_pairs,
+    streams_of_ranks,
+)
 from tests.shards import order_reference
 
 counts_lists = st.lists(st.integers(0, 400), min_size=1, max_size=90).filter(any)
@@ -217,3 +224,61 @@ def test_a_billion_samples_cost_nothing_to_order():
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.010
     assert len(pickle.dumps(order)) < 8 * len(counts) + 16 * len(counts) * 5
+
+
+@pytest.mark.parametrize(("clips_per_video", "global_batch"), [(10, 512), (40, 256), (10, 64)])
+def test_same_video_pairs_are_as_many_as_the_formula_says(clips_per_video, global_batch):
+    streams, window, steps = num_streams(global_batch), 512, 200
+    counts = np.full(400, 500)
+    order = Order(counts, 4, streams, window)
+    pairs = 0
+    after_first_windows = window * streams // global_batch  # those are shorter, and so have more such pairs
+    for step in range(after_first_windows, after_first_windows + steps):
+        positions = batch_positions(step, global_batch, order.num_samples, streams)
+        videos = sample_ids(counts, *order.locate(positions)) // clips_per_video
+        times = np.unique(videos, return_counts=True)[1]
+        pairs += int(np.sum(times * (times - 1) // 2))
+    expected = same_video_pairs(global_batch, streams, window, clips_per_video)
+    # Windows cut one video in w / c, of which some pairs never meet: a few per cent. Two streams share the video that
+    # the cut between them goes through: a pair now and then.
+    assert abs(pairs / steps - expected) < 4 * np.sqrt(expected / steps) + 0.08 * expected + 0.1
+
+
+def test_the_defaults_seldom_put_a_video_twice_into_a_batch():
+    for global_batch in (32, 64, 256, 512):
+        pairs = same_video_pairs(global_batch, num_streams(global_batch), 4096, clips_per_video=10)
+        assert pairs < 0.01 * global_batch
+
+
+@pytest.mark.parametrize(
+    ("streams", "ranks", "world_size", "expected"), [(64, 8, 8, 64), (64, 8, 64, 8), (64, 1, 3, 23), (2, 8, 16, 2)]
+)
+def test_the_streams_of_a_node_cover_what_its_ranks_read(streams, ranks, world_size, expected):
+    assert streams_of_ranks(streams, ranks, world_size) == expected
+    global_batch = streams * 6
+    positions = batch_positions(0, global_batch, 10**6, streams)
+    for node in range(max(1, world_size // ranks)):
+        members = range(node * ranks, min((node + 1) * ranks, world_size))
+        rows = np.concatenate([rank_rows(positions, rank, world_size)[0] for rank in members])
+        assert len(np.unique(rows % 10**6 % streams)) <= expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [8, 16, 64])
+def test_an_epoch_of_2000_shards_is_read_by_hardly_more_than_one_rank_each(world_size):
+    """By streams alone: which ranks read a shard is which streams overlap it, and a rank keeps to its own."""
+    readers = ranks_per_shard(np.full(2000, 512), world_size, global_batch=512)
+    assert readers.min() >= 1
+    assert readers.mean() < 1.1
+
+
+def ranks_per_shard(counts, world_size, global_batch):
+    """Ranks that read each shard in the first epoch."""
+    streams = num_streams(global_batch)
+    order = Order(counts, 0, streams, 4096)
+    seen = np.zeros((len(counts), world_size), bool)
+    for step in range(order.num_samples // global_batch):
+        positions = batch_positions(step, global_batch, order.num_samples, streams)
+        shards = order.locate(positions)[0]
+        seen[shards, np.arange(global_batch) // -(-global_batch // world_size)] = True
+    return seen.sum(axis=1)
