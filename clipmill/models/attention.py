@@ -1,16 +1,28 @@
 """The two attentions: along the axes of a video's features, and causal over a sequence with a cache.
 
 B: batch   T, H, W: frames, height, width of the features   L: sequence length   C: channels
-N: heads   D: channels of a head (C = N * D)
+N: heads   M: heads of keys and values   D: channels of a head (C = N * D)
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AxialAttention", "CausalAttention"]
+from clipmill.config import PriorModelConfig
+from clipmill.models.positions import rotate
+
+__all__ = ["AxialAttention", "CausalAttention", "CrossAttention", "KeysValues"]
+
+
+class KeysValues(NamedTuple):
+    """Keys and values, float [B, M, L, D] each."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class AxialAttention(nn.Module):
@@ -22,11 +34,13 @@ class AxialAttention(nn.Module):
     Args:
         dim: channels C.
         num_heads: heads N of each of the three.
+        causal: a frame sees no later one.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, causal: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.causal = causal
         self.qkv = nn.Linear(dim, 9 * dim, bias=False)  # rows: axis (W, H, T), then q, k, v, then channels
         self.out = nn.Linear(3 * dim, dim)
         nn.init.normal_(self.qkv.weight, std=dim**-0.5)
@@ -46,7 +60,7 @@ class AxialAttention(nn.Module):
         others = qkv.shape[1:4]  # B and the two other axes
         # One copy for all three, where flattening their strided views would copy each.
         q, k, v = qkv.flatten(1, 3).contiguous().unbind(0)  # each [batch, N, length, D]
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and axis == 1)
         return mixed.unflatten(0, others).movedim(-2, axis).flatten(-2)
 
 
@@ -54,31 +68,101 @@ class CausalAttention(nn.Module):
     """Multi-head self-attention over the positions so far; no mask is ever stored.
 
     Args:
-        dim: channels C.
-        num_heads: heads N.
-        dropout: on the attention weights, in training. Above 0 a CPU materialises the L x L scores.
+        config: heads, attention dropout, and the style: a modern one normalises and turns its queries and keys, and
+            may have fewer heads M of keys and values (arXiv 2305.13245, 2302.05442).
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, config: PriorModelConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim)
+        dim, modern = config.hidden_dim, config.style == "modern"
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
+        self.dropout = config.attention_dropout
+        """On the attention weights, in training. Above 0 a CPU materialises the L x L scores."""
+        self.qkv = nn.Linear(dim, (self.num_heads + 2 * self.num_kv_heads) * config.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=not modern)
+        self.qk_gain = nn.Parameter(torch.ones(2, config.head_dim)) if modern else None
         nn.init.normal_(self.qkv.weight, std=dim**-0.5)
-        nn.init.zeros_(self.out.bias)
+        if self.out.bias is not None:
+            nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mixes x [B, L, C] over the positions up to each."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, N, L, D]
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: KeysValues | None = None) -> Tensor:
+        """Mixes x [B, L, C] over the positions up to each.
+
+        Args:
+            x: of the positions from the first on.
+            rotation: [2, L, D / 2], if the style turns queries and keys.
+            cache: keys and values are also written to its first L positions.
+        """
+        q, k, v = self._heads(x, rotation)
+        if cache is not None:
+            cache.keys[:, :, : x.shape[1]] = k
+            cache.values[:, :, : x.shape[1]] = v
+        grouped = self.num_kv_heads < self.num_heads
+        if grouped and not x.is_cuda:  # on a CPU, grouped heads would materialise the L x L scores
+            k, v = (heads.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for heads in (k, v))
+            grouped = False
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        """One position: x [B, C] -> [B, C]; writes its key and value into the cache [B, N, L, D]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [B, N, D]
-        keys[:, :, position] = k
-        values[:, :, position] = v
-        mixed = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, : position + 1], values[:, :, : position + 1])
+    def step(self, x: Tensor, rotation: Tensor | None, cache: KeysValues, position: int) -> Tensor:
+        """One position: x [B, C] -> [B, C]; writes its key and value into the cache.
+
+        Args:
+            x: of this position.
+            rotation: [2, 1, D / 2], this position's.
+            cache: holds the positions before.
+            position: 0 .. L - 1.
+        """
+        q, k, v = self._heads(x[:, None], rotation)
+        cache.keys[:, :, position] = k[:, :, 0]
+        cache.values[:, :, position] = v[:, :, 0]
+        # Heads that share keys stand as several queries of one head.
+        q = q.unflatten(1, (self.num_kv_heads, -1)).squeeze(3)  # [B, M, N / M, D]
+        seen = slice(position + 1)
+        mixed = F.scaled_dot_product_attention(q, cache.keys[:, :, seen], cache.values[:, :, seen])
         return self.out(mixed.flatten(1))
+
+    def _heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, N, L, D], keys and values [B, M, L, D] of x [B, L, C]."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = self.qkv(x).unflatten(-1, (sum(heads), -1)).transpose(1, 2).split(heads, 1)
+        if self.qk_gain is None:
+            return q, k, v
+        assert rotation is not None
+        gains = self.qk_gain.to(q.dtype).unbind()
+        q, k = (F.rms_norm(part, gain.shape, gain) for part, gain in zip((q, k), gains, strict=True))
+        return rotate(q, rotation), rotate(k, rotation), v
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to what the prior is told.
+
+    Args:
+        config: heads, attention dropout, style.
+        memory_dim: channels M of what is attended to.
+    """
+
+    def __init__(self, config: PriorModelConfig, memory_dim: int) -> None:
+        super().__init__()
+        dim = config.hidden_dim
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(memory_dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=config.style == "videogpt")
+        nn.init.normal_(self.q.weight, std=dim**-0.5)
+        nn.init.normal_(self.kv.weight, std=memory_dim**-0.5)
+        nn.init.normal_(self.out.weight, std=(dim * config.num_layers) ** -0.5)
+        if self.out.bias is not None:
+            nn.init.zeros_(self.out.bias)
+
+    def keys_values(self, memory: Tensor) -> KeysValues:
+        """Of memory [B, S, M]: float [B, N, S, D] each."""
+        return KeysValues(*self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4))
+
+    def forward(self, x: Tensor, seen: KeysValues) -> Tensor:
+        """Mixes what x [B, L, C] attends to, -> [B, L, C]."""
+        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        return self.out(F.scaled_dot_product_attention(q, *seen, dropout_p=dropout).transpose(1, 2).flatten(2))

@@ -1,67 +1,119 @@
-"""How a prior learns of what it should make: layer norms whose gain and bias depend on the class.
+"""What a prior may be told beside the class: frames, actions, or a text's embedding; and by which way.
 
-One table holds the gains and biases of every norm of the model, so conditioning costs one look-up a step
-and one parameter tensor, however many layers (optimizers that shard by tensor pay for each).
+    frames    uint8 [B, n, H, W, 3]   the first of the clip; a 3D ResNet, then cross-attention (as published)
+    actions   float [B, T, A]         one for each frame of the clip; cross-attention, conditional norms, or an addition
+    text      float [B, S, E]         embeddings made elsewhere; cross-attention
 
-B: batch   C: channels   L: positions
+B: batch   T: frames of the clip   t: latent frames   C: channels of the prior   S: length of what is attended to
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Norm", "Norms", "normalise"]
+from clipmill.config import PriorModelConfig
+from clipmill.errors import UserError
+from clipmill.models.positions import axial_tables, raster
+from clipmill.models.resnet import FrameEncoder
+from clipmill.models.vqvae import to_input
 
-EPS = 1e-8
-"""Added to the variance. The published norm has its 1e-5 outside the root; embeddings start so small (variance
-1e-4) that an eps of 1e-6 would change the logits of imported weights by 2e-4."""
+__all__ = ["Condition", "Told", "condition_of", "per_latent_frame"]
 
-
-class Norm(NamedTuple):
-    """Gain and bias of one layer norm: [C] for every sample alike, or [B, C] for a class each."""
-
-    gain: Tensor
-    bias: Tensor
+FRAME_DIM = 240
+"""Channels of the features of frames, as published."""
 
 
-class Norms(nn.Module):
-    """Gains and biases of all layer norms of a model (VideoGPT, arXiv 2104.10157, appendix).
+class Told(NamedTuple):
+    """A condition in the form in which blocks take it; at most one is not none."""
 
-    Unconditional, ``gain = 1 + table[0]``; for classes, ``gain = 1 + W.onehot``, ``bias = Wb.onehot``, which
-    are rows of the table.
+    memory: Tensor | None = None
+    """To attend to, float [B, S, M]."""
+    offsets: Tensor | None = None
+    """To add to gains and biases of each norm, float [B, t, norms, 2, C]."""
+    added: Tensor | None = None
+    """To add to the input of each latent frame's positions, float [B, t, C]."""
+
+
+class Condition(nn.Module):
+    """Turns what a clip comes with into what the blocks of a prior take.
 
     Args:
-        num_norms: norms in the model.
-        dim: channels C.
-        num_classes: 0 for an unconditional model.
+        config: of the prior; ``condition`` is not none.
+        shape: of the condition of one clip: [n, H, W, 3], [T, A] or [S, E].
+        num_latent_frames: t.
+        num_norms: norms in the prior.
     """
 
-    def __init__(self, num_norms: int, dim: int, num_classes: int) -> None:
+    def __init__(
+        self, config: PriorModelConfig, shape: tuple[int, ...], num_latent_frames: int, num_norms: int
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.table = nn.Parameter(torch.zeros(max(1, num_classes), num_norms, 2, dim))
+        self.kind, self.way, self.shape = config.condition, config.condition_by, shape
+        self.num_latent_frames, self.num_norms = num_latent_frames, num_norms
+        dim = config.hidden_dim
+        self.memory_dim: int | None = None
+        """M, if blocks attend to the condition."""
+        if self.kind == "frames":
+            self.memory_dim = FRAME_DIM
+            self.encoder = FrameEncoder(FRAME_DIM)
+            self.axes = axial_tables((shape[0], *(-(-length // 4) for length in shape[1:3])), FRAME_DIM)
+        elif self.kind == "text":
+            self.memory_dim = shape[1]
+        else:
+            per_frame = math.ceil(shape[0] / num_latent_frames) * shape[1]
+            if self.way == "cross_attention":
+                self.memory_dim = dim
+                self.project = nn.Linear(per_frame, dim)
+                self.axes = axial_tables((num_latent_frames,), dim)
+            else:  # at the start a prior that was not told anything
+                self.project = nn.Linear(per_frame, dim * (2 * num_norms if self.way == "norm" else 1))
+                nn.init.zeros_(self.project.weight)
+                nn.init.zeros_(self.project.bias)
 
-    def forward(self, label: Tensor | None) -> list[Norm]:
-        """The norms in the order of their use.
+    def forward(self, condition: Tensor) -> Told:
+        """See the module's docstring for the shapes."""
+        if condition.shape[1:] != self.shape:
+            raise ValueError(f"a condition of shape {tuple(condition.shape[1:])} for a prior that takes {self.shape}")
+        if self.kind == "frames":
+            features = self.encoder(to_input(condition)).flatten(1, 3)
+            return Told(memory=features + raster(self.axes))
+        if self.kind == "text":  # whatever scale the encoder of the text has
+            return Told(memory=F.layer_norm(condition.float(), self.shape[1:]))
+        projected = self.project(per_latent_frame(condition.float(), self.num_latent_frames))
+        if self.way == "cross_attention":
+            return Told(memory=projected + raster(self.axes))
+        if self.way == "norm":
+            return Told(offsets=projected.unflatten(-1, (self.num_norms, 2, -1)))
+        return Told(added=projected)
 
-        Args:
-            label: class of each sample, int64 [B]; none for an unconditional model.
-        """
-        if (label is None) == bool(self.num_classes):
-            raise ValueError(f"a prior of {self.num_classes} classes got {'no' if label is None else 'a'} label")
-        offsets = self.table[0] if label is None else self.table[label]  # [..., num_norms, 2, C]
-        return [Norm(1 + gain, bias) for gain, bias in (norm.unbind(-2) for norm in offsets.unbind(-3))]
+
+def per_latent_frame(actions: Tensor, num_latent_frames: int) -> Tensor:
+    """Actions [B, T, A] -> [B, t, ceil(T / t) * A], those of each latent frame side by side.
+
+    Where t does not divide T (a causal tokenizer, whose first latent is one frame), the first action is repeated.
+    """
+    missing = -actions.shape[1] % num_latent_frames
+    padded = torch.cat((actions[:, :1].expand(-1, missing, -1), actions), 1)
+    return padded.unflatten(1, (num_latent_frames, -1)).flatten(2)
 
 
-def normalise(x: Tensor, norm: Norm) -> Tensor:
-    """Layer norm over the channels of x [B, L, C] or [B, C], then gain and bias."""
-    gain, bias = norm
-    if gain.dim() == 1:
-        return F.layer_norm(x, gain.shape, gain, bias, EPS)
-    if x.dim() == 3:
-        gain, bias = gain[:, None], bias[:, None]
-    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=EPS), gain)
+def condition_of(batch: Mapping[str, Any], config: PriorModelConfig) -> Any:
+    """The field of a batch of token samples that a prior wants to be told, none if it wants none.
+
+    Raises:
+        UserError: the clips come without.
+    """
+    if config.condition is None:
+        return None
+    if config.condition not in batch:
+        raise UserError(
+            f"the prior is conditioned on {config.condition}, which not all clips come with; give every video its "
+            f"{config.condition} and shard and tokenize again, or train with prior.model.condition=null"
+        )
+    return batch[config.condition]

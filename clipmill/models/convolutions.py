@@ -1,6 +1,7 @@
-"""The tokenizer's convolutions: SAME zero padding for kernel 4, their mirror, and channel mixing as a product.
+"""The tokenizer's convolutions: SAME zero padding for kernels 3 and 4, their mirror, and channel mixing as a product.
 
-All keep channels-last memory: features [B, C, T, H, W] whose channels are contiguous.
+All keep channels-last memory: features [B, C, T, H, W] whose channels are contiguous. The causal ones see no later
+frame: frame 0 has a latent frame of its own, latent frame j > 0 follows frames up to s * j (s: stride).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Grow", "Pointwise", "Shrink"]
+__all__ = ["Grow", "Mix", "Pointwise", "Shrink"]
 
 KERNEL = 4
 FEW_CHANNELS = 8
@@ -27,16 +28,30 @@ class Pointwise(nn.Linear):
         return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
-class Shrink(nn.Conv3d):
-    """Convolution with kernel 4 and SAME zero padding; an odd padding has its larger half in front."""
+class Mix(nn.Conv3d):
+    """Convolution with kernel 3 and SAME zero padding; if causal, all of the time's padding is in front."""
 
-    def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int]) -> None:
-        super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=1)
-        # Stride 2 pads (1, 1), stride 1 pads (2, 1): the convolution pads 1, this the rest (last axis first).
-        self.front = [pad for s in reversed(stride) for pad in (2 - s, 0)]
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = True, causal: bool = False) -> None:
+        super().__init__(in_dim, out_dim, kernel_size=3, padding=(0 if causal else 1, 1, 1), bias=bias)
+        self.causal = causal
 
     def forward(self, x: Tensor) -> Tensor:
-        """Divides each axis of x [B, C, T, H, W] by its stride."""
+        """Mixes neighbours of x [B, C, T, H, W]."""
+        return super().forward(F.pad(x, (0, 0, 0, 0, 2, 0)) if self.causal else x)
+
+
+class Shrink(nn.Conv3d):
+    """Convolution with kernel 4 and SAME zero padding; of an odd padding more is in front, of a causal one all."""
+
+    def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int], causal: bool = False) -> None:
+        super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=(0 if causal else 1, 1, 1))
+        # Stride 2 pads (1, 1), stride 1 pads (2, 1): the convolution pads 1, this the rest (last axis first).
+        self.front = [pad for s in reversed(stride) for pad in (2 - s, 0)]
+        if causal:
+            self.front[-2] = KERNEL - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divides each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n * s become 1 + n."""
         return super().forward(F.pad(x, self.front) if any(self.front) else x)
 
 
@@ -45,11 +60,16 @@ class Grow(nn.ConvTranspose3d):
 
     stride: tuple[int, int, int]
 
-    def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int]) -> None:
-        super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=1)
+    def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int], causal: bool = False) -> None:
+        super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=(0 if causal else 1, 1, 1))
+        self.causal = causal
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Multiplies each axis of x [B, C, T, H, W] by its stride."""
+        """Multiplies each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n become 1 + n * s."""
+        if self.causal:
+            s = self.stride[0]
+            t, h, w = 1 + (x.shape[2] - 1) * s, x.shape[3] * self.stride[1], x.shape[4] * self.stride[2]
+            return super().forward(x)[:, :, s - 1 : s - 1 + t, :h, :w]
         if self.out_channels < FEW_CHANNELS and x.device.type == "cpu":
             return _GrowToFewChannels.apply(x, self.weight, self.bias, self.stride)
         grown = super().forward(x)

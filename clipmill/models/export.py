@@ -24,7 +24,7 @@ from clipmill.errors import UserError
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 
-__all__ = ["load_prior", "load_vqvae", "read_latest", "save_export"]
+__all__ = ["export_body", "load_prior", "load_vqvae", "read_latest", "save_export"]
 
 SCHEMA = 1
 TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
@@ -47,15 +47,25 @@ def save_export(folder_url: str, model: nn.Module, body: dict[str, Any], tokeniz
     if tokenizer is not None:
         tensors |= _tensors(tokenizer.state_dict(), "tokenizer.")
     weights = safetensors.torch.save(tensors)
-    document = body | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
-    sha8 = fingerprint(document)[:8]
+    document = _named(body, weights)
+    sha8 = document["sha8"]
     export_url = storage.join(folder_url, "exports", sha8)
     if not storage.exists(storage.join(export_url, "model.json")):
         storage.publish_bytes(storage.join(export_url, "model.safetensors"), weights)
-        storage.publish_document(storage.join(export_url, "model.json"), document | {"sha8": sha8}, SCHEMA)
+        storage.publish_document(storage.join(export_url, "model.json"), document, SCHEMA)
     if _latest_sha8(folder_url) != sha8:
         storage.publish_document(storage.join(folder_url, "exports", "latest.json"), {"sha8": sha8}, SCHEMA)
     return sha8
+
+
+def export_body(model: nn.Module, body: dict[str, Any]) -> dict[str, Any]:
+    """The body with the hash and the name that an export of this model would have, without writing one."""
+    return _named(body, safetensors.torch.save(_tensors(model.state_dict(), "")))
+
+
+def _named(body: dict[str, Any], weights: bytes) -> dict[str, Any]:
+    document = body | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    return document | {"sha8": fingerprint(document)[:8]}
 
 
 def read_latest(url: str) -> tuple[dict[str, Any], str] | None:
@@ -93,7 +103,8 @@ def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:
 def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
     """Loads a prior with its tokenizer, both in eval mode on the CPU.
 
-    Reads ``model``, ``latent_shape``, ``num_codes``, ``num_classes`` and ``tokenizer`` of its body.
+    Reads ``model``, ``latent_shape``, ``num_codes``, ``num_classes``, ``condition_shape`` (if there is one) and
+    ``tokenizer`` of its body.
 
     Args:
         url: a training folder (its latest export), or one export folder.
@@ -109,7 +120,15 @@ def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
     tokenizer = {name.removeprefix("tokenizer."): tensors[name] for name in tensors.keys() - own.keys()}
     t, h, w = body["latent_shape"]
     config = PriorModelConfig.model_validate(body["model"])
-    prior = Prior(config, (t, h, w), body["num_codes"], own["input.codebook"], body["num_classes"])
+    shape = body.get("condition_shape")
+    prior = Prior(
+        config,
+        (t, h, w),
+        body["num_codes"],
+        own.get("input.codebook"),
+        body["num_classes"],
+        None if shape is None else tuple(shape),
+    )
     prior.load_state_dict(own)
     return prior.eval(), _build_vqvae(body["tokenizer"], tokenizer), body, body["sha8"]
 

@@ -1,7 +1,8 @@
 """The prior: a transformer that draws the codes of a clip one after another.
 
-VideoGPT (arXiv 2104.10157, section 3.2), in the layout of its published code: a code enters as its
-codebook vector, position p sees the codes before p, positions are learned per axis, blocks are pre-norm.
+Position p sees the codes before p and predicts its own. Two styles: VideoGPT's (arXiv 2104.10157, section 3.2, in the
+layout of its published code), where a code enters as its codebook vector and positions are learned for each axis; and a
+modern one, where codes have embeddings of their own and positions turn queries and keys.
 
 B: batch   t, h, w: latent frames, height, width   L = t * h * w, raster order   K: codes   C: hidden channels
 """
@@ -18,8 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmill.config import PriorModelConfig
 from clipmill.errors import UserError
-from clipmill.models.attention import CausalAttention
-from clipmill.models.conditioning import Norm, Norms, normalise
+from clipmill.models.attention import KeysValues
+from clipmill.models.blocks import Block, norms_per_block
+from clipmill.models.conditioning import Condition, Told
+from clipmill.models.norms import Norm, Norms, layer_norm, rms_norm
+from clipmill.models.positions import axial_tables, raster, rotations
 
 __all__ = ["Cache", "Prior"]
 
@@ -28,92 +32,78 @@ CHUNK_LOGITS = 2**26
 
 
 class CodeInput(nn.Module):
-    """Embeds the codes before each position: codebook vector, linear layer, right shift, axial positions.
+    """Embeds the codes before each position, shifted right by a learned start.
 
     Args:
-        dim: hidden channels C, of which each axis takes a third (the paper's 512 and 1024 leave a remainder: t, then h,
-            take one channel more).
+        config: of the prior.
         latent_shape: (t, h, w).
-        codebook: float [K, D]; state, since without it a prior cannot be used.
+        num_codes: K.
+        codebook: float [K, D]; state of the videogpt style, since without it such a prior cannot be used.
     """
 
     codebook: Tensor
 
-    def __init__(self, dim: int, latent_shape: tuple[int, int, int], codebook: Tensor) -> None:
+    def __init__(
+        self, config: PriorModelConfig, latent_shape: tuple[int, int, int], num_codes: int, codebook: Tensor | None
+    ) -> None:
         super().__init__()
+        dim = config.hidden_dim
+        self.modern = config.style == "modern"
+        if self.modern:
+            self.embedding = nn.Parameter(torch.randn(num_codes, dim) * 0.02)
+            self.start = nn.Parameter(torch.randn(dim) * 0.02)
+            return
+        if codebook is None or len(codebook) != num_codes:
+            raise ValueError(f"a codebook of {0 if codebook is None else len(codebook)} rows for {num_codes} codes")
         self.register_buffer("codebook", codebook.detach().clone())
         self.project = nn.Linear(codebook.shape[1], dim, bias=False)
         self.start = nn.Parameter(torch.randn(dim) * 0.02)
-        widths = [dim // 3 + (axis < dim % 3) for axis in range(3)]
-        shapes = zip(latent_shape, widths, strict=True)
-        self.axes = nn.ParameterList(torch.randn(length, width) * 0.01 for length, width in shapes)
+        self.axes = axial_tables(latent_shape, dim)
         nn.init.normal_(self.project.weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Embeds codes int64 [B, L] as float [B, L, C]; position p holds the code at p - 1."""
+        """Embeds codes int64 [B, L] (or the first of them) as float [B, L, C]; position p holds the code at p - 1."""
         # K projected codebook rows, not B * L: the look-up comes after the product.
-        before = F.embedding(codes[:, :-1], self.project(self.codebook))
+        before = F.embedding(codes[:, :-1], self.table())
         start = self.start.to(before.dtype).expand(len(codes), 1, -1)
-        return torch.cat((start, before), 1) + self.positions()
+        x = torch.cat((start, before), 1)
+        return x if self.modern else x + raster(self.axes)[: x.shape[1]]
 
-    def positions(self) -> Tensor:
-        """Position embeddings, float [L, C]: thirds for t, h and w."""
-        t, h, w = self.axes
-        shape = (len(t), len(h), len(w), -1)
-        thirds = t[:, None, None].expand(shape), h[None, :, None].expand(shape), w[None, None].expand(shape)
-        return torch.cat(thirds, -1).flatten(0, 2)
+    def table(self) -> Tensor:
+        """What each code adds to the next position, float [K, C]."""
+        return self.embedding if self.modern else self.project(self.codebook)
 
-
-class Block(nn.Module):
-    """Norm, attention, dropout, add; norm, MLP, dropout, add."""
-
-    def __init__(self, config: PriorModelConfig) -> None:
-        super().__init__()
-        dim = config.hidden_dim
-        self.attention = CausalAttention(dim, config.num_heads, config.attention_dropout)
-        self.widen = nn.Linear(dim, 4 * dim)
-        self.narrow = nn.Linear(4 * dim, dim)
-        self.dropout = config.dropout
-        nn.init.normal_(self.attention.out.weight, std=(dim * config.num_layers) ** -0.5)
-
-    def forward(self, x: Tensor, attention_norm: Norm, mlp_norm: Norm) -> Tensor:
-        """Transforms x [B, L, C]."""
-        x = x + F.dropout(self.attention(normalise(x, attention_norm)), self.dropout, self.training)
-        return x + F.dropout(self.mlp(normalise(x, mlp_norm)), self.dropout, self.training)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """The quick-GELU network, x * sigmoid(1.702 x) between its layers; x [..., C] -> [..., C]."""
-        # silu(a x) / a is the same function with one tensor saved for the backward pass instead of two.
-        return self.narrow(F.silu(self.widen(x) * 1.702) * (1 / 1.702))
-
-    def step(self, x: Tensor, norms: tuple[Norm, Norm], keys: Tensor, values: Tensor, position: int) -> Tensor:
-        """One position, x [B, C] -> [B, C], with this block's caches [B, N, L, D]."""
-        x = x + self.attention.step(normalise(x, norms[0]), keys, values, position)
-        return x + self.mlp(normalise(x, norms[1]))
+    def first_and_offsets(self, num_positions: int) -> Tensor:
+        """What each position adds by itself, float [L, C]; the first includes the start."""
+        offsets = self.start.new_zeros(num_positions, len(self.start)) if self.modern else raster(self.axes)
+        offsets[0] += self.start
+        return offsets
 
 
 class Cache:
     """What ``Prior.step`` keeps between positions; made by ``Prior.new_cache``.
 
     Attributes:
-        keys: float [layers, B, N, L, D].
-        values: the same of the values.
-        norms: gains and biases of the samples' classes.
-        inputs: projected codebook, float [K, C].
-        positions: float [L, C], the first with the start vector added.
+        batch_size: B.
+        blocks: keys and values of each block.
+        memory: keys and values of what each block attends to, if there is something.
+        norms: gains and biases of the samples.
+        inputs: what each code adds to the next position, float [K, C].
+        offsets: what each position adds by itself, float [L, C].
+        told: what the prior is told of the samples.
         position: the next position, 0 .. L.
     """
 
-    def __init__(self, prior: Prior, batch_size: int, label: Tensor | None) -> None:
-        config, code_input = prior.config, prior.input
-        inputs = code_input.project(code_input.codebook)
-        heads = (config.num_heads, prior.num_positions, config.hidden_dim // config.num_heads)
-        self.keys = inputs.new_empty(config.num_layers, batch_size, *heads)
-        self.values = torch.empty_like(self.keys)
-        self.norms = prior.norms(label)
-        self.inputs = inputs
-        self.positions = code_input.positions()
-        self.positions[0] += code_input.start
+    def __init__(self, prior: Prior, batch_size: int, told: Told, norms: list[Norm]) -> None:
+        config = prior.config
+        self.batch_size = batch_size
+        self.inputs = prior.input.table()
+        self.offsets = prior.input.first_and_offsets(prior.num_positions)
+        self.told, self.norms = told, norms
+        shape = (config.num_layers, 2, batch_size, config.kv_heads, prior.num_positions, config.head_dim)
+        self.blocks = [KeysValues(*pair) for pair in self.inputs.new_empty(shape)]
+        crossings = [cast(Block, block).cross for block in prior.blocks]
+        self.memory = [None if c is None else c.keys_values(cast(Tensor, told.memory)) for c in crossings]
         self.position = 0
 
 
@@ -124,20 +114,27 @@ class Prior(nn.Module):
         config: sizes and dropout.
         latent_shape: (t, h, w) of the codes.
         num_codes: K.
-        codebook: the tokenizer's embeddings, float [K, D].
+        codebook: the tokenizer's embeddings, float [K, D]; the modern style does without.
         num_classes: classes of the data; used when ``config.class_conditional``.
+        condition_shape: of the ``config.condition`` of one clip (see `Condition`).
+
+    Attributes:
+        null_label: the label that stands for no class, if the prior knows one.
 
     Raises:
-        UserError: there are no classes to condition on.
+        UserError: there are no classes, or not the condition, that the config asks for.
     """
+
+    rotation: Tensor | None
 
     def __init__(
         self,
         config: PriorModelConfig,
         latent_shape: tuple[int, int, int],
         num_codes: int,
-        codebook: Tensor,
+        codebook: Tensor | None,
         num_classes: int = 0,
+        condition_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         if config.class_conditional and num_classes < 1:
@@ -145,33 +142,58 @@ class Prior(nn.Module):
                 "prior.model.class_conditional needs labelled clips, and these have none; "
                 "set data.source.label=parent_folder and shard again, or class_conditional=false"
             )
-        if len(codebook) != num_codes:
-            raise ValueError(f"a codebook of {len(codebook)} rows for {num_codes} codes")
+        if config.condition is not None and condition_shape is None:
+            raise UserError(f"prior.model.condition={config.condition} needs clips that come with {config.condition}")
         self.config = config
         self.latent_shape = latent_shape
         self.num_codes = num_codes
         self.num_positions = math.prod(latent_shape)
-        self.input = CodeInput(config.hidden_dim, latent_shape, codebook)
-        self.norms = Norms(2 * config.num_layers + 1, config.hidden_dim, num_classes * config.class_conditional)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        modern = config.style == "modern"
+        self.input = CodeInput(config, latent_shape, num_codes, codebook)
+        self.norms_per_block = norms_per_block(config)
+        num_norms = self.norms_per_block * config.num_layers + 1
+        num_classes *= config.class_conditional
+        self.null_label = num_classes if config.label_dropout else None
+        self.norms = Norms(
+            num_norms,
+            config.hidden_dim,
+            num_classes,
+            null_class=self.null_label is not None,
+            with_bias=not modern or config.condition_by == "norm",
+        )
+        self.normalise = rms_norm if modern else layer_norm
+        self.condition = None
+        if condition_shape is not None and config.condition is not None:
+            self.condition = Condition(config, condition_shape, latent_shape[0], num_norms)
+        memory_dim = None if self.condition is None else self.condition.memory_dim
+        self.blocks = nn.ModuleList(Block(config, memory_dim) for _ in range(config.num_layers))
         self.head = nn.Linear(config.hidden_dim, num_codes, bias=False)
         nn.init.zeros_(self.head.weight)
+        rotation = rotations(latent_shape, config.head_dim, config.rope_base) if modern else None  # [2, L, D / 2]
+        self.register_buffer("rotation", rotation, persistent=False)
 
-    def forward(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, codes: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Logits of each code given those before it.
 
         Args:
             codes: int64 [B, t, h, w].
             label: class of each clip, int64 [B]; none for an unconditional prior.
+            condition: what else the prior is told of each clip (see `Condition`); none for one without.
 
         Returns:
             Float [B, L, K].
         """
-        return self.head(self._hidden(codes, label))
+        return self.head(self._hidden(codes, label, condition))
 
-    def loss(self, codes: Tensor, label: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of each clip's codes in nats per code, float32 [B]; arguments as of ``forward``."""
-        hidden = self._hidden(codes, label).flatten(0, 1)
+    def loss(self, codes: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of each clip's codes in nats per code, float32 [B]; arguments as of ``forward``.
+
+        In training, classes are hidden at the config's ``label_dropout``.
+        """
+        if self.training and label is not None and self.null_label is not None:
+            hide = torch.rand(label.shape, device=label.device) < self.config.label_dropout
+            label = label.masked_fill(hide, self.null_label)
+        hidden = self._hidden(codes, label, condition).flatten(0, 1)
         targets = codes.flatten()
         rows_per_chunk = max(1, CHUNK_LOGITS // self.num_codes)
         if len(targets) <= rows_per_chunk:
@@ -186,36 +208,78 @@ class Prior(nn.Module):
         """Float32 [N] from hidden [N, C] and targets int64 [N]."""
         return F.cross_entropy(self.head(hidden).float(), targets, reduction="none")
 
-    def _hidden(self, codes: Tensor, label: Tensor | None) -> Tensor:
+    def _hidden(self, codes: Tensor, label: Tensor | None, condition: Tensor | None) -> Tensor:
         """What the head reads, float [B, L, C]."""
-        norms = self.norms(label)
-        x = self.input(codes.flatten(1))
-        for index, block in enumerate(self.blocks):
-            x = block(x, norms[2 * index], norms[2 * index + 1])
-        return normalise(x, norms[-1])
+        told = self._told(condition)
+        norms = self.norms(label, told.offsets)
+        return self.normalise(self._through_blocks(codes, norms, told, None), norms[-1])
 
-    def new_cache(self, batch_size: int, label: Tensor | None = None) -> Cache:
+    def _told(self, condition: Tensor | None) -> Told:
+        if (condition is None) != (self.condition is None):
+            kind = self.config.condition or "no condition"
+            raise ValueError(f"a prior of {kind} got {'no' if condition is None else 'a'} condition")
+        return Told() if self.condition is None else self.condition(condition)
+
+    def _through_blocks(self, codes: Tensor, norms: list[Norm], told: Told, cache: list[KeysValues] | None) -> Tensor:
+        """Hidden states of whole latent frames from the first on, float [B, L, C], which may also fill a cache."""
+        num_frames = codes.shape[1]
+        x = self.input(codes.flatten(1))
+        if told.added is not None:
+            x = (x.unflatten(1, (num_frames, -1)) + told.added[:, :num_frames, None]).flatten(1, 2)
+        norms = [norm.frames(slice(num_frames)) for norm in norms]
+        rotation = None if self.rotation is None else self.rotation[:, : x.shape[1]]
+        for index, block in enumerate(self.blocks):
+            arguments = (x, self._norms_of(norms, index), rotation, told.memory)
+            if self.training and index < self.config.num_checkpointed:
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments, None if cache is None else cache[index])
+        return x
+
+    def _norms_of(self, norms: list[Norm], block: int) -> list[Norm]:
+        return norms[self.norms_per_block * block : self.norms_per_block * (block + 1)]
+
+    def new_cache(self, batch_size: int, label: Tensor | None = None, condition: Tensor | None = None) -> Cache:
         """Room for the keys and values of a whole batch; call without gradients, in eval mode.
 
         Args:
             batch_size: B.
             label: int64 [B]; none for an unconditional prior.
+            condition: as of ``forward``.
         """
-        return Cache(self, batch_size, label)
+        told = self._told(condition)
+        return Cache(self, batch_size, told, self.norms(label, told.offsets))
+
+    def prefill(self, cache: Cache, codes: Tensor) -> None:
+        """Takes the first latent frames as given: the next ``step`` follows the last of their codes.
+
+        Args:
+            cache: new.
+            codes: int64 [B, n, h, w], n < t.
+        """
+        assert cache.position == 0
+        self._through_blocks(codes, cache.norms, cache.told, cache.blocks)
+        cache.position = codes[0].numel()
 
     def step(self, cache: Cache, previous: Tensor | None) -> Tensor:
         """Logits of the next position, float [B, K].
 
         Args:
             cache: advances by one position.
-            previous: the codes drawn at the position before, int64 [B]; none at the first.
+            previous: the codes at the position before, int64 [B]; none at the first.
         """
         position = cache.position
-        x = cache.positions[position].expand(cache.keys.shape[1], -1)
+        frame = position // math.prod(self.latent_shape[1:])
+        x = cache.offsets[position].expand(cache.batch_size, -1)
         if previous is not None:
             x = x + F.embedding(previous, cache.inputs)
+        if cache.told.added is not None:
+            x = x + cache.told.added[:, frame]
+        norms = [norm.frames(frame) for norm in cache.norms]
+        rotation = None if self.rotation is None else self.rotation[:, position : position + 1]
         for index, block in enumerate(self.blocks):
-            norms = cache.norms[2 * index], cache.norms[2 * index + 1]
-            x = cast(Block, block).step(x, norms, cache.keys[index], cache.values[index], position)
+            x = cast(Block, block).step(
+                x, self._norms_of(norms, index), rotation, cache.memory[index], cache.blocks[index], position
+            )
         cache.position += 1
-        return self.head(normalise(x, cache.norms[-1]))
+        return self.head(self.normalise(x, norms[-1]))

@@ -1,15 +1,19 @@
-"""Vector quantisation with a codebook that follows the data by exponential moving averages.
+"""Vector quantisation: what all quantizers share, and the codebook that follows the data by moving averages.
 
-van den Oord et al., arXiv 1711.00937, appendix A.1; as in VideoGPT a code that almost nothing maps to
-restarts from an encoder output. Everything the codebook learns from is summed over all ranks, so every
-rank holds the same codebook, and no decision waits for the device: no host sync, no N x K one-hot.
+The codebook: van den Oord et al., arXiv 1711.00937, appendix A.1; as in VideoGPT a code that almost nothing maps to
+restarts from an encoder output. Everything it learns from is summed over all ranks, so every rank holds the same
+codebook, and no decision waits for the device: no host sync, no N x K one-hot. Quantizers without a learned codebook
+are in ``lookup_free.py``.
 
-Shapes: N rows (latents of the local batch), K codes, D channels of a code.
+A quantizer is a module with ``codebook``, float32 [M * K, D / M]; ``forward(latents, weight) -> Quantized``; and
+``embed(codes) -> latents``. With several codebooks each quantises its own slice of the channels.
+
+Shapes: N rows (latents of the local batch), M codebooks, K codes of each, D channels of a row.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +21,11 @@ from torch import Tensor, nn
 
 from clipmill.models.ranks import rank, sum_over_ranks, world_size
 
-__all__ = ["EMACodebook", "Quantized", "nearest_codes"]
+__all__ = ["EMACodebook", "Quantized", "codebook_metrics", "count_codes", "nearest_codes", "table_rows"]
 
 CHUNK_SCORES = 2**22
 """Distances held at once (float32: 16 MiB)."""
+KMEANS_ROUNDS = 10
 _SALT = 0x636C6970
 """Keeps the draws of restart rows apart from every other keyed draw."""
 _START_THRESHOLDS = 2.0
@@ -29,16 +34,20 @@ and one that finds no data restarts again after ln(2) / -ln(decay) = 69 steps.""
 
 
 class Quantized(NamedTuple):
-    """What the codebook makes of latents [N, D]."""
+    """What a quantizer makes of latents [N, D]."""
 
     latents: Tensor
     """float [N, D]: the chosen embeddings; the gradient goes straight through to the input."""
     codes: Tensor
-    """int64 [N]."""
+    """int64 [N, M]."""
     commitment: Tensor
     """float32 [N]: mean square distance of a row to its embedding (gradient to the row alone)."""
+    entropy: Tensor | None
+    """float32 0-d, over all ranks' rows: what `LookupFree` minimises beside; none for the others."""
+    counts: Tensor
+    """float32 [M * K]: rows of each code, of all ranks in training mode, else of this rank alone."""
     metrics: dict[str, Tensor]
-    """0-d: ``codebook_usage`` (share of codes in the batch), ``codebook_perplexity``, ``codebook_restarts``."""
+    """0-d, of training mode alone: see `codebook_metrics`, and ``codebook_restarts`` where codes restart."""
 
 
 def nearest_codes(rows: Tensor, embeddings: Tensor) -> Tensor:
@@ -49,6 +58,34 @@ def nearest_codes(rows: Tensor, embeddings: Tensor) -> Tensor:
     return torch.cat([torch.addmm(norms, chunk, embeddings.t(), alpha=-2).argmin(1) for chunk in chunks])
 
 
+def table_rows(codes: Tensor, num_codes: int) -> Tensor:
+    """Rows of a table [M * K, ...] that codes int64 [..., M] mean."""
+    return codes + torch.arange(codes.shape[-1], device=codes.device) * num_codes
+
+
+def count_codes(rows: Tensor, weight: Tensor | None, table: Tensor) -> Tensor:
+    """How often each row of a table [M * K, ...] is meant by rows int64 [N, M], float32 [M * K].
+
+    Args:
+        rows: see `table_rows`.
+        weight: float32 [N], 0 for padding.
+        table: gives length and device.
+    """
+    weight = table.new_ones(len(rows)) if weight is None else weight
+    return table.new_zeros(len(table)).index_add_(0, rows.flatten(), weight.repeat_interleave(rows.shape[1]))
+
+
+def codebook_metrics(counts: Tensor, num_codebooks: int = 1) -> dict[str, Tensor]:
+    """``codebook_usage`` (share of codes that occur) and ``codebook_perplexity`` from counts float [M * K].
+
+    Perplexity is the exponential of the entropy of the codes' frequencies; of several codebooks the mean.
+    """
+    counts = counts.view(num_codebooks, -1)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    perplexity = torch.special.entr(share).sum(1).exp()
+    return {"codebook_usage": (counts > 0).float().mean(), "codebook_perplexity": perplexity.mean()}
+
+
 class EMACodebook(nn.Module):
     """The codebook and its moving averages; all of it is state that a checkpoint carries.
 
@@ -57,6 +94,9 @@ class EMACodebook(nn.Module):
         dim: D.
         decay: of counts and sums, per update.
         restart_share: a code whose averaged count falls below this share of rows per step / K restarts.
+        num_codebooks: M; each quantises D / M channels.
+        cosine: compare directions: rows and embeddings have length sqrt(D / M), like rows of unit variance.
+        start: the first codes are ``rows`` of the first batch, or the centres of its clusters (``kmeans``).
     """
 
     codebook: Tensor
@@ -65,13 +105,27 @@ class EMACodebook(nn.Module):
     initialised: Tensor
     num_updates: Tensor
 
-    def __init__(self, num_codes: int, dim: int, decay: float, restart_share: float) -> None:
+    def __init__(
+        self,
+        num_codes: int,
+        dim: int,
+        decay: float,
+        restart_share: float,
+        num_codebooks: int = 1,
+        cosine: bool = False,
+        start: Literal["rows", "kmeans"] = "rows",
+    ) -> None:
         super().__init__()
+        self.num_codes = num_codes
+        self.num_codebooks = num_codebooks
         self.decay = decay
         self.restart_share = restart_share
-        self.register_buffer("codebook", torch.randn(num_codes, dim))
-        self.register_buffer("counts", torch.zeros(num_codes))
-        self.register_buffer("sums", torch.zeros(num_codes, dim))
+        self.cosine = cosine
+        self.start = start
+        table = (num_codes * num_codebooks, dim // num_codebooks)
+        self.register_buffer("codebook", self._normalised(torch.randn(table)))
+        self.register_buffer("counts", torch.zeros(table[0]))
+        self.register_buffer("sums", torch.zeros(table))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
@@ -83,38 +137,69 @@ class EMACodebook(nn.Module):
             weight: float32 [N], 0 for rows of padding, which the codebook does not learn from.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            rows = latents.float()
+            parts = self._normalised(latents.float().unflatten(1, (self.num_codebooks, -1)))  # [N, M, D / M]
             with torch.no_grad():
-                learned = rows.detach()
+                learned = parts.detach()
                 if self.training:
                     candidates = self._draw_rows(learned)
-                    self._initialise(candidates)
-                codes = nearest_codes(learned, self.codebook)
-                chosen = F.embedding(codes, self.codebook)
-                weight = torch.ones_like(rows[:, 0]) if weight is None else weight
-                counts = torch.zeros_like(self.counts).index_add_(0, codes, weight)
-                restarts = torch.zeros_like(self.counts)
+                    self._initialise(candidates, learned)
+                codes = self._nearest(learned)
+                rows = table_rows(codes, self.num_codes)
+                chosen = F.embedding(rows, self.codebook)
+                counts = count_codes(rows, weight, self.codebook)
+                metrics = {}
                 if self.training:
-                    sums = _sum_by_code(learned * weight[:, None], codes, len(self.counts))
-                    counts, sums = sum_over_ranks(torch.cat((counts[:, None], sums), 1)).tensor_split([1], 1)
-                    counts = counts[:, 0]
+                    weighted = learned if weight is None else learned * weight[:, None, None]
+                    counts, sums = self._gather(counts, weighted, rows)
                     restarts = self._update(counts, sums, candidates)
-                metrics = _codebook_metrics(counts) | {"codebook_restarts": restarts.sum()}
-            commitment = (rows - chosen).square().mean(1)
-            straight_through = rows + (chosen - learned)
-        return Quantized(straight_through.to(latents.dtype), codes, commitment, metrics)
+                    metrics = codebook_metrics(counts, self.num_codebooks) | {"codebook_restarts": restarts.sum()}
+            commitment = (parts - chosen).square().mean((1, 2))
+            straight_through = (parts + (chosen - learned)).flatten(1)
+        return Quantized(straight_through.to(latents.dtype), codes, commitment, None, counts, metrics)
 
-    def _initialise(self, candidates: Tensor) -> None:
-        """Takes the first batch's rows as codes; a no-op on the device ever after."""
+    def embed(self, codes: Tensor) -> Tensor:
+        """Embeddings float32 [..., D] of codes int64 [..., M]."""
+        return F.embedding(table_rows(codes, self.num_codes), self.codebook).flatten(-2)
+
+    def _normalised(self, rows: Tensor) -> Tensor:
+        """Rows [..., D / M] at the length that cosine distance wants; unchanged without it."""
+        return F.normalize(rows, dim=-1) * rows.shape[-1] ** 0.5 if self.cosine else rows
+
+    def _nearest(self, parts: Tensor) -> Tensor:
+        """Codes int64 [N, M] of parts [N, M, D / M]."""
+        tables = self.codebook.chunk(self.num_codebooks)
+        return torch.stack([nearest_codes(part, table) for part, table in zip(parts.unbind(1), tables, strict=True)], 1)
+
+    def _gather(self, counts: Tensor, weighted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts [M * K] and sums [M * K, D / M] of all ranks, in one collective."""
+        sums = _sum_by_code(weighted.flatten(0, 1), rows.flatten(), len(self.codebook))
+        counts, sums = sum_over_ranks(torch.cat((counts[:, None], sums), 1)).tensor_split([1], 1)
+        return counts[:, 0], sums
+
+    def _initialise(self, candidates: Tensor, parts: Tensor) -> None:
+        """Takes the first batch's rows, or the centres of its clusters, as codes; a no-op on the device ever after.
+
+        Args:
+            candidates: a row for each code, float32 [M * K, D / M].
+            parts: this rank's rows, float32 [N, M, D / M].
+        """
+        if self.start == "kmeans" and not self.initialised:  # a host sync, which only this choice pays
+            self.codebook.copy_(candidates)
+            for _ in range(KMEANS_ROUNDS):
+                rows = table_rows(self._nearest(parts), self.num_codes)
+                counts, sums = self._gather(count_codes(rows, None, self.codebook), parts, rows)
+                centres = self._normalised(sums / counts.clamp(min=1)[:, None])
+                self.codebook.copy_(torch.where(counts[:, None] > 0, centres, self.codebook))
+            return
         self.codebook.copy_(torch.where(self.initialised, self.codebook, candidates))
 
     def _update(self, counts: Tensor, sums: Tensor, candidates: Tensor) -> Tensor:
-        """Moves averages and embeddings; returns which codes restarted, bool [K].
+        """Moves averages and embeddings; returns which codes restarted, bool [M * K].
 
         Args:
-            counts: rows of all ranks that map to each code in this batch, float32 [K].
-            sums: the sum of those rows, float32 [K, D].
-            candidates: a row for each code that restarts, float32 [K, D].
+            counts: rows of all ranks that map to each code in this batch, float32 [M * K].
+            sums: the sum of those rows, float32 [M * K, D / M].
+            candidates: a row for each code that restarts, float32 [M * K, D / M].
         """
         rows_per_code = counts.sum() / len(counts)
         threshold = rows_per_code * self.restart_share
@@ -127,40 +212,37 @@ class EMACodebook(nn.Module):
         self.sums.copy_(torch.where(restarts[:, None], candidates * fresh_count, self.sums))
         # A code that is never used and never restarts (restart_share 0) keeps its place when its count underflows.
         used = self.counts[:, None] > torch.finfo(torch.float32).tiny
-        self.codebook.copy_(torch.where(used, self.sums / self.counts[:, None], self.codebook))
+        self.codebook.copy_(torch.where(used, self._normalised(self.sums / self.counts[:, None]), self.codebook))
         self.initialised.fill_(True)
         self.num_updates.add_(1)
         return restarts
 
-    def _draw_rows(self, rows: Tensor) -> Tensor:
-        """One row of the global batch for each code, float32 [K, D], the same for any split over ranks.
+    def _draw_rows(self, parts: Tensor) -> Tensor:
+        """One row of the global batch for each code, float32 [M * K, D / M], the same for any split over ranks.
 
-        The global batch is cut into K even parts and a keyed hash picks a row in each, so the rows are
+        The global batch is cut into K even parts and a keyed hash picks a row in each, so the rows of a codebook are
         distinct where K <= N. Each rank fills in the rows it owns; the sum over ranks completes them.
+
+        Args:
+            parts: this rank's rows, float32 [N, M, D / M].
         """
-        num_codes, num_local = len(self.counts), len(rows)
+        num_local = len(parts)
         num_rows = num_local * world_size()
-        code = torch.arange(num_codes, device=rows.device)
-        uniform = _keyed_uniform(self.num_updates, code)
-        wanted = ((code + uniform) * (num_rows / num_codes)).long().clamp_(max=num_rows - 1)
+        index = torch.arange(len(self.codebook), device=parts.device)
+        uniform = _keyed_uniform(self.num_updates, index)
+        wanted = ((index % self.num_codes + uniform) * (num_rows / self.num_codes)).long().clamp_(max=num_rows - 1)
         local = wanted - rank() * num_local
         owned = (local >= 0) & (local < num_local)
-        found = F.embedding(local.clamp(0, num_local - 1), rows)
+        place = local.clamp(0, num_local - 1) * self.num_codebooks + index // self.num_codes
+        found = F.embedding(place, parts.flatten(0, 1))
         return sum_over_ranks(torch.where(owned[:, None], found, 0.0))
 
 
 def _sum_by_code(rows: Tensor, codes: Tensor, num_codes: int) -> Tensor:
-    """Sum of the rows of each code, float32 [K, D]."""
+    """Sum of the rows of each code, float32 [num_codes, channels]."""
     # The gradient of a look-up is this sum. index_add_ adds in any order on CUDA, and on a CPU it was measured
     # between 1 and 40 ms for the same work, this between 0.2 and 3.
     return torch.ops.aten.embedding_dense_backward(rows, codes, num_codes, -1, False)
-
-
-def _codebook_metrics(counts: Tensor) -> dict[str, Tensor]:
-    """Usage and perplexity of a batch from its counts [K]."""
-    share = counts / counts.sum().clamp(min=1)
-    entropy = torch.special.entr(share).sum()
-    return {"codebook_usage": (counts > 0).float().mean(), "codebook_perplexity": entropy.exp()}
 
 
 def _keyed_uniform(step: Tensor, index: Tensor) -> Tensor:

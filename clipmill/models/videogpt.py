@@ -6,38 +6,106 @@ A checkpoint is untrusted input: only tensors, plain containers and ``argparse.N
 from __future__ import annotations
 
 import argparse
+import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipmill.config import PriorModelConfig, VQVAEModelConfig
+from clipmill.config import PriorModelConfig, VQVAEModelConfig, identity
+from clipmill.errors import UserError
+from clipmill.models.export import export_body, save_export
 from clipmill.models.prior import Prior
-from clipmill.models.vqvae import VQVAE, latent_shape
+from clipmill.models.vqvae import VQVAE, codes_shape, latent_shape
 
-__all__ = ["load_videogpt_prior", "load_videogpt_vqvae", "read_args"]
+__all__ = ["import_videogpt", "load_videogpt_prior", "load_videogpt_vqvae"]
 
 PIXEL_VARIANCE = 0.06
 """The published loss divides by this, whatever the data."""
 
 
-def load_videogpt_vqvae(path: Path) -> VQVAE:
-    """The tokenizer of a published VQ-VAE checkpoint, in eval mode."""
-    state, args = _read(path)
-    return _vqvae(state, args)
-
-
-def load_videogpt_prior(path: Path, tokenizer_args: argparse.Namespace) -> tuple[Prior, VQVAE]:
-    """Prior and tokenizer of a published prior checkpoint, in eval mode.
+def import_videogpt(path: Path, folder_url: str) -> tuple[str, str]:
+    """Makes an export of a published checkpoint, as the training stages write them.
 
     Args:
-        path: the checkpoint; it holds the tokenizer's weights, but not its settings.
-        tokenizer_args: the ``args`` of the tokenizer's own checkpoint (see `read_args`).
+        path: a VQ-VAE's checkpoint or a prior's, which holds its VQ-VAE.
+        folder_url: the training folder that gets the export.
+
+    Returns:
+        Its kind, ``vqvae`` or ``prior``, and its sha8.
+
+    Raises:
+        UserError: the file is no such checkpoint, or one that is not supported. Nothing was written.
     """
     state, args = _read(path)
+    if not _is_prior(state):
+        tokenizer = _vqvae(state, tuple(args.downsample), path)
+        return "vqvae", save_export(folder_url, tokenizer, _vqvae_body(tokenizer, args))
+    prior, tokenizer = _prior(state, args, path)
+    # A tokenizer inside a prior's export is described as in an export of its own, whose name tokens refer to.
+    tokenizer_body = export_body(tokenizer, _vqvae_body(tokenizer, args))
+    body = {
+        "kind": "prior",
+        "model": identity(prior.config),
+        "latent_shape": list(prior.latent_shape),
+        "num_codes": prior.num_codes,
+        "num_classes": args.class_cond_dim if args.class_cond else 0,
+        "classes": [str(number) for number in range(args.class_cond_dim)] if args.class_cond else [],
+        "condition_shape": None,
+        "tokenizer": tokenizer_body,
+        "identity": {},
+        "step": 0,
+    }
+    return "prior", save_export(folder_url, prior, body, tokenizer=tokenizer)
+
+
+def load_videogpt_vqvae(path: Path) -> VQVAE:
+    """The tokenizer of a published VQ-VAE checkpoint, in eval mode; errors as `import_videogpt`."""
+    state, args = _read(path)
+    return _vqvae(state, tuple(args.downsample), path)
+
+
+def load_videogpt_prior(path: Path) -> tuple[Prior, VQVAE]:
+    """Prior and tokenizer of a published prior checkpoint, in eval mode; errors as `import_videogpt`."""
+    return _prior(*_read(path), path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist; name a file that the published VideoGPT code wrote")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint["state_dict"], checkpoint["hyper_parameters"]["args"]
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read as a checkpoint of the published VideoGPT code: {reason}; files with anything but "
+            "tensors and settings inside are refused, for loading them would run their code"
+        ) from error
+
+
+def _is_prior(state: dict[str, Tensor]) -> bool:
+    return any(name.startswith("attn_stack.") for name in state)
+
+
+def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tuple[Prior, VQVAE]:
+    if not _is_prior(state):
+        raise UserError(f"{path} is a VQ-VAE's checkpoint, not a prior's")
+    if args.n_cond_frames:
+        raise UserError(
+            f"{path} is conditioned on {args.n_cond_frames} frames; only unconditional and class-conditional priors "
+            "can be imported"
+        )
     vqvae_state = {name.removeprefix("vqvae."): tensor for name, tensor in state.items() if name.startswith("vqvae.")}
-    tokenizer = _vqvae(vqvae_state, tokenizer_args)
+    # The checkpoint names its VQ-VAE's settings by a path of its author's machine: its own tables tell them.
+    size = (args.sequence_length, args.resolution, args.resolution)
+    lengths = [len(state[f"attn_stack.pos_embd.emb.d_{axis}"]) for axis in range(3)]
+    t, h, w = (whole // length for whole, length in zip(size, lengths, strict=True))
+    tokenizer = _vqvae(vqvae_state, (t, h, w), path)
     config = PriorModelConfig(
         hidden_dim=args.hidden_dim,
         num_heads=args.heads,
@@ -46,35 +114,48 @@ def load_videogpt_prior(path: Path, tokenizer_args: argparse.Namespace) -> tuple
         attention_dropout=args.attn_dropout,
         class_conditional=args.class_cond,
     )
-    shape = latent_shape(tokenizer.config, tokenizer_args.sequence_length, tokenizer_args.resolution)
+    shape = latent_shape(tokenizer.config, args.sequence_length, args.resolution)
     codebook = tokenizer.quantizer.codebook
     prior = Prior(config, shape, len(codebook), codebook, args.class_cond_dim or 0)
-    prior.load_state_dict(_prior_state(state, config.num_layers, args.class_cond) | {"input.codebook": codebook})
+    _load(prior, lambda: _prior_state(state, config.num_layers, args.class_cond) | {"input.codebook": codebook}, path)
     return prior.eval(), tokenizer
 
 
-def read_args(path: Path) -> argparse.Namespace:
-    """The settings a published checkpoint was trained with."""
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return checkpoint["state_dict"], checkpoint["hyper_parameters"]["args"]
-
-
-def _vqvae(state: dict[str, Tensor], args: argparse.Namespace) -> VQVAE:
+def _vqvae(state: dict[str, Tensor], downsample: tuple[int, int, int], path: Path) -> VQVAE:
+    """The tokenizer of a published state, whose shapes tell all its sizes but ``downsample``."""
+    if "codebook.embeddings" not in state or "encoder.conv_last.conv.weight" not in state:
+        raise UserError(f"{path} holds no VQ-VAE of the published VideoGPT code")
+    num_codes, embedding_dim = state["codebook.embeddings"].shape
     config = VQVAEModelConfig(
-        hidden_dim=args.n_hiddens,
-        num_res_layers=args.n_res_layers,
-        embedding_dim=args.embedding_dim,
-        num_codes=args.n_codes,
-        downsample=tuple(args.downsample),
+        hidden_dim=len(state["encoder.conv_last.conv.weight"]),
+        num_res_layers=len({name.split(".")[2] for name in state if name.startswith("encoder.res_stack.")}) - 1,
+        embedding_dim=embedding_dim,
+        num_codes=num_codes,
+        downsample=downsample,
     )
     model = VQVAE(config, PIXEL_VARIANCE)
-    model.load_state_dict(_vqvae_state(state, config))
+    _load(model, lambda: _vqvae_state(state, config), path)
     return model.eval()
+
+
+def _load(model: nn.Module, make_state: Callable[[], dict[str, Tensor]], path: Path) -> None:
+    try:
+        model.load_state_dict(make_state())
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} lacks weights, or has some of another size: {' '.join(str(error).split())}") from error
+
+
+def _vqvae_body(model: VQVAE, args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "kind": "vqvae",
+        "model": identity(model.config),
+        "latent_shape": list(codes_shape(model.config, args.sequence_length, args.resolution)),
+        "num_codes": model.config.num_codes,
+        "clip": {"clip": {"num_frames": args.sequence_length, "resolution": args.resolution}},
+        "pixel_variance": PIXEL_VARIANCE,
+        "identity": {},
+        "step": 0,
+    }
 
 
 def _vqvae_state(published: dict[str, Tensor], config: VQVAEModelConfig) -> dict[str, Tensor]:

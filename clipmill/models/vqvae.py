@@ -4,11 +4,13 @@ VideoGPT (arXiv 2104.10157, section 3.1) in the layout of its published code, fo
 downsampling per axis. Features are kept in channels-last memory, which oneDNN and cuDNN prefer and
 which makes the latents' rows and the attention's tokens contiguous.
 
-B: batch   T, H, W: frames, height, width   t, h, w: the same of the latents   C: hidden channels   D: code channels
+B: batch   T, H, W: frames, height, width   t, h, w: the same of the latents   C: hidden channels
+D: channels of a latent   M: codebooks (the codes' last axis [M] is there when M > 1)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 from clipmill.config import VQVAEModelConfig
 from clipmill.errors import UserError
 from clipmill.models.attention import AxialAttention
-from clipmill.models.convolutions import Grow, Pointwise, Shrink
+from clipmill.models.convolutions import Grow, Mix, Pointwise, Shrink
+from clipmill.models.lookup_free import FiniteScalar, LookupFree
 from clipmill.models.quantizers import EMACodebook
 from clipmill.models.ranks import GlobalBatchNorm
 
-__all__ = ["VQVAE", "VQVAEOutput", "latent_shape", "to_input", "to_pixels"]
+__all__ = ["VQVAE", "VQVAEOutput", "codes_shape", "latent_shape", "to_input", "to_pixels"]
+
+MOST_GROUPS = 32
 
 
 def to_input(video: Tensor) -> Tensor:
@@ -36,19 +41,27 @@ def to_pixels(video: Tensor) -> Tensor:
 
 
 def latent_shape(config: VQVAEModelConfig, num_frames: int, resolution: int) -> tuple[int, int, int]:
-    """Shape (t, h, w) of a clip's codes.
+    """Shape (t, h, w) of a clip's latents.
 
     Raises:
         UserError: the clip's frames or pixels do not divide by the downsampling.
     """
-    size = (num_frames, resolution, resolution)
+    first = 1 if config.causal else 0  # a causal model gives the first frame a latent frame of its own
+    size = (num_frames - first, resolution, resolution)
     if any(length % factor for length, factor in zip(size, config.downsample, strict=True)):
+        rule = f" (causal: 1 + a multiple of {config.downsample[0]} frames)" if config.causal else ""
         raise UserError(
             f"clips of {num_frames} frames at {resolution}x{resolution} do not divide by vqvae.model.downsample "
-            f"{config.downsample}; change it, or data.clip.num_frames and data.clip.resolution"
+            f"{config.downsample}{rule}; change it, or data.clip.num_frames and data.clip.resolution"
         )
     t, h, w = (length // factor for length, factor in zip(size, config.downsample, strict=True))
-    return t, h, w
+    return first + t, h, w
+
+
+def codes_shape(config: VQVAEModelConfig, num_frames: int, resolution: int) -> tuple[int, ...]:
+    """Shape (t, h, w) or, with several codebooks, (t, h, w, M) of a clip's codes; errors as `latent_shape`."""
+    shape = latent_shape(config, num_frames, resolution)
+    return shape if config.num_codebooks == 1 else (*shape, config.num_codebooks)
 
 
 def halvings(downsample: tuple[int, int, int]) -> list[tuple[int, int, int]]:
@@ -56,6 +69,26 @@ def halvings(downsample: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     powers = [factor.bit_length() - 1 for factor in downsample]
     t, h, w = ([2] * power + [1] * (max(powers) - power) for power in powers)
     return list(zip(t, h, w, strict=True))
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (Wu & He, arXiv 1803.08494) with the statistics of each clip, or of each of its frames."""
+
+    def __init__(self, dim: int, each_frame: bool) -> None:
+        super().__init__(math.gcd(dim, MOST_GROUPS), dim)
+        self.each_frame = each_frame
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x [B, C, T, H, W]."""
+        if not self.each_frame:
+            return super().forward(x)
+        frames = super().forward(x.transpose(1, 2).flatten(0, 1))  # [B * T, C, H, W]
+        return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def norm(config: VQVAEModelConfig, dim: int) -> nn.Module:
+    """The configured norm of [B, C, T, H, W]."""
+    return GlobalBatchNorm(dim) if config.norm == "batch" else GroupNorm(dim, each_frame=config.causal)
 
 
 class ResidualBlock(nn.Module):
@@ -68,15 +101,15 @@ class ResidualBlock(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         layers: list[nn.Module] = [
-            GlobalBatchNorm(dim),
+            norm(config, dim),
             nn.ReLU(inplace=True),
-            nn.Conv3d(dim, dim // 2, kernel_size=3, padding=1, bias=False),
-            GlobalBatchNorm(dim // 2),
+            Mix(dim, dim // 2, bias=False, causal=config.causal),
+            norm(config, dim // 2),
             nn.ReLU(inplace=True),
             Pointwise(dim // 2, dim, bias=False),
         ]
         if config.axial_attention:
-            layers += [GlobalBatchNorm(dim), nn.ReLU(inplace=True), AxialAttention(dim, config.num_heads)]
+            layers += [norm(config, dim), nn.ReLU(inplace=True), AxialAttention(dim, config.num_heads, config.causal)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +120,7 @@ class ResidualBlock(nn.Module):
 def residual_stack(config: VQVAEModelConfig) -> nn.Sequential:
     """The residual blocks, then norm and ReLU."""
     blocks = [ResidualBlock(config) for _ in range(config.num_res_layers)]
-    return nn.Sequential(*blocks, GlobalBatchNorm(config.hidden_dim), nn.ReLU(inplace=True))
+    return nn.Sequential(*blocks, norm(config, config.hidden_dim), nn.ReLU(inplace=True))
 
 
 class Encoder(nn.Module):
@@ -97,8 +130,10 @@ class Encoder(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         strides = halvings(config.downsample)
-        self.shrink = nn.ModuleList(Shrink(3 if i == 0 else dim, dim, stride) for i, stride in enumerate(strides))
-        self.last = nn.Conv3d(dim, dim, kernel_size=3, padding=1)
+        self.shrink = nn.ModuleList(
+            Shrink(3 if i == 0 else dim, dim, stride, config.causal) for i, stride in enumerate(strides)
+        )
+        self.last = Mix(dim, dim, causal=config.causal)
         self.stack = residual_stack(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +152,9 @@ class Decoder(nn.Module):
         strides = halvings(config.downsample)
         last = len(strides) - 1
         self.stack = residual_stack(config)
-        self.grow = nn.ModuleList(Grow(dim, 3 if i == last else dim, stride) for i, stride in enumerate(strides))
+        self.grow = nn.ModuleList(
+            Grow(dim, 3 if i == last else dim, stride, config.causal) for i, stride in enumerate(strides)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Decodes x [B, C, t, h, w]."""
@@ -132,15 +169,17 @@ class VQVAEOutput:
     """What a training step needs."""
 
     loss: Tensor
-    """0-d: mean over this rank's clips that count of ``recon_mse / pixel_variance + commitment_cost * commitment``."""
+    """0-d: mean over this rank's clips that count of ``recon_mse / pixel_variance + commitment_cost * commitment``,
+    with ``l1_cost * recon_l1 / sqrt(pixel_variance)`` and ``entropy_cost * entropy`` where they are configured."""
     metrics: dict[str, Tensor]
-    """0-d on the device, without gradient: ``recon_mse``, ``nmse`` (over the pixel variance), ``commitment``,
-    ``codebook_usage``, ``codebook_perplexity``, ``codebook_restarts``. In training the
-    codebook's are over all ranks."""
+    """0-d on the device, without gradient: ``recon_mse``, ``nmse`` (over the pixel variance), ``commitment``; where
+    they enter the loss ``recon_l1`` and ``entropy``; and, in training, the quantizer's, over all ranks."""
     reconstruction: Tensor
     """Float [B, 3, T, H, W]."""
     codes: Tensor
-    """int64 [B, t, h, w]."""
+    """int64 [B, t, h, w] or [B, t, h, w, M]."""
+    counts: Tensor
+    """float32 [M * K]: how often each code occurs, in eval mode in this rank's clips."""
 
 
 class VQVAE(nn.Module):
@@ -165,19 +204,19 @@ class VQVAE(nn.Module):
         self.config = config
         self.pixel_variance = pixel_variance
         self.encoder = Encoder(config)
-        self.to_latent = Pointwise(config.hidden_dim, config.embedding_dim)
-        self.quantizer = EMACodebook(config.num_codes, config.embedding_dim, config.ema_decay, config.restart_share)
-        self.from_latent = Pointwise(config.embedding_dim, config.hidden_dim)
+        self.to_latent = Pointwise(config.hidden_dim, config.latent_dim)
+        self.quantizer = make_quantizer(config)
+        self.from_latent = Pointwise(config.latent_dim, config.hidden_dim)
         self.decoder = Decoder(config)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Codes int64 [B, t, h, w] of a video [B, 3, T, H, W]; call in eval mode."""
+        """Codes int64 [B, t, h, w] or [B, t, h, w, M] of a video [B, 3, T, H, W]; call in eval mode."""
         latents = self._latents(video)
-        return self.quantizer(latents.flatten(0, -2)).codes.view(latents.shape[:-1])
+        return self._as_clips(self.quantizer(latents.flatten(0, -2)).codes, latents)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Video float [B, 3, T, H, W] of codes int64 [B, t, h, w]; call in eval mode."""
-        return self._video(F.embedding(codes, self.quantizer.codebook))
+        """Video float [B, 3, T, H, W] of codes int64 [B, t, h, w] or [B, t, h, w, M]; call in eval mode."""
+        return self._video(self.quantizer.embed(codes[..., None] if self.config.num_codebooks == 1 else codes))
 
     def forward(self, video: Tensor, weight: Tensor | None = None) -> VQVAEOutput:
         """One pass through the bottleneck, with its loss.
@@ -195,13 +234,27 @@ class VQVAE(nn.Module):
         recon_mse = _weighted_mean(_mse_of_clips(reconstruction, video), weight)
         commitment = _weighted_mean(quantized.commitment.view(len(video), -1).mean(1), weight)
         loss = recon_mse / self.pixel_variance + self.config.commitment_cost * commitment
+        optional = {}
+        if self.config.l1_cost:
+            optional["recon_l1"] = _weighted_mean((reconstruction.float() - video).abs().mean((1, 2, 3, 4)), weight)
+            loss = loss + self.config.l1_cost * optional["recon_l1"] / self.pixel_variance**0.5
+        if quantized.entropy is not None:
+            optional["entropy"] = quantized.entropy
+            loss = loss + self.config.entropy_cost * quantized.entropy
         metrics = {
             "recon_mse": recon_mse.detach(),
             "nmse": recon_mse.detach() / self.pixel_variance,
             "commitment": commitment.detach(),
+            **{name: value.detach() for name, value in optional.items()},
+            **quantized.metrics,
         }
-        codes = quantized.codes.view(latents.shape[:-1])
-        return VQVAEOutput(loss, metrics | quantized.metrics, reconstruction, codes)
+        codes = self._as_clips(quantized.codes, latents)
+        return VQVAEOutput(loss, metrics, reconstruction, codes, quantized.counts)
+
+    def _as_clips(self, codes: Tensor, latents: Tensor) -> Tensor:
+        """Codes [N, M] in the shape of latents [B, t, h, w, D]."""
+        shape = latents.shape[:-1]
+        return codes.view(shape if self.config.num_codebooks == 1 else (*shape, -1))
 
     def _latents(self, video: Tensor) -> Tensor:
         """Encoder outputs before quantisation, float [B, t, h, w, D]."""
@@ -211,6 +264,23 @@ class VQVAE(nn.Module):
     def _video(self, latents: Tensor) -> Tensor:
         """Video float [B, 3, T, H, W] of latents [B, t, h, w, D]."""
         return self.decoder(self.from_latent(latents.permute(0, 4, 1, 2, 3)))
+
+
+def make_quantizer(config: VQVAEModelConfig) -> EMACodebook | FiniteScalar | LookupFree:
+    """The configured quantizer."""
+    if config.quantizer == "fsq":
+        return FiniteScalar(config.fsq_levels, config.num_codebooks)
+    if config.quantizer == "lfq":
+        return LookupFree(config.num_codes.bit_length() - 1, config.num_codebooks)
+    return EMACodebook(
+        config.num_codes,
+        config.embedding_dim,
+        config.ema_decay,
+        config.restart_share,
+        config.num_codebooks,
+        cosine=config.distance == "cosine",
+        start=config.codebook_start,
+    )
 
 
 def _mse_of_clips(reconstruction: Tensor, video: Tensor) -> Tensor:

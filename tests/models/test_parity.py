@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from clipmill.models.videogpt import load_videogpt_prior, load_videogpt_vqvae, read_args
+from clipmill.errors import UserError
+from clipmill.models.export import load_prior, load_vqvae
+from clipmill.models.videogpt import import_videogpt, load_videogpt_prior, load_videogpt_vqvae
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
@@ -36,9 +38,67 @@ def test_tokenizer_gives_the_published_codes_and_reconstructions() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["uncond", "class"])
 def test_prior_gives_the_published_logits_and_loss(kind: str) -> None:
-    prior, tokenizer = load_videogpt_prior(FIXTURES / f"prior_{kind}.ckpt", read_args(FIXTURES / "vqvae.ckpt"))
+    prior, tokenizer = load_videogpt_prior(FIXTURES / f"prior_{kind}.ckpt")
     expected = fixture(f"prior_{kind}_io.pt")
     codes, label = expected["codes"], expected["label"]
     torch.testing.assert_close(prior(codes, label), expected["logits"].flatten(1, 3), rtol=0, atol=1e-4)
     torch.testing.assert_close(prior.loss(codes, label).mean(), expected["loss"], rtol=0, atol=1e-4)
     assert torch.equal(tokenizer.encode(fixture("vqvae_io.pt")["video"]), fixture("vqvae_io.pt")["codes"])
+
+
+@torch.no_grad()
+def test_an_imported_tokenizer_is_an_export_like_any_other(tmp_path: Path) -> None:
+    kind, sha8 = import_videogpt(FIXTURES / "vqvae.ckpt", str(tmp_path))
+    model, body, found = load_vqvae(str(tmp_path))
+    expected = fixture("vqvae_io.pt")
+    assert (kind, found) == ("vqvae", sha8)
+    assert body["latent_shape"] == list(expected["codes"].shape[1:])
+    assert body["clip"]["clip"] == {"num_frames": 8, "resolution": 16}
+    assert torch.equal(model.encode(expected["video"]), expected["codes"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["uncond", "class"])
+def test_an_imported_prior_brings_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    assert import_videogpt(FIXTURES / f"prior_{kind}.ckpt", str(tmp_path / "prior"))[0] == "prior"
+    prior, tokenizer, body, _ = load_prior(str(tmp_path / "prior"))
+    expected = fixture(f"prior_{kind}_io.pt")
+    codes, label = expected["codes"], expected["label"]
+    torch.testing.assert_close(prior(codes, label), expected["logits"].flatten(1, 3), rtol=0, atol=1e-4)
+    assert len(body["classes"]) == (5 if kind == "class" else 0)
+    assert torch.equal(tokenizer.encode(fixture("vqvae_io.pt")["video"]), fixture("vqvae_io.pt")["codes"])
+    _, sha8 = import_videogpt(FIXTURES / "vqvae.ckpt", str(tmp_path / "vqvae"))
+    same = torch.equal(tokenizer.quantizer.codebook, load_vqvae(str(tmp_path / "vqvae"))[0].quantizer.codebook)
+    assert (body["tokenizer"]["sha8"] == sha8) == same  # tokens of the one are tokens of the other
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("code of a checkpoint ran",)
+
+
+def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.ckpt"
+    good = torch.load(FIXTURES / "vqvae.ckpt", weights_only=False)
+    small = {**good["state_dict"], "codebook.N": torch.zeros(3)}
+    lacking = {name: value for name, value in good["state_dict"].items() if name != "pre_vq_conv.conv.bias"}
+    frames = torch.load(FIXTURES / "prior_uncond.ckpt", weights_only=False)
+    frames["hyper_parameters"]["args"].n_cond_frames = 2
+    for content, message in (
+        (None, "does not exist"),
+        ({"weights": 1}, "cannot be read"),
+        ({**good, "extra": Harmful()}, "cannot be read"),
+        ({**good, "state_dict": small}, "of another size"),
+        ({**good, "state_dict": lacking}, "lacks weights"),
+        ({**good, "state_dict": {}}, "holds no VQ-VAE"),
+        (frames, "conditioned on 2 frames"),
+    ):
+        if content is not None:
+            torch.save(content, path)
+        with pytest.raises(UserError, match=message):
+            import_videogpt(path, str(tmp_path / "out"))
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="cannot be read"):
+        import_videogpt(path, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert "ran" not in capsys.readouterr().out

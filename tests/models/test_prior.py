@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ SHAPE = (2, 3, 4)
 NUM_POSITIONS = math.prod(SHAPE)
 
 
-def tiny(num_classes: int = 0, dropout: float = 0.0) -> Prior:
+STYLES: dict[str, dict[str, Any]] = {
+    "videogpt": {},
+    "modern": {"style": "modern"},
+    "modern-grouped": {"style": "modern", "num_kv_heads": 2},
+}
+styles = pytest.mark.parametrize("style", STYLES)
+
+
+def tiny(num_classes: int = 0, dropout: float = 0.0, style: str = "videogpt", **keys: Any) -> Prior:
     config = PriorModelConfig(
         hidden_dim=24,
         num_heads=4,
@@ -22,13 +31,15 @@ def tiny(num_classes: int = 0, dropout: float = 0.0) -> Prior:
         dropout=dropout,
         attention_dropout=dropout,
         class_conditional=num_classes > 0,
+        **STYLES[style],
+        **keys,
     )
     return Prior(config, SHAPE, num_codes=11, codebook=torch.randn(11, 5), num_classes=num_classes)
 
 
-def stirred(num_classes: int = 0) -> Prior:
+def stirred(num_classes: int = 0, style: str = "videogpt", **keys: Any) -> Prior:
     """Every parameter away from its start, so that nothing is hidden behind a zero."""
-    prior = tiny(num_classes).eval()
+    prior = tiny(num_classes, style=style, **keys).eval()
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -65,8 +76,9 @@ def test_chunked_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_a_position_sees_only_the_codes_before_it() -> None:
-    prior, codes = stirred(), some_codes()
+@styles
+def test_a_position_sees_only_the_codes_before_it(style: str) -> None:
+    prior, codes = stirred(style=style), some_codes()
     logits = prior(codes)
     for position in (0, 5, NUM_POSITIONS - 1):
         changed = codes.flatten(1).clone()
@@ -77,9 +89,10 @@ def test_a_position_sees_only_the_codes_before_it() -> None:
 
 
 @torch.no_grad()
+@styles
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_cached_steps_equal_the_full_pass(num_classes: int) -> None:
-    prior, codes = stirred(num_classes), some_codes()
+def test_cached_steps_equal_the_full_pass(num_classes: int, style: str) -> None:
+    prior, codes = stirred(num_classes, style), some_codes()
     label = torch.tensor([2, 0, 1]) if num_classes else None
     cache = prior.new_cache(3, label)
     previous, steps = None, []
@@ -89,9 +102,10 @@ def test_cached_steps_equal_the_full_pass(num_classes: int) -> None:
     torch.testing.assert_close(torch.stack(steps, 1), prior(codes, label), rtol=0, atol=1e-5)
 
 
+@styles
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_gradients_reach_every_parameter(num_classes: int) -> None:
-    prior = stirred(num_classes).train()
+def test_gradients_reach_every_parameter(num_classes: int, style: str) -> None:
+    prior = stirred(num_classes, style).train()
     label = torch.arange(3) if num_classes else None
     prior.loss(some_codes(), label).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in prior.parameters())
@@ -135,12 +149,13 @@ def test_dropout_acts_in_training_only() -> None:
     torch.testing.assert_close(noisy.eval().loss(codes), prior.loss(codes))
 
 
-@pytest.mark.parametrize("hidden_dim", [64, 65, 66])
-def test_the_axes_share_a_hidden_size_that_three_does_not_divide(hidden_dim: int) -> None:
-    config = PriorModelConfig(hidden_dim=hidden_dim, num_heads=1)
-    positions = Prior(config, SHAPE, 11, torch.randn(11, 5)).input.positions()
-    assert positions.shape == (NUM_POSITIONS, hidden_dim)
-    assert len(positions.unique(dim=0)) == NUM_POSITIONS
+@torch.no_grad()
+@styles
+def test_bfloat16_stays_near_float32(style: str) -> None:
+    prior, codes = stirred(style=style), some_codes()
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = prior.loss(codes)
+    torch.testing.assert_close(coarse, prior.loss(codes), rtol=0.03, atol=0)
 
 
 def test_settings_that_do_not_fit_are_user_errors() -> None:
@@ -148,13 +163,44 @@ def test_settings_that_do_not_fit_are_user_errors() -> None:
         Prior(PriorModelConfig(hidden_dim=24, class_conditional=True), SHAPE, 11, torch.randn(11, 5), num_classes=0)
 
 
-def test_no_mask_is_stored() -> None:
-    largest = max(tensor.numel() for tensor in tiny().state_dict().values())
-    assert largest == 4 * 24 * 24
+@pytest.mark.parametrize(("style", "widest"), [("videogpt", 4), ("modern", 2 * 64 / 24)])
+def test_no_mask_is_stored(style: str, widest: float) -> None:
+    largest = max(tensor.numel() for tensor in tiny(style=style).state_dict().values())
+    assert largest == widest * 24 * 24
 
 
-def test_it_learns() -> None:
-    prior = tiny()
+@styles
+def test_activation_checkpoints_change_nothing(style: str) -> None:
+    codes = some_codes()
+    gradients = []
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(1)
+        prior = tiny(dropout=0.3, style=style, checkpointed_share=share)
+        torch.nn.init.normal_(prior.head.weight)
+        torch.manual_seed(2)
+        gradients.append(torch.autograd.grad(prior.loss(codes).sum(), list(prior.parameters())))
+    for one, half, all_ in zip(*gradients, strict=True):
+        assert torch.equal(one, half)
+        assert torch.equal(one, all_)
+
+
+@torch.no_grad()
+def test_one_kv_head_for_each_head_is_plain_attention() -> None:
+    grouped, plain = stirred(style="modern-grouped"), tiny(style="modern").eval()
+    state = grouped.state_dict()
+    for index in range(2):
+        name = f"blocks.{index}.attention.qkv.weight"
+        q, k, v = state[name].split((24, 12, 12))
+        repeated = [part.view(2, 6, 24).repeat_interleave(2, 0).flatten(0, 1) for part in (k, v)]
+        state[name] = torch.cat([q, *repeated])
+    plain.load_state_dict(state)
+    codes = some_codes()
+    torch.testing.assert_close(plain(codes), grouped(codes), rtol=0, atol=1e-5)
+
+
+@styles
+def test_it_learns(style: str) -> None:
+    prior = tiny(style=style)
     codes = torch.arange(NUM_POSITIONS).remainder(11).view(1, *SHAPE).repeat(2, 1, 1, 1)
     optimizer = torch.optim.Adam(prior.parameters(), 1e-2)
     for _ in range(30):

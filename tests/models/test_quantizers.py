@@ -20,7 +20,7 @@ def rows_of(matrix: torch.Tensor) -> set[tuple[float, ...]]:
 def test_first_batch_becomes_the_codebook_once() -> None:
     quantizer = codebook(restart_share=0.0)
     first, second = torch.randn(64, 4), torch.randn(64, 4) + 50
-    quantizer._initialise(quantizer._draw_rows(first))
+    quantizer._initialise(quantizer._draw_rows(first[:, None]), first[:, None])
     initial = rows_of(quantizer.codebook)
     assert len(initial) == 8
     assert initial <= rows_of(first)
@@ -58,7 +58,7 @@ def test_averages_follow_the_formula() -> None:
     quantizer.sums.copy_(quantizer.codebook * quantizer.counts[:, None])
     quantizer.initialised.fill_(True)
     rows = torch.tensor([[1.0, 0, 0, 0], [3, 0, 0, 0], [9, 10, 10, 10]])
-    assert quantizer(rows).codes.tolist() == [0, 0, 1]
+    assert quantizer(rows).codes.tolist() == [[0], [0], [1]]
     torch.testing.assert_close(quantizer.counts, torch.tensor([0.9 * 2 + 0.1 * 2, 0.9 * 4 + 0.1 * 1]))
     torch.testing.assert_close(quantizer.codebook[0, 0], torch.tensor(0.1 * 4 / 2.0))
     torch.testing.assert_close(quantizer.codebook[1, 0], torch.tensor((0.9 * 40 + 0.1 * 9) / 3.7))
@@ -125,11 +125,11 @@ def test_nearest_codes_are_nearest_in_any_chunking(num_rows: int, num_codes: int
 def test_drawn_rows_are_distinct_spread_and_change_with_the_step() -> None:
     quantizer = codebook(num_codes=16)
     rows = torch.arange(64.0)[:, None].expand(-1, 4).contiguous()
-    first = quantizer._draw_rows(rows)[:, 0]
+    first = quantizer._draw_rows(rows[:, None])[:, 0]
     assert first.unique().numel() == 16
     assert torch.equal(first // 4, torch.arange(16.0))
     quantizer.num_updates.add_(1)
-    assert not torch.equal(first, quantizer._draw_rows(rows)[:, 0])
+    assert not torch.equal(first, quantizer._draw_rows(rows[:, None])[:, 0])
     draws = torch.stack([quantizers._keyed_uniform(torch.tensor(step), torch.arange(100)) for step in range(100)])
     assert (draws.min() >= 0) & (draws.max() < 1)
     assert draws.unique().numel() == 10_000
@@ -138,6 +138,56 @@ def test_drawn_rows_are_distinct_spread_and_change_with_the_step() -> None:
 
 
 def test_perplexity_and_usage() -> None:
-    metrics = quantizers._codebook_metrics(torch.tensor([4.0, 4.0, 0.0, 0.0]))
+    metrics = quantizers.codebook_metrics(torch.tensor([4.0, 4.0, 0.0, 0.0]))
     assert metrics["codebook_usage"] == 0.5
     assert metrics["codebook_perplexity"].item() == pytest.approx(2)
+
+
+def test_several_codebooks_each_quantise_their_channels() -> None:
+    joint = EMACodebook(8, 8, 0.9, 0.0, num_codebooks=2)
+    alone = [EMACodebook(8, 4, 0.9, 0.0) for _ in range(2)]
+    joint.initialised.fill_(True)
+    for half, single in zip(joint.codebook.chunk(2), alone, strict=True):
+        single.codebook.copy_(half)
+        single.initialised.fill_(True)
+    rows = torch.randn(64, 8)
+    for _ in range(3):
+        quantized = joint(rows)
+        halves = [single(part) for single, part in zip(alone, rows.chunk(2, 1), strict=True)]
+        assert torch.equal(quantized.codes, torch.cat([half.codes for half in halves], 1))
+        torch.testing.assert_close(quantized.latents, torch.cat([half.latents for half in halves], 1))
+    torch.testing.assert_close(joint.codebook, torch.cat([single.codebook for single in alone]))
+    torch.testing.assert_close(joint.eval()(rows).latents, joint.embed(joint(rows).codes))
+
+
+def test_cosine_distance_ignores_length() -> None:
+    quantizer = EMACodebook(8, 4, 0.9, 0.03, cosine=True)
+    rows = torch.randn(64, 4)
+    for _ in range(3):
+        quantizer(rows)
+    torch.testing.assert_close(quantizer.codebook.square().mean(1), torch.ones(8))
+    assert torch.equal(quantizer.eval()(rows).codes, quantizer(rows * 7).codes)
+    similarity = torch.nn.functional.normalize(rows) @ quantizer.codebook.T
+    assert torch.equal(quantizer(rows).codes[:, 0], similarity.argmax(1))
+
+
+def test_clusters_are_a_better_start_than_rows() -> None:
+    centres = torch.randn(8, 4) * 10
+    rows = (centres.repeat(16, 1) + torch.randn(128, 4) * 0.1)[torch.randperm(128)]
+    errors = {}
+    for start in ("rows", "kmeans"):
+        quantizer = EMACodebook(8, 4, 0.99, 0.0, start=start)
+        errors[start] = quantizer(rows).commitment.mean()
+        assert quantizer.initialised
+    assert errors["kmeans"] < 0.9 * errors["rows"]
+
+
+def test_counts_of_batches_add_up_to_those_of_the_whole() -> None:
+    quantizer = codebook()
+    rows = torch.randn(64, 4)
+    quantizer(rows)
+    quantizer.eval()
+    parts = sum(quantizer(part).counts for part in rows.split(16))
+    assert torch.equal(parts, quantizer(rows).counts)
+    weight = torch.cat((torch.ones(32), torch.zeros(32)))
+    assert torch.equal(quantizer(rows, weight).counts, quantizer(rows[:32]).counts)

@@ -1,0 +1,102 @@
+"""The norms of a prior, whose gain and bias may depend on the class of the clip and on what happens in a latent frame.
+
+One table holds the gains and biases of every norm of the model, so conditioning costs one look-up a step
+and one parameter tensor, however many layers (optimizers that shard by tensor pay for each).
+
+B: batch   C: channels   L: positions   t: latent frames
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Norm", "Norms", "layer_norm", "rms_norm"]
+
+EPS = 1e-8
+"""Added to the variance. The published norm has its 1e-5 outside the root; embeddings start so small (variance
+1e-4) that an eps of 1e-6 would change the logits of imported weights by 2e-4."""
+
+
+class Norm(NamedTuple):
+    """Gain and bias of one norm; no bias: none is added.
+
+    [C] for every sample alike, [B, C] for a class each, or [B, t, C] where latent frames differ.
+    """
+
+    gain: Tensor
+    bias: Tensor | None
+
+    def frames(self, index: int | slice) -> Norm:
+        """That of some latent frames, where they differ."""
+        if self.gain.dim() < 3:
+            return self
+        assert self.bias is not None
+        return Norm(self.gain[:, index], self.bias[:, index])
+
+
+class Norms(nn.Module):
+    """Gains and biases of all norms of a model (VideoGPT, arXiv 2104.10157, appendix).
+
+    Unconditional, ``gain = 1 + table[0]``; for classes, ``gain = 1 + W.onehot``, ``bias = Wb.onehot``, which
+    are rows of the table. A further row, if asked for, stands for no class.
+
+    Args:
+        num_norms: norms in the model.
+        dim: channels C.
+        num_classes: 0 for an unconditional model.
+        null_class: whether label ``num_classes`` is known, and means none.
+        with_bias: whether norms have a bias; those that depend on a class always do.
+    """
+
+    def __init__(self, num_norms: int, dim: int, num_classes: int, *, null_class: bool, with_bias: bool) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        parts = 2 if with_bias or num_classes else 1
+        self.table = nn.Parameter(torch.zeros(max(1, num_classes + null_class), num_norms, parts, dim))
+
+    def forward(self, label: Tensor | None, frame_offsets: Tensor | None = None) -> list[Norm]:
+        """The norms in the order of their use.
+
+        Args:
+            label: class of each sample, int64 [B]; none for an unconditional model.
+            frame_offsets: added to gains and biases of each latent frame, float [B, t, num_norms, 2, C].
+        """
+        if (label is None) == bool(self.num_classes):
+            raise ValueError(f"a prior of {self.num_classes} classes got {'no' if label is None else 'a'} label")
+        offsets = self.table[0] if label is None else self.table[label]  # [..., num_norms, 1 or 2, C]
+        if frame_offsets is not None:
+            offsets = frame_offsets + (offsets if label is None else offsets[:, None])
+        parts = [norm.unbind(-2) for norm in offsets.unbind(-3)]
+        return [Norm(1 + gain, bias[0] if bias else None) for gain, *bias in parts]
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """Layer norm (arXiv 1607.06450) over the channels of x [B, L, C] or [B, C], then gain and bias.
+
+    L is a multiple of the norm's latent frames, if it has any; [B, C] takes a norm of one frame.
+    """
+    if norm.gain.dim() == 1:
+        return F.layer_norm(x, norm.gain.shape, norm.gain, norm.bias, EPS)
+    return _modulated(F.layer_norm(x, x.shape[-1:], eps=EPS), norm)
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """RMS norm (arXiv 1910.07467), then gain and, if there is one, bias; shapes as of `layer_norm`."""
+    if norm.bias is None:
+        return F.rms_norm(x, norm.gain.shape, norm.gain.to(x.dtype), EPS)
+    return _modulated(F.rms_norm(x, x.shape[-1:], eps=EPS), norm)
+
+
+def _modulated(x: Tensor, norm: Norm) -> Tensor:
+    gain, bias = norm
+    assert bias is not None  # a conditional norm has one
+    if gain.dim() == 3:
+        x = x.unflatten(1, (gain.shape[1], -1))
+        return torch.addcmul(bias[:, :, None], x, gain[:, :, None]).flatten(1, 2)
+    if x.dim() == 3 and gain.dim() == 2:
+        gain, bias = gain[:, None], bias[:, None]
+    return torch.addcmul(bias, x, gain)
