@@ -11,11 +11,13 @@ The random number generators are not in it: every micro-step seeds them from (se
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from clipmill.lease import Lease
 from clipmill.shards.format import file_sha256
 from clipmill.training.engine import Engine, World
 
-__all__ = ["Checkpoint", "fetch", "list_checkpoints", "newest", "prune", "save", "staging_folder"]
+__all__ = ["Checkpoint", "Saver", "fetch", "list_checkpoints", "newest", "prune", "staging_folder"]
 
 SCHEMA = 1
 NODE_WAIT_SECONDS = 1800.0
@@ -49,32 +51,86 @@ class Checkpoint:
     """The training state beside the tensors: identity, data set fingerprint, world size, ZeRO stage."""
 
 
-def save(engine: Engine, folder_url: str, step: int, attempt: str, lease: Lease | None, state: dict[str, Any]) -> None:
-    """Writes and commits a checkpoint. Collective; returns on every rank after the commit.
+class Saver:
+    """Writes checkpoints while the training goes on: ranks stage together, one a node uploads in the background.
 
     Args:
-        engine: what to save.
+        world: this process among its peers.
         folder_url: the training folder.
-        step: steps done so far.
         attempt: unique name of this group of workers, the same on all ranks.
-        lease: claim on the training folder; read again before the commit (rank 0 only, others pass none).
-        state: JSON facts that a resume compares or restores.
+        lease: claim on the training folder, read again before each commit; only rank 0 needs it.
+        keep_last: see `prune`, as the next.
+        keep_every: see `prune`.
     """
-    world = engine.world
-    url = storage.join(folder_url, "checkpoints", f"step-{step:08d}", attempt)
-    staging = staging_folder(folder_url)
-    if world.local_rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)  # of a group that was killed while it staged
-        staging.mkdir(parents=True)
-    world.barrier()
-    engine.save(staging)
-    world.barrier()
-    nodes = _nodes(world)
-    if world.local_rank == 0:
-        _upload(staging, url, nodes.index(world.rank))
-    world.from_rank_zero(lambda: _commit(url, step, len(nodes), lease, state))
-    if world.local_rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
+
+    def __init__(
+        self,
+        world: World,
+        folder_url: str,
+        attempt: str,
+        lease: Lease | None,
+        *,
+        keep_last: int,
+        keep_every: int | None,
+    ) -> None:
+        self._world, self._folder_url, self._attempt, self._lease = world, folder_url, attempt, lease
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._nodes = _nodes(world)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
+        """Stages a checkpoint and starts its upload. Collective; the one before has been committed when it returns.
+
+        Args:
+            engine: what to save.
+            step: steps done so far.
+            state: JSON facts that a resume compares or restores.
+
+        Raises:
+            ClipmillError, OSError: the checkpoint before could not be committed.
+        """
+        self.finish()
+        world = self._world
+        staging = staging_folder(self._folder_url)
+        if world.local_rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # of a group that was killed while it staged
+            staging.mkdir(parents=True)
+        world.barrier()
+        engine.save(staging)
+        world.barrier()
+        if world.local_rank == 0:
+            self._thread = threading.Thread(target=self._publish, args=(staging, step, state), name="checkpoint")
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Waits for the commit of the newest checkpoint. Collective.
+
+        Raises:
+            ClipmillError, OSError: it failed, on whichever node; raised on every rank.
+        """
+        self.join()
+        error, self._error = self._error, None
+        self._world.raise_first(error)
+
+    def join(self) -> None:
+        """Waits for this process's upload alone: for a rank that ends without its peers."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _publish(self, staging: Path, step: int, state: dict[str, Any]) -> None:
+        """Uploads this node's files; on rank 0 then commits for all nodes, and prunes."""
+        url = storage.join(self._folder_url, "checkpoints", f"step-{step:08d}", self._attempt)
+        try:
+            _upload(staging, url, self._nodes.index(self._world.rank))
+            if self._world.rank == 0:
+                _commit(url, step, len(self._nodes), self._lease, state)
+                prune(self._folder_url, self._keep_last, self._keep_every, self._lease)
+        except Exception as error:  # the training learns of it at its next checkpoint
+            self._error = error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def staging_folder(folder_url: str) -> Path:
@@ -91,12 +147,22 @@ def _nodes(world: World) -> list[int]:
 
 
 def _upload(staging: Path, url: str, node: int) -> None:
+    try:
+        files = _publish_files(staging, url)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # rank 0 need not wait for this node
+            storage.publish_document(storage.join(url, f"node-{node}.failed"), {"cause": str(error)}, SCHEMA)
+        raise
+    storage.publish_document(storage.join(url, f"node-{node}.done"), {"files": files}, SCHEMA)
+
+
+def _publish_files(staging: Path, url: str) -> list[dict[str, Any]]:
     files = []
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
         name = path.relative_to(staging).as_posix()
         storage.publish_file(path, storage.join(url, name))
         files.append({"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
-    storage.publish_document(storage.join(url, f"node-{node}.done"), {"files": files}, SCHEMA)
+    return files
 
 
 def _commit(url: str, step: int, num_nodes: int, lease: Lease | None, state: dict[str, Any]) -> None:
@@ -105,6 +171,8 @@ def _commit(url: str, step: int, num_nodes: int, lease: Lease | None, state: dic
     for node in range(num_nodes):
         node_url = storage.join(url, f"node-{node}.done")
         while not storage.exists(node_url):
+            if storage.exists(storage.join(url, f"node-{node}.failed")):
+                raise StageFailed(f"node {node} could not upload its part of {url}; its own log has the cause")
             if time.monotonic() > deadline:
                 raise StageFailed(f"node {node} has not uploaded its part of {url} within {NODE_WAIT_SECONDS:.0f} s")
             time.sleep(0.5)
@@ -157,17 +225,25 @@ def _damaged(checkpoint: Checkpoint, name: str, what: str) -> UserError:
     )
 
 
-def prune(folder_url: str, keep_last: int, lease: Lease | None) -> None:
-    """Removes all but the newest checkpoints, and the uncommitted leftovers of steps before them."""
+def prune(folder_url: str, keep_last: int, keep_every: int | None, lease: Lease | None) -> None:
+    """Removes checkpoints that need not be kept, and the uncommitted leftovers of steps before the newest.
+
+    Args:
+        folder_url: the training folder.
+        keep_last: so many of the newest stay.
+        keep_every: those of every so many steps stay too.
+        lease: claim on the training folder.
+    """
     if lease is not None:
         lease.check()
-    kept = list_checkpoints(folder_url)[-keep_last:]
-    if not kept:
+    found = list_checkpoints(folder_url)
+    if not found:
         return
-    kept_urls = {checkpoint.url for checkpoint in kept}
+    milestones = [one for one in found if keep_every and one.step % keep_every == 0]
+    kept_urls = {one.url for one in [*found[-keep_last:], *milestones]}
     checkpoints_url = storage.join(folder_url, "checkpoints")
     for step_name in storage.list_folders(checkpoints_url):
-        if int(step_name.removeprefix("step-")) > kept[-1].step:
+        if int(step_name.removeprefix("step-")) > found[-1].step:
             continue
         for attempt in storage.list_folders(storage.join(checkpoints_url, step_name)):
             url = storage.join(checkpoints_url, step_name, attempt)

@@ -10,6 +10,7 @@ import datetime
 import io
 import logging
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Callable
@@ -21,10 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipmill.config import TrainingConfig
+from clipmill.training.conversion import WholeTensors, load_whole, split_by_parameter
 
 __all__ = ["Engine", "World", "consolidated_state", "deepspeed_config", "join_world"]
 
 CONTROL_TIMEOUT_SECONDS = 7200.0
+TAG = "state"
+"""DeepSpeed's files lie in a folder of this name."""
 
 
 class World:
@@ -32,13 +36,15 @@ class World:
 
     Attributes:
         rank: index of this process among ``size``.
-        local_rank: index among the processes of this machine.
+        local_rank: index among the ``local_size`` processes of this machine.
         device: where the model lives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_ours: bool) -> None:
+        self._is_ours = is_ours
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         # Control messages go over gloo: on NCCL even one integer would wait for the GPU's stream.
         # Peers wait in it while rank 0 waits for the slowest node's upload, which must run out of patience first.
@@ -75,10 +81,29 @@ class World:
             raise outcome[1]
         return outcome[0]
 
+    def raise_first(self, error: Exception | None) -> None:
+        """Raises the error of the lowest rank that has one, on every rank."""
+        errors = [error]
+        if self._control is not None:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error, group=self._control)
+        for first in errors:
+            if first is not None:
+                raise first
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self._control is not None:
             dist.barrier(group=self._control)
+
+    def leave(self) -> None:
+        """Ends the process group, unless Ray Train, which made it, will. Collective.
+
+        A rank that merely exits tears connections down that its peers may still close: now and then one aborts.
+        """
+        if self._is_ours:
+            self.barrier()
+            dist.destroy_process_group()
 
 
 def join_world() -> World:
@@ -90,9 +115,10 @@ def join_world() -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
+    is_ours = not dist.is_initialized()
+    if is_ours:
         dist.init_process_group("nccl" if cuda else "gloo")
-    return World()
+    return World(is_ours=is_ours)
 
 
 def _free_port() -> str:
@@ -202,14 +228,32 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Writes this rank's part of weights and optimizer. Collective."""
         # save_latest writes the pointer file whose absence makes load_checkpoint start afresh in silence:
-        # our own commit record takes its place.
-        self.deepspeed.save_checkpoint(str(folder), tag="state", save_latest=False)
+        # our own commit record takes its place. DeepSpeed's converter refuses files without the (empty) client state.
+        client_state: dict[str, Any] = {"universal_checkpoint_info": {}}
+        self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote at the same world size and ZeRO stage. Collective."""
-        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag="state")
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {folder}")
+
+    def load_converted(self, folder: Path, zero_stage: int) -> None:
+        """Restores what `save` wrote at any world size and this ZeRO stage. Collective.
+
+        Args:
+            folder: the files of all ranks; another folder is made beside it.
+            zero_stage: of the run that saved.
+        """
+        whole = folder.with_name(f"{folder.name}-whole")
+        if self.world.local_rank == 0:
+            shutil.rmtree(whole, ignore_errors=True)
+            split_by_parameter(folder / TAG, whole, zero_stage)
+        self.world.barrier()
+        load_whole(self.deepspeed, WholeTensors(whole), folder / TAG)
+        self.world.barrier()
+        if self.world.local_rank == 0:
+            shutil.rmtree(whole)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._config.precision == "bfloat16":
@@ -226,11 +270,11 @@ def consolidated_state(folder: Path) -> dict[str, Tensor]:
     _import_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if any((folder / "state").glob("*_optim_states.pt")):
+    if any((folder / TAG).glob("*_optim_states.pt")):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its own progress
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="state"))
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
     # Without ZeRO the module is whole in one file. It was hashed when we wrote it, so unpickling it is safe.
-    return torch.load(folder / "state" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    return torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
 
 
 def _import_deepspeed() -> Any:

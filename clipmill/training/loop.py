@@ -7,9 +7,7 @@ The loader's whole state is the number of steps done: batch k of a run is a pure
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,18 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from clipmill import storage
-from clipmill.config import TrainingConfig, changed_keys
-from clipmill.errors import Interrupted, StageFailed, UserError
+from clipmill.config import TrainingConfig
+from clipmill.errors import Interrupted, StageFailed
 from clipmill.lease import Lease
 from clipmill.shards.dataset import ShardDataset, eval_batches, train_batches
 from clipmill.shards.order import Order, num_streams
 from clipmill.training import checkpoint
+from clipmill.training.checkpoint import Saver
 from clipmill.training.engine import Engine, World, consolidated_state
+from clipmill.training.inputs import check_cache, describe_batches
+from clipmill.training.resume import resume
 from clipmill.training.telemetry import Report, Stopwatch, Telemetry
+from clipmill.training.watchdog import Watchdog
 
 __all__ = ["Job", "fit", "learning_rate", "rows_and_accumulation"]
 
-logger = logging.getLogger(__name__)
+PROBE_CLIPS = 32
+"""Whose loss a checkpoint records, so that a conversion to another world size can show that it gives the same."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,12 @@ class Job:
     seed: int
     identity: dict[str, Any]
     """Identity keys and data set fingerprints; a resume with others is refused."""
+    batch_statistics: bool
+    """Whether the model normalises over the clips of a micro-step, so that their number is part of the training."""
     export: Callable[[dict[str, Tensor], int], None]
     """Publishes the model's float32 state dict after so many steps."""
+    score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
+    """Scores of the objective's 1-d metrics, summed over a validation: for what no mean of batches gives."""
 
 
 def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
@@ -65,28 +72,52 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
 
     Raises:
         Interrupted: a stop was requested; everything up to this step is in a checkpoint.
-        UserError: the newest checkpoint belongs to another configuration, data set or world size.
+        UserError: the newest checkpoint belongs to another configuration or data set, or the cache is too small.
         StageFailed: the loss is no longer finite.
     """
-    rows, accumulation = rows_and_accumulation(job.config, world.size)
-    engine = Engine(job.objective, job.config, world, rows, accumulation)
+    config = job.config
+    check_cache(job.train, config, world_size=world.size, local_size=world.local_size)
+    if world.rank == 0:
+        describe_batches(job.train.manifest, config, world.size)
+    rows, accumulation = rows_and_accumulation(config, world.size)
+    engine = Engine(job.objective, config, world, rows, accumulation)
     attempt = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
-    first_step = _resume(job, engine)
-    telemetry = Telemetry(job.folder_url, attempt, job.config.steps, report) if world.rank == 0 else None
+    state = {
+        "identity": job.identity,
+        "world_size": world.size,
+        "zero_stage": config.zero_stage,
+        "rows": rows * world.size,
+    }
+    first_step, dataset_since = resume(
+        engine,
+        config,
+        job.folder_url,
+        state,
+        batch_statistics=job.batch_statistics,
+        probe=lambda: _validate(job, engine, PROBE_CLIPS).get("loss"),
+    )
+    state["dataset_since"] = dataset_since
+    saver = Saver(world, job.folder_url, attempt, lease, keep_last=config.keep_last, keep_every=config.keep_every)
+    watchdog = Watchdog(world, config.hang_seconds)
+    telemetry = Telemetry(job.folder_url, attempt, config.steps, report) if world.rank == 0 else None
     try:
-        _run_steps(job, engine, first_step, attempt, lease, report, telemetry)
+        _run_steps(job, engine, first_step, state, saver, watchdog, report, telemetry)
     finally:
+        watchdog.close()
+        saver.join()
         if telemetry is not None:
             telemetry.close()
     world.from_rank_zero(lambda: _export(job))
+    world.leave()
 
 
 def _run_steps(
     job: Job,
     engine: Engine,
     first_step: int,
-    attempt: str,
-    lease: Lease | None,
+    state: dict[str, Any],
+    saver: Saver,
+    watchdog: Watchdog,
     report: Report,
     telemetry: Telemetry | None,
 ) -> None:
@@ -101,7 +132,7 @@ def _run_steps(
         micro_batch=config.micro_batch,
         rank=world.rank,
         world_size=world.size,
-        first_step=first_step,
+        first_step=first_step - state["dataset_since"],
         num_workers=config.loader_workers,
     )
     stopwatch = Stopwatch()
@@ -110,6 +141,7 @@ def _run_steps(
         micro_batches = next(batches)
         waited_seconds = time.perf_counter() - waiting_since
         sums = _train_step(job, engine, step, micro_batches)
+        watchdog.advance()
         stopwatch.add_step(config.global_batch, waited_seconds)
         done = step + 1
         stop = world.any(report.stop_requested)
@@ -125,16 +157,18 @@ def _run_steps(
         elif telemetry is not None:
             telemetry.progress(done)
         if last or done % config.val_every == 0:
-            facts = _validate(job, engine)
+            with watchdog.paused():
+                facts = _validate(job, engine, config.val_clips)
             if telemetry is not None and facts:
                 telemetry.log(done, "val", facts)
             stopwatch.reset()
         if save:
             if telemetry is not None:
                 telemetry.upload()
-            state = {"identity": job.identity, "world_size": world.size, "zero_stage": config.zero_stage}
-            checkpoint.save(engine, job.folder_url, done, attempt, lease, state)
-            world.from_rank_zero(lambda: checkpoint.prune(job.folder_url, config.keep_last, lease))
+            with watchdog.paused():
+                saver.save(engine, done, {**state, "probe_loss": _validate(job, engine, PROBE_CLIPS).get("loss")})
+                if stop or last:
+                    saver.finish()
             stopwatch.reset()
         if stop and not last:
             raise Interrupted(f"stopped after step {done} with a checkpoint; run the same command to go on")
@@ -179,9 +213,9 @@ def _means(world: World, sums: dict[str, Tensor]) -> dict[str, float]:
     return {name: total / weight for name, total in totals.items()}
 
 
-def _validate(job: Job, engine: Engine) -> dict[str, float]:
-    """Means over the first ``val_clips`` clips of the split val; empty when it has none. Collective."""
-    num_clips = min(job.config.val_clips, job.val.manifest.num_samples)
+def _validate(job: Job, engine: Engine, max_clips: int) -> dict[str, float]:
+    """Means over the first clips of the split val; empty when it has none. Collective."""
+    num_clips = min(max_clips, job.val.manifest.num_samples)
     if num_clips == 0:
         return {}
     world = engine.world
@@ -193,11 +227,15 @@ def _validate(job: Job, engine: Engine) -> dict[str, float]:
         max_samples=num_clips,
     )
     sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     for collated in batches:
         batch = _to_device(job.prepare(collated), world.device)
         loss, metrics = engine.evaluate(batch)
+        for name in [name for name, value in metrics.items() if value.dim()]:
+            counts[name] = metrics.pop(name).double() + counts.get(name, 0)
         _accumulate(sums, batch["weight"].sum(), {"loss": loss, **metrics})
-    return _means(world, sums)
+    counts = {name: torch.tensor(world.sum(value.tolist())) for name, value in counts.items()}
+    return _means(world, sums) | (job.score_counts(counts) if job.score_counts else {})
 
 
 def _check_finite(job: Job, step: int, facts: dict[str, float]) -> None:
@@ -234,38 +272,6 @@ def _claim_attempt(folder_url: str, lease: Lease | None) -> str:
         if storage.create_bytes(storage.join(folder_url, "metrics", f"{attempt}.jsonl"), b""):
             return attempt
     raise StageFailed(f"{folder_url} was restarted 10,000 times under one lease")
-
-
-def _resume(job: Job, engine: Engine) -> int:
-    """Restores the newest checkpoint; returns the number of steps done. Collective."""
-    world = engine.world
-    newest = world.from_rank_zero(lambda: checkpoint.newest(job.folder_url))
-    if newest is None:
-        return 0
-    changes = changed_keys(newest.state["identity"], job.identity)
-    if changes:
-        raise UserError(
-            f"checkpoint {newest.url} was written with other settings: {', '.join(changes)}; restore them, or take "
-            "another root"
-        )
-    recorded = (newest.state["world_size"], newest.state["zero_stage"])
-    if recorded != (world.size, job.config.zero_stage):
-        raise UserError(
-            f"checkpoint {newest.url} was written by {recorded[0]} workers at ZeRO stage {recorded[1]}, this run has "
-            f"{world.size} at stage {job.config.zero_stage}; start it with the recorded ones"
-        )
-    folder = checkpoint.staging_folder(job.folder_url)
-    if world.local_rank == 0:  # once a node
-        shutil.rmtree(folder, ignore_errors=True)
-        checkpoint.fetch(newest, folder)
-    world.barrier()
-    engine.load(folder)
-    world.barrier()
-    if world.local_rank == 0:
-        shutil.rmtree(folder)
-    if world.rank == 0:
-        logger.info("resumed from step %d (%s)", newest.step, newest.url)
-    return newest.step
 
 
 def _export(job: Job) -> None:

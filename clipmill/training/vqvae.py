@@ -11,7 +11,8 @@ from clipmill.config import RunConfig, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import save_export
-from clipmill.models.vqvae import VQVAE, latent_shape, to_input
+from clipmill.models.quantizers import codebook_metrics
+from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
 from clipmill.training.engine import join_world
@@ -34,8 +35,9 @@ def is_finished(config: RunConfig) -> bool:
         UserError: there are no clips yet, the downsampling does not fit them, or another model is in the folder.
     """
     clips = require_manifest(config, "clips", "train")
-    _latent_shape(config, clips)
-    return finished_step(folder_url(config), _identity(config, clips)) >= config.vqvae.training.steps
+    _codes_shape(config, clips)
+    training = config.vqvae.training
+    return finished_step(folder_url(config), _identity(config, clips), training) >= training.steps
 
 
 def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
@@ -57,16 +59,19 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     clips = require_manifest(config, "clips", "train")
     torch.manual_seed(config.seed)  # of the initial weights
     model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
+    objective = VQVAEObjective(model)
     job = Job(
         folder_url=folder_url(config),
-        objective=VQVAEObjective(model),
+        objective=objective,
         prepare=lambda batch: {"video": batch["video"], "weight": batch["weight"]},
         train=open_dataset(clips, decode_clip, training),
         val=open_dataset(require_manifest(config, "clips", "val"), decode_clip, training),
         config=training,
         seed=config.seed,
         identity=_identity(config, clips),
+        batch_statistics=True,
         export=lambda weights, step: _export(config, clips, weights, step),
+        score_counts=objective.score_counts,
     )
     fit(job, world, lease, report)
 
@@ -84,18 +89,26 @@ class VQVAEObjective(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B]."""
+        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B].
+
+        In eval mode the metrics have the 1-d ``code_counts`` too, see `score_counts`.
+        """
         output = self.model(to_input(batch["video"]), batch["weight"])
-        return output.loss, output.metrics
+        return output.loss, output.metrics if self.training else output.metrics | {"code_counts": output.counts}
+
+    def score_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
+        """Usage and perplexity of the codebook over everything that was counted, which no mean over batches gives."""
+        scores = codebook_metrics(counts["code_counts"], self.model.config.num_codebooks)
+        return {name: value.item() for name, value in scores.items()}
 
 
 def _identity(config: RunConfig, clips: Manifest) -> dict[str, Any]:
     return {"vqvae": identity(config.vqvae), "clips": clips.fingerprint, "seed": config.seed}
 
 
-def _latent_shape(config: RunConfig, clips: Manifest) -> tuple[int, int, int]:
+def _codes_shape(config: RunConfig, clips: Manifest) -> tuple[int, ...]:
     clip = clips.recipe["clip"]
-    return latent_shape(config.vqvae.model, clip["num_frames"], clip["resolution"])
+    return codes_shape(config.vqvae.model, clip["num_frames"], clip["resolution"])
 
 
 def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step: int) -> None:
@@ -104,7 +117,7 @@ def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
-        "latent_shape": list(_latent_shape(config, clips)),
+        "latent_shape": list(_codes_shape(config, clips)),
         "num_codes": config.vqvae.model.num_codes,
         "clip": clips.recipe,
         "pixel_variance": clips.facts["pixel_variance"],

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -28,6 +30,15 @@ def start(command: list[str], *, num_ranks: int, log: Path) -> subprocess.Popen[
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Looks again and again, as long as the process lives."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.002)
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:

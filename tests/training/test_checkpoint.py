@@ -54,7 +54,7 @@ def test_pruning_keeps_the_newest_and_what_is_being_written(tmp_path):
         commit(tmp_path, step, "000001-0000", {"x": b"x"})
     storage.publish_bytes(str(tmp_path / "checkpoints" / "step-00000020" / "000002-0000" / "cut.pt"), b"cut")
     storage.publish_bytes(str(tmp_path / "checkpoints" / "step-00000040" / "000002-0000" / "now.pt"), b"now")
-    prune(str(tmp_path), keep_last=2, lease=None)
+    prune(str(tmp_path), keep_last=2, keep_every=None, lease=None)
     left = sorted(entry.name for entry in storage.walk(str(tmp_path / "checkpoints")))
     assert left == [
         "step-00000020/000001-0000/COMMITTED",
@@ -63,3 +63,10 @@ def test_pruning_keeps_the_newest_and_what_is_being_written(tmp_path):
         "step-00000030/000001-0000/x",
         "step-00000040/000002-0000/now.pt",
     ]
+
+
+def test_pruning_keeps_milestones(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        commit(tmp_path, step, "000001-0000", {"x": b"x"})
+    prune(str(tmp_path), keep_last=1, keep_every=20, lease=None)
+    assert [found.step for found in list_checkpoints(str(tmp_path))] == [20, 40, 50]

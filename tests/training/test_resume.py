@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -17,7 +17,8 @@ from clipmill.models.export import load_prior, save_export
 from clipmill.models.vqvae import VQVAE
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import commit_unit, freeze
-from tests.training.processes import kill_all, start
+from clipmill.training.checkpoint import newest
+from tests.training.processes import kill_all, start, wait_for
 
 STEPS = 40
 CHECKPOINT_EVERY = 8
@@ -65,7 +66,8 @@ def workspace(tmp_path_factory) -> Path:
             recipe = {"clip": {"num_frames": 4, "resolution": 16}}
             if kind == "tokens":
                 recipe |= {"tokenizer": _tokenizer(folder), "num_codes": NUM_CODES, "latent_shape": [1, 4, 4]}
-            freeze(url, kind, [0], recipe, {"classes": CLASSES, "pixel_variance": 0.08, "num_units": 1})
+            facts = {"classes": CLASSES, "pixel_variance": 0.08, "num_units": 1}
+            freeze(url, kind, [0], recipe, facts | {"fields": {"label": {"clips": num_clips, "shapes": [[]]}}})
     return folder
 
 
@@ -84,7 +86,7 @@ def _assignments(values: dict, prefix: str = "") -> list[str]:
     return pairs
 
 
-def _command(workspace: Path, root: Path, stage: str, zero_stage: int) -> list[str]:
+def _command(workspace: Path, root: Path, stage: str, zero_stage: int, *assignments: str) -> list[str]:
     """The stage's command in a root of its own that shares the inputs."""
     root.mkdir(exist_ok=True)
     for kind in ("clips", "tokens"):
@@ -97,7 +99,7 @@ def _command(workspace: Path, root: Path, stage: str, zero_stage: int) -> list[s
         config[section]["training"] |= {**SHARED, "zero_stage": zero_stage}
     path = root / "run.yaml"
     path.write_text(yaml.safe_dump(config))
-    return [stage, "--config", str(path)]
+    return [stage, "--config", str(path), *assignments]
 
 
 def _run(command: list[str], log: Path, num_ranks: int) -> None:
@@ -108,11 +110,7 @@ def _run(command: list[str], log: Path, num_ranks: int) -> None:
 def _run_killed(command: list[str], log: Path, folder: Path, num_ranks: int) -> None:
     """Lets the run commit its first checkpoint, then takes its power."""
     process = start(command, num_ranks=num_ranks, log=log)
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("checkpoints/*/*/COMMITTED")):
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.002)
+    wait_for(lambda: list(folder.glob("checkpoints/*/*/COMMITTED")), process, log)
     kill_all(process)
     assert process.returncode == -9, "it had ended before it could be killed"
     assert not (folder / "exports").exists()
@@ -160,3 +158,108 @@ def test_the_prior_resumes_exactly_at_every_zero_stage(workspace, tmp_path, zero
 @pytest.mark.parametrize(("zero_stage", "num_ranks"), [(1, 2), (0, 1)])
 def test_the_tokenizer_resumes_exactly_with_its_codebook(workspace, tmp_path, zero_stage, num_ranks):
     _check_exact_resume(workspace, tmp_path, "train-vqvae", zero_stage, num_ranks)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stops_is_named_and_the_training_ends(workspace, tmp_path, rank):
+    log = tmp_path / "log.txt"
+    endless = ["prior.training.steps=100000", "prior.training.hang_seconds=3"]
+    process = start(_command(workspace, tmp_path / "root", "train-prior", 1, *endless), num_ranks=2, log=log)
+    try:
+        wait_for(lambda: list((tmp_path / "root" / "prior").glob("checkpoints/*/*/COMMITTED")), process, log)
+        ranks = {member.environ()["RANK"]: member for member in psutil.Process(process.pid).children()}
+        ranks[str(rank)].suspend()
+        wait_for(lambda: f"rank {rank} does not answer" in log.read_text(), process, log)
+    finally:
+        kill_all(process)
+
+
+EXACT = ["prior.model.dropout=0", "prior.model.attention_dropout=0", "prior.training.schedule=constant"]
+
+
+def _check_conversions(workspace: Path, tmp_path: Path, first: tuple[int, int], *others: tuple[int, int]) -> None:
+    """Trains eight steps at each (ranks, ZeRO stage) in turn, in one root, and all of them at the first in another."""
+    log = tmp_path / "log.txt"
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    steps = 8 * (1 + len(others))
+    _run(_command(workspace, whole, "train-prior", first[1], *EXACT, f"prior.training.steps={steps}"), log, first[0])
+    for number, (num_ranks, zero_stage) in enumerate([first, *others], start=1):
+        settings = [*EXACT, f"prior.training.steps={8 * number}"]
+        _run(_command(workspace, changed, "train-prior", zero_stage, *settings), log, num_ranks)
+    undisturbed, converted = _losses(whole / "prior"), _losses(changed / "prior")
+    assert list(converted) == list(range(1, steps + 1))
+    assert len(set(undisturbed.values())) > steps // 2, "a loss that does not move proves nothing"
+    assert converted == pytest.approx(undisturbed, rel=1e-5)
+    assert f"converted from {first[0]} ranks at ZeRO stage {first[1]}" in log.read_text()
+
+
+@pytest.mark.timeout(600)
+def test_the_prior_goes_on_at_another_world_size_and_zero_stage(workspace, tmp_path):
+    _check_conversions(workspace, tmp_path, (2, 1), (1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "runs", [[(4, 1), (2, 3), (3, 1)], [(2, 3), (3, 2), (1, 0)], [(2, 0), (4, 1), (2, 0)]], ids=str
+)
+def test_the_prior_goes_on_through_any_changes(workspace, tmp_path, runs):
+    _check_conversions(workspace, tmp_path, *runs)
+
+
+def test_what_cannot_be_resumed_is_refused_in_one_line(workspace, tmp_path):
+    log, root = tmp_path / "log.txt", tmp_path / "root"
+    steps = "prior.training.steps=2"
+    _run(_command(workspace, root, "train-prior", 1, steps), log, 1)
+    refusals = {
+        "prior.training.resume=never": "holds a checkpoint of step 2",
+        "prior.training.resume=" + str(tmp_path / "nothing"): None,  # its own checkpoint comes first
+    }
+    for assignment, line in refusals.items():
+        command = _command(workspace, root, "train-prior", 1, "prior.training.steps=4", assignment)
+        assert start(command, num_ranks=1, log=log).wait(timeout=240) == (2 if line else 0)
+        assert line is None or line in log.read_text()
+    fresh = _command(workspace, tmp_path / "fresh", "train-prior", 1, f"prior.training.resume={tmp_path / 'nothing'}")
+    assert start(fresh, num_ranks=1, log=log).wait(timeout=240) == 2
+    assert "holds no committed checkpoint" in log.read_text().splitlines()[-1]
+    assert not (tmp_path / "fresh" / "prior" / "checkpoints").exists()
+    started = _command(workspace, tmp_path / "started", "train-prior", 1, f"prior.training.resume={root / 'prior'}")
+    assert start([*started, "prior.training.steps=6"], num_ranks=1, log=log).wait(timeout=240) == 0
+    assert min(_losses(tmp_path / "started" / "prior")) == 5
+
+
+def test_another_data_set_is_refused_unless_it_is_accepted_knowingly(workspace, tmp_path):
+    log, root = tmp_path / "log.txt", tmp_path / "root"
+    _run(_command(workspace, root, "train-prior", 1, "prior.training.steps=2"), log, 1)
+    (root / "tokens").unlink()
+    (root / "tokens").mkdir()
+    for split in ("train", "val"):  # five clips for twenty-one
+        (root / "tokens" / split).symlink_to(workspace / "root" / "tokens" / "val")
+    command = _command(workspace, root, "train-prior", 1, "prior.training.steps=5")
+    assert start(command, num_ranks=1, log=log).wait(timeout=240) == 2
+    assert "--accept-new-dataset" in log.read_text().splitlines()[-1]
+    _run([*command, "--accept-new-dataset"], log, 1)
+    assert list(_losses(root / "prior")) == [1, 2, 3, 4, 5]
+    saved = newest(str(root / "prior"))
+    assert saved is not None
+    assert (saved.step, saved.state["dataset_since"]) == (5, 2)
+    further = _command(workspace, root, "train-prior", 1, "prior.training.steps=6")
+    _run(further, log, 1)  # the checkpoint is of this data set now
+    saved = newest(str(root / "prior"))
+    assert saved is not None
+    assert (saved.step, saved.state["dataset_since"]) == (6, 2)
+
+
+@pytest.mark.parametrize(("micro_batch", "goes_on"), [(None, True), (2, False)])
+def test_the_tokenizer_wants_the_clips_of_a_micro_step_unchanged(workspace, tmp_path, micro_batch, goes_on):
+    """Four clips a step: one micro-step of one rank or two; but two micro-steps of one rank are one of two."""
+    log, root = tmp_path / "log.txt", tmp_path / "root"
+    settings = [f"vqvae.training.micro_batch={json.dumps(micro_batch)}"]
+    _run(_command(workspace, root, "train-vqvae", 1, *settings, "vqvae.training.steps=2"), log, 1)
+    command = _command(workspace, root, "train-vqvae", 1, *settings, "vqvae.training.steps=4")
+    status = start(command, num_ranks=2, log=log).wait(timeout=240)
+    if goes_on:
+        assert (status, list(_losses(root / "vqvae"))) == (0, [1, 2, 3, 4])
+        assert "converted from 1 ranks at ZeRO stage 1" in log.read_text()
+    else:
+        assert status != 0
+        assert "normalised over 2 clips at a time (micro-batch x workers), this run would over 4" in log.read_text()

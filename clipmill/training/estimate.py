@@ -1,0 +1,215 @@
+"""What training a prior will take, by arithmetic and a dry run: memory of a GPU, tokens a day, bytes on disk.
+
+The model is built and run on fake tensors (shapes without memory), so a prior of any size is estimated on any machine.
+Parameters stay float32 in training, whatever the precision of the arithmetic (see `clipmill.training.engine`).
+
+P: parameters   W: GPUs   B: clips of a micro-batch   L: tokens of a clip
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from clipmill.config import PriorModelConfig, RunConfig
+from clipmill.models.prior import Prior
+from clipmill.models.vqvae import latent_shape
+from clipmill.training.loop import rows_and_accumulation
+
+__all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "model_state_bytes", "saved_bytes"]
+
+FLOAT = 4
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default: gradients that wait to be sent, at stages 1 and 2."""
+LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default: parameters gathered at once, at stage 3."""
+TAR_BLOCK = 512
+_LOOKED_UP = {"input.embedding", "norms.table"}
+"""Parameters of which a token takes rows: no arithmetic."""
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at one ZeRO stage."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    """What DeepSpeed gathers or collects for a while."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` finds; bytes, unless named otherwise."""
+
+    num_parameters: int
+    tokens_per_clip: int
+    rows: int
+    accumulation: int
+    states: tuple[Memory, ...]
+    """By ZeRO stage, 0 to 3."""
+    activations: int
+    """Of one micro-batch with every activation kept."""
+    checkpointed_activations: int
+    """The same with those of every block made again (``prior.model.checkpointed_share=1``)."""
+    flops_per_token: float
+    """Forward and backward, without what checkpointing repeats."""
+    tokens_per_day: float
+    token_bytes_per_clip: int
+    checkpoint_bytes: int
+    upload_seconds: float
+
+
+def estimate(
+    config: RunConfig, num_gpus: int, *, mfu: float, peak_tflops: float, gpus_per_node: int, upload_mb_per_second: float
+) -> Estimate:
+    """Estimates stage ``train-prior``.
+
+    Args:
+        config: of the run; nothing of it needs to exist.
+        num_gpus: W.
+        mfu: share of the peak that is reached.
+        peak_tflops: of one GPU, dense, in the precision of the training.
+        gpus_per_node: each node uploads its part of a checkpoint.
+        upload_mb_per_second: of one node, 10^6 bytes.
+
+    Raises:
+        UserError: the clips do not divide by the tokenizer's downsampling.
+    """
+    clip, model = config.data.clip, config.prior.model
+    shape = latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)
+    tokens = math.prod(shape)
+    rows, accumulation = rows_and_accumulation(config.prior.training, num_gpus)
+    with FakeTensorMode():
+        prior = _build(config, model, shape)
+        num_parameters = sum(parameter.numel() for parameter in prior.parameters())
+        largest_block = max(sum(parameter.numel() for parameter in block.parameters()) for block in prior.blocks)
+        multiplied = [p for name, p in prior.named_parameters() if p.dim() > 1 and name not in _LOOKED_UP]
+        in_products = sum(parameter.numel() for parameter in multiplied)
+    states = tuple(model_state_bytes(num_parameters, stage, num_gpus, largest_block) for stage in range(4))
+    # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
+    flops_per_token = 6 * in_products + 6 * model.num_layers * model.hidden_dim * tokens
+    checkpoint_bytes = _checkpoint_bytes(num_parameters, config.prior.training.zero_stage)
+    num_nodes = math.ceil(num_gpus / gpus_per_node)
+    return Estimate(
+        num_parameters=num_parameters,
+        tokens_per_clip=tokens,
+        rows=rows,
+        accumulation=accumulation,
+        states=states,
+        activations=activation_bytes(config, rows, checkpointed_share=0.0),
+        checkpointed_activations=activation_bytes(config, rows, checkpointed_share=1.0),
+        flops_per_token=flops_per_token,
+        tokens_per_day=num_gpus * mfu * peak_tflops * 1e12 / flops_per_token * SECONDS_PER_DAY,
+        token_bytes_per_clip=_token_bytes(tokens, config.vqvae.model.num_codes),
+        checkpoint_bytes=checkpoint_bytes,
+        upload_seconds=checkpoint_bytes / num_nodes / (upload_mb_per_second * 1e6),
+    )
+
+
+def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_block: int) -> Memory:
+    """Weights, gradients and AdamW's states on one GPU (ZeRO, arXiv 1910.02054, with all of it in float32).
+
+    DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition.
+    """
+    whole = FLOAT * num_parameters
+    part = FLOAT * math.ceil(num_parameters / num_gpus)
+    if stage == 0:
+        return Memory(weights=whole, gradients=whole, optimizer=2 * whole, buffers=0)
+    if stage < 3:
+        bucket = FLOAT * min(num_parameters, REDUCE_BUCKET_ELEMENTS) if num_gpus > 1 else 0
+        return Memory(weights=whole, gradients=whole if stage == 1 else part, optimizer=3 * part, buffers=bucket)
+    gathered = FLOAT * max(largest_block, min(num_parameters, LIVE_ELEMENTS))
+    return Memory(weights=part, gradients=part, optimizer=3 * part, buffers=gathered if num_gpus > 1 else 0)
+
+
+def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float) -> int:
+    """What is kept of one micro-batch between its forward and its backward pass.
+
+    All blocks are alike: two runs, of one block and of two, tell what a block keeps and what the rest does.
+    """
+    model, clip = config.prior.model, config.data.clip
+    shape = latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)
+    bfloat16 = config.prior.training.precision == "bfloat16"
+    with FakeTensorMode():
+        one, two = (_kept(config, model.model_copy(update={"num_layers": n}), shape, rows, bfloat16) for n in (1, 2))
+    block, rest = two - one, 2 * one - two
+    again = round(checkpointed_share * model.num_layers)
+    block_input = FLOAT * rows * math.prod(shape) * model.hidden_dim
+    # While one block is made again, it is whole beside the inputs of the others.
+    return rest + block * (model.num_layers - again) + block_input * again + (block if again else 0)
+
+
+def saved_bytes(prior: Prior, codes: Tensor, label: Tensor | None, condition: Tensor | None, bfloat16: bool) -> int:
+    """Bytes that autograd holds after the forward pass of a micro-batch, parameters and buffers not counted."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*prior.parameters(), *prior.buffers())}
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            held[storage._cdata] = tensor  # alive, so that no other storage takes its address
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast(codes.device.type, torch.bfloat16, enabled=bfloat16):
+        prior.loss(codes, label, condition).sum()
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, int, int], rows: int, bfloat16: bool) -> int:
+    """`saved_bytes` of a prior of this size on fake tensors."""
+    prior = _build(config, model.model_copy(update={"checkpointed_share": 0.0}), shape).train()
+    codes = torch.zeros(rows, *shape, dtype=torch.int64)
+    label = torch.zeros(rows, dtype=torch.int64) if model.class_conditional else None
+    condition_shape = _condition_shape(config)
+    condition = None
+    if condition_shape is not None:
+        dtype = torch.uint8 if model.condition == "frames" else torch.float32
+        condition = torch.zeros(rows, *condition_shape, dtype=dtype)
+    return saved_bytes(prior, codes, label, condition, bfloat16)
+
+
+def _build(config: RunConfig, model: PriorModelConfig, shape: tuple[int, int, int]) -> Prior:
+    """A prior as large as the one to be trained, as far as that is known before there are data."""
+    num_codes = config.vqvae.model.num_codes
+    codebook = torch.zeros(num_codes, config.vqvae.model.embedding_dim)
+    num_classes = 100 if model.class_conditional else 0
+    return Prior(model, shape, num_codes, codebook, num_classes, _condition_shape(config))
+
+
+def _condition_shape(config: RunConfig) -> tuple[int, ...] | None:
+    """The condition's, if the config says it; else of a usual one (8 numbers an action, CLIP's 77 x 768 for a text)."""
+    clip = config.data.clip
+    shapes = {
+        "frames": (max(1, config.tokenize.condition_frames), clip.resolution, clip.resolution, 3),
+        "actions": (clip.num_frames, 8),
+        "text": (77, 768),
+    }
+    condition = config.prior.model.condition
+    return None if condition is None else shapes[condition]
+
+
+def _token_bytes(tokens_per_clip: int, num_codes: int) -> int:
+    """Bytes of a clip in a token shard: two members of a tar, each with a header and in whole blocks."""
+    codes = 128 + tokens_per_clip * np.min_scalar_type(num_codes - 1).itemsize  # .npy header, codes
+    about = TAR_BLOCK  # of json, rounded up
+    return 2 * TAR_BLOCK + math.ceil(codes / TAR_BLOCK) * TAR_BLOCK + about
+
+
+def _checkpoint_bytes(num_parameters: int, zero_stage: int) -> int:
+    """Weights (at stage 3 they are the optimizer's copy), and the optimizer's states with its copy of the weights."""
+    copies = {0: 3, 1: 4, 2: 4, 3: 3}
+    return FLOAT * num_parameters * copies[zero_stage]

@@ -1,0 +1,123 @@
+"""Where a training goes on: which checkpoint, whether it may, and at another world size or ZeRO stage how."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from clipmill.config import TrainingConfig, refused_changes
+from clipmill.errors import StageFailed, UserError
+from clipmill.training import checkpoint
+from clipmill.training.checkpoint import Checkpoint
+from clipmill.training.engine import Engine
+
+__all__ = ["resume"]
+
+CONTINUITY = 1e-3
+"""Largest relative change of the loss on the same clips; mixed-up weights change it far more, bfloat16 less."""
+
+logger = logging.getLogger(__name__)
+
+
+def resume(
+    engine: Engine,
+    config: TrainingConfig,
+    folder_url: str,
+    state: dict[str, Any],
+    *,
+    batch_statistics: bool,
+    probe: Callable[[], float | None],
+) -> tuple[int, int]:
+    """Restores the checkpoint that ``config.resume`` asks for. Collective.
+
+    Args:
+        engine: fresh.
+        config: training settings.
+        folder_url: the training folder.
+        state: what this run would save: ``identity``, ``world_size``, ``zero_stage``, ``rows`` of a micro-step over all
+            ranks.
+        batch_statistics: the model normalises over these rows, so another number of them is another training.
+        probe: loss on a few clips that are always the same; none where there are none.
+
+    Returns:
+        The number of steps done, and after how many of them this data set began: its loader counts from there.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration or data set, or there is none where one is asked for.
+        StageFailed: the converted weights give another loss.
+    """
+    world = engine.world
+    found = world.from_rank_zero(lambda: _find(config.resume, folder_url))
+    if found is None:
+        return 0, 0
+    _compare(found, state, batch_statistics, config.accept_new_dataset)
+    same_layout = all(found.state[key] == state[key] for key in ("world_size", "zero_stage"))
+    folder = checkpoint.staging_folder(folder_url)
+    if world.local_rank == 0:  # once a node
+        shutil.rmtree(folder, ignore_errors=True)
+        checkpoint.fetch(found, folder)
+    world.barrier()
+    if same_layout:
+        engine.load(folder)
+    else:
+        engine.load_converted(folder, found.state["zero_stage"])
+    world.barrier()
+    if world.local_rank == 0:
+        shutil.rmtree(folder)
+    if not same_layout:
+        _check_continuity(found, probe())
+    if world.rank == 0:
+        how = (
+            "" if same_layout else " converted from {world_size} ranks at ZeRO stage {zero_stage}".format(**found.state)
+        )
+        logger.info("resumed from step %d (%s)%s", found.step, found.url, how)
+    return found.step, _dataset_since(found, state["identity"], is_first=world.rank == 0)
+
+
+def _dataset_since(found: Checkpoint, identity: dict[str, Any], is_first: bool) -> int:
+    if not refused_changes(found.state["identity"], identity, accept_new_dataset=False):
+        return found.state.get("dataset_since", 0)  # checkpoints of before this was recorded had one data set
+    if is_first:
+        logger.warning("another data set than that of %s: its first epoch starts at step %d", found.url, found.step)
+    return found.step
+
+
+def _find(wish: str, folder_url: str) -> Checkpoint | None:
+    own = checkpoint.newest(folder_url)
+    if wish == "never" and own is not None:
+        raise UserError(
+            f"training.resume=never, but {folder_url} holds a checkpoint of step {own.step}; take another root, or "
+            "resume=auto to go on"
+        )
+    if own is not None or wish in ("auto", "never"):
+        return own  # also where a URL is named: this run has come further than its start
+    found = checkpoint.newest(wish)
+    if found is None:
+        raise UserError(f"training.resume names {wish}, which holds no committed checkpoint; name a training folder")
+    return found
+
+
+def _compare(found: Checkpoint, state: dict[str, Any], batch_statistics: bool, accept_new_dataset: bool) -> None:
+    changes = refused_changes(found.state["identity"], state["identity"], accept_new_dataset)
+    if changes:
+        raise UserError(
+            f"checkpoint {found.url} was written with other settings: {', '.join(changes)}; restore them, or take "
+            "another root"
+        )
+    if batch_statistics and found.state["rows"] != state["rows"]:
+        raise UserError(
+            f"checkpoint {found.url} normalised over {found.state['rows']} clips at a time (micro-batch x workers), "
+            f"this run would over {state['rows']}; choose training.micro_batch and cluster.training_workers accordingly"
+        )
+
+
+def _check_continuity(found: Checkpoint, loss: float | None) -> None:
+    before = found.state["probe_loss"]
+    if before is not None and loss is not None and not math.isclose(before, loss, rel_tol=CONTINUITY):
+        raise StageFailed(
+            f"checkpoint {found.url} gave loss {before} when it was saved and {loss} once converted; start this run "
+            f"with {found.state['world_size']} workers and zero_stage={found.state['zero_stage']} as it was written"
+        )

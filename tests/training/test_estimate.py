@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipmill.config import RunConfig, load_config
+from clipmill.models.prior import Prior
+from clipmill.training.engine import Engine, join_world
+from clipmill.training.estimate import activation_bytes, estimate, model_state_bytes, saved_bytes
+
+RATES = {"mfu": 0.4, "peak_tflops": 989.0, "gpus_per_node": 8, "upload_mb_per_second": 200.0}
+
+
+def config_of(*assignments: str) -> RunConfig:
+    sizes = ["num_layers=3", "hidden_dim=48", "num_heads=4", "dropout=0.1", "attention_dropout=0"]
+    return load_config(
+        [],
+        [
+            "root=x",
+            "data.clip.num_frames=4",
+            "data.clip.resolution=32",
+            "vqvae.model.num_codes=64",
+            *(f"prior.model.{size}" for size in sizes),
+            *assignments,
+        ],
+    )
+
+
+@pytest.mark.parametrize("assignments", [[], ["prior.model.style=modern", "prior.model.num_kv_heads=2"]])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations_are_those_that_autograd_holds(assignments: list[str], precision: str) -> None:
+    config = config_of(*assignments, f"prior.training.precision={precision}")
+    prior = Prior(config.prior.model, (1, 8, 8), 64, torch.randn(64, 256)).train()
+    codes = torch.randint(64, (4, 1, 8, 8))
+    measured = saved_bytes(prior, codes, None, None, precision == "bfloat16")
+    assert activation_bytes(config, 4, checkpointed_share=0.0) == pytest.approx(measured, rel=0.1)
+
+
+class Objective(torch.nn.Module):
+    def __init__(self, prior: Prior) -> None:
+        super().__init__()
+        self.model = prior
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.model.loss(batch["codes"]).mean(), {}
+
+
+def engine_config(stage: int) -> RunConfig:
+    return config_of(f"prior.training.zero_stage={stage}", "prior.model.num_layers=6", "prior.model.hidden_dim=96")
+
+
+def measure(_: int, folder: Path) -> None:
+    """Writes what one step and one checkpoint at each stage take, from a process of its own."""
+    measured = {}
+    for stage in (0, 1, 2):
+        config = engine_config(stage)
+        prior = Prior(config.prior.model, (1, 8, 8), 64, torch.randn(64, 256))
+        engine = Engine(Objective(prior), config.prior.training, join_world(), rows=32, accumulation=1)
+        engine.micro_step({"codes": torch.randint(64, (32, 1, 8, 8)), "weight": torch.ones(32)}, lr=1e-3)
+        optimizer = engine.deepspeed.optimizer
+        states = getattr(optimizer, "optimizer", optimizer).state.values()
+        moments = sum(value.nbytes for state in states for value in state.values() if value.dim() > 0)
+        copies = sum(part.nbytes for part in getattr(optimizer, "single_partition_of_fp32_groups", []))
+        engine.save(folder / str(stage))
+        measured[stage] = {
+            "num_parameters": sum(parameter.numel() for parameter in prior.parameters()),
+            "weights": sum(parameter.nbytes for parameter in prior.parameters()),
+            "optimizer": moments + copies,
+            "checkpoint": sum(path.stat().st_size for path in (folder / str(stage)).rglob("*") if path.is_file()),
+        }
+    (folder / "measured.json").write_text(json.dumps(measured))
+
+
+def test_states_and_checkpoint_are_those_of_the_engine(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(measure, args=(tmp_path,))
+    for stage, measured in json.loads((tmp_path / "measured.json").read_text()).items():
+        expected = model_state_bytes(measured["num_parameters"], int(stage), 1, largest_block=0)
+        assert (expected.weights, expected.optimizer) == (measured["weights"], measured["optimizer"])
+        checkpoint_bytes = estimate(engine_config(int(stage)), 1, **RATES).checkpoint_bytes
+        assert checkpoint_bytes == pytest.approx(measured["checkpoint"], rel=0.1)
+
+
+def test_seven_billion_parameters_on_64_ranks_without_the_memory() -> None:
+    config = load_config(
+        [],
+        [
+            "root=x",
+            "prior.model.preset=7b",
+            "data.clip.resolution=128",
+            "vqvae.model.num_codes=1024",
+            "prior.training.precision=bfloat16",
+            "prior.training.global_batch=512",
+            "prior.training.zero_stage=3",
+        ],
+    )
+    result = estimate(config, 64, **RATES)
+    assert result.num_parameters == pytest.approx(7e9, rel=0.01)
+    assert (result.rows, result.accumulation, result.tokens_per_clip) == (8, 1, 4 * 32 * 32)
+    assert result.states[0].total == 16 * result.num_parameters
+    assert result.states[3].total - result.states[3].buffers == pytest.approx(20 * result.num_parameters / 64, rel=1e-6)
+    assert result.checkpointed_activations < result.activations / 5
+    assert result.flops_per_token == pytest.approx(6 * 7e9, rel=0.1)
+    assert 1e9 < result.tokens_per_day < 1e11

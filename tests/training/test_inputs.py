@@ -1,0 +1,49 @@
+"""What a training checks and tells before its first step."""
+
+from __future__ import annotations
+
+import logging
+
+import fsspec
+import pytest
+
+from clipmill import storage
+from clipmill.config import TrainingConfig
+from clipmill.errors import UserError
+from clipmill.shards.dataset import ShardDataset, decode_codes
+from clipmill.shards.manifest import Manifest
+from clipmill.training.inputs import check_cache, describe_batches
+from tests.shards.folders import write_dataset
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    return write_dataset(tmp_path / "tokens", tmp_path, [5, 4, 12])
+
+
+def test_a_cache_smaller_than_the_order_needs_is_refused_with_the_numbers(manifest, tmp_path):
+    memory = fsspec.filesystem("memory")
+    folder = storage.local_path(manifest.url)
+    for path in folder.glob("*.*"):
+        memory.pipe_file(f"/inputs/tokens/{path.name}", path.read_bytes())
+    needed = sum(shard.bytes for shard in manifest.shards)  # 32 streams: all of it
+    try:
+        remote = ShardDataset(Manifest.load("memory://inputs/tokens"), decode_codes, tmp_path / "cache")
+        check_cache(remote, TrainingConfig(cache_bytes=needed), world_size=1, local_size=1)
+        with pytest.raises(UserError, match=f"cache_bytes {needed - 1:,} is too small .* need {needed:,}; raise"):
+            check_cache(remote, TrainingConfig(cache_bytes=needed - 1), world_size=1, local_size=1)
+    finally:
+        memory.rm("/inputs", recursive=True)
+    local = ShardDataset(manifest, decode_codes, tmp_path / "cache")
+    check_cache(local, TrainingConfig(cache_bytes=1), world_size=1, local_size=1)
+
+
+def test_padding_and_same_video_pairs_are_told(manifest, caplog):
+    with caplog.at_level(logging.INFO):
+        describe_batches(manifest, TrainingConfig(global_batch=8), world_size=3)
+        assert "1 of 9 rows a step only fill up" in caplog.text
+        caplog.clear()
+        manifest.facts["num_videos"] = 3
+        describe_batches(manifest, TrainingConfig(global_batch=128, shuffle_window=64), world_size=4)
+    assert "fill up" not in caplog.text
+    assert f"= {64 * 6 / 63:.3g}," in caplog.text  # 64 streams with one pair each, 7 clips a video
