@@ -25,6 +25,7 @@ from clipmill.evaluation.baselines import CodeTables, baseline_scores
 from clipmill.evaluation.gallery import Gallery, clips_per_class
 from clipmill.evaluation.scores import CodeUsage, ReconstructionScores, VideoStatistics
 from clipmill.lease import Lease
+from clipmill.models.conditioning import condition_of
 from clipmill.models.export import load_prior, read_latest
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import deterministic_device
@@ -237,7 +238,10 @@ def _score_codes(
         label = None
         if classes:
             label = torch.tensor([_class_index(name, classes) for name in batch["label"]], device=device)
-        per_clip = prior.loss(torch.from_numpy(codes).to(device), label)
+        condition = condition_of(batch, prior.config)
+        if condition is not None:
+            condition = torch.from_numpy(condition).to(device)
+        per_clip = prior.loss(torch.from_numpy(codes).to(device), label, condition)
         sum_nats += per_clip.double().sum().item()
     return tables, usage, sum_nats / usage.num_clips
 

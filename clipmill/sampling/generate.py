@@ -26,6 +26,9 @@ def generate(
     seed: int,
     indices: Sequence[int],
     labels: Tensor | None = None,
+    condition: Tensor | None = None,
+    prefix: Tensor | None = None,
+    guidance: float = 1.0,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -38,6 +41,10 @@ def generate(
         indices: numbers of the samples; a batch of any composition gives each the same codes, up to logits
             that differ by rounding (below 1e-5) between batch sizes.
         labels: class of each sample, int64 [B], for a class-conditional prior.
+        condition: what else the prior is told of each sample (see `clipmill.models.conditioning`).
+        prefix: the first latent frames, taken as given, int64 [B, n, h, w].
+        guidance: logits become ``none + guidance * (class - none)`` of those without and with the class (arXiv
+            2207.12598); other than 1 needs a prior that knows the null label.
         temperature: divides the logits.
         top_k: keep the so many likeliest codes (and those tied with the last of them).
         top_p: keep the fewest likeliest codes whose probabilities sum to this.
@@ -48,12 +55,27 @@ def generate(
     device = prior.head.weight.device
     batch_size = len(indices)
     uniforms = torch.from_numpy(noise(seed, indices, prior.num_positions)).to(device)  # [L, B]
-    cache = prior.new_cache(batch_size, None if labels is None else labels.to(device))
+    labels, condition, prefix = (None if x is None else x.to(device) for x in (labels, condition, prefix))
+    guided = guidance != 1.0
+    if guided:  # each sample twice: with its class, then without
+        if labels is None or prior.null_label is None:
+            raise ValueError("guidance needs labels and a prior that was trained with label dropout")
+        labels = torch.cat((labels, torch.full_like(labels, prior.null_label)))
+        condition = None if condition is None else torch.cat((condition, condition))
+    cache = prior.new_cache(batch_size * (1 + guided), labels, condition)
     codes = torch.empty(prior.num_positions, batch_size, dtype=torch.int64, device=device)
-    previous = None
-    for position, uniform in enumerate(uniforms):
-        logits = prior.step(cache, previous)
-        previous = draw(logits, uniform, temperature=temperature, top_k=top_k, top_p=top_p)
+    previous, first = None, 0
+    if prefix is not None and prefix.shape[1] > 0:
+        prior.prefill(cache, torch.cat((prefix, prefix)) if guided else prefix)
+        first = prefix[0].numel()
+        codes[:first] = prefix.flatten(1).t()
+        previous = codes[first - 1]
+    for position in range(first, prior.num_positions):
+        logits = prior.step(cache, previous.repeat(2) if guided and previous is not None else previous)
+        if guided:
+            with_class, without = logits.chunk(2)
+            logits = without + guidance * (with_class - without)
+        previous = draw(logits, uniforms[position], temperature=temperature, top_k=top_k, top_p=top_p)
         codes[position] = previous
     return codes.t().reshape(batch_size, *prior.latent_shape)
 

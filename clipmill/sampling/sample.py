@@ -1,6 +1,7 @@
 """Stage ``sample``: the newest export of the prior makes videos, into a data set of kind ``samples``.
 
-Sample i is a function of (export, settings, seed, i). A unit is one batch of ``sample.batch_size`` consecutive
+Sample i is a function of (export, settings, seed, i), and of clip i of the data set that gives conditions and first
+latents, where the prior or the settings want those. A unit is one batch of ``sample.batch_size`` consecutive
 indices, and every batch is whole: the last one holds the surplus samples that fill it. So a unit does not depend on
 ``sample.num_samples``; raising that adds units, and those on disk stay as they are.
 
@@ -22,7 +23,7 @@ import torch
 
 from clipmill import storage
 from clipmill.cluster.fanout import fan_out
-from clipmill.config import RunConfig, SampleConfig, changed_keys, identity
+from clipmill.config import PriorModelConfig, RunConfig, SampleConfig, changed_keys, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_prior, read_latest
@@ -31,6 +32,7 @@ from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.progress import bar
 from clipmill.sampling.generate import generate
+from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, committed_units, freeze, read_commit
 
@@ -50,11 +52,13 @@ def is_finished(config: RunConfig) -> bool:
     """Whether at least ``sample.num_samples`` samples of the newest prior are frozen.
 
     Raises:
-        UserError: there is no prior yet, it does not know a class, or the folder holds other samples.
+        UserError: there is no prior yet, it does not know a class or was not trained for guidance, what it is to be
+            told is missing, or the folder holds other samples.
     """
     body, sha8 = _prior(config)
+    given = _given(config, body)
     _labels_in_turn(config.sample, body)
-    _refuse_other_recipe(config, _recipe(config, sha8))
+    _refuse_other_recipe(config, _recipe(config, sha8, given))
     try:
         manifest = Manifest.load(folder_url(config), "samples")
     except FileNotFoundError:
@@ -73,7 +77,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         StageFailed: a batch failed at every attempt; the others are kept.
     """
     body, sha8 = _prior(config)
-    recipe = _recipe(config, sha8)
+    recipe = _recipe(config, sha8, _given(config, body))
     _refuse_other_recipe(config, recipe)
     labels = _labels_in_turn(config.sample, body)
     url = folder_url(config)
@@ -120,10 +124,53 @@ def _prior(config: RunConfig) -> tuple[dict[str, Any], str]:
     return latest
 
 
-def _recipe(config: RunConfig, prior_sha8: str) -> dict[str, Any]:
-    """Everything that sample i depends on beside i. The name is only a place: a copy elsewhere is the same data."""
-    settings = {key: value for key, value in identity(config.sample).items() if key != "name"}
-    return {"sample": settings, "prior": prior_sha8, "precision": _PRECISION}
+def _recipe(config: RunConfig, prior_sha8: str, given: Manifest | None) -> dict[str, Any]:
+    """Everything that sample i depends on beside i. Names are only places: a copy elsewhere is the same data."""
+    settings = {key: value for key, value in identity(config.sample).items() if key not in ("name", "given")}
+    recipe = {"sample": settings, "prior": prior_sha8, "precision": _PRECISION}
+    return recipe if given is None else recipe | {"given": given.fingerprint}
+
+
+def _given(config: RunConfig, body: dict[str, Any]) -> Manifest | None:
+    """The token data set whose clips give conditions and first latents; none where neither is wanted.
+
+    Raises:
+        UserError: it is not there, another tokenizer's, or comes without what the prior is to be told; more first
+            latents are given than leave something to make; or the prior was not trained for guidance.
+    """
+    settings, model = config.sample, PriorModelConfig.model_validate(body["model"])
+    if settings.guidance != 1 and not model.label_dropout:
+        raise UserError(
+            f"sample.guidance={settings.guidance} needs a prior trained with prior.model.label_dropout above 0; set "
+            "sample.guidance=1, or train such a prior"
+        )
+    if not settings.prefix_latents and model.condition is None:
+        return None
+    num_frames = body["latent_shape"][0]
+    if settings.prefix_latents >= num_frames:
+        raise UserError(
+            f"sample.prefix_latents={settings.prefix_latents}: of {num_frames} latent frames one must be left"
+        )
+    url = settings.given if "/" in settings.given else config.folder("tokens", settings.given)
+    try:
+        manifest = Manifest.load(url, "tokens")
+    except FileNotFoundError:
+        raise UserError(f"no tokens at {url} to take conditions or first latents from; set sample.given") from None
+    if manifest.recipe["tokenizer"] != body["tokenizer"]["sha8"]:
+        raise UserError(
+            f"sample.given {url} holds tokens of tokenizer {manifest.recipe['tokenizer']}, the prior's is "
+            f"{body['tokenizer']['sha8']}; name tokens that the prior's tokenizer made"
+        )
+    if manifest.num_samples == 0:
+        raise UserError(f"sample.given {url} is empty; name tokens of at least one clip")
+    if model.condition is not None:
+        found = manifest.facts.get("fields", {}).get(model.condition, {"clips": 0, "shapes": []})
+        if found["clips"] < manifest.num_samples or found["shapes"] != [list(body["condition_shape"])]:
+            raise UserError(
+                f"the prior wants {model.condition} of shape {body['condition_shape']}; of the {manifest.num_samples} "
+                f"clips at {url} {found['clips']} have some, of shapes {found['shapes']}; set sample.given to others"
+            )
+    return manifest
 
 
 def _refuse_other_recipe(config: RunConfig, recipe: dict[str, Any]) -> None:
@@ -162,9 +209,11 @@ def make_worker(config: RunConfig, lease: Lease, prior_sha8: str) -> Callable[[i
     """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one batch."""
     device = deterministic_device(config.cluster)
     prior, tokenizer, body, _ = load_prior(storage.join(config.folder("prior"), "exports", prior_sha8))
-    recipe, labels = _recipe(config, prior_sha8), _labels_in_turn(config.sample, body)
+    manifest = _given(config, body)
+    recipe, labels = _recipe(config, prior_sha8, manifest), _labels_in_turn(config.sample, body)
+    given = None if manifest is None else ShardDataset(manifest, decode_codes)
     return functools.partial(
-        _make_batch, config, lease, prior.to(device), tokenizer.to(device), body["classes"], recipe, labels
+        _make_batch, config, lease, prior.to(device), tokenizer.to(device), body["classes"], recipe, labels, given
     )
 
 
@@ -176,19 +225,31 @@ def _make_batch(
     classes: list[str],
     recipe: dict[str, Any],
     labels: list[str | None],
+    given: ShardDataset | None,
     unit: int,
 ) -> dict[str, Any]:
     """Generates, decodes, packs and commits the samples of one unit."""
     settings = config.sample
     indices = range(unit * settings.batch_size, (unit + 1) * settings.batch_size)
+    clips = [] if given is None else [given[index % len(given)] for index in indices]
     names = [labels[index % len(labels)] for index in indices]
+    if clips and classes and settings.classes is None:
+        names = [_known_class(clip, classes) for clip in clips]
     class_numbers = torch.tensor([classes.index(name) for name in names if name is not None])
+    prefix = condition = None
+    if settings.prefix_latents:
+        prefix = torch.from_numpy(np.stack([clip["codes"][: settings.prefix_latents] for clip in clips]))
+    if prior.config.condition is not None:
+        condition = torch.from_numpy(np.stack([clip[prior.config.condition] for clip in clips]))
     with torch.inference_mode():
         codes = generate(
             prior,
             seed=settings.seed,
             indices=list(indices),
             labels=class_numbers if classes else None,
+            condition=condition,
+            prefix=prefix,
+            guidance=settings.guidance,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -205,11 +266,23 @@ def _make_batch(
                 "temperature": settings.temperature,
                 "top_k": settings.top_k,
                 "top_p": settings.top_p,
+                "guidance": settings.guidance,
                 "prior": recipe["prior"],
             }
+            if given is not None:
+                about |= {"given": clips[index - indices[0]]["key"], "prefix_latents": settings.prefix_latents}
             members = {"npy": npy_bytes(clip), "codes.npy": npy_bytes(clip_codes), "json": json_bytes(about)}
             writer.add(Sample(f"{index:016x}_000000", members))
         parts = writer.finish()
         lease.check()
         commit_unit(folder_url(config), unit, parts, {"recipe": recipe, "versions": computed_with(codes.device)})
     return {"samples": len(indices)}
+
+
+def _known_class(clip: dict[str, Any], classes: list[str]) -> str:
+    if clip["label"] not in classes:
+        raise UserError(
+            f"clip {clip['key']} of sample.given has the class {clip['label']}, the prior knows {', '.join(classes)}; "
+            "set sample.classes"
+        )
+    return clip["label"]

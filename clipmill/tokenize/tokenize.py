@@ -1,14 +1,18 @@
 """Stage ``tokenize``: every clip is encoded once, so that training the prior reads a few hundred codes a clip.
 
 Unit n of the clips becomes unit n of the tokens, in each split: ``{key}.codes.npy`` (as narrow as the codebook
-allows, shape t h w) with the clip's own ``{key}.json`` and, where it has them, ``{key}.actions.npy``. A worker
-loads the tokenizer once, keeps to a fixed number of threads, and forms its batches inside a unit in order, so a
+allows, shape t h w) with the clip's own ``{key}.json``, where it has them its ``{key}.actions.npy``, and what else a
+prior is to be told of it: ``{key}.frames.npy``, its first frames, and ``{key}.text.npy``, the embedding of its text. A
+worker loads the tokenizer once, keeps to a fixed number of threads, and forms its batches inside a unit in order, so a
 unit's bytes do not depend on which worker does it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipmill import storage
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
@@ -29,10 +34,14 @@ from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
 from clipmill.shards.dataset import ShardDataset, decode_clip
-from clipmill.shards.format import Sample, UnitWriter, npy_bytes
+from clipmill.shards.format import Sample, UnitWriter, npy_bytes, parse_npy
+from clipmill.shards.interop import publish_energon
 from clipmill.shards.manifest import SPLITS, Manifest, commit_unit, committed_units, freeze, read_commits
 
 __all__ = ["folder_url", "is_finished", "run"]
+
+CONDITIONS = {"actions.npy", "text.npy", "frames.npy"}
+"""Members that a prior may be told."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,7 +107,7 @@ def is_finished(config: RunConfig) -> bool:
             tokens = Manifest.load(config.folder("tokens", split), "tokens")
         except FileNotFoundError:
             return False
-        _check_tokenizer(config, split, tokens.recipe["tokenizer"], recipe)
+        _check_recipe(config, split, tokens.recipe, recipe)
         if tokens.facts["clips"] != clips[split].fingerprint:
             return False
     return True
@@ -114,12 +123,14 @@ class Tally:
         num_clips: clips encoded.
         code_counts: int64 [num_codes], how often each code occurs.
         versions: of the software that encoded them.
+        fields: what clips come with beside codes: in how many of them, and the shapes it has.
     """
 
     def __init__(self, num_codes: int) -> None:
         self.num_clips = 0
         self.code_counts = np.zeros(num_codes, np.int64)
         self.versions: list[dict[str, Any]] = []
+        self.fields: dict[str, dict[str, Any]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds one unit's commit record."""
@@ -127,6 +138,10 @@ class Tally:
         self.code_counts += np.array(record["code_counts"], np.int64)
         if record["versions"] not in self.versions:
             self.versions.append(record["versions"])
+        for name, found in record["fields"].items():
+            known = self.fields.setdefault(name, {"clips": 0, "shapes": []})
+            known["clips"] += found["clips"]
+            known["shapes"] = sorted([*known["shapes"], *(s for s in found["shapes"] if s not in known["shapes"])])
 
     @property
     def perplexity(self) -> float:
@@ -161,19 +176,33 @@ def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
                 f"the tokenizer at {config.tokenizer_url} was trained on clips with {key}={trained}, the clips at "
                 f"{config.folder('clips')} have {key}={found}; train a tokenizer on these clips"
             )
+    num_frames = clip_recipe["clip"]["num_frames"]
+    if config.tokenize.condition_frames > num_frames:
+        raise UserError(
+            f"tokenize.condition_frames={config.tokenize.condition_frames}, but a clip has {num_frames} frames; choose "
+            "fewer"
+        )
     recipe = {
         "tokenizer": sha8,
         "num_codes": body["num_codes"],
         "latent_shape": list(body["latent_shape"]),
+        "condition_frames": config.tokenize.condition_frames,
         "clip": clip_recipe,
     }
     return clips, recipe
 
 
-def _check_tokenizer(config: RunConfig, split: str, found: str, recipe: dict[str, Any]) -> None:
-    if found != recipe["tokenizer"]:
+def _check_recipe(config: RunConfig, split: str, found: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Compares what tokens on disk were made by (a manifest's recipe or a commit record) with what is asked for."""
+    url = config.folder("tokens", split)
+    if found["condition_frames"] != recipe["condition_frames"]:
         raise UserError(
-            f"{config.folder('tokens', split)} holds tokens of tokenizer {found}, the one at {config.tokenizer_url} is "
+            f"{url} holds tokens made with tokenize.condition_frames={found['condition_frames']}, not "
+            f"{recipe['condition_frames']}; restore it, remove {folder_url(config)}, or choose another root"
+        )
+    if found["tokenizer"] != recipe["tokenizer"]:
+        raise UserError(
+            f"{url} holds tokens of tokenizer {found['tokenizer']}, the one at {config.tokenizer_url} is "
             f"{recipe['tokenizer']}; remove {folder_url(config)}, choose another root, or set tokenize.tokenizer to "
             "the export that made them"
         )
@@ -190,7 +219,7 @@ def _count_committed(config: RunConfig, clips: Manifest, recipe: dict[str, Any],
     committed = set(committed_units(url))
     finished = [unit for unit in units if unit.number in committed]
     for unit, record in zip(finished, read_commits(url, [unit.number for unit in finished]), strict=True):
-        _check_tokenizer(config, split, record["tokenizer"], recipe)
+        _check_recipe(config, split, record, recipe)
         if tuple(record["clips"]) != unit.shards:
             raise UserError(
                 f"{url} holds tokens of other clips (unit {unit.number}); remove {folder_url(config)} or choose "
@@ -204,20 +233,24 @@ def _freeze(
     config: RunConfig, clips: dict[str, Manifest], recipe: dict[str, Any], tallies: dict[str, Tally]
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {"tokenizer": recipe["tokenizer"]}
+    manifests: dict[str, Manifest] = {}
     for split, tally in tallies.items():
         facts = {
             "classes": clips[split].facts["classes"],
             "clips": clips[split].fingerprint,
             "num_clips": tally.num_clips,
+            "num_videos": clips[split].facts.get("num_videos"),
             "num_units": clips[split].facts["num_units"],
             "code_counts": tally.code_counts.tolist(),
             "versions": sorted(tally.versions, key=str),
+            "fields": tally.fields,
         }
-        freeze(config.folder("tokens", split), "tokens", range(facts["num_units"]), recipe, facts)
+        manifests[split] = freeze(config.folder("tokens", split), "tokens", range(facts["num_units"]), recipe, facts)
         summary[f"{split}_clips"] = tally.num_clips
         summary[f"{split}_tokens"] = int(tally.code_counts.sum())
         summary[f"{split}_codes_used"] = int((tally.code_counts > 0).sum())
         summary[f"{split}_perplexity"] = tally.perplexity
+    publish_energon(folder_url(config), manifests)
     return summary
 
 
@@ -267,13 +300,21 @@ def _tokenize_unit(
     """Encodes, packs and commits one unit; returns its commit record without the parts."""
     counts = np.zeros(encoder.num_codes, np.int64)
     num_clips = 0
+    fields: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="clipmill-tokenize-") as folder:
         finished, copies = Path(folder, "finished"), Path(folder, "copies")
         finished.mkdir()
         writer = UnitWriter(finished, "tokens", unit.number, config.data.shard_bytes)
         for batch in _batches(_read_clips(clips[unit.split], unit, copies), encoder.batch_size):
             for clip, codes in zip(batch, encoder([clip["video"] for clip in batch]), strict=True):
-                writer.add(Sample(clip["key"], {"codes.npy": npy_bytes(codes), **clip["copied"]}))
+                members = {"codes.npy": npy_bytes(codes), **clip["copied"]}
+                if config.tokenize.condition_frames:
+                    members["frames.npy"] = npy_bytes(clip["video"][: config.tokenize.condition_frames])
+                embedding = _text_embedding(config.tokenize.text_embeddings, json.loads(members["json"]).get("text"))
+                if embedding is not None:
+                    members["text.npy"] = embedding
+                writer.add(Sample(clip["key"], members))
+                _count_fields(fields, members)
                 counts += np.bincount(codes.reshape(-1), minlength=encoder.num_codes)
                 num_clips += 1
         body = {
@@ -281,12 +322,45 @@ def _tokenize_unit(
             "clips": list(unit.shards),
             "num_clips": num_clips,
             "code_counts": counts.tolist(),
+            "fields": fields,
+            "condition_frames": config.tokenize.condition_frames,
             "versions": encoder.versions(),
         }
         parts = writer.finish()
         lease.check()
         record = commit_unit(config.folder("tokens", unit.split), unit.number, parts, body)
     return {name: record[name] for name in body}
+
+
+@functools.lru_cache(maxsize=1024)  # the clips of a video come one after the other
+def _text_embedding(folder_url: str | None, text: str | None) -> bytes | None:
+    """The ``.npy`` that holds the embedding of a text; none where there is no such text or file."""
+    if folder_url is None or text is None:
+        return None
+    url = storage.join(folder_url, f"{hashlib.sha256(text.encode()).hexdigest()}.npy")
+    try:
+        content = storage.read_bytes(url)
+    except FileNotFoundError:
+        return None
+    try:
+        embedding = np.load(io.BytesIO(content), allow_pickle=False)
+        if embedding.ndim != 2 or embedding.dtype.kind != "f":
+            raise ValueError(f"an array {embedding.dtype} {list(embedding.shape)}")
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{url} is no .npy file of float [length, channels]; write it again") from error
+    return npy_bytes(embedding.astype(np.float32))
+
+
+def _count_fields(fields: dict[str, dict[str, Any]], members: dict[str, bytes]) -> None:
+    """Notes what a sample comes with beside its codes: training asks before it starts, not in its middle."""
+    shapes: dict[str, list[int]] = {"label": []} if json.loads(members["json"])["label"] is not None else {}
+    for name in CONDITIONS & members.keys():
+        shapes[name.removesuffix(".npy")] = list(parse_npy(members[name]).shape)
+    for name, shape in shapes.items():
+        known = fields.setdefault(name, {"clips": 0, "shapes": []})
+        known["clips"] += 1
+        if shape not in known["shapes"]:
+            known["shapes"].append(shape)
 
 
 def _read_clips(manifest: Manifest, unit: Unit, cache: Path) -> Iterator[dict[str, Any]]:

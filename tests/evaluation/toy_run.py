@@ -81,7 +81,7 @@ def _write_clips(config: RunConfig, split: str, folder: Path) -> Manifest:
         writer.add(Sample(f"{number:016x}_000000", {"npy": npy_bytes(clip_pixels(split, number)), "json": about}))
     url = config.folder("clips", split)
     commit_unit(url, 0, writer.finish(), {})
-    recipe = {"clip": identity(config.data.clip), "format": "npy", "crf": None}
+    recipe = {"clip": identity(config.data.clip), "format": "npy", "quality": None}
     return freeze(url, "clips", [0], recipe, {"classes": CLASSES, "pixel_variance": 0.08, "num_units": 1})
 
 
@@ -113,25 +113,30 @@ def write_tokens(config: RunConfig, clips: Manifest, folder: Path) -> Manifest:
         members = {
             "codes.npy": npy_bytes(codes[0].numpy().astype(np.uint8)),
             "json": json_bytes({"label": CLASSES[number % 3]}),
+            "actions.npy": npy_bytes(np.full((8, 2), number, np.float32)),
         }
         writer.add(Sample(f"{number:016x}_000000", members))
     url = config.folder("tokens", split)
     commit_unit(url, 0, writer.finish(), {})
     recipe = {
         "tokenizer": sha8,
+        "condition_frames": 0,
         "num_codes": body["num_codes"],
         "latent_shape": body["latent_shape"],
         "clip": clips.recipe,
     }
-    return freeze(url, "tokens", [0], recipe, {"classes": CLASSES, "clips": clips.fingerprint})
+    shapes: dict[str, list[int]] = {"label": [], "actions": [8, 2]}
+    fields = {name: {"clips": clips.num_samples, "shapes": [shape]} for name, shape in shapes.items()}
+    return freeze(url, "tokens", [0], recipe, {"classes": CLASSES, "clips": clips.fingerprint, "fields": fields})
 
 
 def write_prior(config: RunConfig, tokens: Manifest) -> str:
     tokenizer, tokenizer_body, _ = load_vqvae(config.folder("vqvae"))
     classes = CLASSES if config.prior.model.class_conditional else []
     t, h, w = tokens.recipe["latent_shape"]
+    condition_shape = (8, 2) if config.prior.model.condition == "actions" else None
     codebook = tokenizer.quantizer.codebook
-    prior = Prior(config.prior.model, (t, h, w), tokens.recipe["num_codes"], codebook, len(classes))
+    prior = Prior(config.prior.model, (t, h, w), tokens.recipe["num_codes"], codebook, len(classes), condition_shape)
     torch.nn.init.normal_(prior.head.weight, std=0.3)  # it starts at zero: all codes alike
     body = {
         "kind": "prior",
@@ -140,6 +145,7 @@ def write_prior(config: RunConfig, tokens: Manifest) -> str:
         "num_codes": tokens.recipe["num_codes"],
         "num_classes": len(classes),
         "classes": classes,
+        "condition_shape": condition_shape,
         "tokenizer": tokenizer_body,
         "identity": {"tokens": tokens.fingerprint},
         "step": 8,

@@ -101,3 +101,48 @@ def test_filters_keep_the_likeliest(top_k: int | None, top_p: float, kept: set[i
     total = sum(weights[code] for code in kept)
     for code in kept:
         assert (drawn == code).float().mean().item() == pytest.approx(weights[code] / total, abs=0.002)
+
+
+def guided_prior() -> Prior:
+    config = PriorModelConfig(
+        hidden_dim=24, num_heads=2, num_layers=2, style="modern", class_conditional=True, label_dropout=0.1
+    )
+    prior = Prior(config, SHAPE, 13, None, num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return prior
+
+
+def test_guidance_draws_from_the_combined_logits() -> None:
+    prior, labels = guided_prior(), torch.tensor([2, 0])
+    codes = generate(prior, seed=5, indices=[0, 1], labels=labels, guidance=2.5)
+    with torch.no_grad():
+        with_class, without = prior(codes, labels), prior(codes, torch.full((2,), prior.null_label))
+    logits = without + 2.5 * (with_class - without)
+    uniforms = torch.from_numpy(noise(5, [0, 1], 32))
+    for position in range(32):
+        drawn = draw(logits[:, position], uniforms[position], temperature=1.0, top_k=None, top_p=1.0)
+        assert torch.equal(drawn, codes.flatten(1)[:, position])
+    assert not torch.equal(generate(prior, seed=5, indices=[0, 1], labels=labels), codes)
+
+
+def test_guidance_of_one_is_none_and_of_nought_forgets_the_class() -> None:
+    prior, labels = guided_prior(), torch.tensor([2, 0])
+    nearly = generate(prior, seed=5, indices=[0, 1], labels=labels, guidance=1 + 1e-9)
+    assert torch.equal(nearly, generate(prior, seed=5, indices=[0, 1], labels=labels))
+    blind = [generate(prior, seed=5, indices=[0, 1], labels=names, guidance=0.0) for names in (labels, labels.flip(0))]
+    assert torch.equal(*blind)
+    with pytest.raises(ValueError, match="label dropout"):
+        generate(guided_prior(), seed=0, indices=[0], guidance=2.0)
+
+
+def test_given_latents_stay_and_what_follows_is_what_would_have_followed(prior: Prior) -> None:
+    """A sample whose own first frame is given comes out as it was: the same noise meets the same logits."""
+    codes = make(prior, [0, 1])
+    again = generate(prior, seed=5, indices=[0, 1], labels=labels_of(prior, [0, 1]), top_p=0.95, prefix=codes[:, :1])
+    assert torch.equal(again, codes)
+    other = (codes[:, :1] + 1) % 13
+    continued = generate(prior, seed=5, indices=[0, 1], labels=labels_of(prior, [0, 1]), prefix=other)
+    assert torch.equal(continued[:, :1], other)
+    assert not torch.equal(continued[:, 1:], codes[:, 1:])

@@ -16,6 +16,7 @@ from clipmill.errors import UserError
 from clipmill.models.export import load_prior
 from clipmill.models.vqvae import to_pixels
 from clipmill.sampling import sample
+from clipmill.sampling.generate import generate
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
 from tests.evaluation.toy_run import CLASSES, Unleased, make_samples, toy_config, write_prior, write_run
@@ -141,6 +142,52 @@ def test_a_prior_without_classes(tmp_path: Path):
     asking = config.model_copy(update={"sample": config.sample.model_copy(update={"classes": ["up"], "name": "b"})})
     with pytest.raises(UserError, match="without classes"):
         run(asking)
+
+
+def with_model(config: RunConfig, **keys: object) -> RunConfig:
+    model = type(config.prior.model).model_validate({**config.prior.model.model_dump(), **keys})
+    return config.model_copy(update={"prior": config.prior.model_copy(update={"model": model})})
+
+
+def test_conditions_and_first_latents_come_from_clips(tmp_path: Path):
+    keys = {"condition": "actions", "style": "modern", "label_dropout": 0.1}
+    config = with_model(toy_config(tmp_path / "run", prefix_latents=1, guidance=1.5), **keys)
+    write_run(config, tmp_path / "scratch")
+    make_samples(config)
+    tokens = ShardDataset(Manifest.load(config.folder("tokens", "val"), "tokens"), decode_codes)
+    manifest = Manifest.load(sample.folder_url(config), "samples")
+    samples = ShardDataset(manifest, lambda members: {**decode_clip(members), **decode_codes(members)})
+    for index in range(6):
+        made, given = samples[index], tokens[index]
+        assert made["meta"]["given"] == given["key"]
+        assert made["label"] == given["label"]
+        assert np.array_equal(made["codes"][:1], given["codes"][:1])
+        assert not np.array_equal(made["codes"], given["codes"])
+    assert manifest.recipe["given"] == tokens.manifest.fingerprint
+
+    prior, _, body, _ = load_prior(config.folder("prior"))
+    clips = [tokens[index] for index in range(3)]
+    codes = generate(
+        prior,
+        seed=0,
+        indices=[0, 1, 2],
+        labels=torch.tensor([body["classes"].index(clip["label"]) for clip in clips]),
+        condition=torch.from_numpy(np.stack([clip["actions"] for clip in clips])),
+        prefix=torch.from_numpy(np.stack([clip["codes"][:1] for clip in clips])),
+        guidance=1.5,
+    )
+    assert np.array_equal(codes.numpy(), np.stack([samples[index]["codes"] for index in range(3)]))
+
+
+def test_missing_conditions_are_refused_before_anything_is_written(root: Path, tmp_path: Path):
+    for change, message in (
+        ({"guidance": 2.0}, r"sample.guidance=2.0 needs a prior trained with prior.model.label_dropout"),
+        ({"prefix_latents": 2}, "of 2 latent frames one must be left"),
+        ({"prefix_latents": 1}, r"no tokens at .*/tokens/val to take conditions or first latents from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.is_finished(toy_config(root, **change))
+    assert not (root / "samples").exists()
 
 
 def test_mistakes_are_refused_before_anything_is_written(root: Path, tmp_path: Path):

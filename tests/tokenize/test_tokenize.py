@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +109,7 @@ def test_the_manifest_names_tokenizer_and_clips(finished: tuple[RunConfig, dict[
         "tokenizer": load_vqvae(config.tokenizer_url)[2],
         "num_codes": 300,
         "latent_shape": [2, 8, 8],
+        "condition_frames": 0,
         "clip": clips.recipe,
     }
     assert tokens.facts["clips"] == clips.fingerprint
@@ -191,3 +194,40 @@ def test_what_is_missing_or_unfit_is_named_before_anything_is_written(clips: Run
     with pytest.raises(UserError, match=r"num_frames=8, the clips .* have num_frames=4"):
         tokenize.is_finished(other)
     assert not Path(other.folder("tokens")).exists()
+
+
+def test_tokens_carry_what_a_prior_may_be_told(clips: RunConfig, tmp_path: Path) -> None:
+    clips_only = Path(clips.folder("clips"))
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / "clips").symlink_to(clips_only)
+    (root / "vqvae").symlink_to(Path(clips.folder("vqvae")))
+    tokenizing = clips.tokenize.model_copy(update={"condition_frames": 2})
+    config = clips.model_copy(update={"root": str(root), "tokenize": tokenizing})
+    run(config)
+    for split in SPLITS:
+        videos, tokens = open_split(config, "clips", split), open_split(config, "tokens", split)
+        fields = tokens.manifest.facts["fields"]
+        assert fields["frames"] == {"clips": len(tokens), "shapes": [[2, RESOLUTION, RESOLUTION, 3]]}
+        assert fields["actions"]["clips"] == len(tokens)
+        assert "text" not in fields
+        assert np.array_equal(tokens[0]["frames"], videos[0]["video"][:2])
+        assert np.array_equal(tokens[0]["actions"], videos[0]["actions"])
+    assert tokenize.is_finished(config)
+    other = config.model_copy(update={"tokenize": clips.tokenize})
+    with pytest.raises(UserError, match=r"tokens made with tokenize\.condition_frames=2, not 0"):
+        tokenize.is_finished(other)
+
+
+def test_the_embedding_of_a_text_is_found_by_its_hash(tmp_path: Path) -> None:
+    name = hashlib.sha256(b"a red ball").hexdigest()
+    np.save(tmp_path / f"{name}.npy", np.ones((3, 4), np.float16))
+    found = tokenize._text_embedding(str(tmp_path), "a red ball")
+    assert found is not None
+    array = np.load(io.BytesIO(found))
+    assert (array.shape, array.dtype) == ((3, 4), np.float32)
+    assert tokenize._text_embedding(str(tmp_path), "a blue ball") is None
+    assert tokenize._text_embedding(str(tmp_path), None) is None
+    (tmp_path / f"{hashlib.sha256(b'bad').hexdigest()}.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"is no \.npy file of float \[length, channels\]"):
+        tokenize._text_embedding(str(tmp_path), "bad")
