@@ -5,7 +5,7 @@ PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-s3 lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/clipmill demo --config configs/demo.yaml
@@ -15,6 +15,10 @@ test: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/pytest -m slow --timeout 1800
+
+# Part of test-slow. Needs Debian's radosgw, ceph-mon, ceph-osd and ceph-common; without them its tests skip and say so.
+test-s3: $(VENV)/installed-dev
+	$(BIN)/pytest -m slow --timeout 600 tests/s3
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipmill.config import RunConfig, load_config
-from clipmill.errors import ClipmillError, Interrupted
+from clipmill.errors import ClipmillError, Interrupted, UserError
 
 __all__ = ["app", "main"]
 
@@ -37,17 +37,50 @@ Target = Annotated[str, typer.Argument(help="A data set's folder, or the root of
 def _stage_command(name: str, help_text: str) -> None:
     @app.command(name, help=help_text)
     def command(assignments: Assignments = None, config: ConfigFiles = None) -> None:
-        from clipmill import stages
-
-        summary = stages.run_stage(name, load_config(config or [], assignments or []))
-        if summary is not None:
-            print(json.dumps({key: value for key, value in summary.items() if key != "versions"}))
+        _run_stage(name, assignments, config)
 
 
-_stage_command("shard", "Raw videos -> clip shards.")
-_stage_command("train-vqvae", "Clip shards -> tokenizer (VQ-VAE).")
+def _training_command(name: str, section: str, help_text: str) -> None:
+    @app.command(name, help=help_text)
+    def command(
+        assignments: Assignments = None,
+        config: ConfigFiles = None,
+        accept_new_dataset: Annotated[
+            bool, typer.Option("--accept-new-dataset", help="Go on over another data set, at the start of an epoch.")
+        ] = False,
+    ) -> None:
+        accepted = [f"{section}.training.accept_new_dataset=true"] if accept_new_dataset else []
+        _run_stage(name, [*(assignments or []), *accepted], config)
+
+
+def _run_stage(name: str, assignments: list[str] | None, config: list[Path] | None, more: str | None = None) -> None:
+    from clipmill import stages
+
+    summary = stages.run_stage(name, load_config(config or [], assignments or []), more)
+    if summary is not None:
+        print(json.dumps({key: value for key, value in summary.items() if key != "versions"}))
+
+
+@app.command("shard")
+def shard(
+    assignments: Assignments = None,
+    config: ConfigFiles = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="List the source again; add videos not planned yet.")
+    ] = False,
+    retry_quarantined: Annotated[
+        bool, typer.Option("--retry-quarantined", help="Try the videos in quarantine again.")
+    ] = False,
+) -> None:
+    """Raw videos -> clip shards."""
+    if extend and retry_quarantined:
+        raise UserError("--extend and --retry-quarantined are two generations; run one after the other")
+    _run_stage("shard", assignments, config, "listed" if extend else "retried" if retry_quarantined else None)
+
+
+_training_command("train-vqvae", "vqvae", "Clip shards -> tokenizer (VQ-VAE).")
 _stage_command("tokenize", "Clip shards + tokenizer -> token shards.")
-_stage_command("train-prior", "Token shards -> prior (GPT).")
+_training_command("train-prior", "prior", "Token shards -> prior (GPT).")
 _stage_command("sample", "Prior -> videos.")
 _stage_command("evaluate", "Judge reconstructions, prior and samples.")
 _stage_command("report", "Write report/index.html.")
@@ -84,11 +117,64 @@ def _print_table(run: RunConfig, summaries: dict[str, dict[str, Any] | None]) ->
     console.print(f"report: {run.folder('report', 'index.html')}", soft_wrap=True)
 
 
+@app.command("import-videogpt")
+def import_videogpt(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A file that the published VideoGPT code wrote.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option("--out", help="Training folder for the export, such as runs/bair/vqvae.")],
+) -> None:
+    """Turn a published VideoGPT checkpoint (VQ-VAE or prior) into an export."""
+    from clipmill import storage
+    from clipmill.models.videogpt import import_videogpt as make_export
+
+    kind, sha8 = make_export(checkpoint, storage.absolute(out))
+    print(json.dumps({"kind": kind, "export": storage.join(out, "exports", sha8)}))
+
+
 @app.command("config")
 def show_config(assignments: Assignments = None, config: ConfigFiles = None) -> None:
     """Print the resolved configuration."""
     run = load_config(config or [], assignments or [])
     print(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), end="")
+
+
+@app.command("estimate")
+def estimate(
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs to train the prior on.")],
+    assignments: Assignments = None,
+    config: ConfigFiles = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak FLOP/s that is reached.")] = 0.4,
+    peak_tflops: Annotated[
+        float, typer.Option(min=0.001, help="Dense peak of one GPU (H100 in bfloat16: 989).")
+    ] = 989.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    upload_mb_per_second: Annotated[float, typer.Option(min=0.001, help="Of one node, 10^6 bytes.")] = 200.0,
+) -> None:
+    """What training the prior of a config will take: memory of a GPU, tokens a day, bytes on disk."""
+    from clipmill.training.estimate import estimate as estimate_prior
+
+    result = estimate_prior(
+        load_config(config or [], assignments or []),
+        gpus,
+        mfu=mfu,
+        peak_tflops=peak_tflops,
+        gpus_per_node=gpus_per_node,
+        upload_mb_per_second=upload_mb_per_second,
+    )
+    gib = 2**30
+    parts = ("weights", "gradients", "optimizer", "buffers")
+    heads = ("ZeRO stage", *parts, "activations", "total", "with checkpointing")
+    table = Table(*heads, title=f"{result.num_parameters:,} parameters on {gpus} GPUs: GiB of one GPU")
+    for stage, memory in enumerate(result.states):
+        totals = (memory.total + result.activations, memory.total + result.checkpointed_activations)
+        cells = [getattr(memory, part) for part in parts] + [result.activations, *totals]
+        table.add_row(str(stage), *(f"{cell / gib:.2f}" for cell in cells))
+    Console().print(table)
+    print(f"micro-batch: {result.rows} clips of {result.tokens_per_clip:,} tokens, {result.accumulation} a step")
+    print(f"tokens a day: {result.tokens_per_day:.3g} at an MFU of {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU")
+    print(f"token shards: {result.token_bytes_per_clip * 1e6 / gib:.2f} GiB a million clips")
+    print(f"checkpoint: {result.checkpoint_bytes / gib:.2f} GiB, uploaded in {result.upload_seconds:.0f} s")
 
 
 @app.command("submit")

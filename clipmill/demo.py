@@ -30,7 +30,7 @@ _MARKER = "demo.json"
 _CRF = 10
 
 _GRAVITY = 0.25
-_BACKGROUNDS = np.array([(18, 24, 48), (40, 26, 58), (16, 46, 52)], np.float64)
+_BACKGROUND = np.array((18, 24, 48), np.float64)
 _RED, _YELLOW, _BLUE, _GREEN, _ORANGE, _WHITE = (
     np.array(colour, np.float64)
     for colour in ((235, 70, 70), (250, 210, 60), (80, 150, 250), (90, 220, 110), (250, 140, 50), (240, 240, 240))
@@ -178,9 +178,8 @@ def draw_video(seed: int, index: int) -> tuple[str, np.ndarray, np.ndarray]:
     """
     label = CLASSES[index % len(CLASSES)]
     random = np.random.default_rng([seed, index])
-    background = _BACKGROUNDS[random.integers(len(_BACKGROUNDS))]
     scene = _CLASSES[label](random)
-    frames = np.broadcast_to(background, (NUM_FRAMES, SIZE, SIZE, 3))
+    frames = np.broadcast_to(_BACKGROUND, (NUM_FRAMES, SIZE, SIZE, 3))
     for distance, colour in scene.layers:
         # The share of a pixel that a straight edge covers, by its distance from the pixel's centre: anti-aliasing.
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]

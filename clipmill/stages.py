@@ -68,8 +68,13 @@ def run_all(config: RunConfig) -> dict[str, dict[str, Any] | None]:
         return {name: run_stage(name, config) for name in STAGES}
 
 
-def run_stage(name: str, config: RunConfig) -> dict[str, Any] | None:
+def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str, Any] | None:
     """Brings one stage to its end.
+
+    Args:
+        name: of the stage.
+        config: of the run.
+        more: what to add to the stage's plan before (``plan_more`` of its module knows the kinds); none: nothing.
 
     Returns:
         The summary, or none when there was nothing left to do.
@@ -82,7 +87,7 @@ def run_stage(name: str, config: RunConfig) -> dict[str, Any] | None:
     stage = STAGES[name]
     os.environ.update(WORKER_ENVIRONMENT)  # before a stage imports torch: some run in this very process
     config = _with_absolute_urls(config)
-    if stage.module.is_finished(config):
+    if stage.module.is_finished(config) and more is None:
         logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
         return None
     if stage.is_training and os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 has the lease, writes the summary
@@ -90,6 +95,9 @@ def run_stage(name: str, config: RunConfig) -> dict[str, Any] | None:
         return None
     began = time.monotonic()
     with hold(stage.module.folder_url(config), name) as lease:
+        if more is not None and not stage.module.plan_more(config, more):
+            logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
+            return None
         _publish_config(config, stage.module.folder_url(config))
         facts = _train(name, config, lease) if stage.is_training else stage.module.run(config, lease)
         summary = {"stage": name, **facts, "seconds": round(time.monotonic() - began, 3), "versions": _versions()}
@@ -117,10 +125,11 @@ def find_datasets(url: str) -> list[str]:
 
 def _with_absolute_urls(config: RunConfig) -> RunConfig:
     """Workers start in other folders, so local paths must not depend on where they start."""
-    source, tokenize = config.data.source, config.tokenize
-    paths = {"root": config.root, "data.source.url": source.url}
-    if "/" in tokenize.tokenizer:  # else it is a name under the root
-        paths["tokenize.tokenizer"] = tokenize.tokenizer
+    source, tokenize, sample = config.data.source, config.tokenize, config.sample
+    paths = {"root": config.root, "data.source.url": source.url, "tokenize.text_embeddings": tokenize.text_embeddings}
+    for key, name in {"tokenize.tokenizer": tokenize.tokenizer, "sample.given": sample.given}.items():
+        if "/" in name:  # else it is a name under the root
+            paths[key] = name
     if not launch.is_embedded(config.cluster):
         for key, path in paths.items():
             if path and storage.is_local(path) and not os.path.isabs(path):
@@ -128,11 +137,18 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
                     f"{key} {path} is relative, but the work runs on a Ray cluster; give an absolute path that all "
                     "nodes share, or a bucket URL"
                 )
-    absolute = {key: storage.absolute(path) if path else "" for key, path in paths.items()}
+    absolute = {key: storage.absolute(path) if path else path for key, path in paths.items()}
     source = source.model_copy(update={"url": absolute["data.source.url"]})
-    tokenize = tokenize.model_copy(update={"tokenizer": absolute.get("tokenize.tokenizer", tokenize.tokenizer)})
+    tokenize = tokenize.model_copy(
+        update={
+            "tokenizer": absolute.get("tokenize.tokenizer", tokenize.tokenizer),
+            "text_embeddings": absolute["tokenize.text_embeddings"],
+        }
+    )
+    sample = sample.model_copy(update={"given": absolute.get("sample.given", sample.given)})
     data = config.data.model_copy(update={"source": source})
-    return config.model_copy(update={"root": absolute["root"], "data": data, "tokenize": tokenize})
+    sections = {"root": absolute["root"], "data": data, "tokenize": tokenize, "sample": sample}
+    return config.model_copy(update=sections)
 
 
 def _publish_config(config: RunConfig, folder_url: str) -> None:
