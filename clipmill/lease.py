@@ -39,6 +39,10 @@ class Lease:
     url: str
     attempt: int
 
+    def is_newest(self) -> bool:
+        """Whether no later run has taken the folder over."""
+        return _newest_attempt(self.url) == self.attempt
+
     def check(self) -> None:
         """Raises `StageFailed` when a later run has taken the folder over."""
         newest = _newest_attempt(self.url)
@@ -77,7 +81,7 @@ def hold(
 def _release(lease: Lease, stage: str, owner: dict[str, Any]) -> None:
     """Says that the folder is free. The next run finds out by itself where the storage is away: our error stands."""
     try:
-        if _newest_attempt(lease.url) == lease.attempt:
+        if lease.is_newest():
             storage.publish_document(_claim_url(lease), {"stage": stage, "released": True, **owner}, SCHEMA)
     except StorageUnavailable as error:
         logger.warning("cannot release the lease: %s", error)
@@ -151,7 +155,7 @@ def _beat(lease: Lease, stage: str, owner: dict[str, Any], stopped: threading.Ev
     while not stopped.wait(heartbeat_seconds):
         beat += 1
         try:
-            if _newest_attempt(lease.url) != lease.attempt:
+            if not lease.is_newest():
                 return  # check() tells whoever is about to publish
             body = {"stage": stage, "released": False, "beat": beat, **owner}
             storage.publish_document(_claim_url(lease), body, SCHEMA)

@@ -101,6 +101,7 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
         _publish_config(config, stage.module.folder_url(config))
         facts = _train(name, config, lease) if stage.is_training else stage.module.run(config, lease)
         summary = {"stage": name, **facts, "seconds": round(time.monotonic() - began, 3), "versions": _versions()}
+        lease.check()
         storage.publish_document(storage.join(stage.module.folder_url(config), "summary.json"), summary, SUMMARY_SCHEMA)
     return summary
 

@@ -56,9 +56,11 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     try:
         clips_per_second = _shard_units(config, lease, plan, tally)
     finally:  # whoever has to find out why a run stopped needs the list most
-        publish_tally(config, tally)
-        if tally.exclusions or len(plan.document["generations"]) > 1:  # a retry may have emptied it
-            storage.publish_bytes(config.folder("clips", "quarantine.jsonl"), tally.quarantine())
+        if lease.is_newest():  # a later run that took over knows more
+            publish_tally(config, tally)
+            if tally.exclusions or len(plan.document["generations"]) > 1:  # a retry may have emptied it
+                storage.publish_bytes(config.folder("clips", "quarantine.jsonl"), tally.quarantine())
+    lease.check()
     return {**_freeze(config, plan, tally), "clips_per_second": clips_per_second}
 
 
@@ -174,6 +176,7 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
                 raise _over_budget(config, result["exclusions"], result["tried"])
             tally.add(result)
             if tally.num_units % PUBLISH_EVERY == 0:
+                lease.check()
                 publish_tally(config, tally)
             show()
             _check_budget(config, tally)

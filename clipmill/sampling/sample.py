@@ -106,6 +106,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         "num_codes": body["num_codes"],
         "prior_step": body["step"],
     }
+    lease.check()
     manifest = freeze(url, "samples", range(num_units), recipe, facts)
     return {
         "samples": manifest.num_samples,

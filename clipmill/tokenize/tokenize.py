@@ -87,6 +87,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
             arguments = (config, lease, recipe["tokenizer"])
             fan_out(make_worker, arguments, pending, config=config.cluster, on_result=on_result)
     clips_per_second = (_num_clips(tallies) - num_clips_before) / (time.monotonic() - began)
+    lease.check()
     return {**_freeze(config, clips, recipe, tallies), "clips_per_second": clips_per_second}
 
 
