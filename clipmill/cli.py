@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -56,7 +56,10 @@ def _training_command(name: str, section: str, help_text: str) -> None:
 def _run_stage(name: str, assignments: list[str] | None, config: list[Path] | None, more: str | None = None) -> None:
     from clipmill import stages
 
-    summary = stages.run_stage(name, load_config(config or [], assignments or []), more)
+    _print_summary(stages.run_stage(name, load_config(config or [], assignments or []), more))
+
+
+def _print_summary(summary: dict[str, Any] | None) -> None:
     if summary is not None:
         print(json.dumps({key: value for key, value in summary.items() if key != "versions"}))
 
@@ -82,7 +85,35 @@ _training_command("train-vqvae", "vqvae", "Clip shards -> tokenizer (VQ-VAE).")
 _stage_command("tokenize", "Clip shards + tokenizer -> token shards.")
 _training_command("train-prior", "prior", "Token shards -> prior (GPT).")
 _stage_command("sample", "Prior -> videos.")
-_stage_command("evaluate", "Judge reconstructions, prior and samples.")
+
+
+@app.command("evaluate")
+def evaluate(
+    assignments: Assignments = None,
+    config: ConfigFiles = None,
+    what: Annotated[
+        Literal["all", "vqvae"] | None,
+        typer.Option("--what", help="vqvae: the tokenizer alone, right after train-vqvae.", show_default="all"),
+    ] = None,
+) -> None:
+    """Judge reconstructions, prior and samples."""
+    from clipmill import stages
+    from clipmill.evaluation.evaluate import read_result
+    from clipmill.evaluation.table import circumstances, row_groups
+
+    run = load_config(config or [], [*(assignments or []), *([f"evaluate.what={what}"] if what else [])])
+    summary = stages.run_stage("evaluate", run)
+    result = read_result(run)
+    if result is not None:
+        table = Table("", "", "", title=circumstances(result), show_header=False)
+        for rows in row_groups(result):
+            for row in rows:
+                table.add_row(*row)
+            table.add_section()
+        Console().print(table)
+    _print_summary(summary)
+
+
 _stage_command("report", "Write report/index.html.")
 
 

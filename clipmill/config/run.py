@@ -58,11 +58,21 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Stage ``evaluate``."""
+    """Stage ``evaluate``. The networks are TorchScript files (URLs) that you bring: see ``docs/evaluation.md``."""
 
+    what: Annotated[Literal["all", "vqvae"], FREE] = "all"
+    """``vqvae``: the newest tokenizer alone, which needs neither tokens nor a prior nor samples."""
     batch_size: Annotated[PositiveInt, FREE] = 16
-    max_clips: Annotated[PositiveInt, FREE] = 2048
-    """Clips of the split ``val`` (and of ``train``, for the table baselines) that are read."""
+    max_clips: PositiveInt | None = None
+    """Clips of the split ``val``, and samples, that are read; none: all."""
+    max_train_clips: PositiveInt = 2048
+    """Clips of the split ``train`` that the table baselines are counted on."""
+    fvd_weights: str | None = None
+    """I3D, for rFVD, FVD and FVD*."""
+    is_weights: str | None = None
+    """C3D, for the Inception Score of samples of 16 frames."""
+    lpips_weights: str | None = None
+    """LPIPS, of frames in [-1, 1]."""
 
 
 class ClusterConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from clipmill import storage
 
-__all__ = ["Gallery", "clips_per_class"]
+__all__ = ["Gallery", "GalleryPicker", "clips_per_class"]
 
 MAX_CLASSES = 12
 MAX_CLIPS = 24
@@ -53,3 +54,31 @@ def clips_per_class(classes: list[str]) -> dict[str | None, int]:
     shown: list[str | None] = list(classes[:MAX_CLASSES]) or [None]
     number = min(MAX_PER_CLASS, max(MIN_PER_CLASS, MAX_CLIPS // len(shown)))
     return dict.fromkeys(shown, number)
+
+
+class GalleryPicker:
+    """Takes the first clips of each class that is shown.
+
+    Args:
+        classes: of the data; none: clips without a class are shown.
+    """
+
+    def __init__(self, classes: list[str]) -> None:
+        self._wanted = clips_per_class(classes)
+        self._real: list[NDArray[np.uint8]] = []
+        self._reconstruction: list[NDArray[np.uint8]] = []
+        self._labels: list[str | None] = []
+
+    def add(self, real: NDArray[np.uint8], reconstruction: NDArray[np.uint8], labels: Sequence[str | None]) -> None:
+        """Looks at clips uint8 [B, T, H, W, 3], their reconstructions, and their B classes."""
+        for clip, copy, label in zip(real, reconstruction, labels, strict=True):
+            label = label if label in self._wanted else None
+            if self._wanted.get(label, 0) > 0:
+                self._wanted[label] -= 1
+                self._real.append(clip.copy())  # the row itself would keep its whole batch
+                self._reconstruction.append(copy.copy())
+                self._labels.append(label)
+
+    def gallery(self) -> Gallery:
+        """What was taken, in order; at least one clip has been looked at."""
+        return Gallery(np.array(self._real), np.array(self._reconstruction), tuple(self._labels))

@@ -5,6 +5,7 @@ It only reads files: what a stage has not made yet is shown as missing, and no n
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from typing import Any
 
@@ -22,6 +23,8 @@ from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
 from clipmill.evaluation.evaluate import METRICS_SCHEMA
 from clipmill.evaluation.film import FRAMES_PER_SECOND, Film
 from clipmill.evaluation.gallery import Gallery, clips_per_class
+from clipmill.evaluation.reconstruction import VQVAE_SCHEMA
+from clipmill.evaluation.table import circumstances, fvd_rows, short, tokenizer_rows
 from clipmill.lease import Lease
 from clipmill.metrics import read_metrics
 from clipmill.shards.dataset import ShardDataset, decode_clip
@@ -90,13 +93,22 @@ def _inputs(config: RunConfig) -> str:
     documents = [storage.join(url, "summary.json") for url in _stage_folders(config).values()]
     documents += [config.folder("clips", split, "manifest.json") for split in SPLITS]
     documents += [config.folder("samples", config.sample.name, "manifest.json")]
-    documents += [config.folder("evaluation", "metrics.json")]
+    documents += [config.folder("evaluation", name) for name in ("vqvae.json", "vqvae.png", "metrics.json")]
     read = {url.removeprefix(config.root): _digest(url) for url in documents}
     logs = {
         stage: [(entry.name, entry.bytes) for entry in storage.list_folder(config.folder(stage, "metrics"))]
         for stage in ("vqvae", "prior")
     }
     return fingerprint({"documents": read, "logs": logs, "config": _config_text(config), "of": clipmill.__version__})
+
+
+def _picture(config: RunConfig) -> str | None:
+    """The worst and best clips as a data URI."""
+    try:
+        data = storage.read_bytes(config.folder("evaluation", "vqvae.png"))
+    except FileNotFoundError:
+        return None
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _digest(url: str) -> str | None:
@@ -128,7 +140,11 @@ def _config_text(config: RunConfig) -> str:
 
 
 def _render(config: RunConfig) -> str:
+    vqvae = _document(config.folder("evaluation", "vqvae.json"), VQVAE_SCHEMA)
     metrics = _document(config.folder("evaluation", "metrics.json"), METRICS_SCHEMA)
+    if vqvae is None or (metrics is not None and metrics["schema"] < METRICS_SCHEMA):
+        metrics = None  # of an older clipmill, which measured less: the page asks for a new evaluation
+    judged = metrics or vqvae
     manifests = {split: _manifest(config.folder("clips", split), "clips") for split in SPLITS}
     samples = _manifest(config.folder("samples", config.sample.name), "samples")
     environment = Environment(
@@ -138,7 +154,7 @@ def _render(config: RunConfig) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = _short
+    environment.filters["short"] = short
     return environment.get_template("report.html.j2").render(
         title=config.root.rstrip("/").rpartition("/")[2],
         clip=config.data.clip,
@@ -147,19 +163,24 @@ def _render(config: RunConfig) -> str:
         films=_films(config, manifests["train"], samples),
         frames_per_second=FRAMES_PER_SECOND,
         samples=samples,
+        vqvae=vqvae,
         metrics=metrics,
-        charts=_charts(config, metrics),
+        circumstances=circumstances(vqvae) if vqvae else None,
+        tokenizer_rows=tokenizer_rows(vqvae) if vqvae else [],
+        fvd_rows=fvd_rows(judged) if judged else [],
+        extremes=_picture(config),
+        charts=_charts(config, vqvae, metrics),
         stages=_stages(config),
-        numbers=_flat({name: part for name, part in (metrics or {}).items() if name not in ("identity", "schema")}),
-        identity=(metrics or {}).get("identity", {}),
+        numbers=_flat({name: part for name, part in (judged or {}).items() if name not in ("identity", "schema")}),
+        identity=_flat((judged or {}).get("identity", {})),
         config_text=_config_text(config),
         version=clipmill.__version__,
     )
 
 
-def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _charts(config: RunConfig, vqvae: dict[str, Any] | None, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Title, caption and drawing of each chart; no drawing where its stage has not run."""
-    vqvae, prior = read_metrics(config.folder("vqvae")), read_metrics(config.folder("prior"))
+    tokenizer, prior = read_metrics(config.folder("vqvae")), read_metrics(config.folder("prior"))
     numbers = metrics["prior"] if metrics else {}
     tables = {
         "unigram": "unigram_nats",
@@ -173,7 +194,7 @@ def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[dict[str,
             "Tokenizer loss",
             "MSE over the variance of the data, plus the commitment.",
             "train-vqvae",
-            loss_chart("Tokenizer loss over steps", vqvae, "loss", {}) if vqvae else None,
+            loss_chart("Tokenizer loss over steps", tokenizer, "loss", {}) if tokenizer else None,
         ),
         _chart(
             "Prior loss",
@@ -185,7 +206,7 @@ def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[dict[str,
             "Codebook",
             "Use of the codes over the validation clips.",
             "evaluate",
-            code_usage_chart("Codes by frequency", metrics["codebook"]["sorted_counts"]) if metrics else None,
+            code_usage_chart("Codes by frequency", vqvae["codebook"]["sorted_counts"]) if vqvae else None,
         ),
         _chart(
             "Prior against tables",
@@ -224,15 +245,6 @@ def _flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         elif not isinstance(value, list):
             rows.append((prefix + name, value))
     return rows
-
-
-def _short(value: Any) -> str:
-    """A number as people read it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)  # noqa: RUF001
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
 
 
 # ------------------------------------------------------------------------------------------------ the clips

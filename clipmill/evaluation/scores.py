@@ -1,7 +1,9 @@
 """Scores that are summed clip by clip: streaming, and the same for any order and any batches of the data.
 
 Pixels are uint8, so every pixel sum here is an exact integer: no rounding, whatever the order. Results are in units of
-the pixel range [0, 1]. Shapes: B clips, T frames, H height, W width, K codes, [t, h, w] latents of a clip.
+the pixel range [0, 1].
+
+B: clips   T, H, W: frames, height, width   t, h, w: the same of the latents   M: codebooks of K codes each
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-__all__ = ["CodeUsage", "ReconstructionScores", "VideoStatistics", "ssim_per_clip"]
+__all__ = ["CodeUsage", "ReconstructionScores", "VideoStatistics", "psnr_db", "ssim_per_clip"]
 
 _SSIM_WINDOW = 11  # pixels; the Gaussian window (sigma 1.5) of Wang et al. 2004
 
 
 @dataclass
 class ReconstructionScores:
-    """Sums behind MSE, NMSE, PSNR and SSIM of reconstructions against their originals."""
+    """Sums behind MSE, NMSE, PSNR, SSIM and LPIPS of reconstructions against their originals."""
 
     num_clips: int = 0
     num_values: int = 0
@@ -31,30 +33,51 @@ class ReconstructionScores:
     sum_squares: int = 0
     num_ssim: int = 0
     sum_ssim: float = 0.0
+    num_lpips: int = 0
+    sum_lpips: float = 0.0
 
-    def update(self, original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> None:
-        """Adds clips: two uint8 arrays [B, T, H, W, 3]."""
+    def update(
+        self,
+        original: NDArray[np.uint8],
+        reconstruction: NDArray[np.uint8],
+        lpips: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float64]:
+        """Adds clips.
+
+        Args:
+            original: uint8 [B, T, H, W, 3].
+            reconstruction: uint8 [B, T, H, W, 3].
+            lpips: float64 [B], their perceptual distances, where a network measured them.
+
+        Returns:
+            The mean square error of each clip, in units of [0, 1]: float64 [B].
+        """
         if original.shape != reconstruction.shape:
             raise ValueError(f"original {original.shape} and reconstruction {reconstruction.shape} differ in shape")
         values = original.astype(np.int32)
-        error = values - reconstruction
+        per_clip = np.square(values - reconstruction).sum(axis=(1, 2, 3, 4), dtype=np.int64)
         self.num_clips += len(original)
         self.num_values += original.size
-        self.sum_squared_error += int(np.square(error).sum(dtype=np.int64))
+        self.sum_squared_error += int(per_clip.sum())
         self.sum_values += int(values.sum(dtype=np.int64))
         self.sum_squares += int(np.square(values).sum(dtype=np.int64))
         ssim = ssim_per_clip(original, reconstruction)
         if ssim is not None:
             self.num_ssim += len(ssim)
             self.sum_ssim += float(ssim.sum())
+        if lpips is not None:
+            self.num_lpips += len(lpips)
+            self.sum_lpips += float(lpips.sum())
+        return per_clip / (values[0].size * 255**2)
 
     def result(self) -> dict[str, Any]:
         """The scores, as plain JSON values.
 
         Returns:
             ``mse`` over all values in [0, 1]; ``data_variance`` of the originals, pooled over clips, places and
-            colours; ``nmse`` = mse / data_variance (none for constant data); ``psnr_db`` of the pooled mse (none when
-            it is zero); ``ssim``: mean over frames of Wang et al. 2004 (none below 11 pixels).
+            colours; ``nmse`` = mse / data_variance (none for constant data); ``psnr_db`` of the pooled mse at a range
+            of 1 (none when it is zero); ``ssim``: mean over frames of Wang et al. 2004 (none below 11 pixels);
+            ``lpips``: mean over frames (none without a network).
         """
         if not self.num_values:
             raise ValueError("no clip was scored")
@@ -65,13 +88,19 @@ class ReconstructionScores:
             "mse": mse,
             "data_variance": variance,
             "nmse": mse / variance if variance else None,
-            "psnr_db": -10 * math.log10(mse) if mse else None,
+            "psnr_db": psnr_db(mse),
             "ssim": self.sum_ssim / self.num_ssim if self.num_ssim else None,
+            "lpips": self.sum_lpips / self.num_lpips if self.num_lpips else None,
         }
 
 
+def psnr_db(mse: float) -> float | None:
+    """Peak signal-to-noise ratio in decibels of a mean square error in units of [0, 1]; none of no error."""
+    return -10 * math.log10(mse) if mse else None
+
+
 def ssim_per_clip(original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> NDArray[np.float64] | None:
-    """Structural similarity (borders reflected), averaged over the frames and colours of each clip.
+    """Structural similarity at a data range of 1 (borders reflected), averaged over each clip's frames and colours.
 
     Args:
         original: uint8 [B, T, H, W, 3].
@@ -95,44 +124,46 @@ def ssim_per_clip(original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]
 
 
 class CodeUsage:
-    """How often each code of a codebook occurs."""
+    """How often each code of each codebook occurs."""
 
-    def __init__(self, num_codes: int):
-        self.counts: NDArray[np.int64] = np.zeros(num_codes, np.int64)
+    def __init__(self, num_codes: int, num_codebooks: int = 1):
+        self.counts: NDArray[np.int64] = np.zeros((num_codebooks, num_codes), np.int64)
         self.num_clips = 0
 
     def update(self, codes: NDArray[np.integer]) -> None:
-        """Adds the codes of clips: integers [B, t, h, w] below ``num_codes``."""
+        """Adds the codes of clips: integers below K, [B, t, h, w] or, of several codebooks, [B, t, h, w, M]."""
+        num_codebooks, num_codes = self.counts.shape
         self.num_clips += len(codes)
-        self.counts += np.bincount(codes.reshape(-1), minlength=len(self.counts))
-
-    def shares(self) -> NDArray[np.float64]:
-        """Share of all tokens that each code takes: float64 [K], sums to 1."""
-        return self.counts / max(1, int(self.counts.sum()))
+        for counts, column in zip(self.counts, codes.reshape(-1, num_codebooks).T, strict=True):
+            counts += np.bincount(column, minlength=num_codes)
 
     def result(self) -> dict[str, Any]:
         """The scores, as plain JSON values.
 
         Returns:
-            ``used_share`` of the codes that occur at all; ``entropy_bits`` of the empirical distribution of one code;
-            ``perplexity`` = 2 ** entropy; ``bits_per_clip``: what the codes of a clip cost with a code that knows this
-            distribution; ``raw_bits_per_clip``: what they cost at log2(K) each.
+            ``used_share`` of the M * K codes that occur at all; ``entropy_bits`` of the empirical distribution of one
+            code and ``perplexity`` = 2 ** entropy, both means over the codebooks; ``bits_per_clip``: what the codes of
+            a clip cost with a code that knows these distributions; ``raw_bits_per_clip``: what they cost at log2(K)
+            each; ``sorted_counts`` of all codes, most frequent first.
         """
         if not self.num_clips:
             raise ValueError("no clip was counted")
-        shares = self.shares()
-        used = shares[shares > 0]
-        entropy_bits = float(-(used * np.log2(used)).sum())
+        num_codebooks, num_codes = self.counts.shape
+        shares = self.counts / self.counts.sum(axis=1, keepdims=True)
+        entropy_bits = -(shares * np.log2(shares, where=shares > 0, out=np.zeros_like(shares))).sum(axis=1)
         tokens_per_clip = int(self.counts.sum()) / self.num_clips
+        num_used = int((self.counts > 0).sum())
         return {
-            "num_codes": len(self.counts),
-            "num_used": len(used),
-            "used_share": len(used) / len(self.counts),
-            "entropy_bits": entropy_bits,
-            "perplexity": 2.0**entropy_bits,
+            "num_codes": num_codes,
+            "num_codebooks": num_codebooks,
+            "num_used": num_used,
+            "used_share": num_used / self.counts.size,
+            "entropy_bits": float(entropy_bits.mean()),
+            "perplexity": float((2.0**entropy_bits).mean()),
             "tokens_per_clip": tokens_per_clip,
-            "bits_per_clip": entropy_bits * tokens_per_clip,
-            "raw_bits_per_clip": math.log2(len(self.counts)) * tokens_per_clip,
+            "bits_per_clip": float(entropy_bits.mean()) * tokens_per_clip,
+            "raw_bits_per_clip": math.log2(num_codes) * tokens_per_clip,
+            "sorted_counts": np.sort(self.counts, axis=None)[::-1].tolist(),
         }
 
 

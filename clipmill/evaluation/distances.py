@@ -1,0 +1,111 @@
+"""Distances between sets of videos: FVD, and the Inception Score of one set.
+
+FVD (Unterthiner et al. 2018, arXiv 1812.01717) is the Frechet distance of two Gaussians fitted to the I3D logits of two
+sets of clips. What is kept of a set is its size, sum and sum of outer products in float64: it can be summed batch by
+batch, machine by machine, and set by set, and the batches do not matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FeatureStatistics", "frechet_distance", "inception_score"]
+
+MOST_SPLITS = 10
+"""Of the Inception Score, as Salimans et al. 2016 (arXiv 1606.03498) have it."""
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Moments of the features of a set of clips; ``a + b`` are those of both sets together."""
+
+    num: int
+    sum: NDArray[np.float64]
+    """[D]"""
+    sum_outer: NDArray[np.float64]
+    """[D, D]: sum over clips of x x^T."""
+
+    @classmethod
+    def of(cls, features: NDArray[np.floating]) -> FeatureStatistics:
+        """Of features [N, D]."""
+        features = features.astype(np.float64)
+        return cls(len(features), features.sum(axis=0), features.T @ features)
+
+    def __add__(self, other: FeatureStatistics) -> FeatureStatistics:
+        return FeatureStatistics(self.num + other.num, self.sum + other.sum, self.sum_outer + other.sum_outer)
+
+    @property
+    def is_singular(self) -> bool:
+        """Whether so few clips span fewer dimensions than the features have."""
+        return self.num <= len(self.sum)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """[D]"""
+        return self.sum / self.num
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """[D, D], unbiased (N - 1).
+
+        Raises:
+            ValueError: fewer than two clips.
+        """
+        if self.num < 2:
+            raise ValueError(f"the covariance of {self.num} clips is not defined")
+        return (self.sum_outer - self.num * np.outer(self.mean, self.mean)) / (self.num - 1)
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means m and covariances C (Dowson and Landau 1982).
+
+    The trace of the root of C1 C2 is that of the symmetric R C2 R with R = C1^(1/2), whose eigenvalues are real and not
+    negative but for rounding; so a singular covariance needs no ridge and nothing complex has to be dropped.
+    """
+    root = _root(first.covariance)
+    eigenvalues = np.linalg.eigvalsh(root @ second.covariance @ root)
+    shift = np.square(first.mean - second.mean).sum()
+    traces = np.trace(first.covariance) + np.trace(second.covariance)
+    return max(0.0, float(shift + traces - 2 * np.sqrt(eigenvalues.clip(min=0)).sum()))
+
+
+def _root(symmetric: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The root of a symmetric matrix without negative eigenvalues but for rounding."""
+    values, vectors = np.linalg.eigh(symmetric)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def inception_score(probabilities: NDArray[np.float64]) -> dict[str, float | int]:
+    """Exponential of the mean divergence of each clip's class probabilities from those of all (arXiv 1606.03498).
+
+    Split rule: the clips, in the order given, are cut into 10 runs of equal length (but for one clip); fewer than 10
+    clips are a run each.
+
+    Args:
+        probabilities: [N, classes], rows that sum to 1.
+
+    Returns:
+        ``mean`` and ``std`` (population) over the runs, ``num_splits``, ``num_clips``.
+    """
+    num_splits = min(MOST_SPLITS, len(probabilities))
+    scores = [_score_of_split(split) for split in np.array_split(probabilities, num_splits)]
+    return {
+        "mean": float(np.mean(scores)),
+        "std": float(np.std(scores)),
+        "num_splits": num_splits,
+        "num_clips": len(probabilities),
+    }
+
+
+def _score_of_split(probabilities: NDArray[np.float64]) -> float:
+    marginal = probabilities.mean(axis=0)
+    return float(np.exp(_entropy(marginal) - _entropy(probabilities).mean()))
+
+
+def _entropy(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """In nats, over the last axis."""
+    logarithms = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
+    return -(probabilities * logarithms).sum(axis=-1)

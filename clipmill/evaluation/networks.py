@@ -1,0 +1,154 @@
+"""Networks that users bring: TorchScript files, since their weights are not ours to ship.
+
+    evaluate.fvd_weights    I3D    uint8 [B, 3, T, H, W], rescale=True, resize=True, return_features=True -> [B, 400]
+    evaluate.is_weights     C3D    uint8 [B, 3, 16, H, W] -> probabilities [B, 101]
+    evaluate.lpips_weights  LPIPS  two float32 [N, 3, H, W] in [-1, 1] -> N distances, of any shape
+
+The first two signatures are those of ``i3d_torchscript.pt`` and ``c3d_ucf101.pt``, as published numbers use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipmill import storage
+from clipmill.config import EvaluateConfig
+from clipmill.errors import UserError
+
+__all__ = ["I3D_CHANNELS", "I3D_FEWEST_FRAMES", "C3D_FRAMES", "Network", "Networks", "weights_sha256"]
+
+I3D_CHANNELS = 400
+I3D_FEWEST_FRAMES = 9
+"""Fewer vanish in its strides."""
+C3D_FRAMES = 16
+C3D_CLASSES = 101
+
+
+def weights_sha256(key: str, url: str) -> str:
+    """Hash of a weights file.
+
+    Raises:
+        UserError: there is none.
+    """
+    return hashlib.sha256(_read(key, url)).hexdigest()
+
+
+def _read(key: str, url: str) -> bytes:
+    try:
+        return storage.read_bytes(url)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise UserError(f"evaluate.{key} {url} is not there; name a TorchScript file, or leave it out") from error
+        raise
+
+
+class Network:
+    """A TorchScript module from a file, in eval mode.
+
+    Args:
+        key: of the section ``evaluate`` that names the file.
+        url: of the file.
+        device: to run on.
+
+    Raises:
+        UserError: there is no such file, or it is no TorchScript.
+    """
+
+    def __init__(self, key: str, url: str, device: torch.device) -> None:
+        self._name = f"evaluate.{key} {url}"
+        self._device = device
+        data = _read(key, url)
+        try:
+            self._module = torch.jit.load(io.BytesIO(data), map_location=device).eval()
+        except RuntimeError as error:
+            raise UserError(
+                f"{self._name} is no TorchScript file ({_reason(error)}); save one with torch.jit.save"
+            ) from error
+
+    def features(self, clips: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """I3D's logits of clips uint8 [B, T, H, W, 3]: float64 [B, 400]."""
+
+        def call(video: Tensor) -> Tensor:
+            return self._module(video, rescale=True, resize=True, return_features=True)
+
+        return self._checked(call, (len(clips), I3D_CHANNELS), self._channels_first(clips))
+
+    def probabilities(self, clips: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """C3D's class probabilities of clips uint8 [B, 16, H, W, 3]: float64 [B, 101]."""
+        return self._checked(self._module, (len(clips), C3D_CLASSES), self._channels_first(clips))
+
+    def distances(self, original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """LPIPS of clips uint8 [B, T, H, W, 3], averaged over the frames of each: float64 [B]."""
+        per_clip = np.empty(len(original), np.float64)
+        for clip, pair in enumerate(zip(original, reconstruction, strict=True)):  # a batch's features take gigabytes
+            frames = [torch.from_numpy(video).to(self._device).permute(0, 3, 1, 2) / 127.5 - 1 for video in pair]
+            per_clip[clip] = self._checked(
+                lambda *inputs: self._module(*inputs).reshape(-1), (len(pair[0]),), *frames
+            ).mean()
+        return per_clip
+
+    def _channels_first(self, clips: NDArray[np.uint8]) -> Tensor:
+        """[B, T, H, W, 3] -> [B, 3, T, H, W] on the device."""
+        return torch.from_numpy(clips).to(self._device).permute(0, 4, 1, 2, 3).contiguous()
+
+    def _checked(self, call: Callable[..., Any], shape: tuple[int, ...], *inputs: Tensor) -> NDArray[np.float64]:
+        """What the network returns, if it is finite and of that shape.
+
+        Raises:
+            UserError: it is not, or the network does not take what its kind takes.
+        """
+        try:
+            output = call(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"{self._name} cannot be called as docs/evaluation.md says: {_reason(error)}") from error
+        if not isinstance(output, Tensor) or output.shape != shape:
+            found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(
+                f"{self._name} returned {found}, not {list(shape)}; docs/evaluation.md says what it must be"
+            )
+        if not output.isfinite().all():
+            raise UserError(f"{self._name} returned NaN or infinity; use its weights in float32, or another file")
+        return output.double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks that the section ``evaluate`` names; none where it names none."""
+
+    i3d: Network | None = None
+    c3d: Network | None = None
+    lpips: Network | None = None
+
+    @classmethod
+    def load(cls, settings: EvaluateConfig, device: torch.device) -> Networks:
+        """Loads them all before anything is measured.
+
+        Raises:
+            UserError: a file is not there, or is no TorchScript.
+        """
+
+        def network(key: str, url: str | None) -> Network | None:
+            return None if url is None else Network(key, url, device)
+
+        return cls(
+            network("fvd_weights", settings.fvd_weights),
+            network("is_weights", settings.is_weights),
+            network("lpips_weights", settings.lpips_weights),
+        )
+
+
+def _reason(error: RuntimeError) -> str:
+    """The telling line of a TorchScript error: the first, or after a trace through the module the last."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]

@@ -1,0 +1,110 @@
+"""The numbers of ``evaluate`` in rows for people: printed by the command, shown by the report.
+
+A result is the document ``vqvae.json`` or ``metrics.json``; docs/evaluation.md defines every number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Row", "circumstances", "fvd_rows", "prior_rows", "row_groups", "short", "tokenizer_rows"]
+
+Row = tuple[str, str, str]
+"""Name, value, what it is."""
+
+
+def short(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else str(value)  # noqa: RUF001
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def circumstances(result: dict[str, Any]) -> str:
+    """What the numbers were measured on: without it they compare with nothing."""
+    clips = result["clips"]
+    lowest, highest = clips["fps_lowest"], clips["fps_highest"]
+    rate = "unknown fps" if lowest is None else f"{short(lowest)} fps"
+    if highest != lowest:
+        rate = f"{short(lowest)} to {short(highest)} fps"
+    number = short(clips["num_clips"])
+    if clips["num_clips"] < clips["num_clips_in_split"]:
+        number = f"the first {number} of {short(clips['num_clips_in_split'])}"
+    return (
+        f"{number} clips of the split {clips['split']}, {clips['num_frames']} frames of "
+        f"{clips['resolution']} x {clips['resolution']} at {rate}, fitted by {clips['fit'] or 'an unknown rule'}"
+    )
+
+
+def row_groups(result: dict[str, Any]) -> list[list[Row]]:
+    """All rows there are of a result: of the tokenizer, of the prior, distances of sets of videos."""
+    groups = [tokenizer_rows(result), fvd_rows(result)]
+    if "prior" in result:
+        groups.insert(1, prior_rows(result))
+    return groups
+
+
+def tokenizer_rows(result: dict[str, Any]) -> list[Row]:
+    """Reconstruction and codebook."""
+    scores, codes = result["reconstruction"], result["codebook"]
+    several = codes["num_codebooks"] > 1
+    mean = ", mean" if several else ""
+    return [
+        ("NMSE", short(scores["nmse"]), "mean square error over the variance of the clips' pixels"),
+        ("PSNR", f"{short(scores['psnr_db'])} dB", "of the mean square error over all pixels"),
+        ("SSIM", short(scores["ssim"]), "mean over frames" + _without(scores["ssim"], "frames of 11 pixels or more")),
+        ("LPIPS", short(scores["lpips"]), "mean over frames" + _without(scores["lpips"], "evaluate.lpips_weights")),
+        (
+            "codes in use",
+            f"{short(100 * codes['used_share'])} %",
+            f"of {short(codes['num_codes'])}" + (f" in each of {codes['num_codebooks']} codebooks" if several else ""),
+        ),
+        ("perplexity", short(codes["perplexity"]), "of the codes' frequencies" + mean),
+        ("entropy", f"{short(codes['entropy_bits'])} bits", "of one code" + mean),
+        (
+            "bits a clip",
+            short(codes["bits_per_clip"]),
+            f"by that entropy; {short(codes['raw_bits_per_clip'])} stored plainly",
+        ),
+    ]
+
+
+def fvd_rows(result: dict[str, Any]) -> list[Row]:
+    """The Frechet video distances, and the Inception Score where there is one."""
+    fvd = result["fvd"] or {}
+    missing = _without(fvd.get("rfvd"), "evaluate.fvd_weights")
+    few = "; a singular covariance" if fvd.get("is_singular") else ""
+    rows = [("rFVD", short(fvd.get("rfvd")), f"real against reconstructions{few}{missing}")]
+    if "samples" not in result:
+        return rows
+    samples = f"{short(result['samples']['count'])} samples"
+    rows += [
+        ("FVD", short(fvd.get("fvd")), f"real against {samples}{few}{missing}"),
+        ("FVD*", short(fvd.get("fvd_star")), f"reconstructions against {samples}{few}{missing}"),
+    ]
+    score = result["samples"]["inception_score"]
+    if score is not None:
+        value = f"{short(score['mean'])} ± {short(score['std'])}"
+        rows.append(("Inception Score", value, f"of {samples}, over {score['num_splits']} splits"))
+    return rows
+
+
+def prior_rows(result: dict[str, Any]) -> list[Row]:
+    """The prior beside the tables it has to beat."""
+    prior = result["prior"]
+    return [
+        (
+            "prior",
+            f"{short(prior['val_nats_per_token'])} nats",
+            f"a token; {short(prior['bits_per_dim'])} bits a pixel value",
+        ),
+        ("temporal bigram", f"{short(prior['temporal_bigram_nats'])} nats", "a token, of a table"),
+        ("raster bigram", f"{short(prior['raster_bigram_nats'])} nats", "a token, of a table"),
+        ("unigram", f"{short(prior['unigram_nats'])} nats", "a token, of a table"),
+    ]
+
+
+def _without(value: Any, needed: str) -> str:
+    return f"; needs {needed}" if value is None else ""
