@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 __all__ = ["FeatureStatistics", "frechet_distance", "inception_score"]
 
-MOST_SPLITS = 10
+NUM_SPLITS = 10
 """Of the Inception Score, as Salimans et al. 2016 (arXiv 1606.03498) have it."""
+FEWEST_SPLIT = 100
+"""Fewer clips are not split: a few have no marginal to speak of."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +64,27 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means m and covariances C (Dowson and Landau 1982).
 
-    The trace of the root of C1 C2 is that of the symmetric R C2 R with R = C1^(1/2), whose eigenvalues are real and not
-    negative but for rounding; so a singular covariance needs no ridge and nothing complex has to be dropped.
+    With C = R R^T, C1 C2 has the eigenvalues of (R1^T R2)(R1^T R2)^T: the trace of its root is the sum of the singular
+    values of R1^T R2. So a singular covariance needs no ridge, and nothing complex has to be dropped.
     """
-    root = _root(first.covariance)
-    eigenvalues = np.linalg.eigvalsh(root @ second.covariance @ root)
     shift = np.square(first.mean - second.mean).sum()
     traces = np.trace(first.covariance) + np.trace(second.covariance)
-    return max(0.0, float(shift + traces - 2 * np.sqrt(eigenvalues.clip(min=0)).sum()))
+    shared = np.linalg.svd(_root(first).T @ _root(second), compute_uv=False).sum()
+    return max(0.0, float(shift + traces - 2 * shared))
 
 
-def _root(symmetric: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The root of a symmetric matrix without negative eigenvalues but for rounding."""
-    values, vectors = np.linalg.eigh(symmetric)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+def _root(statistics: FeatureStatistics) -> NDArray[np.float64]:
+    """R of the covariance R R^T: [D, D]; eigenvalues that float64 does not resolve are none, or their roots add up."""
+    values, vectors = np.linalg.eigh(statistics.covariance)
+    resolved = len(values) * np.finfo(np.float64).eps * (values[-1] + statistics.mean @ statistics.mean)
+    return vectors * np.sqrt(np.where(values > resolved, values, 0))
 
 
 def inception_score(probabilities: NDArray[np.float64]) -> dict[str, float | int]:
     """Exponential of the mean divergence of each clip's class probabilities from those of all (arXiv 1606.03498).
 
-    Split rule: the clips, in the order given, are cut into 10 runs of equal length (but for one clip); fewer than 10
-    clips are a run each.
+    Split rule: the clips, in the order given, are cut into 10 runs of equal length (but for one clip); fewer than 100
+    clips are one run.
 
     Args:
         probabilities: [N, classes], rows that sum to 1.
@@ -90,7 +92,7 @@ def inception_score(probabilities: NDArray[np.float64]) -> dict[str, float | int
     Returns:
         ``mean`` and ``std`` (population) over the runs, ``num_splits``, ``num_clips``.
     """
-    num_splits = min(MOST_SPLITS, len(probabilities))
+    num_splits = NUM_SPLITS if len(probabilities) >= FEWEST_SPLIT else 1
     scores = [_score_of_split(split) for split in np.array_split(probabilities, num_splits)]
     return {
         "mean": float(np.mean(scores)),

@@ -20,7 +20,7 @@ _COLUMN_PIXELS = 512
 """About as wide are the frames of one clip beside each other."""
 _MOST_FRAMES, _FEWEST_FRAMES = 8, 2
 _LINE_PIXELS = 20
-_GAP_PIXELS = 8
+_GAP_PIXELS, _FRAME_GAP_PIXELS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,12 @@ def _captioned(name: str, clip: _Scored) -> NDArray[np.uint8]:
     num_shown = min(num_frames, max(_FEWEST_FRAMES, min(_MOST_FRAMES, _COLUMN_PIXELS // width)))
     shown = np.linspace(0, num_frames - 1, num_shown).round().astype(int)
     scale = max(1, _COLUMN_PIXELS // (num_shown * width))  # by whole pixels: none is invented
+    gap = ((0, 0), (0, _FRAME_GAP_PIXELS), (0, _FRAME_GAP_PIXELS), (0, 0))  # white, below and right of each frame
     rows = [
-        np.concatenate(list(frames[shown]), axis=1).repeat(scale, axis=0).repeat(scale, axis=1)
-        for frames in (clip.real, clip.reconstruction)
+        np.concatenate(list(np.pad(frames, gap, constant_values=255)), axis=1)
+        for frames in (
+            video[shown].repeat(scale, axis=1).repeat(scale, axis=2) for video in (clip.real, clip.reconstruction)
+        )
     ]
     line = Image.new("RGB", (rows[0].shape[1], _LINE_PIXELS), "white")
     decibels = psnr_db(clip.mse)

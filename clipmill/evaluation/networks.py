@@ -107,10 +107,11 @@ class Network:
             UserError: it is not, or the network does not take what its kind takes.
         """
         try:
-            output = call(*inputs)
+            with torch.inference_mode():
+                output = call(*inputs)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:  # a failing operation; an exception of the module's own
             raise UserError(f"{self._name} cannot be called as docs/evaluation.md says: {_reason(error)}") from error
         if not isinstance(output, Tensor) or output.shape != shape:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -148,7 +149,7 @@ class Networks:
         )
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """The telling line of a TorchScript error: the first, or after a trace through the module the last."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]

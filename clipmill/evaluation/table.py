@@ -75,19 +75,26 @@ def fvd_rows(result: dict[str, Any]) -> list[Row]:
     """The Frechet video distances, and the Inception Score where there is one."""
     fvd = result["fvd"] or {}
     missing = _without(fvd.get("rfvd"), "evaluate.fvd_weights")
-    few = "; a singular covariance" if fvd.get("is_singular") else ""
-    rows = [("rFVD", short(fvd.get("rfvd")), f"real against reconstructions{few}{missing}")]
-    if "samples" not in result:
-        return rows
-    samples = f"{short(result['samples']['count'])} samples"
-    rows += [
-        ("FVD", short(fvd.get("fvd")), f"real against {samples}{few}{missing}"),
-        ("FVD*", short(fvd.get("fvd_star")), f"reconstructions against {samples}{few}{missing}"),
+    rows = [("rFVD", short(fvd.get("rfvd")), f"real against reconstructions{missing}")]
+    if "samples" in result:
+        rows += _sample_rows(result["samples"], fvd, missing)
+    if fvd.get("is_singular"):
+        rows.append(("", "", "so few clips: compare only with distances of as many"))
+    return rows
+
+
+def _sample_rows(result: dict[str, Any], fvd: dict[str, Any], missing: str) -> list[Row]:
+    samples = f"{short(result['count'])} samples"
+    if result["given_latent_frames"]:
+        samples += f" that go on from {result['given_latent_frames']} given latent frames"
+    rows = [
+        ("FVD", short(fvd.get("fvd")), f"real against {samples}{missing}"),
+        ("FVD*", short(fvd.get("fvd_star")), f"reconstructions against {samples}{missing}"),
     ]
-    score = result["samples"]["inception_score"]
+    score = result["inception_score"]
     if score is not None:
         value = f"{short(score['mean'])} ± {short(score['std'])}"
-        rows.append(("Inception Score", value, f"of {samples}, over {score['num_splits']} splits"))
+        rows.append(("Inception Score", value, f"of {samples}, in {score['num_splits']} splits"))
     return rows
 
 

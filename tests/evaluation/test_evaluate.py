@@ -13,18 +13,24 @@ from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.evaluation import evaluate
+from clipmill.evaluation.distances import FeatureStatistics, frechet_distance, inception_score
 from clipmill.evaluation.gallery import Gallery, clips_per_class
+from clipmill.evaluation.networks import Network
+from clipmill.evaluation.table import circumstances, fvd_rows
 from clipmill.models.export import load_prior
 from clipmill.models.vqvae import to_input, to_pixels
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
+from tests.evaluation.networks import TinyC3D, TinyI3D, TinyLPIPS, save
 from tests.evaluation.toy_run import (
     CLASSES,
     NUM_CLIPS,
     Unleased,
     clip_pixels,
+    make_samples,
     toy_config,
     write_prior,
+    write_run,
     write_tokenizer,
     write_tokens,
 )
@@ -36,6 +42,11 @@ def read_metrics(config: RunConfig) -> dict[str, Any]:
 
 def run(config: RunConfig) -> dict[str, Any]:
     return evaluate.run(config, Unleased(evaluate.folder_url(config), 1))
+
+
+def asking(config: RunConfig, **settings: object) -> RunConfig:
+    """The same run with other settings of ``evaluate``."""
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=settings)})
 
 
 def val_codes(config: RunConfig) -> np.ndarray:
@@ -116,12 +127,13 @@ def test_metrics_say_what_they_were_measured_on(config: RunConfig):
     identity = read_metrics(config)["identity"]
     assert identity["clips_val"] == Manifest.load(config.folder("clips", "val"), "clips").fingerprint
     assert identity["tokens_val"] == Manifest.load(config.folder("tokens", "val"), "tokens").fingerprint
-    fewer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_clips": 4})})
+    fewer = asking(config, max_clips=4, max_train_clips=5)
     assert not evaluate.is_finished(fewer)
     run(fewer)
     numbers = read_metrics(fewer)
-    assert numbers["reconstruction"]["num_clips"] == numbers["prior"]["num_clips_behind_tables"] == 4
-    assert numbers["prior"]["num_clips_in_split"] == 7
+    assert (numbers["clips"]["num_clips"], numbers["clips"]["num_clips_in_split"]) == (4, 7)
+    assert numbers["reconstruction"]["num_clips"] == numbers["prior"]["num_clips"] == numbers["samples"]["count"] == 4
+    assert numbers["prior"]["num_clips_behind_tables"] == 5
     assert not evaluate.is_finished(config)
 
 
@@ -131,6 +143,64 @@ def test_running_again_gives_the_same_numbers(config: RunConfig):
     assert not evaluate.is_finished(config)
     run(config)
     assert storage.read_bytes(config.folder("evaluation", "metrics.json")) == before
+
+
+def test_the_tokenizer_is_judged_by_the_same_code_as_alone(config: RunConfig):
+    alone = asking(config, what="vqvae")
+    assert evaluate.is_finished(alone)  # all of it has left the tokenizer's part as well
+    documents = {name: storage.read_bytes(config.folder("evaluation", name)) for name in ("vqvae.json", "vqvae.png")}
+    metrics = read_metrics(config)
+    result = evaluate.read_result(alone)
+    assert result is not None
+    for section in ("clips", "reconstruction", "codebook", "extremes"):
+        assert result[section] == metrics[section]
+    shutil.rmtree(config.folder("evaluation"))
+    run(alone)
+    assert documents == {name: storage.read_bytes(config.folder("evaluation", name)) for name in documents}
+
+
+def test_all_three_distances_and_the_inception_score(tmp_path: Path):
+    config = toy_config(tmp_path / "run", num_frames=16)
+    write_run(config, tmp_path / "scratch")
+    make_samples(config)
+    files = {
+        "fvd_weights": save(TinyI3D(), tmp_path / "i3d.pt"),
+        "is_weights": save(TinyC3D(), tmp_path / "c3d.pt"),
+        "lpips_weights": save(TinyLPIPS(), tmp_path / "lpips.pt"),
+    }
+    config = asking(config, **files)
+    run(config)
+    assert evaluate.is_finished(config)
+    metrics = read_metrics(config)
+
+    samples = ShardDataset(Manifest.load(config.folder("samples", "default"), "samples"), decode_clip)
+    gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))  # all seven clips
+    made = np.stack([samples[index]["video"] for index in range(6)])
+    networks = {key: Network(key, path, torch.device("cpu")) for key, path in files.items()}
+    real, copies, sampled = (
+        FeatureStatistics.of(networks["fvd_weights"].features(videos))
+        for videos in (gallery.real, gallery.reconstruction, made)
+    )
+    fvd = metrics["fvd"]
+    assert fvd["rfvd"] == pytest.approx(frechet_distance(real, copies), rel=1e-4)  # other batches round otherwise
+    assert fvd["fvd"] == pytest.approx(frechet_distance(real, sampled), rel=1e-4)
+    assert fvd["fvd_star"] == pytest.approx(frechet_distance(copies, sampled), rel=1e-4)
+    assert (fvd["num_real"], fvd["num_samples"], fvd["is_singular"]) == (7, 6, True)
+    score = inception_score(networks["is_weights"].probabilities(made))
+    assert metrics["samples"]["inception_score"] == pytest.approx(score)
+    assert score["mean"] > 1
+    rows = {name: (value, about) for name, value, about in fvd_rows(metrics)}
+    for name, key in (("rFVD", "rfvd"), ("FVD", "fvd"), ("FVD*", "fvd_star")):
+        assert rows[name][0] == f"{fvd[key]:.4g}"
+    assert "6 samples" in rows["FVD"][1]
+    assert "16 frames of 16 x 16 at 8 fps, fitted by crop" in circumstances(metrics)
+    save(torch.nn.Flatten(), tmp_path / "c3d.pt")  # another network under the same name
+    assert not evaluate.is_finished(config)
+
+
+def test_the_inception_score_is_of_sixteen_frames(config: RunConfig):
+    with pytest.raises(UserError, match=r"clips of 16 frames, .* have 8; leave evaluate\.is_weights out"):
+        evaluate.is_finished(asking(config, is_weights="absent.pt"))
 
 
 @pytest.mark.parametrize(

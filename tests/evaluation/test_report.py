@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
-from clipmill.evaluation import report
+from clipmill.evaluation import evaluate, report
 from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
 from clipmill.evaluation.film import Film
+from clipmill.shards.manifest import Manifest
 from clipmill.video import decode_mp4
-from tests.evaluation.toy_run import CLASSES, Unleased, toy_config
+from tests.evaluation.toy_run import CLASSES, Unleased, toy_config, write_tokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -103,6 +105,68 @@ def test_what_is_missing_is_shown_as_missing(config: RunConfig):
     for stage in ("evaluate", "train-vqvae", "train-prior"):
         assert f"run clipmill {stage}" in page.text
     assert "not run yet" in page.text
+
+
+def judge_tokenizer(config: RunConfig, **settings: object) -> dict[str, Any]:
+    asked = config.evaluate.model_copy(update={"what": "vqvae", **settings})
+    asked_of = config.model_copy(update={"evaluate": asked})
+    evaluate.run(asked_of, Unleased(evaluate.folder_url(config), 1))
+    return json.loads(storage.read_bytes(config.folder("evaluation", "vqvae.json")))
+
+
+def test_a_tokenizer_shows_before_there_is_a_prior(config: RunConfig):
+    for folder in ("evaluation", "samples", "prior", "tokens"):
+        shutil.rmtree(Path(config.root, folder))
+    page, _ = write(config)
+    assert "run clipmill evaluate --what vqvae" in page.text
+    result = judge_tokenizer(config)
+    assert not report.is_finished(config)
+    page, _ = write(config)
+    for number in ("nmse", "psnr_db", "ssim"):
+        assert f"{result['reconstruction'][number]:.4g}" in page.text
+    for text in ("7 clips of the split val", "rFVD", "needs evaluate.fvd_weights", "Prior and samples: not there yet"):
+        assert text in page.text
+    (picture,) = page.all("img")
+    data = (picture["src"] or "").removeprefix("data:image/png;base64,")
+    assert base64.b64decode(data) == storage.read_bytes(config.folder("evaluation", "vqvae.png"))
+    assert len(page.all("video")) == len(CLASSES)
+    storage.publish_bytes(config.folder("evaluation", "vqvae.png"), b"other")
+    assert not report.is_finished(config)
+
+
+def test_all_three_distances_show(config: RunConfig):
+    url = config.folder("evaluation", "metrics.json")
+    metrics = storage.read_document(url, evaluate.METRICS_SCHEMA)
+    metrics["fvd"] = {
+        "rfvd": 12.75,
+        "fvd": 98.5,
+        "fvd_star": 87.25,
+        "num_real": 7,
+        "num_samples": 6,
+        "is_singular": True,
+    }
+    storage.publish_document(url, metrics, evaluate.METRICS_SCHEMA)
+    page, _ = write(config)
+    for text in ("FVD of 6 samples; FVD* 87.25, rFVD 12.75", "98.5", "compare only with distances of as many"):
+        assert text in page.text
+
+
+def test_a_tokenizer_newer_than_the_prior_is_told_apart(config: RunConfig):
+    before = json.loads(storage.read_bytes(config.folder("evaluation", "vqvae.json")))["identity"]["tokenizer"]
+    torch.manual_seed(4)
+    write_tokenizer(config, Manifest.load(config.folder("clips", "train"), "clips"))
+    after = judge_tokenizer(config)["identity"]["tokenizer"]
+    page, _ = write(config)
+    assert f"Prior and samples are of the tokenizer {before}, reconstructions of the newer {after}" in page.text
+
+
+def test_numbers_of_an_older_clipmill_are_asked_for_again(config: RunConfig):
+    url = config.folder("evaluation", "metrics.json")
+    metrics = storage.read_document(url, evaluate.METRICS_SCHEMA)
+    del metrics["fvd"], metrics["schema"]
+    storage.publish_document(url, metrics, evaluate.METRICS_SCHEMA - 1)
+    page, _ = write(config)
+    assert "Prior and samples: not there yet" in page.text
 
 
 def test_samples_show_before_anything_is_evaluated(config: RunConfig):

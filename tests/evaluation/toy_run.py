@@ -13,7 +13,7 @@ from clipmill.config import RunConfig, identity
 from clipmill.lease import Lease
 from clipmill.models.export import load_vqvae, read_latest, save_export
 from clipmill.models.prior import Prior
-from clipmill.models.vqvae import VQVAE, latent_shape, to_input
+from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.sampling import sample
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, freeze
@@ -29,11 +29,11 @@ class Unleased(Lease):
         pass
 
 
-def toy_config(root: Path, **sample: object) -> RunConfig:
+def toy_config(root: Path, *, num_frames: int = 8, **sample: object) -> RunConfig:
     return RunConfig.model_validate(
         {
             "root": str(root),
-            "data": {"clip": {"num_frames": 8, "resolution": 16}, "format": "npy"},
+            "data": {"clip": {"num_frames": num_frames, "resolution": 16}, "format": "npy"},
             "vqvae": {"model": {"hidden_dim": 8, "num_res_layers": 1, "embedding_dim": 8, "num_codes": 16}},
             "prior": {"model": {"hidden_dim": 24, "num_heads": 2, "num_layers": 2, "class_conditional": True}},
             "sample": {"num_samples": 5, "batch_size": 3, **sample},
@@ -45,9 +45,7 @@ def toy_config(root: Path, **sample: object) -> RunConfig:
 
 def write_run(config: RunConfig, scratch: Path) -> None:
     """Writes clips, a tokenizer, tokens and a prior."""
-    torch.manual_seed(0)
-    clips = {split: _write_clips(config, split, scratch / "clips" / split) for split in NUM_CLIPS}
-    write_tokenizer(config, clips["train"])
+    clips = write_run_up_to_tokenizer(config, scratch)
     tokens = {split: write_tokens(config, manifest, scratch / "tokens" / split) for split, manifest in clips.items()}
     write_prior(config, tokens["train"])
     for stage in ("vqvae", "prior"):
@@ -55,6 +53,14 @@ def write_run(config: RunConfig, scratch: Path) -> None:
         records += [{"step": step, "split": "val", "loss": 4 / step} for step in (4, 8)]
         lines = "\n".join(map(json.dumps, records))
         storage.publish_bytes(config.folder(stage, "metrics", "000001.jsonl"), lines.encode())
+
+
+def write_run_up_to_tokenizer(config: RunConfig, scratch: Path) -> dict[str, Manifest]:
+    """Writes clips and a tokenizer; the clips of each split."""
+    torch.manual_seed(0)
+    clips = {split: _write_clips(config, split, scratch / "clips" / split) for split in NUM_CLIPS}
+    write_tokenizer(config, clips["train"])
+    return clips
 
 
 def make_samples(config: RunConfig) -> None:
@@ -68,9 +74,9 @@ def make_samples(config: RunConfig) -> None:
     sample.run(config, lease)
 
 
-def clip_pixels(split: str, number: int) -> np.ndarray:
-    """uint8 [8, 16, 16, 3]: noise of its own for every clip."""
-    return np.random.default_rng([number, len(split)]).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+def clip_pixels(split: str, number: int, num_frames: int = 8) -> np.ndarray:
+    """uint8 [num_frames, 16, 16, 3]: noise of its own for every clip."""
+    return np.random.default_rng([number, len(split)]).integers(0, 256, (num_frames, 16, 16, 3), dtype=np.uint8)
 
 
 def _write_clips(config: RunConfig, split: str, folder: Path) -> Manifest:
@@ -78,7 +84,8 @@ def _write_clips(config: RunConfig, split: str, folder: Path) -> Manifest:
     writer = UnitWriter(folder, "clips", 0, 2**20)
     for number in range(NUM_CLIPS[split]):
         about = json_bytes({"label": CLASSES[number % 3], "fps": 8})
-        writer.add(Sample(f"{number:016x}_000000", {"npy": npy_bytes(clip_pixels(split, number)), "json": about}))
+        pixels = npy_bytes(clip_pixels(split, number, config.data.clip.num_frames))
+        writer.add(Sample(f"{number:016x}_000000", {"npy": pixels, "json": about}))
     url = config.folder("clips", split)
     commit_unit(url, 0, writer.finish(), {})
     recipe = {"clip": identity(config.data.clip), "format": "npy", "quality": None}
@@ -88,11 +95,12 @@ def _write_clips(config: RunConfig, split: str, folder: Path) -> Manifest:
 def write_tokenizer(config: RunConfig, clips: Manifest) -> str:
     clip = config.data.clip
     model = VQVAE(config.vqvae.model, pixel_variance=0.08)
-    model(to_input(torch.from_numpy(np.stack([clip_pixels("train", number) for number in range(4)]))))
+    pixels = np.stack([clip_pixels("train", number, clip.num_frames) for number in range(4)])
+    model(to_input(torch.from_numpy(pixels)))
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
-        "latent_shape": list(latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)),
+        "latent_shape": list(codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)),
         "num_codes": config.vqvae.model.num_codes,
         "clip": clips.recipe,
         "pixel_variance": 0.08,
@@ -109,7 +117,8 @@ def write_tokens(config: RunConfig, clips: Manifest, folder: Path) -> Manifest:
     writer = UnitWriter(folder, "tokens", 0, 2**20)
     for number in range(clips.num_samples):
         with torch.inference_mode():
-            codes = model.encode(to_input(torch.from_numpy(clip_pixels(split, number)[None])))
+            pixels = clip_pixels(split, number, config.data.clip.num_frames)
+            codes = model.encode(to_input(torch.from_numpy(pixels[None])))
         members = {
             "codes.npy": npy_bytes(codes[0].numpy().astype(np.uint8)),
             "json": json_bytes({"label": CLASSES[number % 3]}),
