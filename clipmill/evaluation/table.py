@@ -93,8 +93,10 @@ def _sample_rows(result: dict[str, Any], fvd: dict[str, Any], missing: str) -> l
     ]
     score = result["inception_score"]
     if score is not None:
-        value = f"{short(score['mean'])} ± {short(score['std'])}"
-        rows.append(("Inception Score", value, f"of {samples}, in {score['num_splits']} splits"))
+        whole = score["num_splits"] == 1
+        value = short(score["mean"]) if whole else f"{short(score['mean'])} ± {short(score['std'])}"
+        about = f"of {samples}" if whole else f"of {samples}, mean and deviation of {score['num_splits']} parts"
+        rows.append(("Inception Score", value, about))
     return rows
 
 

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from clipmill.evaluation.scores import CodeUsage, ReconstructionScores, VideoStatistics, ssim_per_clip
 
@@ -98,6 +100,32 @@ def test_code_usage_of_a_known_distribution():
     assert result["tokens_per_clip"] == 4
     assert result["bits_per_clip"] == pytest.approx(6.0)
     assert result["raw_bits_per_clip"] == pytest.approx(12.0)
+
+
+def test_code_usage_of_several_codebooks():
+    usage = CodeUsage(4, num_codebooks=2)
+    first, second = np.array([0, 0, 1, 2]), np.array([3, 3, 3, 3])
+    usage.update(np.stack([first, second], axis=-1).reshape(1, 1, 2, 2, 2))
+    result = usage.result()
+    assert (result["num_used"], result["used_share"]) == (4, 4 / 8)
+    assert result["entropy_bits"] == pytest.approx((1.5 + 0) / 2)
+    assert result["perplexity"] == pytest.approx((2**1.5 + 1) / 2)  # the mean, not that of the mean entropy
+    assert result["tokens_per_clip"] == 8
+    assert result["bits_per_clip"] == pytest.approx(4 * 1.5)
+    assert result["raw_bits_per_clip"] == pytest.approx(8 * 2)
+    assert result["sorted_counts"] == [4, 2, 1, 1, 0, 0, 0, 0]
+
+
+def test_the_error_of_each_clip_and_its_psnr():
+    original, reconstruction = clips(6), clips(7)
+    scores = ReconstructionScores()
+    per_clip = scores.update(original, reconstruction, lpips=np.arange(5.0))
+    expected = np.square(original / 255 - reconstruction / 255).mean(axis=(1, 2, 3, 4))
+    assert per_clip == pytest.approx(expected, rel=1e-12)
+    assert scores.result()["lpips"] == 2
+    values = [torch.from_numpy(video / 255) for video in (reconstruction, original)]
+    measured = peak_signal_noise_ratio(*values, data_range=1.0).item()
+    assert scores.result()["psnr_db"] == pytest.approx(measured, rel=1e-5)
 
 
 def test_video_statistics_agree_with_numpy_in_any_batches():
