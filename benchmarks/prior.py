@@ -19,7 +19,6 @@ import contextlib
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timing import device_name, interleave, ratio
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -108,7 +108,7 @@ def main() -> None:
         print(f"{name}: {median * 1e3:.0f} ms a step, {BATCH * np.prod(SHAPE) / median:,.0f} tokens/s")
     result: dict[str, Any] = {
         "benchmark": "prior",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}",
+        "device": device_name(),
         "precision": arguments.precision,
         "steps": arguments.steps,
         "seconds_per_step": {name: round(statistics.median(durations), 4) for name, durations in seconds.items()},
@@ -119,26 +119,6 @@ def main() -> None:
         "modern_to_published": ratio(seconds["bare, published"], seconds["bare, modern"]),
     }
     print(json.dumps(result))
-
-
-def ratio(reference: list[float], other: list[float]) -> float:
-    """How many times faster ``other`` is: the median over rounds, each of which had the same noise."""
-    return round(statistics.median(a / b for a, b in zip(reference, other, strict=True)), 3)
-
-
-def interleave(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after two rounds to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        names = list(steps) if number % 2 else list(steps)[::-1]  # whoever comes first has the colder caches
-        for name in names:
-            began = time.perf_counter()
-            steps[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 def new_prior(style: str) -> Prior:

@@ -28,8 +28,8 @@ class KeysValues(NamedTuple):
 class AxialAttention(nn.Module):
     """Sum of three multi-head attentions, along W, H and T (VideoGPT, arXiv 2104.10157; Ho et al., arXiv 1912.12180).
 
-    All three share two large products: one gives their queries, keys and values, one mixes their outputs
-    (the sum of three linear layers is one linear layer of the concatenation).
+    Nothing is ever copied to put an axis in its place: the axes before the one attended along are the batch, those
+    after it count as heads.
 
     Args:
         dim: channels C.
@@ -50,18 +50,19 @@ class AxialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mixes x [B, C, T, H, W] along each axis; channels-last memory in and out."""
         x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C]
-        axes = zip((3, 2, 1), self.qkv.weight.chunk(3), strict=True)
-        mixed = [self._along(F.linear(x, weight), axis) for axis, weight in axes]
-        return self.out(torch.cat(mixed, -1)).permute(0, 4, 1, 2, 3)
+        axes = zip((3, 2, 1), self.qkv.weight.chunk(3), self.out.weight.chunk(3, 1), strict=True)
+        mixed = self.out.bias
+        for axis, qkv, out in axes:
+            mixed = torch.addmm(mixed, self._along(x, qkv, axis).flatten(0, -2), out.t())
+        return mixed.view(x.shape).permute(0, 4, 1, 2, 3)
 
-    def _along(self, qkv: Tensor, axis: int) -> Tensor:
-        """Attention along one axis of qkv [B, T, H, W, 3 * C] -> [B, T, H, W, C]."""
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim(axis, -2).movedim(3, 0)
-        others = qkv.shape[1:4]  # B and the two other axes
-        # One copy for all three, where flattening their strided views would copy each.
-        q, k, v = qkv.flatten(1, 3).contiguous().unbind(0)  # each [batch, N, length, D]
+    def _along(self, x: Tensor, qkv: Tensor, axis: int) -> Tensor:
+        """Attention along one axis of x [B, T, H, W, C] with weights qkv [3 * C, C] -> [B, T, H, W, C]."""
+        batch, later = x.shape[:axis].numel(), x.shape[axis + 1 : -1].numel()
+        heads = (batch, x.shape[axis], later * self.num_heads, -1)
+        q, k, v = (F.linear(x, weight).view(heads).transpose(1, 2) for weight in qkv.chunk(3))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and axis == 1)
-        return mixed.unflatten(0, others).movedim(-2, axis).flatten(-2)
+        return mixed.transpose(1, 2).reshape(x.shape)
 
 
 class CausalAttention(nn.Module):

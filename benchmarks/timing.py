@@ -1,0 +1,37 @@
+"""Timing that a busy machine spoils least: what is compared takes turns in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["device_name", "interleave", "ratio"]
+
+
+def device_name() -> str:
+    """What the timings were taken on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}"
+
+
+def interleave(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after two rounds to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        names = list(steps) if number % 2 else list(steps)[::-1]  # whoever comes first has the colder caches
+        for name in names:
+            began = time.perf_counter()
+            steps[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(reference: list[float], other: list[float]) -> float:
+    """How many times faster ``other`` is: the median over rounds, each of which had the same noise."""
+    return round(statistics.median(a / b for a, b in zip(reference, other, strict=True)), 3)

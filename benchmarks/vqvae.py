@@ -1,0 +1,193 @@
+"""How fast does the tokenizer train and encode, and what memory does its quantizer take?
+
+    train   time of a training step of the published model, plain (`published_vqvae.py`: one-hot codebook, contiguous
+            layout, float32), over that of ours at the same sizes, with the same optimizer and losses; 1.5 is wanted
+    encode  the same of clips -> codes, as `clipmill tokenize` does it; 1.3 is wanted
+    memory  peak of a training forward of the quantizer while N rows and K codes grow; O(N + K) is wanted, so doubling
+            both must not do more than double it
+    scale   on CUDA alone: training at the paper's BAIR and UCF-101 settings in bfloat16, compiled: clips/s, achieved
+            TFLOP/s and their share of the device's peak; 40 % is wanted
+
+The two models take turns, step by step in one process; ratios are medians over rounds.
+
+    python benchmarks/vqvae.py [--rounds 5] [--batch 2] [vqvae.model.hidden_dim=240 ...]
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from published_vqvae import Codebook, PublishedVQVAE
+from timing import device_name, interleave, ratio
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipmill.config import VQVAEModelConfig, load_config
+from clipmill.models.quantizers import EMACodebook
+from clipmill.models.vqvae import VQVAE
+
+PIXEL_VARIANCE = 0.06
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAPER = {"bair": ((2, 2, 2), 64), "ucf101": ((4, 4, 4), 128)}
+"""Downsampling and resolution of the paper's data sets; clips have 16 frames, other sizes are the defaults."""
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
+"""Dense bfloat16 with float32 sums, by a part of the device's name (the makers' data sheets)."""
+QUANTIZER_SIZES = [(2**14, 2**10), (2**15, 2**10), (2**14, 2**11), (2**15, 2**11), (2**16, 2**12), (2**17, 2**13)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("assignments", nargs="*", help="vqvae.model.KEY=VALUE over the paper's sizes at stride 4, 4, 4")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=2, help="clips of a step, and of an encoding")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--scale-batch", type=int, default=32, help="clips of a step at the paper's settings, on CUDA")
+    arguments = parser.parse_args()
+    config = load_config([], ["root=none", "vqvae.model.num_codes=1024", *arguments.assignments]).vqvae.model
+    video = torch.rand(arguments.batch, 3, arguments.frames, arguments.resolution, arguments.resolution, device=DEVICE)
+    result: dict[str, Any] = {"benchmark": "vqvae", "device": device_name(), "clip": list(video.shape[1:])}
+    result["model"] = config.model_dump(mode="json", exclude_defaults=True)
+    result |= compare(config, video - 0.5, arguments.rounds)
+    result["quantizer_memory"] = quantizer_memory(config.embedding_dim)
+    if DEVICE.type == "cuda":
+        result["scale"] = {name: train_at_scale(name, arguments.scale_batch, arguments.rounds) for name in PAPER}
+    print(json.dumps(result))
+
+
+# --------------------------------------------------------------------------------- ours against the published one
+
+
+def compare(config: VQVAEModelConfig, video: Tensor, rounds: int) -> dict[str, Any]:
+    """Times of training steps and encodings of both models, and their ratios."""
+    models = {"ours": VQVAE(config, PIXEL_VARIANCE), "published": PublishedVQVAE(config, PIXEL_VARIANCE)}
+    # The published attentions add three biases where ours have their sum.
+    sizes = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
+    losses: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: models["ours"](video).loss,
+        "published": lambda: models["published"].loss(video),
+    }
+    steps = {name: train_step(model.to(DEVICE), losses[name]) for name, model in models.items()}
+    trained = interleave(steps, rounds)
+    for model in models.values():
+        model.eval()
+
+    def encode(model: nn.Module) -> Callable[[], Tensor]:
+        return torch.inference_mode()(lambda: model.encode(video))
+
+    encoded = interleave({name: encode(model) for name, model in models.items()}, 2 * rounds)
+    result: dict[str, Any] = {"parameters": sizes, "batch": len(video)}
+    for what, seconds in (("train", trained), ("encode", encoded)):
+        medians = {name: statistics.median(durations) for name, durations in seconds.items()}
+        speedup = ratio(seconds["published"], seconds["ours"])
+        print(
+            f"{what}: ours {medians['ours'] * 1e3:.0f} ms, published {medians['published'] * 1e3:.0f} ms, "
+            f"{len(video) / medians['ours']:.2f} clips/s, {speedup} times as fast"
+        )
+        result[what] = {
+            "published_to_ours": speedup,
+            "seconds": {name: round(value, 4) for name, value in medians.items()},
+        }
+    return result
+
+
+def train_step(
+    model: nn.Module, loss: Callable[[], Tensor], autocast: contextlib.AbstractContextManager[Any] | None = None
+) -> Callable[[], None]:
+    """Forward, backward and optimizer, without a loop around them."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, fused=DEVICE.type == "cuda")
+
+    def step() -> None:
+        with autocast or contextlib.nullcontext():
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------ memory of the quantizer
+
+
+def quantizer_memory(dim: int) -> dict[str, Any]:
+    """Peaks of both quantizers, in MiB, while rows and codes grow."""
+    table = []
+    for num_rows, num_codes in QUANTIZER_SIZES:
+        rows = torch.randn(num_rows, dim, device=DEVICE)
+        ours = EMACodebook(num_codes, dim, decay=0.99, restart_share=0.03).to(DEVICE)
+        entry = {"rows": num_rows, "codes": num_codes, "ours_mib": peak_mib(lambda: ours(rows))}  # noqa: B023
+        if num_rows * num_codes <= 2**25:  # beyond, the published one takes gigabytes
+            published = Codebook(num_codes, dim, decay=0.99).to(DEVICE)
+            entry["published_mib"] = peak_mib(lambda: published(rows.view(1, -1, 1, 1, dim).movedim(-1, 1)))  # noqa: B023
+        print("quantizer: " + ", ".join(f"{name} {value:,}" for name, value in entry.items()))
+        table.append(entry)
+    by_size = {(entry["rows"], entry["codes"]): entry["ours_mib"] for entry in table}
+    growth = {
+        f"{n} x {k}": round(by_size[2 * n, 2 * k] / peak, 2)
+        for (n, k), peak in by_size.items()
+        if (2 * n, 2 * k) in by_size
+    }
+    print(f"quantizer: doubling rows and codes multiplies the peak by {growth} (2: O(N + K), 4: O(N K))")
+    return {"dim": dim, "peaks": table, "growth_when_both_double": growth}
+
+
+def peak_mib(run: Callable[[], Any]) -> float:
+    """Most memory that tensors take at once while ``run`` runs, beyond what they took before."""
+    run()  # what is only made once (the first codes) is no part of it
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return round(peak / 2**20, 1)
+
+
+# ----------------------------------------------------------------------------------------- at the paper's settings
+
+
+def train_at_scale(name: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Rate of compiled bfloat16 training, and what share of the device it uses."""
+    downsample, resolution = PAPER[name]
+    model = VQVAE(VQVAEModelConfig(num_codes=1024, downsample=downsample), PIXEL_VARIANCE).to(DEVICE)
+    video = torch.rand(batch, 3, 16, resolution, resolution, device=DEVICE) - 0.5
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        train_step(model, lambda: model(video).loss, autocast)()
+    compiled = torch.compile(model)
+    seconds = interleave({name: train_step(model, lambda: compiled(video).loss, autocast)}, rounds)[name]
+    median = statistics.median(seconds)
+    tflops = counter.get_total_flops() / median / 1e12
+    peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in device_name()), math.nan)
+    print(
+        f"{name}: {batch / median:.1f} clips/s, {median * 1e3:.0f} ms a step of {batch} clips, {tflops:.0f} TFLOP/s, "
+        f"{tflops / peak:.1%} of a peak of {peak:g}"
+    )
+    return {
+        "clips_per_second": round(batch / median, 2),
+        "seconds_per_step": round(median, 4),
+        "tflops": round(tflops, 1),
+        "peak_tflops": None if math.isnan(peak) else peak,
+        "share_of_peak": None if math.isnan(peak) else round(tflops / peak, 4),
+    }
+
+
+if __name__ == "__main__":
+    main()
