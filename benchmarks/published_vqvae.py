@@ -164,8 +164,8 @@ class PublishedVQVAE(nn.Module):
         z = self.to_latent(self.encoder(video))
         return self.codebook.codes(z.movedim(1, -1).flatten(0, -2)).view(z.shape[0], *z.shape[2:])
 
-    def loss(self, video: Tensor) -> Tensor:
-        """Of a video [B, 3, T, H, W], 0-d."""
+    def forward(self, video: Tensor) -> Tensor:
+        """The loss of a video [B, 3, T, H, W], 0-d."""
         latents, commitment, _ = self.codebook(self.to_latent(self.encoder(video)))
         reconstruction = self.decoder(self.from_latent(latents))
         return F.mse_loss(reconstruction, video) / self.pixel_variance + self.commitment_cost * commitment
