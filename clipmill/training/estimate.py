@@ -21,11 +21,11 @@ from clipmill.models.prior import Prior
 from clipmill.models.vqvae import latent_shape
 from clipmill.training.loop import rows_and_accumulation
 
-__all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "model_state_bytes", "saved_bytes"]
+__all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "flops_per_token", "model_state_bytes", "saved_bytes"]
 
 FLOAT = 4
-REDUCE_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default: gradients that wait to be sent, at stages 1 and 2."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default: room for gradients that wait to be sent, at stages 1 to 3."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default: parameters gathered at once, at stage 3."""
 TAR_BLOCK = 512
@@ -96,11 +96,10 @@ def estimate(
         prior = _build(config, model, shape)
         num_parameters = sum(parameter.numel() for parameter in prior.parameters())
         largest_block = max(sum(parameter.numel() for parameter in block.parameters()) for block in prior.blocks)
-        multiplied = [p for name, p in prior.named_parameters() if p.dim() > 1 and name not in _LOOKED_UP]
-        in_products = sum(parameter.numel() for parameter in multiplied)
-    states = tuple(model_state_bytes(num_parameters, stage, num_gpus, largest_block) for stage in range(4))
-    # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
-    flops_per_token = 6 * in_products + 6 * model.num_layers * model.hidden_dim * tokens
+        flops = flops_per_token(prior)
+    states = tuple(
+        model_state_bytes(num_parameters, stage, num_gpus, largest_block, accumulation) for stage in range(4)
+    )
     checkpoint_bytes = _checkpoint_bytes(num_parameters, config.prior.training.zero_stage)
     num_nodes = math.ceil(num_gpus / gpus_per_node)
     return Estimate(
@@ -111,28 +110,46 @@ def estimate(
         states=states,
         activations=activation_bytes(config, rows, checkpointed_share=0.0),
         checkpointed_activations=activation_bytes(config, rows, checkpointed_share=1.0),
-        flops_per_token=flops_per_token,
-        tokens_per_day=num_gpus * mfu * peak_tflops * 1e12 / flops_per_token * SECONDS_PER_DAY,
+        flops_per_token=flops,
+        tokens_per_day=num_gpus * mfu * peak_tflops * 1e12 / flops * SECONDS_PER_DAY,
         token_bytes_per_clip=_token_bytes(tokens, config.vqvae.model.num_codes),
         checkpoint_bytes=checkpoint_bytes,
         upload_seconds=checkpoint_bytes / num_nodes / (upload_mb_per_second * 1e6),
     )
 
 
-def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_block: int) -> Memory:
+def flops_per_token(prior: Prior) -> float:
+    """Floating-point operations of a token, forward and backward, without what checkpointing repeats."""
+    multiplied = [p for name, p in prior.named_parameters() if p.dim() > 1 and name not in _LOOKED_UP]
+    in_products = sum(parameter.numel() for parameter in multiplied)
+    # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
+    return 6 * in_products + 6 * prior.config.num_layers * prior.config.hidden_dim * prior.num_positions
+
+
+def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_block: int, accumulation: int) -> Memory:
     """Weights, gradients and AdamW's states on one GPU (ZeRO, arXiv 1910.02054, with all of it in float32).
 
-    DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition.
+    DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition, and collect gradients in a
+    bucket before they send them. What stage 1 has received is a part of the gradients, like that of stage 2; only while
+    it accumulates micro-batches it keeps them whole.
+
+    Args:
+        num_parameters: P.
+        stage: of ZeRO, 0 to 3.
+        num_gpus: W.
+        largest_block: parameters of the largest block, which stage 3 gathers whole.
+        accumulation: micro-batches a step.
     """
     whole = FLOAT * num_parameters
     part = FLOAT * math.ceil(num_parameters / num_gpus)
     if stage == 0:
         return Memory(weights=whole, gradients=whole, optimizer=2 * whole, buffers=0)
+    bucket = FLOAT * BUCKET_ELEMENTS  # allocated whole, however few gradients there are
     if stage < 3:
-        bucket = FLOAT * min(num_parameters, REDUCE_BUCKET_ELEMENTS) if num_gpus > 1 else 0
-        return Memory(weights=whole, gradients=whole if stage == 1 else part, optimizer=3 * part, buffers=bucket)
+        gradients = whole if stage == 1 and accumulation > 1 else part
+        return Memory(weights=whole, gradients=gradients, optimizer=3 * part, buffers=bucket)
     gathered = FLOAT * max(largest_block, min(num_parameters, LIVE_ELEMENTS))
-    return Memory(weights=part, gradients=part, optimizer=3 * part, buffers=gathered if num_gpus > 1 else 0)
+    return Memory(weights=part, gradients=part, optimizer=3 * part, buffers=bucket + gathered)
 
 
 def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float) -> int:

@@ -77,7 +77,7 @@ def measure(_: int, folder: Path) -> None:
 def test_states_and_checkpoint_are_those_of_the_engine(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(measure, args=(tmp_path,))
     for stage, measured in json.loads((tmp_path / "measured.json").read_text()).items():
-        expected = model_state_bytes(measured["num_parameters"], int(stage), 1, largest_block=0)
+        expected = model_state_bytes(measured["num_parameters"], int(stage), 1, largest_block=0, accumulation=1)
         assert (expected.weights, expected.optimizer) == (measured["weights"], measured["optimizer"])
         checkpoint_bytes = estimate(engine_config(int(stage)), 1, **RATES).checkpoint_bytes
         assert checkpoint_bytes == pytest.approx(measured["checkpoint"], rel=0.1)
