@@ -3,11 +3,18 @@
 Two comparisons, each interleaved step by step in one process, medians of the ratios:
 
     loop    tokens/s of our training step (loader, engine at each ZeRO stage, metrics) over those of a bare PyTorch loop
-            around the same model with AdamW and batches in memory; 0.95 at stage 1 is wanted
+            around the same model with fused AdamW and batches in memory; 0.95 at stage 1 is wanted
     model   time of a step of a plain implementation of the published transformer (scores materialised, an L x L float
             mask, checkpointing always on) over that of ours; 3 is wanted at 6 layers x 288, 1,024 tokens, batch 4
 
-    python benchmarks/prior.py [--steps 10] [--precision float32]
+Without a GPU each ratio is also given in CPU seconds, which a busy machine spoils less. The loop should wait for data
+less than 1 % of its time.
+
+On GPUs then the presets (100m, which is 12 layers x 768, 350m, 1b) through the whole loop in bfloat16: tokens/s, the
+share of the GPUs' peak FLOP/s (MFU; 40, 46 and 50 % are wanted on an H100), and memory beside the estimated.
+
+    OMP_WAIT_POLICY=passive python benchmarks/prior.py [--steps 10] [--precision float32] [--zero-stages 0 1 2 3]
+    torchrun --nproc-per-node 8 benchmarks/prior.py --precision bfloat16
 
 The last line is one JSON object.
 """
@@ -16,9 +23,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
+import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,18 +40,23 @@ from timing import device_name, interleave, ratio
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipmill.config import PriorModelConfig, TrainingConfig
+from clipmill.config import PriorModelConfig, TrainingConfig, load_config
 from clipmill.models.prior import Prior
 from clipmill.shards.dataset import ShardDataset, decode_codes, train_batches
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, freeze
 from clipmill.shards.order import Order, num_streams
 from clipmill.training import loop
-from clipmill.training.engine import Engine, join_world
+from clipmill.training.engine import Engine, World, join_world
+from clipmill.training.estimate import estimate
 from clipmill.training.prior import PriorObjective
 
 SHAPE = (4, 16, 16)
 NUM_CODES, CODE_DIM, BATCH = 1024, 256, 4
+PRESET_ROWS = {"100m": 48, "350m": 24, "1b": 12}
+"""Clips of a GPU's micro-batch: of 80 GB they leave some."""
+PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0}
+"""Dense bfloat16, as NVIDIA states them, by a part of the device's name; the first that fits."""
 SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
 
 
@@ -72,7 +87,7 @@ class PlainPrior(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        dim, length = SIZES["hidden_dim"], int(np.prod(SHAPE))
+        dim, length = SIZES["hidden_dim"], math.prod(SHAPE)
         self.register_buffer("codebook", torch.randn(NUM_CODES, CODE_DIM))
         self.project = nn.Linear(CODE_DIM, dim, bias=False)
         self.positions = nn.Parameter(torch.randn(length, dim) * 0.01)
@@ -92,33 +107,69 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--zero-stages", type=int, nargs="*", default=[1])
+    parser.add_argument("--peak-tflops", type=float, help="of one GPU in bfloat16; none: by its name")
     arguments = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    peak = arguments.peak_tflops or (known_peak() if cuda else None)
+    if cuda and peak is None:
+        parser.error(f"the peak of {torch.cuda.get_device_name()} is not known: give --peak-tflops")
     world = join_world()
     with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as folder:
         tokens = write_tokens(Path(folder))
-        bare = bare_step(new_prior("videogpt").to(world.device), arguments.precision)
-        steps: dict[str, Callable[[], Any]] = {"bare": bare}
-        for stage in arguments.zero_stages:
-            steps[f"loop, ZeRO-{stage}"] = loop_step(tokens, stage, arguments.precision)
-        steps["bare, modern"] = bare_step(new_prior("modern").to(world.device), arguments.precision)
-        steps["bare, published"] = bare_step(PlainPrior().to(world.device), arguments.precision)
-        seconds = interleave(steps, arguments.steps)
-    for name, durations in seconds.items():
-        median = statistics.median(durations)
-        print(f"{name}: {median * 1e3:.0f} ms a step, {BATCH * np.prod(SHAPE) / median:,.0f} tokens/s")
-    result: dict[str, Any] = {
-        "benchmark": "prior",
-        "device": device_name(),
-        "precision": arguments.precision,
-        "steps": arguments.steps,
-        "seconds_per_step": {name: round(statistics.median(durations), 4) for name, durations in seconds.items()},
-        "loop_to_bare": {
-            str(stage): ratio(seconds["bare"], seconds[f"loop, ZeRO-{stage}"]) for stage in arguments.zero_stages
-        },
-        "bare_to_published": ratio(seconds["bare, published"], seconds["bare"]),
-        "modern_to_published": ratio(seconds["bare, published"], seconds["bare, modern"]),
+        result = {
+            "benchmark": "prior",
+            "device": f"{device_name()} x {world.size}" if cuda else device_name(),
+            "precision": arguments.precision,
+            "steps": arguments.steps,
+            **compare(tokens, world, arguments.zero_stages, arguments.precision, arguments.steps),
+        }
+        if peak is not None:
+            result["peak_tflops"] = peak
+            result["presets"] = {
+                preset: utilise(preset, tokens, world, peak, arguments.steps) for preset in PRESET_ROWS
+            }
+    if world.rank == 0:
+        print(json.dumps(result))
+    world.leave()
+
+
+def known_peak() -> float | None:
+    """TFLOP/s of this GPU in bfloat16."""
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())), None)
+
+
+# ---------------------------------------------------------------------------------------------- comparisons
+
+
+def compare(tokens: Manifest, world: World, zero_stages: list[int], precision: str, num_rounds: int) -> dict[str, Any]:
+    """Loops and models of the same size, in turns."""
+    steps: dict[str, Callable[[], Any]] = {"bare": bare_step(new_prior("videogpt").to(world.device), precision)}
+    loops = {}
+    for stage in zero_stages:
+        settings = {"global_batch": BATCH * world.size, "zero_stage": stage, "precision": precision}
+        training = TrainingConfig.model_validate({**settings, "loader_workers": 0})
+        loops[stage] = Loop(tokens, new_prior("videogpt"), training, world)
+        steps[f"loop, ZeRO-{stage}"] = loops[stage]
+    steps["bare, modern"] = bare_step(new_prior("modern").to(world.device), precision)
+    steps["bare, published"] = bare_step(PlainPrior().to(world.device), precision)
+    wall, cpu = interleave(steps, num_rounds)
+    if world.rank == 0:
+        for name, durations in wall.items():
+            median = statistics.median(durations)
+            print(f"{name}: {median * 1e3:.0f} ms a step, {BATCH * math.prod(SHAPE) / median:,.0f} tokens/s")
+    facts: dict[str, Any] = {
+        "seconds_per_step": {name: round(statistics.median(durations), 4) for name, durations in wall.items()},
+        "data_wait_share": {stage: round(loop.waited / loop.lasted, 5) for stage, loop in loops.items()},
     }
-    print(json.dumps(result))
+    for kind, seconds in {"": wall, "_in_cpu_seconds": cpu}.items():
+        if kind and torch.cuda.is_available():
+            continue
+        loops_to_bare = {stage: ratio(seconds["bare"], seconds[f"loop, ZeRO-{stage}"]) for stage in loops}
+        facts[f"loop_to_bare{kind}"] = loops_to_bare
+        facts[f"bare_to_published{kind}"] = ratio(seconds["bare, published"], seconds["bare"])
+        facts[f"modern_to_published{kind}"] = ratio(seconds["bare, published"], seconds["bare, modern"])
+    return facts
 
 
 def new_prior(style: str) -> Prior:
@@ -130,7 +181,7 @@ def new_prior(style: str) -> Prior:
 def bare_step(model: nn.Module, precision: str) -> Callable[[], None]:
     """A training step without anything of ours around the model."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     codes = torch.randint(NUM_CODES, (BATCH, *SHAPE), device=device)
     bfloat16 = precision == "bfloat16"
 
@@ -145,37 +196,87 @@ def bare_step(model: nn.Module, precision: str) -> Callable[[], None]:
     return step
 
 
-def loop_step(tokens: Manifest, zero_stage: int, precision: str) -> Callable[[], None]:
-    """What `clipmill.training.loop` does between two checkpoints."""
-    training = TrainingConfig.model_validate(
-        {"global_batch": BATCH, "zero_stage": zero_stage, "precision": precision, "loader_workers": 0}
-    )
-    dataset = ShardDataset(tokens, decode_codes)
-    job = loop.Job(
-        folder_url="",
-        objective=PriorObjective(new_prior("videogpt")),
-        prepare=lambda batch: {"codes": batch["codes"], "weight": batch["weight"]},
-        train=dataset,
-        val=dataset,
-        config=training,
-        seed=0,
-        identity={},
-        batch_statistics=False,
-        export=lambda weights, step: None,
-    )
-    engine = Engine(job.objective, training, join_world(), rows=BATCH, accumulation=1)
-    numbers = iter(range(training.steps))
-    batches: Iterator[list[dict[str, Any]]] = train_batches(
-        dataset,
-        Order(tokens.counts, 0, num_streams(BATCH), training.shuffle_window),
-        global_batch=BATCH,
-        micro_batch=None,
-        rank=0,
-        world_size=1,
-        first_step=0,
-        num_workers=0,
-    )
-    return lambda: loop._train_step(job, engine, next(numbers), next(batches))
+class Loop:
+    """A step of what `clipmill.training.loop` does between two checkpoints.
+
+    Attributes:
+        waited: seconds spent on waiting for data.
+        lasted: seconds spent in all.
+    """
+
+    def __init__(self, tokens: Manifest, prior: Prior, training: TrainingConfig, world: World) -> None:
+        dataset = ShardDataset(tokens, decode_codes)
+        self._job = loop.Job(
+            folder_url="",
+            objective=PriorObjective(prior),
+            prepare=lambda batch: {"codes": batch["codes"], "weight": batch["weight"]},
+            train=dataset,
+            val=dataset,
+            config=training,
+            seed=0,
+            identity={},
+            batch_statistics=False,
+            export=lambda weights, step: None,
+        )
+        rows, accumulation = loop.rows_and_accumulation(training, world.size)
+        self._engine = Engine(self._job.objective, training, world, rows, accumulation)
+        self._numbers = iter(range(training.steps))
+        self._batches: Iterator[list[dict[str, Any]]] = train_batches(
+            dataset,
+            Order(tokens.counts, 0, num_streams(training.global_batch), training.shuffle_window),
+            global_batch=training.global_batch,
+            micro_batch=training.micro_batch,
+            rank=world.rank,
+            world_size=world.size,
+            first_step=0,
+            num_workers=training.loader_workers,
+        )
+        self.waited = self.lasted = 0.0
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        micro_batches = next(self._batches)
+        self.waited += time.perf_counter() - began
+        loop._train_step(self._job, self._engine, next(self._numbers), micro_batches)
+        self.lasted += time.perf_counter() - began
+
+
+# ------------------------------------------------------------------------------------------------- presets
+
+
+def utilise(preset: str, tokens: Manifest, world: World, peak_tflops: float, num_steps: int) -> dict[str, Any]:
+    """The loop on a preset, its host free to run ahead of the GPU: tokens/s, MFU, memory."""
+    training = {"precision": "bfloat16", "global_batch": PRESET_ROWS[preset] * world.size}
+    settings = [f"prior.training.{name}={value}" for name, value in training.items()]
+    shape = ["data.clip.num_frames=16", "data.clip.resolution=64", f"vqvae.model.num_codes={NUM_CODES}"]
+    config = load_config([], ["root=unused", f"prior.model.preset={preset}", *shape, *settings])
+    rates = {"mfu": 1.0, "gpus_per_node": 8, "upload_mb_per_second": 200.0}
+    expected = estimate(config, world.size, peak_tflops=peak_tflops, **rates)
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = Loop(tokens, Prior(config.prior.model, SHAPE, NUM_CODES, None), config.prior.training, world)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    step.waited, began = 0.0, time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    tokens_per_second = num_steps * config.prior.training.global_batch * math.prod(SHAPE) / seconds
+    states = expected.states[config.prior.training.zero_stage]
+    facts = {
+        "parameters": expected.num_parameters,
+        "tokens_per_second": round(tokens_per_second),
+        "mfu": round(tokens_per_second * expected.flops_per_token / (world.size * peak_tflops * 1e12), 4),
+        "data_wait_share": round(step.waited / seconds, 5),
+        "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "estimated_gib": round((states.total + expected.activations) / 2**30, 2),
+    }
+    if world.rank == 0:
+        print(f"{preset}: {facts['tokens_per_second']:,} tokens/s, MFU {facts['mfu']:.1%} of {peak_tflops:g} TFLOP/s")
+    return facts
 
 
 def write_tokens(folder: Path) -> Manifest:

@@ -17,19 +17,23 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x {torch.get_num_threads()}"
 
 
-def interleave(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after two rounds to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def interleave(
+    steps: dict[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds, and CPU seconds of this process, of each step in each round, after two rounds to warm up."""
+    wall: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         names = list(steps) if number % 2 else list(steps)[::-1]  # whoever comes first has the colder caches
         for name in names:
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             steps[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+                wall[name].append(time.perf_counter() - began)
+                cpu[name].append(time.process_time() - cpu_began)
+    return wall, cpu
 
 
 def ratio(reference: list[float], other: list[float]) -> float:

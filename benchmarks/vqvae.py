@@ -83,8 +83,8 @@ def compare(config: VQVAEModelConfig, video: Tensor, rounds: int) -> dict[str, A
     }
     # The published attentions add three biases where ours have their sum.
     parameters = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
-    trained = interleave({name: train_step(model.to(DEVICE), video, name) for name, model in models.items()}, rounds)
-    encoded = interleave({name: encoding(model.eval(), video, name) for name, model in models.items()}, 2 * rounds)
+    trained, _ = interleave({name: train_step(model.to(DEVICE), video, name) for name, model in models.items()}, rounds)
+    encoded, _ = interleave({name: encoding(model.eval(), video, name) for name, model in models.items()}, 2 * rounds)
     result: dict[str, Any] = {"model": config.model_dump(mode="json", exclude_defaults=True), "parameters": parameters}
     result["clips"] = list(video.shape)
     for what, seconds in (("train", trained), ("encode", encoded)):
@@ -181,7 +181,7 @@ def train_at_scale(name: str, batch: int, rounds: int) -> dict[str, Any]:
     video = torch.rand(batch, 3, 16, resolution, resolution, device=DEVICE) - 0.5
     with FlopCounterMode(display=False) as counter:
         train_step(model, video, "bfloat16")()
-    seconds = interleave({name: train_step(torch.compile(model), video, "bfloat16")}, rounds)[name]
+    seconds = interleave({name: train_step(torch.compile(model), video, "bfloat16")}, rounds)[0][name]
     median = statistics.median(seconds)
     tflops = counter.get_total_flops() / median / 1e12
     peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in device_name()), math.nan)

@@ -319,8 +319,8 @@ def _watch(
     """Relays progress and signals until the run has ended; returns the verdict of the ranks."""
     import ray
 
-    began = time.monotonic()
-    next_warning = began + WAIT_WARNING_SECONDS
+    next_look = time.monotonic() + WAIT_WARNING_SECONDS
+    homeless_since: float | None = time.monotonic()
     relayed = False
     while True:
         ended = fit.wait(POLL_SECONDS)
@@ -333,13 +333,20 @@ def _watch(
             logger.warning("stopping: the training workers finish a checkpoint first")
             ray.get(mailbox.request_stop.remote())
             relayed = True
-        waited_seconds = time.monotonic() - began
         if not started and relayed:
             return ("Interrupted", "stopped before the training began; submit the same command again")
-        if not started and time.monotonic() > next_warning:
-            require_capacity(config, bundle, config.training_workers, waited_seconds)
-            logger.warning("training: %s", waiting_message(bundle, config.training_workers, waited_seconds))
-            next_warning += WAIT_WARNING_SECONDS
+        if relayed and num_bundles(bundle) < config.training_workers:  # a node died: nobody is there to checkpoint
+            return verdict or ("Interrupted", "stopped while a node was missing; submit the same command again")
+        if (now := time.monotonic()) < next_look:
+            continue
+        next_look = now + WAIT_WARNING_SECONDS
+        if started and num_bundles(bundle) >= config.training_workers:
+            homeless_since = None
+            continue
+        # Not yet placed, or a node died: then Ray Train waits for another one in silence, and without an end.
+        homeless_since = homeless_since or now
+        require_capacity(config, bundle, config.training_workers, now - homeless_since)
+        logger.warning("training: %s", waiting_message(bundle, config.training_workers, now - homeless_since))
 
 
 def _reason(error: Exception) -> str:

@@ -35,6 +35,11 @@ class Hosts:
         """The head's, for ``cluster.address``."""
         return self._head
 
+    @property
+    def newest(self) -> int:
+        """Number of the host that came last."""
+        return len(self._hosts) - 1
+
     def add(self) -> None:
         """Starts one more host; returns when it is part of the cluster."""
         number = len(self._hosts)

@@ -167,9 +167,23 @@ def test_the_same_command_goes_on_after_a_killed_driver(workspace, tmp_path, und
 def test_another_host_replaces_a_killed_one(workspace, tmp_path, undisturbed, trainings, hosts):
     trainings.append(training := Training(workspace, tmp_path / "root", hosts.address))
     training.wait_for_commit()
-    assert workers(hosts.processes(1)), "nothing of the training ran there"
-    hosts.kill(1)
+    assert workers(hosts.processes(hosts.newest)), "nothing of the training ran there"
+    hosts.kill(hosts.newest)
+    training.wait_for(lambda: "2 worker(s) of 1 CPU have not started" in training.log.read_text())
     hosts.add()
     training.finish()
     training.check(undisturbed, "000001-0000", "000001-0001")
     assert list(training.folder.glob("checkpoints/*/*/node-1.done"))
+
+
+def test_a_training_that_waits_for_a_host_can_be_stopped(workspace, tmp_path, undisturbed, trainings, hosts):
+    trainings.append(training := Training(workspace, tmp_path / "root", hosts.address))
+    training.wait_for_commit()
+    hosts.kill(hosts.newest)
+    training.driver.terminate()
+    assert training.driver.wait(timeout=200) == 75, training.log.read_text()[-3000:]
+    assert "stopped while a node was missing" in training.log.read_text()
+    hosts.add()
+    training.start()
+    training.finish()
+    training.check(undisturbed, "000001-0000", "000002-0000")

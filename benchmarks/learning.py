@@ -1,0 +1,95 @@
+"""What does a prior learn that tables do not, and what are classes worth to it?
+
+On the tokens of a finished run (such as `make demo`) it trains the run's prior twice, without and with classes, for
+equal steps, and compares bits a token of the whole split val with those of three tables fitted on the split train (see
+``clipmill/evaluation/baselines.py``). Wanted: 25 % fewer bits than the better bigram, and fewer with classes than
+without.
+
+    python benchmarks/learning.py runs/demo [--steps 1600] [prior.training.lr=1e-3 ...]
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from clipmill.config import RunConfig, load_config
+from clipmill.evaluation.baselines import CodeTables, baseline_scores
+from clipmill.metrics import read_metrics
+from clipmill.shards.dataset import ShardDataset, decode_codes, eval_batches
+from clipmill.shards.manifest import Manifest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="of a run that has tokens of labelled clips, on this machine")
+    parser.add_argument("--steps", type=int, help="of each training; none: the run's own")
+    parser.add_argument("assignments", nargs="*", help="over the run's configuration")
+    arguments = parser.parse_args()
+    config_file = arguments.root.resolve() / "tokens" / "config.yaml"
+    config = load_config([config_file], arguments.assignments)
+    tables = table_bits(config)
+    for name, bits in tables.items():
+        print(f"{name}: {bits:.3f} bits a token", flush=True)
+    steps = arguments.steps or config.prior.training.steps
+    trained = {}
+    for name in ("unconditional", "classes"):
+        began = time.monotonic()
+        trained[name] = trained_bits(config_file, config, steps, name == "classes", arguments.assignments)
+        print(f"prior, {name}: {trained[name]:.3f} bits a token, {time.monotonic() - began:.0f} s", flush=True)
+    bigram = min(tables["raster_bigram"], tables["temporal_bigram"])
+    result = {
+        "benchmark": "learning",
+        "steps": steps,
+        "val_clips": Manifest.load(config.folder("tokens", "val"), "tokens").num_samples,
+        "bits_per_token": {name: round(bits, 4) for name, bits in (tables | trained).items()},
+        "saved_of_bigram": {name: round(1 - bits / bigram, 4) for name, bits in trained.items()},
+        "saved_by_classes": round(1 - trained["classes"] / trained["unconditional"], 4),
+    }
+    print(json.dumps(result))
+
+
+def table_bits(config: RunConfig) -> dict[str, float]:
+    """Bits a token of the split val under each table."""
+    counted = {}
+    for split in ("train", "val"):
+        manifest = Manifest.load(config.folder("tokens", split), "tokens")
+        counted[split] = CodeTables(manifest.recipe["num_codes"])
+        for batch in eval_batches(ShardDataset(manifest, decode_codes), batch_size=64, rank=0, world_size=1):
+            counted[split].update(batch["codes"][batch["weight"] > 0].numpy())
+    scores = baseline_scores(counted["train"], counted["val"])
+    return {name: scores[f"{name}_bits"] for name in ("unigram", "temporal_bigram", "raster_bigram")}
+
+
+def trained_bits(config_file: Path, config: RunConfig, steps: int, classes: bool, assignments: list[str]) -> float:
+    """Bits a token of the split val under a prior after so many steps of the stage ``train-prior``, run by itself."""
+    with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as folder:
+        (Path(folder) / "tokens").symlink_to(config.folder("tokens"))
+        settings = [
+            f"root={folder}",
+            f"tokenize.tokenizer={config.tokenizer_url}",
+            "cluster.training_launcher=process",
+            f"prior.model.class_conditional={json.dumps(classes)}",
+            f"prior.training.steps={steps}",
+            f"prior.training.val_every={steps}",
+            f"prior.training.checkpoint_every={steps}",
+            "prior.training.val_clips=1000000000",
+        ]
+        if not classes:
+            settings.append("prior.model.label_dropout=0")
+        command = ["train-prior", "--config", str(config_file), *assignments, *settings]
+        subprocess.run([sys.executable, "-m", "clipmill.cli", *command], check=True, stdout=subprocess.DEVNULL)
+        records = read_metrics(str(Path(folder) / "prior"))
+    return [record["loss"] for record in records if record["split"] == "val"][-1] / math.log(2)
+
+
+if __name__ == "__main__":
+    main()
