@@ -118,12 +118,11 @@ def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
     body, tensors = _read(url, "prior")
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
     tokenizer = {name.removeprefix("tokenizer."): tensors[name] for name in tensors.keys() - own.keys()}
-    t, h, w = body["latent_shape"]
     config = PriorModelConfig.model_validate(body["model"])
     shape = body.get("condition_shape")
     prior = Prior(
         config,
-        (t, h, w),
+        tuple(body["latent_shape"]),
         body["num_codes"],
         own.get("input.codebook"),
         body["num_classes"],

@@ -1,6 +1,7 @@
 """Where a code is: learned positions for each axis, or rotations of queries and keys.
 
-t, h, w: latent frames, height, width   L = t * h * w, raster order   C: channels   D: channels of a head
+t, h, w: latent frames, height, width   L: places of a grid of these, or of one axis more, in raster order
+C: channels   D: channels of a head
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def raster(tables: nn.ParameterList) -> Tensor:
 def rotations(shape: tuple[int, ...], head_dim: int, base: float) -> Tensor:
     """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid, float32 [2, L, D / 2].
 
-    Pair i of a head's channels turns by the place on axis i mod 3 times base ** (-2 i / D): axes are interleaved over
-    the frequencies, so each of them has the whole range.
+    Pair i of a head's channels turns by the place on axis i mod (number of axes) times base ** (-2 i / D): axes are
+    interleaved over the frequencies, so each of them has the whole range.
 
     Args:
-        shape: (t, h, w).
+        shape: (t, h, w), or with one axis more for codebooks.
         head_dim: D, even.
         base: wavelengths run from 2 pi to 2 pi * base.
     """

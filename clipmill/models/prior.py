@@ -4,7 +4,8 @@ Position p sees the codes before p and predicts its own. Two styles: VideoGPT's 
 layout of its published code), where a code enters as its codebook vector and positions are learned for each axis; and a
 modern one, where codes have embeddings of their own and positions turn queries and keys.
 
-B: batch   t, h, w: latent frames, height, width   L = t * h * w, raster order   K: codes   C: hidden channels
+B: batch   t, h, w: latent frames, height, width   M: codes of a latent, one of each codebook   K: codes of a codebook
+L = t * h * w * M, raster order   C: hidden channels
 """
 
 from __future__ import annotations
@@ -21,63 +22,15 @@ from clipmill.config import PriorModelConfig
 from clipmill.errors import UserError
 from clipmill.models.attention import KeysValues
 from clipmill.models.blocks import Block, norms_per_block
+from clipmill.models.code_layers import CodeHead, CodeInput
 from clipmill.models.conditioning import Condition, Told
 from clipmill.models.norms import Norm, Norms, layer_norm, rms_norm
-from clipmill.models.positions import axial_tables, raster, rotations
+from clipmill.models.positions import rotations
 
 __all__ = ["Cache", "Prior"]
 
 CHUNK_LOGITS = 2**26
 """Logits held at once by the loss (float32: 256 MiB)."""
-
-
-class CodeInput(nn.Module):
-    """Embeds the codes before each position, shifted right by a learned start.
-
-    Args:
-        config: of the prior.
-        latent_shape: (t, h, w).
-        num_codes: K.
-        codebook: float [K, D]; state of the videogpt style, since without it such a prior cannot be used.
-    """
-
-    codebook: Tensor
-
-    def __init__(
-        self, config: PriorModelConfig, latent_shape: tuple[int, int, int], num_codes: int, codebook: Tensor | None
-    ) -> None:
-        super().__init__()
-        dim = config.hidden_dim
-        self.modern = config.style == "modern"
-        if self.modern:
-            self.embedding = nn.Parameter(torch.randn(num_codes, dim) * 0.02)
-            self.start = nn.Parameter(torch.randn(dim) * 0.02)
-            return
-        if codebook is None or len(codebook) != num_codes:
-            raise ValueError(f"a codebook of {0 if codebook is None else len(codebook)} rows for {num_codes} codes")
-        self.register_buffer("codebook", codebook.detach().clone())
-        self.project = nn.Linear(codebook.shape[1], dim, bias=False)
-        self.start = nn.Parameter(torch.randn(dim) * 0.02)
-        self.axes = axial_tables(latent_shape, dim)
-        nn.init.normal_(self.project.weight, std=0.02)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Embeds codes int64 [B, L] (or the first of them) as float [B, L, C]; position p holds the code at p - 1."""
-        # K projected codebook rows, not B * L: the look-up comes after the product.
-        before = F.embedding(codes[:, :-1], self.table())
-        start = self.start.to(before.dtype).expand(len(codes), 1, -1)
-        x = torch.cat((start, before), 1)
-        return x if self.modern else x + raster(self.axes)[: x.shape[1]]
-
-    def table(self) -> Tensor:
-        """What each code adds to the next position, float [K, C]."""
-        return self.embedding if self.modern else self.project(self.codebook)
-
-    def first_and_offsets(self, num_positions: int) -> Tensor:
-        """What each position adds by itself, float [L, C]; the first includes the start."""
-        offsets = self.start.new_zeros(num_positions, len(self.start)) if self.modern else raster(self.axes)
-        offsets[0] += self.start
-        return offsets
 
 
 class Cache:
@@ -88,7 +41,7 @@ class Cache:
         blocks: keys and values of each block.
         memory: keys and values of what each block attends to, if there is something.
         norms: gains and biases of the samples.
-        inputs: what each code adds to the next position, float [K, C].
+        inputs: what each code adds to the next position, float [M * K, C].
         offsets: what each position adds by itself, float [L, C].
         told: what the prior is told of the samples.
         position: the next position, 0 .. L.
@@ -112,9 +65,9 @@ class Prior(nn.Module):
 
     Args:
         config: sizes and dropout.
-        latent_shape: (t, h, w) of the codes.
+        latent_shape: (t, h, w) of the codes, or (t, h, w, M) of several codebooks.
         num_codes: K.
-        codebook: the tokenizer's embeddings, float [K, D]; the modern style does without.
+        codebook: the tokenizer's embeddings, float [M * K, D]; the modern style does without.
         num_classes: classes of the data; used when ``config.class_conditional``.
         condition_shape: of the ``config.condition`` of one clip (see `Condition`).
 
@@ -130,7 +83,7 @@ class Prior(nn.Module):
     def __init__(
         self,
         config: PriorModelConfig,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
         num_codes: int,
         codebook: Tensor | None,
         num_classes: int = 0,
@@ -167,8 +120,7 @@ class Prior(nn.Module):
             self.condition = Condition(config, condition_shape, latent_shape[0], num_norms)
         memory_dim = None if self.condition is None else self.condition.memory_dim
         self.blocks = nn.ModuleList(Block(config, memory_dim) for _ in range(config.num_layers))
-        self.head = nn.Linear(config.hidden_dim, num_codes, bias=False)
-        nn.init.zeros_(self.head.weight)
+        self.head = CodeHead(config.hidden_dim, num_codes, self.input.num_codebooks)
         rotation = rotations(latent_shape, config.head_dim, config.rope_base) if modern else None  # [2, L, D / 2]
         self.register_buffer("rotation", rotation, persistent=False)
 
@@ -176,14 +128,14 @@ class Prior(nn.Module):
         """Logits of each code given those before it.
 
         Args:
-            codes: int64 [B, t, h, w].
+            codes: int64 [B, t, h, w] or [B, t, h, w, M].
             label: class of each clip, int64 [B]; none for an unconditional prior.
             condition: what else the prior is told of each clip (see `Condition`); none for one without.
 
         Returns:
             Float [B, L, K].
         """
-        return self.head(self._hidden(codes, label, condition))
+        return self.head(self._hidden(codes, label, condition).flatten(0, 1)).unflatten(0, (len(codes), -1))
 
     def loss(self, codes: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each clip's codes in nats per code, float32 [B]; arguments as of ``forward``.
@@ -195,7 +147,8 @@ class Prior(nn.Module):
             label = label.masked_fill(hide, self.null_label)
         hidden = self._hidden(codes, label, condition).flatten(0, 1)
         targets = codes.flatten()
-        rows_per_chunk = max(1, CHUNK_LOGITS // self.num_codes)
+        num_codebooks = self.input.num_codebooks
+        rows_per_chunk = max(1, CHUNK_LOGITS // self.num_codes // num_codebooks) * num_codebooks
         if len(targets) <= rows_per_chunk:
             losses = self._cross_entropy(hidden, targets)
         else:
@@ -255,7 +208,7 @@ class Prior(nn.Module):
 
         Args:
             cache: new.
-            codes: int64 [B, n, h, w], n < t.
+            codes: int64 [B, n, h, w] or [B, n, h, w, M], n < t.
         """
         assert cache.position == 0
         self._through_blocks(codes, cache.norms, cache.told, cache.blocks)
@@ -272,7 +225,7 @@ class Prior(nn.Module):
         frame = position // math.prod(self.latent_shape[1:])
         x = cache.offsets[position].expand(cache.batch_size, -1)
         if previous is not None:
-            x = x + F.embedding(previous, cache.inputs)
+            x = x + F.embedding(self.input.rows(previous, position - 1), cache.inputs)
         if cache.told.added is not None:
             x = x + cache.told.added[:, frame]
         norms = [norm.frames(frame) for norm in cache.norms]
@@ -282,4 +235,4 @@ class Prior(nn.Module):
                 x, self._norms_of(norms, index), rotation, cache.memory[index], cache.blocks[index], position
             )
         cache.position += 1
-        return self.head(self.normalise(x, norms[-1]))
+        return self.head(self.normalise(x, norms[-1]), codebook=position % self.input.num_codebooks)

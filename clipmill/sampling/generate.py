@@ -42,7 +42,7 @@ def generate(
             that differ by rounding (below 1e-5) between batch sizes.
         labels: class of each sample, int64 [B], for a class-conditional prior.
         condition: what else the prior is told of each sample (see `clipmill.models.conditioning`).
-        prefix: the first latent frames, taken as given, int64 [B, n, h, w].
+        prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M].
         guidance: logits become ``none + guidance * (class - none)`` of those without and with the class (arXiv
             2207.12598); other than 1 needs a prior that knows the null label.
         temperature: divides the logits.
@@ -50,7 +50,7 @@ def generate(
         top_p: keep the fewest likeliest codes whose probabilities sum to this.
 
     Returns:
-        int64 [B, t, h, w].
+        int64 [B, t, h, w], or [B, t, h, w, M] of a prior over M codebooks.
     """
     device = prior.head.weight.device
     batch_size = len(indices)

@@ -5,7 +5,8 @@ latents, where the prior or the settings want those. A unit is one batch of ``sa
 indices, and every batch is whole: the last one holds the surplus samples that fill it. So a unit does not depend on
 ``sample.num_samples``; raising that adds units, and those on disk stay as they are.
 
-A sample is stored as it was made: ``npy`` uint8 [T, H, W, 3], ``codes.npy`` [t, h, w], and ``json`` with what made it.
+A sample is stored as it was made: ``npy`` uint8 [T, H, W, 3], ``codes.npy`` [t, h, w] or [t, h, w, M], and ``json``
+with what made it.
 """
 
 from __future__ import annotations

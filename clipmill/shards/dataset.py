@@ -82,8 +82,8 @@ def decode_codes(members: dict[str, memoryview]) -> dict[str, Any]:
     """A sample of ``tokens``.
 
     Returns:
-        ``codes`` int64 [t, h, w] (narrower on disk), ``label`` str | None, and as far as it has them ``actions``
-        float32 [T, action_dim], ``text`` float32 [S, E] (an embedding), ``frames`` uint8 [n, H, W, 3].
+        ``codes`` int64 [t, h, w] or [t, h, w, M] (narrower on disk), ``label`` str | None, and as far as it has them
+        ``actions`` float32 [T, action_dim], ``text`` float32 [S, E] (an embedding), ``frames`` uint8 [n, H, W, 3].
     """
     codes = parse_npy(members["codes.npy"]).astype(np.int64)
     fields = {"codes": codes, "label": json.loads(str(members["json"], "utf-8"))["label"], **_actions(members)}

@@ -274,7 +274,7 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, videos: list[np.ndarray]) -> np.ndarray:
-        """uint8 [T, H, W, 3] each -> codes [B, t, h, w] in the narrowest little-endian type."""
+        """uint8 [T, H, W, 3] each -> codes [B, t, h, w] or [B, t, h, w, M] in the narrowest little-endian type."""
         batch = torch.from_numpy(np.stack(videos)).to(self.device)
         codes = self.model.encode(to_input(batch)).cpu().numpy()
         return codes.astype(code_dtype(self.num_codes))

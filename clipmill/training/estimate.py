@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from clipmill.config import PriorModelConfig, RunConfig
 from clipmill.models.prior import Prior
-from clipmill.models.vqvae import latent_shape
+from clipmill.models.vqvae import codes_shape
 from clipmill.training.loop import rows_and_accumulation
 
 __all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "flops_per_token", "model_state_bytes", "saved_bytes"]
@@ -89,7 +89,7 @@ def estimate(
         UserError: the clips do not divide by the tokenizer's downsampling.
     """
     clip, model = config.data.clip, config.prior.model
-    shape = latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)
+    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)
     tokens = math.prod(shape)
     rows, accumulation = rows_and_accumulation(config.prior.training, num_gpus)
     with FakeTensorMode():
@@ -122,6 +122,7 @@ def flops_per_token(prior: Prior) -> float:
     """Floating-point operations of a token, forward and backward, without what checkpointing repeats."""
     multiplied = [p for name, p in prior.named_parameters() if p.dim() > 1 and name not in _LOOKED_UP]
     in_products = sum(parameter.numel() for parameter in multiplied)
+    in_products -= (prior.input.num_codebooks - 1) * prior.num_codes * prior.config.hidden_dim  # logits of the others
     # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
     return 6 * in_products + 6 * prior.config.num_layers * prior.config.hidden_dim * prior.num_positions
 
@@ -158,7 +159,7 @@ def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float) ->
     All blocks are alike: two runs, of one block and of two, tell what a block keeps and what the rest does.
     """
     model, clip = config.prior.model, config.data.clip
-    shape = latent_shape(config.vqvae.model, clip.num_frames, clip.resolution)
+    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)
     bfloat16 = config.prior.training.precision == "bfloat16"
     with FakeTensorMode():
         one, two = (_kept(config, model.model_copy(update={"num_layers": n}), shape, rows, bfloat16) for n in (1, 2))
@@ -186,7 +187,7 @@ def saved_bytes(prior: Prior, codes: Tensor, label: Tensor | None, condition: Te
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, int, int], rows: int, bfloat16: bool) -> int:
+def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...], rows: int, bfloat16: bool) -> int:
     """`saved_bytes` of a prior of this size on fake tensors."""
     prior = _build(config, model.model_copy(update={"checkpointed_share": 0.0}), shape).train()
     codes = torch.zeros(rows, *shape, dtype=torch.int64)
@@ -199,12 +200,14 @@ def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, int, int
     return saved_bytes(prior, codes, label, condition, bfloat16)
 
 
-def _build(config: RunConfig, model: PriorModelConfig, shape: tuple[int, int, int]) -> Prior:
+def _build(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...]) -> Prior:
     """A prior as large as the one to be trained, as far as that is known before there are data."""
-    num_codes = config.vqvae.model.num_codes
-    codebook = torch.zeros(num_codes, config.vqvae.model.embedding_dim)
+    tokenizer = config.vqvae.model
+    codebook = torch.zeros(
+        tokenizer.num_codes * tokenizer.num_codebooks, tokenizer.latent_dim // tokenizer.num_codebooks
+    )
     num_classes = 100 if model.class_conditional else 0
-    return Prior(model, shape, num_codes, codebook, num_classes, _condition_shape(config))
+    return Prior(model, shape, tokenizer.num_codes, codebook, num_classes, _condition_shape(config))
 
 
 def _condition_shape(config: RunConfig) -> tuple[int, ...] | None:

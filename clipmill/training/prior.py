@@ -61,10 +61,9 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     _require_rows(training, world.size)
 
     def build() -> Prior:
-        t, h, w = tokens.recipe["latent_shape"]
+        shape, num_codes = tuple(tokens.recipe["latent_shape"]), tokens.recipe["num_codes"]
         codebook = tokenizer.quantizer.codebook
-        num_codes = tokens.recipe["num_codes"]
-        return Prior(config.prior.model, (t, h, w), num_codes, codebook, len(classes), condition_shape)
+        return Prior(config.prior.model, shape, num_codes, codebook, len(classes), condition_shape)
 
     torch.manual_seed(config.seed)  # of the initial weights
     objective = PriorObjective(build())
@@ -124,8 +123,8 @@ class PriorObjective(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch: ``codes`` int64 [B, t, h, w], ``label`` int64 [B] if class-conditional, ``condition`` if it has
-        another (see `clipmill.models.conditioning`), ``weight`` float32 [B].
+        """Batch: ``codes`` int64 [B, t, h, w] or [B, t, h, w, M], ``label`` int64 [B] if class-conditional,
+        ``condition`` if it has another (see `clipmill.models.conditioning`), ``weight`` float32 [B].
 
         The loss is the mean cross-entropy in nats per token.
         """
@@ -146,11 +145,6 @@ def _tokens(config: RunConfig) -> Manifest:
             f"the tokens at {tokens.url} were made by tokenizer {tokens.recipe['tokenizer']}, the one at "
             f"{config.tokenizer_url} is {sha8}; set tokenize.tokenizer to theirs, or remove the tokens and run "
             "`clipmill tokenize` again"
-        )
-    if len(tokens.recipe["latent_shape"]) != 3:
-        raise UserError(
-            f"the tokens at {tokens.url} have {tokens.recipe['latent_shape'][3]} codes a latent, the prior draws one; "
-            "train a tokenizer with vqvae.model.num_codebooks=1"
         )
     if config.prior.model.class_conditional and not tokens.facts["classes"]:
         raise UserError(

@@ -13,7 +13,7 @@ from clipmill.models.prior import Prior
 
 SHAPE = (2, 3, 4)
 NUM_POSITIONS = math.prod(SHAPE)
-
+shapes = pytest.mark.parametrize("shape", [SHAPE, (2, 2, 2, 3)], ids=["one-codebook", "three-codebooks"])
 
 STYLES: dict[str, dict[str, Any]] = {
     "videogpt": {},
@@ -23,7 +23,9 @@ STYLES: dict[str, dict[str, Any]] = {
 styles = pytest.mark.parametrize("style", STYLES)
 
 
-def tiny(num_classes: int = 0, dropout: float = 0.0, style: str = "videogpt", **keys: Any) -> Prior:
+def tiny(
+    num_classes: int = 0, dropout: float = 0.0, style: str = "videogpt", shape: tuple[int, ...] = SHAPE, **keys: Any
+) -> Prior:
     config = PriorModelConfig(
         hidden_dim=24,
         num_heads=4,
@@ -34,7 +36,8 @@ def tiny(num_classes: int = 0, dropout: float = 0.0, style: str = "videogpt", **
         **STYLES[style],
         **keys,
     )
-    return Prior(config, SHAPE, num_codes=11, codebook=torch.randn(11, 5), num_classes=num_classes)
+    num_rows = 11 * math.prod(shape[3:])
+    return Prior(config, shape, num_codes=11, codebook=torch.randn(num_rows, 5), num_classes=num_classes)
 
 
 def stirred(num_classes: int = 0, style: str = "videogpt", **keys: Any) -> Prior:
@@ -46,8 +49,8 @@ def stirred(num_classes: int = 0, style: str = "videogpt", **keys: Any) -> Prior
     return prior
 
 
-def some_codes(batch_size: int = 3) -> torch.Tensor:
-    return torch.randint(11, (batch_size, *SHAPE))
+def some_codes(batch_size: int = 3, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+    return torch.randint(11, (batch_size, *shape))
 
 
 def test_loss_at_the_start_is_that_of_a_uniform_guess() -> None:
@@ -62,8 +65,9 @@ def test_loss_is_the_cross_entropy_of_the_logits() -> None:
     torch.testing.assert_close(prior.loss(codes), expected)
 
 
-def test_chunked_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    prior, codes = stirred(), some_codes()
+@shapes
+def test_chunked_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    prior, codes = stirred(shape=shape), some_codes(shape=shape)
     whole = prior.loss(codes)
     whole_gradients = torch.autograd.grad(whole.sum(), list(prior.parameters()))
     monkeypatch.setattr(prior_module, "CHUNK_LOGITS", 11 * 7)
@@ -77,8 +81,9 @@ def test_chunked_loss_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 @styles
-def test_a_position_sees_only_the_codes_before_it(style: str) -> None:
-    prior, codes = stirred(style=style), some_codes()
+@shapes
+def test_a_position_sees_only_the_codes_before_it(style: str, shape: tuple[int, ...]) -> None:
+    prior, codes = stirred(style=style, shape=shape), some_codes(shape=shape)
     logits = prior(codes)
     for position in (0, 5, NUM_POSITIONS - 1):
         changed = codes.flatten(1).clone()
@@ -90,9 +95,10 @@ def test_a_position_sees_only_the_codes_before_it(style: str) -> None:
 
 @torch.no_grad()
 @styles
+@shapes
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_cached_steps_equal_the_full_pass(num_classes: int, style: str) -> None:
-    prior, codes = stirred(num_classes, style), some_codes()
+def test_cached_steps_equal_the_full_pass(num_classes: int, style: str, shape: tuple[int, ...]) -> None:
+    prior, codes = stirred(num_classes, style, shape=shape), some_codes(shape=shape)
     label = torch.tensor([2, 0, 1]) if num_classes else None
     cache = prior.new_cache(3, label)
     previous, steps = None, []
@@ -100,6 +106,23 @@ def test_cached_steps_equal_the_full_pass(num_classes: int, style: str) -> None:
         steps.append(prior.step(cache, previous))
         previous = column
     torch.testing.assert_close(torch.stack(steps, 1), prior(codes, label), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@styles
+def test_each_codebook_has_embeddings_and_logits_of_its_own(style: str) -> None:
+    """The same code of another codebook is another code: changing one's rows leaves the others' alone."""
+    shape = (1, 1, 1, 3)
+    prior, codes = stirred(style=style, shape=shape), torch.full((1, *shape), 4)
+    before = prior(codes)
+    prior.head.weight[11 * 1 + 4] += 1
+    changed = prior(codes) != before
+    assert changed[0, 1, 4]
+    assert changed.sum() == 1
+    before = prior(codes)
+    table = prior.input.embedding if style.startswith("modern") else prior.input.codebook
+    table[11 * 1 + 4] += 1
+    assert (prior(codes) != before)[0].any(1).tolist() == [False, False, True]
 
 
 @styles
