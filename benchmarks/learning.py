@@ -62,7 +62,7 @@ def table_bits(config: RunConfig) -> dict[str, float]:
     counted = {}
     for split in ("train", "val"):
         manifest = Manifest.load(config.folder("tokens", split), "tokens")
-        counted[split] = CodeTables(manifest.recipe["num_codes"])
+        counted[split] = CodeTables(manifest.recipe["num_codes"], math.prod(manifest.recipe["latent_shape"][3:]))
         for batch in eval_batches(ShardDataset(manifest, decode_codes), batch_size=64, rank=0, world_size=1):
             counted[split].update(batch["codes"][batch["weight"] > 0].numpy())
     scores = baseline_scores(counted["train"], counted["val"])

@@ -3,7 +3,8 @@
 Three tables are counted on the training codes: how often each code occurs (*unigram*), which code follows which at
 the same place one latent frame later (*temporal bigram*), and which follows which in raster order (*raster bigram*).
 Their cross-entropy on the validation codes is what a predictor without any learning reaches. Where a context is missing
-(the first latent frame, the first code of a clip) a bigram uses the unigram.
+(the first latent frame, the first code of a clip) a bigram uses the unigram. Of several codebooks each has tables of
+its own, so their raster bigram looks at the place before, not at the other codes of the same place.
 
 Smoothing (MacKay and Peto 1995, "A hierarchical Dirichlet language model"): with counts n, K codes and N tokens
     unigram p(c)     = (n(c) + a) / (N + a K)
@@ -31,39 +32,40 @@ _BIGRAM_GRID = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e6)
 class CodeTables:
     """Counts of codes and of pairs of codes, batch by batch.
 
-    Memory: two int64 tables [K, K] (64 MiB together for 2,048 codes).
+    M codebooks of K codes. Memory: two int64 tables [M, K, K] (64 MiB together for one codebook of 2,048).
     """
 
     num_codes: int
+    num_codebooks: int = 1
     num_clips: int = 0
     unigram: NDArray[np.int64] = field(init=False)
-    """[K]: occurrences of each code."""
+    """[M, K]: occurrences of each code."""
     first_frame: NDArray[np.int64] = field(init=False)
-    """[K]: occurrences in the first latent frame, where no earlier one exists."""
+    """[M, K]: occurrences in the first latent frame, where no earlier one exists."""
     first_code: NDArray[np.int64] = field(init=False)
-    """[K]: occurrences at the first place of a clip."""
+    """[M, K]: occurrences at the first place of a clip."""
     temporal: NDArray[np.int64] = field(init=False)
-    """[K, K]: row = code one latent frame earlier at the same place, column = code."""
+    """[M, K, K]: row = code one latent frame earlier at the same place, column = code."""
     raster: NDArray[np.int64] = field(init=False)
-    """[K, K]: row = code just before in raster order, column = code."""
+    """[M, K, K]: row = code at the place just before in raster order, column = code."""
 
     def __post_init__(self) -> None:
-        self.unigram = np.zeros(self.num_codes, np.int64)
-        self.first_frame = np.zeros(self.num_codes, np.int64)
-        self.first_code = np.zeros(self.num_codes, np.int64)
-        self.temporal = np.zeros((self.num_codes, self.num_codes), np.int64)
-        self.raster = np.zeros((self.num_codes, self.num_codes), np.int64)
+        singles, pairs = (self.num_codebooks, self.num_codes), (self.num_codebooks, self.num_codes, self.num_codes)
+        self.unigram, self.first_frame, self.first_code = (np.zeros(singles, np.int64) for _ in range(3))
+        self.temporal, self.raster = (np.zeros(pairs, np.int64) for _ in range(2))
 
     def update(self, codes: NDArray[np.integer]) -> None:
-        """Counts the codes of clips: integers [B, t, h, w] below ``num_codes``."""
-        codes = codes.astype(np.int64)
-        row = codes.reshape(len(codes), -1)
+        """Counts the codes of clips: integers [B, t, h, w] or, of several codebooks, [B, t, h, w, M], below K."""
+        codes = codes.astype(np.int64).reshape(*codes.shape[:4], self.num_codebooks)
         self.num_clips += len(codes)
-        self.unigram += np.bincount(codes.reshape(-1), minlength=self.num_codes)
-        self.first_frame += np.bincount(codes[:, 0].reshape(-1), minlength=self.num_codes)
-        self.first_code += np.bincount(row[:, 0], minlength=self.num_codes)
-        np.add.at(self.temporal, (codes[:, :-1].reshape(-1), codes[:, 1:].reshape(-1)), 1)
-        np.add.at(self.raster, (row[:, :-1].reshape(-1), row[:, 1:].reshape(-1)), 1)
+        for book in range(self.num_codebooks):
+            own = codes[..., book]
+            row = own.reshape(len(own), -1)
+            self.unigram[book] += np.bincount(own.reshape(-1), minlength=self.num_codes)
+            self.first_frame[book] += np.bincount(own[:, 0].reshape(-1), minlength=self.num_codes)
+            self.first_code[book] += np.bincount(row[:, 0], minlength=self.num_codes)
+            np.add.at(self.temporal[book], (own[:, :-1].reshape(-1), own[:, 1:].reshape(-1)), 1)
+            np.add.at(self.raster[book], (row[:, :-1].reshape(-1), row[:, 1:].reshape(-1)), 1)
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +85,7 @@ def baseline_scores(train: CodeTables, val: CodeTables) -> dict[str, Any]:
     unigram_weight, unigram_nats = min(
         ((weight, _unigram_nats(train, val, weight)) for weight in _UNIGRAM_GRID), key=lambda found: found[1]
     )
-    log_unigram = _log_unigram(train, unigram_weight)
+    log_unigram = _log_unigram(train, unigram_weight)  # [M, K]
     temporal_weight, temporal_nats = _best_bigram(train.temporal, val.temporal, val.first_frame, log_unigram)
     raster_weight, raster_nats = _best_bigram(train.raster, val.raster, val.first_code, log_unigram)
     nats = {"unigram": unigram_nats, "temporal_bigram": temporal_nats, "raster_bigram": raster_nats}
@@ -95,12 +97,13 @@ def baseline_scores(train: CodeTables, val: CodeTables) -> dict[str, Any]:
 
 
 def _log_unigram(train: CodeTables, weight: float) -> NDArray[np.float64]:
-    """Log-probabilities of the codes: float64 [K]."""
-    return np.log(train.unigram + weight) - math.log(train.num_tokens + weight * train.num_codes)
+    """Log-probabilities of the codes: float64 [M, K]."""
+    weighted = train.unigram + weight
+    return np.log(weighted) - np.log(weighted.sum(1, keepdims=True))
 
 
 def _unigram_nats(train: CodeTables, val: CodeTables, weight: float) -> float:
-    return float(-(val.unigram @ _log_unigram(train, weight)) / val.num_tokens)
+    return float(-(val.unigram * _log_unigram(train, weight)).sum() / val.num_tokens)
 
 
 def _best_bigram(
@@ -110,12 +113,12 @@ def _best_bigram(
     log_unigram: NDArray[np.float64],
 ) -> tuple[float, float]:
     """The smoothing weight of the grid with the lowest validation cross-entropy, and that cross-entropy in nats."""
-    before, after = np.nonzero(val_pairs)
-    occurrences = val_pairs[before, after]
-    pair_counts = train_pairs[before, after]
-    context_counts = train_pairs.sum(axis=1)[before]
-    prior_shares = np.exp(log_unigram)[after]
-    nats_without_context = -float(val_without_context @ log_unigram)
+    book, before, after = np.nonzero(val_pairs)
+    occurrences = val_pairs[book, before, after]
+    pair_counts = train_pairs[book, before, after]
+    context_counts = train_pairs.sum(axis=2)[book, before]
+    prior_shares = np.exp(log_unigram)[book, after]
+    nats_without_context = -float((val_without_context * log_unigram).sum())
     num_tokens = int(occurrences.sum() + val_without_context.sum())
 
     def nats(weight: float) -> float:

@@ -118,7 +118,7 @@ def _judge_all(config: RunConfig, lease: Lease) -> dict[str, Any]:
         classes = body["classes"] or inputs.clips.facts["classes"]
         found = measure_reconstruction(reader, networks, inputs.clips, most, tokenizer, classes, device)
         val_tables, nats = score_codes(reader, inputs.val_tokens, most, prior, body["classes"], device)
-        tables = CodeTables(body["num_codes"])
+        tables = CodeTables(val_tables.num_codes, val_tables.num_codebooks)
         for batch in reader.read(inputs.train_tokens, decode_codes, most_for_tables):
             tables.update(batch["codes"])
         samples, features = describe_samples(reader, networks, inputs.samples, most, found.statistics, val_tables)

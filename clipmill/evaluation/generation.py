@@ -46,7 +46,7 @@ def score_codes(
     Raises:
         UserError: a clip has another class.
     """
-    tables = CodeTables(prior.num_codes)
+    tables = CodeTables(prior.num_codes, prior.input.num_codebooks)
     sum_nats = 0.0
     for batch in reader.read(val_tokens, decode_codes, most):
         codes = batch["codes"]
@@ -119,7 +119,7 @@ def describe_samples(
     Raises:
         UserError: a network is not what its key says.
     """
-    statistics, tables = VideoStatistics(), CodeTables(val_tables.num_codes)
+    statistics, tables = VideoStatistics(), CodeTables(val_tables.num_codes, val_tables.num_codebooks)
     features: FeatureStatistics | None = None
     probabilities: list[NDArray[np.float64]] = []
     per_class: Counter[str] = Counter()

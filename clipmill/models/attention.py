@@ -51,7 +51,7 @@ class AxialAttention(nn.Module):
         """Mixes x [B, C, T, H, W] along each axis; channels-last memory in and out."""
         x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C]
         axes = zip((3, 2, 1), self.qkv.weight.chunk(3), self.out.weight.chunk(3, 1), strict=True)
-        mixed = self.out.bias
+        mixed: Tensor = self.out.bias
         for axis, qkv, out in axes:
             mixed = torch.addmm(mixed, self._along(x, qkv, axis).flatten(0, -2), out.t())
         return mixed.view(x.shape).permute(0, 4, 1, 2, 3)

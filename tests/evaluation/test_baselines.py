@@ -17,12 +17,30 @@ def tables(codes: np.ndarray, num_codes: int) -> CodeTables:
 def test_counts_of_one_small_clip():
     # t = 2, h = 1, w = 2:  frame 0: 0 1   frame 1: 0 2
     counted = tables(np.array([[[[0, 1]], [[0, 2]]]]), 3)
-    assert counted.unigram.tolist() == [2, 1, 1]
-    assert counted.first_frame.tolist() == [1, 1, 0]
-    assert counted.first_code.tolist() == [1, 0, 0]
-    assert counted.temporal.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
-    assert counted.raster.tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert counted.unigram.tolist() == [[2, 1, 1]]
+    assert counted.first_frame.tolist() == [[1, 1, 0]]
+    assert counted.first_code.tolist() == [[1, 0, 0]]
+    assert counted.temporal.tolist() == [[[1, 0, 0], [0, 0, 1], [0, 0, 0]]]
+    assert counted.raster.tolist() == [[[0, 1, 1], [1, 0, 0], [0, 0, 0]]]
     assert (counted.num_clips, counted.num_tokens) == (1, 4)
+
+
+def test_each_codebook_has_tables_of_its_own():
+    codes = np.random.default_rng(3).integers(0, 4, (6, 3, 2, 2, 2))
+    both = CodeTables(4, num_codebooks=2)
+    both.update(codes)
+    for book in range(2):
+        one = tables(codes[..., book], 4)
+        for name in ("unigram", "first_frame", "first_code", "temporal", "raster"):
+            assert np.array_equal(getattr(both, name)[book], getattr(one, name)[0])
+    assert both.num_tokens == codes.size
+    # Of a codebook that says all (always 2) and one that says nothing, the mean.
+    codes[..., 1] = 2
+    both, one = CodeTables(4, num_codebooks=2), tables(codes[..., 0], 4)
+    both.update(codes)
+    for kind in ("unigram_nats", "temporal_bigram_nats", "raster_bigram_nats"):
+        halved = baseline_scores(one, one)[kind] / 2
+        assert baseline_scores(both, both)[kind] == pytest.approx(halved, abs=0.02)
 
 
 def test_batches_add_up_to_the_tables_of_everything():
