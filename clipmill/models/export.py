@@ -1,6 +1,6 @@
 """Exports: a model as an immutable folder that needs nothing else to be used.
 
-    <training folder>/exports/<sha8>/model.safetensors    float32 weights and state
+    <training folder>/exports/<sha8>/model.safetensors    weights (float32, or bfloat16 on request) and float32 state
                                      model.json           what the model is (schema 1), and the hash of the weights
                       exports/latest.json                 names the newest sha8; written last
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from clipmill import storage
@@ -24,13 +25,22 @@ from clipmill.errors import UserError
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 
-__all__ = ["export_body", "load_prior", "load_vqvae", "read_latest", "save_export"]
+__all__ = ["Dtype", "export_body", "load_prior", "load_vqvae", "read_latest", "save_export"]
 
 SCHEMA = 1
 TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
+Dtype = Literal["float32", "bfloat16"]
+"""Of the weights in an export. Whatever it is, they are loaded as float32, and buffers (codebook, statistics) and a
+prior's tokenizer are float32: codes mean the same pixels."""
 
 
-def save_export(folder_url: str, model: nn.Module, body: dict[str, Any], tokenizer: nn.Module | None = None) -> str:
+def save_export(
+    folder_url: str,
+    model: nn.Module,
+    body: dict[str, Any],
+    tokenizer: nn.Module | None = None,
+    dtype: Dtype = "float32",
+) -> str:
     """Writes an export and makes it the latest of its training folder.
 
     Args:
@@ -39,11 +49,15 @@ def save_export(folder_url: str, model: nn.Module, body: dict[str, Any], tokeniz
         body: plain JSON for ``model.json``: ``kind`` ("vqvae" or "prior"), ``model`` (identity of the model's
             config) and what the loader of that kind reads (see `load_vqvae`, `load_prior`).
         tokenizer: of a prior; its weights go into the same file.
+        dtype: of the weights in the file; recorded in the body if it is not float32.
 
     Returns:
         The export's sha8.
     """
     tensors = _tensors(model.state_dict(), "")
+    if dtype != "float32":
+        tensors |= {name: tensors[name].to(getattr(torch, dtype)) for name, _ in model.named_parameters()}
+        body = body | {"dtype": dtype}
     if tokenizer is not None:
         tensors |= _tensors(tokenizer.state_dict(), "tokenizer.")
     weights = safetensors.torch.save(tensors)
@@ -189,4 +203,5 @@ def _read(url: str, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"{weights_url} is missing; restore the export folder, or train again") from None
     if hashlib.sha256(weights).hexdigest() != body["weights_sha256"]:
         raise UserError(f"{weights_url} is damaged (another SHA-256 than recorded); restore it, or train again")
-    return body, safetensors.torch.load(weights)
+    tensors = safetensors.torch.load(weights)
+    return body, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -81,6 +81,24 @@ def test_a_prior_makes_pixels_alone(tmp_path: Path) -> None:
     assert torch.equal(loaded_tokenizer.decode(codes), tokenizer.decode(codes))
 
 
+@torch.no_grad()
+def test_narrow_weights_are_computed_with_as_float32(tmp_path: Path) -> None:
+    tokenizer = trained_vqvae()
+    body = {"kind": "vqvae", "model": identity(VQVAE_CONFIG), "pixel_variance": 0.05}
+    url = tmp_path / "exports" / save_export(str(tmp_path), tokenizer, body, dtype="bfloat16")
+    wide_url = tmp_path / "exports" / save_export(str(tmp_path), tokenizer, body)
+    assert (url / "model.safetensors").stat().st_size < 0.7 * (wide_url / "model.safetensors").stat().st_size
+    loaded, tokenizer_body, _ = load_vqvae(str(url))
+    assert tokenizer_body["dtype"] == "bfloat16"
+    state = tokenizer.state_dict()
+    for name, _ in tokenizer.named_parameters():
+        assert torch.equal(loaded.state_dict()[name], state[name].bfloat16().float()), name
+    for name, buffer in tokenizer.named_buffers():
+        assert torch.equal(loaded.state_dict()[name], buffer), name
+    video = torch.rand(1, 3, 4, 8, 8) - 0.5
+    assert loaded.decode(loaded.encode(video)).dtype == torch.float32
+
+
 def test_the_same_content_is_one_immutable_export(tmp_path: Path) -> None:
     model = trained_vqvae()
     first = save_vqvae(tmp_path, model)
