@@ -47,9 +47,10 @@ from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, freeze
 from clipmill.shards.order import Order, num_streams
 from clipmill.training import loop
-from clipmill.training.engine import Engine, World, join_world
+from clipmill.training.engine import Engine
 from clipmill.training.estimate import estimate
 from clipmill.training.prior import PriorObjective
+from clipmill.training.world import World, join_world
 
 SHAPE = (4, 16, 16)
 NUM_CODES, CODE_DIM, BATCH = 1024, 256, 4
@@ -208,7 +209,7 @@ class Loop:
         dataset = ShardDataset(tokens, decode_codes)
         self._job = loop.Job(
             folder_url="",
-            objective=PriorObjective(prior),
+            objective=PriorObjective(prior, tokens_per_value=1.0),
             prepare=lambda batch: {"codes": batch["codes"], "weight": batch["weight"]},
             train=dataset,
             val=dataset,
@@ -216,7 +217,7 @@ class Loop:
             seed=0,
             identity={},
             batch_statistics=False,
-            export=lambda weights, step: None,
+            export=lambda weights, step: "",
         )
         rows, accumulation = loop.rows_and_accumulation(training, world.size)
         self._engine = Engine(self._job.objective, training, world, rows, accumulation)

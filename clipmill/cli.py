@@ -163,6 +163,23 @@ def import_videogpt(
     print(json.dumps({"kind": kind, "export": storage.join(out, "exports", sha8)}))
 
 
+@app.command("export")
+def export(
+    assignments: Assignments = None,
+    config: ConfigFiles = None,
+    stage: Annotated[Literal["vqvae", "prior"], typer.Option("--stage", help="Which model.")] = "prior",
+    step: Annotated[int | None, typer.Option("--step", min=1, help="Of the checkpoint; none: the newest.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the weights in the export.")
+    ] = "float32",
+) -> None:
+    """Turn a committed checkpoint into an export, the latest of its folder."""
+    from clipmill import stages
+
+    url = stages.export_model(f"train-{stage}", load_config(config or [], assignments or []), step, dtype)
+    print(json.dumps({"kind": stage, "export": url}))
+
+
 @app.command("config")
 def show_config(assignments: Assignments = None, config: ConfigFiles = None) -> None:
     """Print the resolved configuration."""

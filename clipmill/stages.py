@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from types import FrameType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -25,7 +25,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
 from clipmill.progress import bar
 
-__all__ = ["STAGES", "Stage", "find_datasets", "run_all", "run_stage"]
+__all__ = ["STAGES", "Stage", "export_model", "find_datasets", "run_all", "run_stage"]
 
 SUMMARY_SCHEMA = 1
 
@@ -38,7 +38,8 @@ class Stage:
 
     Its module has ``folder_url(config)``, ``is_finished(config)``, which raises `UserError` when what the stage
     needs is missing, and ``run(config, lease) -> summary``; a training stage has ``train(config, lease, report)``
-    and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function.
+    and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function, and
+    ``export(config, step, dtype) -> sha8``.
     """
 
     module_name: str
@@ -104,6 +105,23 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
         lease.check()
         storage.publish_document(storage.join(stage.module.folder_url(config), "summary.json"), summary, SUMMARY_SCHEMA)
     return summary
+
+
+def export_model(name: str, config: RunConfig, step: int | None, dtype: Literal["float32", "bfloat16"]) -> str:
+    """Exports a committed checkpoint of a training stage; the export's URL.
+
+    Args:
+        name: of the stage.
+        config: of the run.
+        step: of the checkpoint; none: the newest.
+        dtype: of the weights in the export.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of other settings.
+    """
+    config = _with_absolute_urls(config)
+    module = STAGES[name].module
+    return storage.join(module.folder_url(config), "exports", module.export(config, step, dtype))
 
 
 def find_datasets(url: str) -> list[str]:

@@ -41,8 +41,17 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    weights_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights (0.999, say), which is validated and exported in their place."""
+    nonfinite: Annotated[Literal["stop", "skip"], FREE] = "stop"
+    """A step whose gradients are not finite ends the run, or is left out and counted."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
+    offload: Annotated[bool, FREE] = False
+    """Keep the optimizer's states in the memory of the CPU, and step there; ZeRO stages 1 to 3."""
+    compile: Annotated[bool, FREE] = False
+    """Compile the model (torch.compile); ZeRO stages 0 to 2."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic: weights, gradients and their sums stay float32."""
     shuffle_window: PositiveInt = 4096
     """Samples of one stream that are permuted among themselves (see ``clipmill/shards/order.py``)."""
     loader_workers: Annotated[int, Field(ge=0), FREE] = 1
@@ -64,6 +73,8 @@ class TrainingConfig(Section):
     """Go on over clips or tokens that are not those of the checkpoint, from the start of an epoch (`DATASET_KEYS`)."""
     hang_seconds: Annotated[float, Field(gt=0), FREE] = 900.0
     """A rank that waits so long for its peers names the one that hangs and ends itself."""
+    wandb_project: Annotated[str | None, FREE] = None
+    """Record to this project of Weights & Biases too; needs its package ``wandb``."""
     deepspeed: Annotated[dict[str, Any], FREE] = Field(default_factory=dict)
     """Merged over the DeepSpeed config that ours becomes, for experts."""
 
@@ -73,6 +84,14 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"micro_batch {self.micro_batch} is more than the global_batch {self.global_batch} of a step"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> TrainingConfig:
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload needs zero_stage 1, 2 or 3: without ZeRO the optimizer steps where the model is")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 gathers weights in the middle of the model")
         return self
 
 

@@ -52,7 +52,8 @@ def loss_chart(title: str, records: Sequence[dict[str, Any]], unit: str, marks: 
         figure, axes = _canvas(5.2, 2.9)
         lowest, highest = np.inf, -np.inf
         for split, colour, marker in (("train", _FIRST, None), ("val", _SECOND, "o")):
-            rows = [(record["step"], record["loss"]) for record in records if record["split"] == split]
+            own = [record for record in records if record["split"] == split and "loss" in record]
+            rows = [(record["step"], record["loss"]) for record in own]
             if not rows:
                 continue
             steps, losses = _thinned(np.array(rows, np.float64))

@@ -1,172 +1,162 @@
-"""A checkpoint of one world size and ZeRO stage, loaded at another.
+"""A checkpoint of any world size and ZeRO stage as whole tensors, and these in an engine of any other.
 
 DeepSpeed's own way (``ds_to_universal``, then ``load_universal``) stays within one ZeRO stage and leaves buffers
-behind, among them the tokenizer's codebook. So its converter only takes the optimizer files of ZeRO 1 to 3 apart, and
-what it makes of them, whole float32 tensors by parameter name, is put in place here.
-
-A folder of whole tensors: ``zero/NAME/{fp32,exp_avg,exp_avg_sq}.pt``, each a float32 tensor (of ZeRO 1 and 2 below
-``"param"``), and ``step.pt``, the optimizer steps done. Both sides touch DeepSpeed's private state:
-tests/training/test_resume.py goes from stage to stage (ZeRO 1 to 3 in the default set, the others in the slow one) and
-fails when it moves.
+behind, among them the tokenizer's codebook; it also writes every tensor to the disk twice. Here the files of all ranks
+are mapped into memory, and a whole tensor is put together when it is asked for. Both sides touch DeepSpeed's private
+state: tests/training/test_resume.py goes from stage to stage (ZeRO 1 to 3 in the default set, the others in the slow
+one) and fails when it moves.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["WholeTensors", "load_whole", "split_by_parameter"]
+from clipmill.training.partitions import masters, optimizer_states, refresh_weights
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+__all__ = ["WholeTensors", "load_whole"]
+
+
+class _Piece(NamedTuple):
+    """Part of a parameter, flat, in a file of one rank."""
+
+    parts: Mapping[str, Tensor]
+    start: int
+    numel: int
 
 
 class WholeTensors:
-    """A folder of whole tensors; one parameter is in memory at a time.
-
-    Args:
-        folder: what `split_by_parameter` made.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def read(self, name: str, part: str) -> Tensor:
-        """Float32 tensor of ``part`` (``fp32``, ``exp_avg``, ``exp_avg_sq``) of a parameter, flat."""
-        content = _load(self._folder / "zero" / name / f"{part}.pt")
-        return (content if isinstance(content, Tensor) else content["param"]).flatten()
-
-    @property
-    def num_steps(self) -> Tensor:
-        """Optimizer steps done, float32, 0-d."""
-        return torch.as_tensor(_load(self._folder / "step.pt"), dtype=torch.float32)
-
-
-def split_by_parameter(saved: Path, folder: Path, zero_stage: int) -> None:
-    """Takes a checkpoint of all ranks apart into whole tensors.
+    """What a checkpoint of all ranks holds, put together from their files.
 
     Args:
         saved: the files that `Engine.save` wrote under its tag, of all ranks.
-        folder: to write to; must not exist.
-        zero_stage: that of the checkpoint.
+        zero_stage: of the run that saved them.
+
+    Attributes:
+        shapes: of each parameter, by name.
+        buffers: the module's persistent buffers, by name.
+        moments: what there is of each parameter beside its weights: ``exp_avg``, ``exp_avg_sq``, perhaps ``average``.
+        num_steps: optimizer steps done, float32, 0-d.
     """
-    folder.mkdir(parents=True)
-    if zero_stage == 0:
-        _split_plain(saved, folder)
-        return
-    from deepspeed.checkpoint.ds_to_universal import main
 
-    arguments = argparse.Namespace(
-        input_folder=str(saved),
-        output_folder=str(folder),
-        num_extract_workers=1,  # in this process: a pool would fork one that holds Ray's and gloo's threads
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its own progress
-        main(arguments)
-    optimizer = _load(next(iter(sorted(saved.glob("*_optim_states.pt")))))["optimizer_state_dict"]
-    states = optimizer["base_optimizer_state"] if zero_stage < 3 else optimizer["optimizer_state_dict"]
-    torch.save(states["state"][0]["step"], folder / "step.pt")
+    def __init__(self, saved: Path, zero_stage: int) -> None:
+        model = _load(_by_rank(saved, "model_states")[0])  # shapes and buffers are every rank's
+        self._pieces: dict[str, list[_Piece]] = {}
+        self.shapes: dict[str, torch.Size]
+        if zero_stage == 0:
+            buffers = set(model["buffer_names"])
+            self.shapes = {name: tensor.shape for name, tensor in model["module"].items() if name not in buffers}
+            states = self._add_plain(model)
+        else:
+            self.shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
+            add = self._add_zero3 if zero_stage == 3 else self._add_zero12
+            files = [_load(path)["optimizer_state_dict"] for path in _by_rank(saved, "optim_states")]
+            states, *_ = [add(document, model["param_shapes"], len(files)) for document in files]
+        self.buffers = {name: tensor for name, tensor in model["module"].items() if name not in self.shapes}
+        self.moments = tuple(name for name in states[0] if name != "step")
+        self.num_steps = torch.as_tensor(states[0]["step"], dtype=torch.float32)
+
+    def read(self, name: str, part: str) -> Tensor:
+        """Float32 tensor of a parameter, whole: its ``weights``, or one of `moments`."""
+        pieces = [piece.parts[part].flatten().narrow(0, *piece[1:]).float() for piece in self._pieces[name]]
+        return torch.cat(pieces).view(self.shapes[name])
+
+    def _add_plain(self, model: dict[str, Any]) -> Any:
+        """Without ZeRO one file holds module and optimizer, whose state goes by the parameter's number."""
+        states = model["optimizer"]["state"]
+        for number, (name, shape) in enumerate(self.shapes.items()):
+            parts = {**states[number], "weights": model["module"][name]}
+            self._pieces[name] = [_Piece(parts, 0, shape.numel())]
+        return states
+
+    def _add_zero12(self, document: dict[str, Any], _: list[dict[str, torch.Size]], __: int) -> Any:
+        """Each rank has one flat part of each group, and says where in it a parameter, or some of it, lies."""
+        states = document["base_optimizer_state"]["state"]
+        for number, fragments in enumerate(document["param_slice_mappings"]):
+            parts = {**states[number], "weights": document["single_partition_of_fp32_groups"][number]}
+            for name, fragment in fragments.items():
+                self._pieces.setdefault(name, []).append(_Piece(parts, fragment.start, fragment.numel))
+        return states
+
+    def _add_zero3(self, document: dict[str, Any], shapes: list[dict[str, torch.Size]], num_ranks: int) -> Any:
+        """Of each parameter each rank has one part of equal length, the last filled up with zeros."""
+        states = document["optimizer_state_dict"]["state"]
+        for number, group in enumerate(shapes):
+            parts = {**states[number], "weights": document["fp32_flat_groups"][number]}
+            offset = 0
+            for name, shape in group.items():
+                pieces = self._pieces.setdefault(name, [])
+                length = -(-shape.numel() // num_ranks)
+                rest = shape.numel() - length * len(pieces)
+                pieces.append(_Piece(parts, offset, max(0, min(length, rest))))
+                offset += length
+        return states
 
 
-def _split_plain(saved: Path, folder: Path) -> None:
-    """Without ZeRO one file holds module and optimizer, whose state goes by the parameter's number."""
-    document = _load(saved / "mp_rank_00_model_states.pt")
-    states = document["optimizer"]["state"]
-    buffers = set(document["buffer_names"])
-    names = [name for name in document["module"] if name not in buffers]
-    for number, name in enumerate(names):
-        (folder / "zero" / name).mkdir(parents=True)
-        parts = {"fp32": document["module"][name].float(), **{moment: states[number][moment] for moment in MOMENTS}}
-        for part, tensor in parts.items():
-            torch.save(tensor, folder / "zero" / name / f"{part}.pt")
-    torch.save(states[0]["step"], folder / "step.pt")
+def _by_rank(saved: Path, kind: str) -> list[Path]:
+    """The files of one kind, rank 0's first; without ZeRO they name no rank and are one."""
+    ranks = {path: re.search(r"pp_rank_(\d+)", path.name) for path in saved.glob(f"*{kind}.pt")}
+    return sorted(ranks, key=lambda path: int(rank[1]) if (rank := ranks[path]) else 0)
 
 
 def _load(path: Path) -> Any:
     # Its hash was compared with the one we wrote, so unpickling it is safe.
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
-def load_whole(engine: Any, whole: WholeTensors, saved: Path) -> None:
+@torch.no_grad()
+def load_whole(engine: Any, whole: WholeTensors) -> None:
     """Puts weights, moments and buffers into a fresh DeepSpeed engine of any stage and world size. Collective.
 
     Args:
         engine: DeepSpeed's engine, before its first step.
         whole: the tensors.
-        saved: the checkpoint's files, for the buffers.
     """
     stage = engine.zero_optimization_stage()
+    targets, states = masters(engine), optimizer_states(engine)
     place = _place_plain if stage == 0 else _place_zero3 if stage == 3 else _place_zero12
-    with torch.no_grad():
-        place(engine, whole)
-        _copy_buffers(engine.module, saved)
+    place(engine, whole, "weights", targets)
+    for master in targets:
+        states[master] = {"step": whole.num_steps.to(master.device, copy=True)}
+    for moment in whole.moments:
+        values = [torch.zeros_like(master) for master in targets]
+        place(engine, whole, moment, values)
+        for master, value in zip(targets, values, strict=True):
+            states[master][moment] = value
+    refresh_weights(engine)
+    for name, buffer in engine.module.named_buffers():
+        if name in whole.buffers:  # the others are not persistent
+            buffer.copy_(whole.buffers[name])
 
 
-def _copy_buffers(module: nn.Module, saved: Path) -> None:
-    path = next(iter(sorted(saved.glob("*mp_rank_00_model_states.pt"))))  # every rank's are the same
-    values = _load(path)["module"]
-    for name, buffer in module.named_buffers():
-        if name in values:  # the others are not persistent
-            buffer.copy_(values[name])
+def _place_plain(engine: Any, whole: WholeTensors, part: str, targets: list[Tensor]) -> None:
+    for (name, _), target in zip(engine.module.named_parameters(), targets, strict=True):
+        target.copy_(whole.read(name, part))
 
 
-def _place_plain(engine: Any, whole: WholeTensors) -> None:
-    for name, parameter in engine.module.named_parameters():
-        parameter.copy_(whole.read(name, "fp32").view_as(parameter))
-        engine.optimizer.state[parameter] = {
-            "step": whole.num_steps.clone(),
-            **{moment: whole.read(name, moment).view_as(parameter).to(parameter.device) for moment in MOMENTS},
-        }
-
-
-def _place_zero12(engine: Any, whole: WholeTensors) -> None:
-    """Every rank has all weights, and of each group one flat part of the float32 copies and moments."""
+def _place_zero12(engine: Any, whole: WholeTensors, part: str, targets: list[Tensor]) -> None:
     optimizer = engine.optimizer
-    for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+    for parameters, target in zip(optimizer.bit16_groups, targets, strict=True):
         for parameter in parameters:
-            name = optimizer.param_names[parameter]
-            weights = whole.read(name, "fp32")
-            parameter.copy_(weights.view_as(parameter))
             mapping = parameter._hp_mapping
             if mapping is None:  # other ranks have it
                 continue
-            source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
-            mapping.hp_fragment.copy_(weights.narrow(0, source.start, source.numel))
-            for moment, values in moments.items():
-                part = whole.read(name, moment).narrow(0, source.start, source.numel)
-                values.narrow(0, target.start, target.numel).copy_(part)
-        optimizer.optimizer.state[flat] = {"step": whole.num_steps.clone(), **moments}
+            source, own = mapping.lp_fragment_address, mapping.hp_fragment_address
+            values = whole.read(optimizer.param_names[parameter], part).flatten()
+            target.narrow(0, own.start, own.numel).copy_(values.narrow(0, source.start, source.numel))
 
 
-def _place_zero3(engine: Any, whole: WholeTensors) -> None:
-    """Of each parameter every rank has one part of equal length, the last filled up with zeros."""
+def _place_zero3(engine: Any, whole: WholeTensors, part: str, targets: list[Tensor]) -> None:
     optimizer, rank = engine.optimizer, torch.distributed.get_rank()
-    optimizer.checkpoint_event_prologue()
-    for number, (parameters, flat) in enumerate(
-        zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
-    ):
-        moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+    for parameters, target in zip(optimizer.fp16_groups, targets, strict=True):
         offset = 0
         for parameter in parameters:
             length = parameter.ds_tensor.ds_numel
-            for part, values in (("fp32", flat), *moments.items()):
-                own = whole.read(optimizer.param_names[parameter], part)[rank * length : (rank + 1) * length]
-                values.narrow(0, offset, len(own)).copy_(own)
+            own = whole.read(optimizer.param_names[parameter], part).flatten()[rank * length : (rank + 1) * length]
+            target.narrow(0, offset, len(own)).copy_(own)
             offset += length
-        optimizer.optimizer.state[flat] = {"step": whole.num_steps.clone(), **moments}
-        computing = optimizer.fp16_partitioned_groups_flat[number]
-        computing.copy_(flat)
-        pieces = optimizer.unflatten(computing, optimizer.fp16_partitioned_groups[number])
-        for partition, piece in zip(optimizer.fp16_partitioned_groups[number], pieces, strict=True):
-            partition.data = piece.data
-    optimizer.checkpoint_event_epilogue()

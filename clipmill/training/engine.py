@@ -1,4 +1,4 @@
-"""DeepSpeed behind four verbs: start, micro-step, all-reduce, consolidate.
+"""DeepSpeed behind a few verbs: step, evaluate, save, load.
 
 The traps of DeepSpeed that this module keeps from its callers are noted where each is met.
 """
@@ -6,125 +6,29 @@ The traps of DeepSpeed that this module keeps from its callers are noted where e
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import logging
 import os
 import shutil
-import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipmill.config import TrainingConfig
-from clipmill.training.conversion import WholeTensors, load_whole, split_by_parameter
+from clipmill.errors import UserError
+from clipmill.training.averaging import AVERAGE, Averages, BufferAverages, averaged_buffers
+from clipmill.training.conversion import WholeTensors, load_whole
+from clipmill.training.guard import Guard
+from clipmill.training.world import World
 
-__all__ = ["Engine", "World", "consolidated_state", "deepspeed_config", "join_world"]
+__all__ = ["Engine", "deepspeed_config", "whole_state"]
 
-CONTROL_TIMEOUT_SECONDS = 7200.0
 TAG = "state"
 """DeepSpeed's files lie in a folder of this name."""
-
-
-class World:
-    """This process among its peers.
-
-    Attributes:
-        rank: index of this process among ``size``.
-        local_rank: index among the ``local_size`` processes of this machine.
-        device: where the model lives.
-    """
-
-    def __init__(self, *, is_ours: bool) -> None:
-        self._is_ours = is_ours
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.local_rank = int(os.environ["LOCAL_RANK"])
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        # Control messages go over gloo: on NCCL even one integer would wait for the GPU's stream.
-        # Peers wait in it while rank 0 waits for the slowest node's upload, which must run out of patience first.
-        patience = datetime.timedelta(seconds=CONTROL_TIMEOUT_SECONDS)
-        self._control = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        if self._control is None:
-            return flag
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(flags.item())
-
-    def sum(self, values: list[float]) -> list[float]:
-        """The element-wise sum over all ranks, in float64."""
-        sums = torch.tensor(values, dtype=torch.float64)
-        if self._control is not None:
-            dist.all_reduce(sums, group=self._control)
-        return sums.tolist()
-
-    def from_rank_zero(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, on every rank; an error it raises there is raised on every rank."""
-        if self._control is None:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = make()
-            except Exception as error:  # the peers must not wait for a broadcast that never comes
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self._control)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def raise_first(self, error: Exception | None) -> None:
-        """Raises the error of the lowest rank that has one, on every rank."""
-        errors = [error]
-        if self._control is not None:
-            errors = [None] * self.size
-            dist.all_gather_object(errors, error, group=self._control)
-        for first in errors:
-            if first is not None:
-                raise first
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        if self._control is not None:
-            dist.barrier(group=self._control)
-
-    def leave(self) -> None:
-        """Ends the process group, unless Ray Train, which made it, will. Collective.
-
-        A rank that merely exits tears connections down that its peers may still close: now and then one aborts.
-        """
-        if self._is_ours:
-            self.barrier()
-            dist.destroy_process_group()
-
-
-def join_world() -> World:
-    """Joins the process group of Ray Train or torchrun, or makes one of a single process."""
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:  # DeepSpeed would look for MPI unless all five are set
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    is_ours = not dist.is_initialized()
-    if is_ours:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return World(is_ours=is_ours)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def deepspeed_config(config: TrainingConfig, rows: int, accumulation: int, world_size: int) -> dict[str, Any]:
@@ -136,16 +40,29 @@ def deepspeed_config(config: TrainingConfig, rows: int, accumulation: int, world
         accumulation: micro-batches a step.
         world_size: number of ranks.
     """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload:
+        # torch's own AdamW steps on the CPU as well; DeepSpeed's would be compiled at the first start.
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    guarded = _is_guarded(config)
+    if guarded and config.zero_stage:
+        zero["compute_grad_norm"] = False  # `Guard` does, in one pass over the flat gradients
     document: dict[str, Any] = {
         "train_batch_size": rows * accumulation * world_size,
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "gradient_clipping": 0.0 if guarded else config.grad_clip,
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # telemetry prints, not DeepSpeed
     }
     return _merged(document, config.deepspeed)
+
+
+def _is_guarded(config: TrainingConfig) -> bool:
+    """Whether clipping and the choice to leave a step out are ours; else DeepSpeed's."""
+    return config.zero_stage < 3 and not config.offload
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -173,34 +90,59 @@ class Engine:
     ) -> None:
         deepspeed = _import_deepspeed()
         self.world, self._config, self._accumulation = world, config, accumulation
+        if config.compile:
+            _require_compiler(world.device)
+        averages = BufferAverages(objective) if config.weights_ema else None
         objective.to(world.device)
         optimizer = torch.optim.AdamW(
-            objective.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=world.device.type == "cuda",
+            objective.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
+        partitioned = config.zero_stage > 0 and world.size > 1
+        self._guard = Guard(optimizer, config.grad_clip, partitioned) if _is_guarded(config) else None
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
             config=deepspeed_config(config, rows, accumulation, world.size),
             dist_init_required=False,
         )
+        self._averages = Averages(self.deepspeed, averages) if averages else None
+        if config.compile:
+            self.deepspeed.compile()  # compiled before `initialize`, every weight would have another name
 
     @property
     def objective(self) -> nn.Module:
         """The module being trained, without DeepSpeed's wrapping."""
         return self.deepspeed.module
 
-    def micro_step(self, batch: dict[str, Any], lr: float) -> tuple[Tensor, dict[str, Tensor]]:
+    @contextlib.contextmanager
+    def step(self, lr: float, average_weight: float) -> Iterator[None]:
+        """Holds the micro-steps of one step.
+
+        Args:
+            lr: learning rate of this step.
+            average_weight: of the new weights in their average, if one is kept.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr  # the schedule is a function of the step: no scheduler state to restore
+        # The forward pass moves buffers (statistics, codebook) before anybody knows what the gradients are.
+        restores = self._config.nonfinite == "skip"
+        before = [(buffer, buffer.clone()) for buffer in self.objective.buffers()] if restores else []
+        yield
+        applied = self.grad_norm.isfinite()
+        for buffer, value in before:
+            buffer.copy_(torch.where(applied, buffer, value))
+        if self._averages is not None:
+            self._averages.update(average_weight, applied.float())
+
+    def micro_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward, backward, and on the last micro-batch of a step the optimizer.
+
+        Args:
+            batch: on the device.
 
         Returns:
             The mean loss over this micro-batch's rows and its metrics, detached, on the device.
         """
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr  # the schedule is a function of the step: no scheduler state to restore
         self.deepspeed.train()
         with self._autocast():
             loss, metrics = self.deepspeed(batch)
@@ -215,45 +157,51 @@ class Engine:
     def evaluate(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward without dropout or statistics updates."""
         self.deepspeed.eval()
-        with self._autocast():
+        # Not compiled: that would take as long again, for a few batches now and then.
+        with torch.compiler.set_stance("force_eager"), self._autocast():
             return self.deepspeed(batch)
 
-    def grad_norm(self) -> dict[str, float]:
-        """``{"grad_norm": ...}``, the global norm of the last step before clipping; empty at ZeRO stage 0 on float32,
-        for which DeepSpeed keeps none.
-        """
-        norm = self.deepspeed.get_global_grad_norm()
-        return {"grad_norm": float(norm)} if norm else {}
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model has the weights that will be exported: their average, if one is kept. Collective."""
+        return contextlib.nullcontext() if self._averages is None else self._averages.in_place()
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradients before clipping, 0-d on the device; not finite: it was left out."""
+        if self._guard is not None:
+            assert self._guard.norm is not None
+            return self._guard.norm
+        return torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.world.device)
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of a batch where the model is, without waiting for them."""
+        return {name: self._moved(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory()  # from other memory a copy waits for everything before it
+        return tensor.to(self.world.device, non_blocking=True)
 
     def save(self, folder: Path) -> None:
         """Writes this rank's part of weights and optimizer. Collective."""
         # save_latest writes the pointer file whose absence makes load_checkpoint start afresh in silence:
-        # our own commit record takes its place. DeepSpeed's converter refuses files without the (empty) client state.
-        client_state: dict[str, Any] = {"universal_checkpoint_info": {}}
-        self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state=client_state, save_latest=False)
+        # our own commit record takes its place.
+        self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote at the same world size and ZeRO stage. Collective."""
+        """Restores what `save` wrote at the same world size, ZeRO stage and offload. Collective."""
         loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed loaded nothing from {folder}")
 
     def load_converted(self, folder: Path, zero_stage: int) -> None:
-        """Restores what `save` wrote at any world size and this ZeRO stage. Collective.
+        """Restores what `save` wrote in any layout. Collective.
 
         Args:
-            folder: the files of all ranks; another folder is made beside it.
+            folder: the files of all ranks.
             zero_stage: of the run that saved.
         """
-        whole = folder.with_name(f"{folder.name}-whole")
-        if self.world.local_rank == 0:
-            shutil.rmtree(whole, ignore_errors=True)
-            split_by_parameter(folder / TAG, whole, zero_stage)
-        self.world.barrier()
-        load_whole(self.deepspeed, WholeTensors(whole), folder / TAG)
-        self.world.barrier()
-        if self.world.local_rank == 0:
-            shutil.rmtree(whole)
+        load_whole(self.deepspeed, WholeTensors(folder / TAG, zero_stage))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._config.precision == "bfloat16":
@@ -261,20 +209,23 @@ class Engine:
         return contextlib.nullcontext()
 
 
-def consolidated_state(folder: Path) -> dict[str, Tensor]:
-    """The whole float32 state dict of a checkpoint of any ZeRO stage, on the CPU.
+def whole_state(folder: Path, zero_stage: int) -> dict[str, Tensor]:
+    """The whole float32 state dict of a checkpoint, on the CPU; averages where they were kept.
 
     Args:
         folder: holds the files of all ranks, as `Engine.save` wrote them.
+        zero_stage: of the run that saved.
     """
-    _import_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    _import_deepspeed()  # the files hold objects of its
+    whole = WholeTensors(folder / TAG, zero_stage)
+    part = AVERAGE if AVERAGE in whole.moments else "weights"
+    return averaged_buffers(whole.buffers) | {name: whole.read(name, part) for name in whole.shapes}
 
-    if any((folder / TAG).glob("*_optim_states.pt")):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its own progress
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG))
-    # Without ZeRO the module is whole in one file. It was hashed when we wrote it, so unpickling it is safe.
-    return torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+
+def _require_compiler(device: torch.device) -> None:
+    compiler = os.environ.get("CXX", "g++") if device.type == "cpu" else os.environ.get("CC", "gcc")
+    if shutil.which(compiler) is None:
+        raise UserError(f"training.compile=true needs a compiler, and there is no {compiler}; install one, or unset it")
 
 
 def _import_deepspeed() -> Any:

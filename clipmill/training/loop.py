@@ -6,13 +6,14 @@ The loader's whole state is the number of steps done: batch k of a run is a pure
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
+import logging
 import math
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,20 +23,28 @@ from clipmill import storage
 from clipmill.config import TrainingConfig
 from clipmill.errors import Interrupted, StageFailed
 from clipmill.lease import Lease
-from clipmill.shards.dataset import ShardDataset, eval_batches, train_batches
+from clipmill.shards.dataset import ShardDataset, train_batches
 from clipmill.shards.order import Order, num_streams
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Saver
-from clipmill.training.engine import Engine, World, consolidated_state
+from clipmill.training.engine import Engine
+from clipmill.training.exports import export_checkpoint
 from clipmill.training.inputs import check_cache, describe_batches
+from clipmill.training.means import WeightedMeans
+from clipmill.training.nonfinite import Ledger
 from clipmill.training.resume import resume
-from clipmill.training.telemetry import Report, Stopwatch, Telemetry
+from clipmill.training.telemetry import Report, Telemetry, require_wandb
+from clipmill.training.throughput import Stopwatch, peak_flops
+from clipmill.training.validation import Validation, validate
 from clipmill.training.watchdog import Watchdog
+from clipmill.training.world import World
 
-__all__ = ["Job", "fit", "learning_rate", "rows_and_accumulation"]
+__all__ = ["Job", "average_weight", "fit", "learning_rate", "rows_and_accumulation"]
 
 PROBE_CLIPS = 32
 """Whose loss a checkpoint records, so that a conversion to another world size can show that it gives the same."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,14 @@ class Job:
     """Identity keys and data set fingerprints; a resume with others is refused."""
     batch_statistics: bool
     """Whether the model normalises over the clips of a micro-step, so that their number is part of the training."""
-    export: Callable[[dict[str, Tensor], int], None]
-    """Publishes the model's float32 state dict after so many steps."""
+    export: Callable[[dict[str, Tensor], int], str]
+    """Publishes the model's float32 state dict after so many steps, and names the export."""
     score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
     """Scores of the objective's 1-d metrics, summed over a validation: for what no mean of batches gives."""
+    tokens_per_clip: int | None = None
+    """For the rate in tokens; none of a model that knows only clips."""
+    flops_per_clip: Callable[[], float] | None = None
+    """Forward and backward, without what checkpointing repeats; asked before the model is partitioned."""
 
 
 def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
@@ -79,13 +92,16 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
     check_cache(job.train, config, world_size=world.size, local_size=world.local_size)
     if world.rank == 0:
         describe_batches(job.train.manifest, config, world.size)
+    world.from_rank_zero(lambda: require_wandb(config.wandb_project))
     rows, accumulation = rows_and_accumulation(config, world.size)
+    stopwatch = Stopwatch(job.tokens_per_clip, _peak_share_per_clip(job, world))
     engine = Engine(job.objective, config, world, rows, accumulation)
     attempt = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
     state = {
         "identity": job.identity,
         "world_size": world.size,
         "zero_stage": config.zero_stage,
+        "offload": config.offload,
         "rows": rows * world.size,
     }
     first_step, dataset_since = resume(
@@ -94,14 +110,17 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         job.folder_url,
         state,
         batch_statistics=job.batch_statistics,
-        probe=lambda: _validate(job, engine, PROBE_CLIPS).get("loss"),
+        probe=lambda: _probe(job, engine),
     )
     state["dataset_since"] = dataset_since
     saver = Saver(world, job.folder_url, attempt, lease, keep_last=config.keep_last, keep_every=config.keep_every)
     watchdog = Watchdog(world, config.hang_seconds)
-    telemetry = Telemetry(job.folder_url, attempt, config.steps, report) if world.rank == 0 else None
+    telemetry = None
+    if world.rank == 0:
+        telemetry = Telemetry(job.folder_url, attempt, config.steps, report, config.wandb_project)
     try:
-        _run_steps(job, engine, first_step, state, saver, watchdog, report, telemetry)
+        with _without_collector():
+            _run_steps(job, engine, first_step, state, saver, watchdog, report, telemetry, stopwatch)
     finally:
         watchdog.close()
         saver.join()
@@ -120,6 +139,7 @@ def _run_steps(
     watchdog: Watchdog,
     report: Report,
     telemetry: Telemetry | None,
+    stopwatch: Stopwatch,
 ) -> None:
     config, world = job.config, engine.world
     if first_step >= config.steps:
@@ -135,55 +155,64 @@ def _run_steps(
         first_step=first_step - state["dataset_since"],
         num_workers=config.loader_workers,
     )
-    stopwatch = Stopwatch()
+    ledger = Ledger(world, config.nonfinite, job.folder_url)
+    stopwatch.reset()
     for step in range(first_step, config.steps):
         waiting_since = time.perf_counter()
         micro_batches = next(batches)
         waited_seconds = time.perf_counter() - waiting_since
-        sums = _train_step(job, engine, step, micro_batches)
+        means = _train_step(job, engine, step, micro_batches)
         watchdog.advance()
         stopwatch.add_step(config.global_batch, waited_seconds)
         done = step + 1
-        stop = world.any(report.stop_requested)
+        ledger.add(
+            done, [key for batch in micro_batches for key in batch["key"]], means.sum_of("loss"), engine.grad_norm
+        )
+        stop = world.any(report.stop_requested)  # two integers over gloo: it waits for hosts, not for devices
         last = done == config.steps
         save = stop or last or done % config.checkpoint_every == 0
         if save or done % config.log_every == 0:
-            facts = _means(world, sums)
-            facts |= engine.grad_norm() | {"lr": learning_rate(config, step)} | stopwatch.facts()
-            _check_finite(job, done, facts)
+            facts = means.fetch(world)
+            ledger.look()  # before a checkpoint could be made of it
+            facts |= {"grad_norm": engine.grad_norm.item(), "lr": learning_rate(config, step)} | stopwatch.facts()
+            if config.nonfinite == "skip":
+                facts["skipped_steps"] = ledger.num_skipped
             if telemetry is not None:
                 telemetry.log(done, "train", facts)
             stopwatch.reset()
         elif telemetry is not None:
             telemetry.progress(done)
         if last or done % config.val_every == 0:
-            with watchdog.paused():
-                facts = _validate(job, engine, config.val_clips)
-            if telemetry is not None and facts:
-                telemetry.log(done, "val", facts)
+            with watchdog.paused(), engine.averaged():
+                result = _validate(job, engine, config.val_clips)
+            if telemetry is not None and result.scores:
+                telemetry.log(done, "val", result.scores)
+                if result.picture is not None:
+                    telemetry.log_picture(done, "reconstructions", result.picture)
             stopwatch.reset()
         if save:
             if telemetry is not None:
                 telemetry.upload()
             with watchdog.paused():
-                saver.save(engine, done, {**state, "probe_loss": _validate(job, engine, PROBE_CLIPS).get("loss")})
+                saver.save(engine, done, {**state, "probe_loss": _probe(job, engine)})
                 if stop or last:
                     saver.finish()
+                gc.collect()
             stopwatch.reset()
         if stop and not last:
             raise Interrupted(f"stopped after step {done} with a checkpoint; run the same command to go on")
 
 
-def _train_step(job: Job, engine: Engine, step: int, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """One optimizer step; returns weighted sums over this rank's rows, on the device, not yet synchronised."""
-    lr = learning_rate(job.config, step)
-    sums: dict[str, Tensor] = {}
-    for index, micro_batch in enumerate(micro_batches):
-        _seed(job.seed, step, index, engine.world.rank)
-        batch = _to_device(job.prepare(micro_batch), engine.world.device)
-        loss, metrics = engine.micro_step(batch, lr)
-        _accumulate(sums, batch["weight"].sum(), {"loss": loss, **metrics})
-    return sums
+def _train_step(job: Job, engine: Engine, step: int, micro_batches: list[dict[str, Any]]) -> WeightedMeans:
+    """One optimizer step; the means over this rank's rows are on the device, not yet waited for."""
+    means = WeightedMeans()
+    with engine.step(learning_rate(job.config, step), average_weight(job.config, step)):
+        for index, micro_batch in enumerate(micro_batches):
+            _seed(job.seed, step, index, engine.world.rank)
+            batch = engine.to_device(job.prepare(micro_batch))
+            loss, metrics = engine.micro_step(batch)
+            means.add(batch["weight"].sum(), {"loss": loss, **metrics})
+    return means
 
 
 def _seed(*key: int) -> None:
@@ -192,58 +221,45 @@ def _seed(*key: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-def _accumulate(sums: dict[str, Tensor], weight: Tensor, means: dict[str, Tensor]) -> None:
-    for name, mean in means.items():
-        sums[name] = sums.get(name, torch.zeros((), device=mean.device)) + mean * weight
-    sums["weight"] = sums.get("weight", torch.zeros((), device=weight.device)) + weight
-
-
-def _means(world: World, sums: dict[str, Tensor]) -> dict[str, float]:
-    """The means over all ranks' rows. Collective; waits for the device."""
-    names = sorted(sums)
-    totals = dict(zip(names, world.sum([sums[name].item() for name in names]), strict=True))
-    weight = totals.pop("weight")
-    return {name: total / weight for name, total in totals.items()}
-
-
-def _validate(job: Job, engine: Engine, max_clips: int) -> dict[str, float]:
-    """Means over the first clips of the split val; empty when it has none. Collective."""
-    num_clips = min(max_clips, job.val.manifest.num_samples)
-    if num_clips == 0:
-        return {}
-    world = engine.world
-    batches = eval_batches(
+def _validate(job: Job, engine: Engine, max_clips: int) -> Validation:
+    return validate(
+        engine,
         job.val,
-        batch_size=rows_and_accumulation(job.config, world.size)[0],
-        rank=world.rank,
-        world_size=world.size,
-        max_samples=num_clips,
+        job.prepare,
+        rows=rows_and_accumulation(job.config, engine.world.size)[0],
+        max_clips=max_clips,
+        score_counts=job.score_counts,
     )
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    for collated in batches:
-        batch = _to_device(job.prepare(collated), world.device)
-        loss, metrics = engine.evaluate(batch)
-        for name in [name for name, value in metrics.items() if value.dim()]:
-            counts[name] = metrics.pop(name).double() + counts.get(name, 0)
-        _accumulate(sums, batch["weight"].sum(), {"loss": loss, **metrics})
-    counts = {name: torch.tensor(world.sum(value.tolist())) for name, value in counts.items()}
-    return _means(world, sums) | (job.score_counts(counts) if job.score_counts else {})
 
 
-def _check_finite(job: Job, step: int, facts: dict[str, float]) -> None:
-    broken = [f"{name} {facts[name]}" for name in ("loss", "grad_norm") if not math.isfinite(facts.get(name, 0.0))]
-    if broken:
-        saved = checkpoint.newest(job.folder_url)
-        last = f"the last good checkpoint is {saved.url}" if saved else "no checkpoint was written before"
-        raise StageFailed(f"step {step} gave {', '.join(broken)}; {last}; lower the learning rate and run again")
+def _probe(job: Job, engine: Engine) -> float | None:
+    """Loss on the same few clips, of the weights themselves."""
+    return _validate(job, engine, PROBE_CLIPS).scores.get("loss")
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Without Python's collector of cycles, whose rounds hold up a step of one rank and so of all."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def _peak_share_per_clip(job: Job, world: World) -> float | None:
+    """Share of a second that a clip would take all devices at their peak."""
+    if world.device.type != "cuda" or job.flops_per_clip is None:
+        return None
+    name, precision = torch.cuda.get_device_name(world.device), job.config.precision
+    peak = peak_flops(name, precision)
+    if world.rank == 0:
+        known = "unknown: no MFU" if peak is None else f"{peak / 1e12:g} TFLOP/s, what MFU is a share of"
+        logger.info("peak of %s in %s: %s", name, precision, known)
+    return None if peak is None else job.flops_per_clip() / (peak * world.size)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -255,6 +271,14 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.lr * (config.min_lr_share + (1 - config.min_lr_share) * cosine)
+
+
+def average_weight(config: TrainingConfig, step: int) -> float:
+    """Weight of the newest weights in their average, after the step with index ``step``.
+
+    At first the average follows a tenth of the run so far, so that it forgets the start: it begins as the weights.
+    """
+    return 0.0 if config.weights_ema is None else max(1 - config.weights_ema, 10 / (10 + step))
 
 
 def rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int, int]:
@@ -278,9 +302,4 @@ def _export(job: Job) -> None:
     """Publishes the weights of the newest checkpoint."""
     newest = checkpoint.newest(job.folder_url)
     assert newest is not None  # the loop ends with a checkpoint
-    with tempfile.TemporaryDirectory(prefix="clipmill-export-") as folder:
-        checkpoint.fetch(newest, Path(folder))
-        state = consolidated_state(Path(folder))
-    prefix = "model."
-    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    job.export(weights, newest.step)
+    export_checkpoint(newest, job.export)

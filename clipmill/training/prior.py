@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,19 @@ from clipmill.config import RunConfig, TrainingConfig, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.conditioning import condition_of
-from clipmill.models.export import load_vqvae, read_latest, save_export
+from clipmill.models.export import Dtype, load_vqvae, read_latest, save_export
 from clipmill.models.prior import Prior
+from clipmill.models.vqvae import VQVAE
 from clipmill.shards.dataset import decode_codes
 from clipmill.shards.manifest import Manifest
-from clipmill.training.engine import join_world
+from clipmill.training.estimate import flops_per_token
+from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.inputs import finished_step, open_dataset, require_manifest
 from clipmill.training.loop import Job, fit
 from clipmill.training.telemetry import Report, summarise
+from clipmill.training.world import join_world
 
-__all__ = ["folder_url", "is_finished", "summary", "train"]
+__all__ = ["export", "folder_url", "is_finished", "summary", "train"]
 
 _SOURCES = {
     "label": "label every video (data.source.label) and shard and tokenize again",
@@ -53,20 +57,11 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     """Trains and exports, as one rank of whatever process group this process is in. Collective."""
     training = config.prior.training
     world = join_world()
-    tokens = _tokens(config)
-    tokenizer, tokenizer_body, _ = load_vqvae(config.tokenizer_url)
-    classes = tokens.facts["classes"] if config.prior.model.class_conditional else []
-    val = require_manifest(config, "tokens", "val")
-    condition_shape = _condition_shape(config, [tokens, val])
+    inputs = _inputs(config)
+    tokens, classes, condition_shape = inputs.tokens, inputs.classes, inputs.condition_shape
     _require_rows(training, world.size)
-
-    def build() -> Prior:
-        shape, num_codes = tuple(tokens.recipe["latent_shape"]), tokens.recipe["num_codes"]
-        codebook = tokenizer.quantizer.codebook
-        return Prior(config.prior.model, shape, num_codes, codebook, len(classes), condition_shape)
-
     torch.manual_seed(config.seed)  # of the initial weights
-    objective = PriorObjective(build())
+    model = inputs.build(config)
     class_index = {name: index for index, name in enumerate(classes)}
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
@@ -74,40 +69,49 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         prepared = {"codes": batch["codes"], "weight": batch["weight"]}
         if condition_shape is not None:
             prepared["condition"] = condition_of(batch, config.prior.model)
+            _check_condition(prepared["condition"], batch["key"], f"{config.prior.model.condition} at {tokens.url}")
         if classes:
             prepared["label"] = torch.tensor([_index_of(name, class_index) for name in batch["label"]])
         return prepared
 
-    def export(weights: dict[str, Tensor], step: int) -> None:
-        prior = build()
-        prior.load_state_dict(weights)
-        body = {
-            "kind": "prior",
-            "model": identity(config.prior.model),
-            "latent_shape": tokens.recipe["latent_shape"],
-            "num_codes": tokens.recipe["num_codes"],
-            "num_classes": len(classes),
-            "classes": classes,
-            "condition_shape": condition_shape,
-            "tokenizer": tokenizer_body,
-            "identity": _identity(config, tokens),
-            "step": step,
-        }
-        save_export(folder_url(config), prior, body, tokenizer=tokenizer)
-
+    tokens_per_clip = math.prod(tokens.recipe["latent_shape"])
+    flops = flops_per_token(model) * tokens_per_clip  # before ZeRO takes the parameters apart
+    clip = tokens.recipe["clip"]["clip"]
+    values_per_clip = clip["num_frames"] * clip["resolution"] ** 2 * 3
     job = Job(
         folder_url=folder_url(config),
-        objective=objective,
+        objective=PriorObjective(model, tokens_per_clip / values_per_clip),
         prepare=prepare,
         train=open_dataset(tokens, decode_codes, training),
-        val=open_dataset(val, decode_codes, training),
+        val=open_dataset(inputs.val, decode_codes, training),
         config=training,
         seed=config.seed,
         identity=_identity(config, tokens),
         batch_statistics=False,
-        export=export,
+        export=lambda weights, step: _export(config, inputs, weights, step, "float32"),
+        tokens_per_clip=tokens_per_clip,
+        flops_per_clip=lambda: flops,
     )
     fit(job, world, lease, report)
+
+
+def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
+    """Exports a committed checkpoint with its tokenizer, and makes it the folder's latest export.
+
+    Args:
+        config: of the run.
+        step: of the checkpoint; none: the newest.
+        dtype: of the prior's weights in the export; its tokenizer's are float32.
+
+    Returns:
+        The export's sha8.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of other settings.
+    """
+    inputs = _inputs(config)
+    found = find_checkpoint(folder_url(config), step, _identity(config, inputs.tokens), config.prior.training)
+    return export_checkpoint(found, lambda weights, step: _export(config, inputs, weights, step, dtype))
 
 
 def summary(config: RunConfig) -> dict[str, Any]:
@@ -116,21 +120,73 @@ def summary(config: RunConfig) -> dict[str, Any]:
 
 
 class PriorObjective(nn.Module):
-    """The prior's loss as the loop wants it (see `clipmill.training.engine.Engine`)."""
+    """The prior's loss as the loop wants it (see `clipmill.training.engine.Engine`).
 
-    def __init__(self, model: Prior) -> None:
+    Args:
+        model: the prior.
+        tokens_per_value: tokens of a clip over its pixels' values (T x H x W x 3).
+    """
+
+    def __init__(self, model: Prior, tokens_per_value: float) -> None:
         super().__init__()
         self.model = model
+        self._tokens_per_value = tokens_per_value
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch: ``codes`` int64 [B, t, h, w] or [B, t, h, w, M], ``label`` int64 [B] if class-conditional,
         ``condition`` if it has another (see `clipmill.models.conditioning`), ``weight`` float32 [B].
 
-        The loss is the mean cross-entropy in nats per token.
+        The loss is the mean cross-entropy in nats per token. The metrics give it in bits: ``bits_per_token`` (what the
+        paper calls bits per dim) and ``bits_per_dim``, spread over the values of the clip's pixels.
         """
         per_clip = self.model.loss(batch["codes"], batch.get("label"), batch.get("condition"))
         weight = batch["weight"]
-        return (per_clip * weight).sum() / weight.sum().clamp(min=1), {}
+        loss = (per_clip * weight).sum() / weight.sum().clamp(min=1)
+        bits = loss.detach() / math.log(2)
+        return loss, {"bits_per_token": bits, "bits_per_dim": bits * self._tokens_per_value}
+
+
+class _Inputs(NamedTuple):
+    """What a prior is made from."""
+
+    tokens: Manifest
+    val: Manifest
+    tokenizer: VQVAE
+    tokenizer_body: dict[str, Any]
+    classes: list[str]
+    condition_shape: tuple[int, ...] | None
+
+    def build(self, config: RunConfig) -> Prior:
+        """A prior with initial weights."""
+        shape, num_codes = tuple(self.tokens.recipe["latent_shape"]), self.tokens.recipe["num_codes"]
+        codebook = self.tokenizer.quantizer.codebook
+        return Prior(config.prior.model, shape, num_codes, codebook, len(self.classes), self.condition_shape)
+
+
+def _inputs(config: RunConfig) -> _Inputs:
+    tokens, val = _tokens(config), require_manifest(config, "tokens", "val")
+    tokenizer, tokenizer_body, _ = load_vqvae(config.tokenizer_url)
+    classes = tokens.facts["classes"] if config.prior.model.class_conditional else []
+    return _Inputs(tokens, val, tokenizer, tokenizer_body, classes, _condition_shape(config, [tokens, val]))
+
+
+def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
+    prior = inputs.build(config)
+    prior.load_state_dict(weights)
+    recipe = inputs.tokens.recipe
+    body = {
+        "kind": "prior",
+        "model": identity(config.prior.model),
+        "latent_shape": recipe["latent_shape"],
+        "num_codes": recipe["num_codes"],
+        "num_classes": len(inputs.classes),
+        "classes": inputs.classes,
+        "condition_shape": inputs.condition_shape,
+        "tokenizer": inputs.tokenizer_body,
+        "identity": _identity(config, inputs.tokens),
+        "step": step,
+    }
+    return save_export(folder_url(config), prior, body, tokenizer=inputs.tokenizer, dtype=dtype)
 
 
 def _tokens(config: RunConfig) -> Manifest:
@@ -204,6 +260,15 @@ def _check_codes(batch: dict[str, Any], tokens: Manifest) -> None:
         raise UserError(
             f"clip {batch['key'][row]} at {tokens.url} has codes from {lowest} to {highest}, but the tokenizer "
             f"makes 0 to {num_codes - 1}; remove these tokens and run `clipmill tokenize` again"
+        )
+
+
+def _check_condition(condition: Tensor, keys: list[str], what: str) -> None:
+    """Pixels are integers and codes are checked; what a prior is told is the one input that can hold NaN."""
+    if condition.is_floating_point() and not condition.isfinite().all():
+        row = int((~condition.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise UserError(
+            f"clip {keys[row]} has {what} that are not finite; mend its source and shard and tokenize again"
         )
 
 

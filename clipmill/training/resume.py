@@ -37,8 +37,8 @@ def resume(
         engine: fresh.
         config: training settings.
         folder_url: the training folder.
-        state: what this run would save: ``identity``, ``world_size``, ``zero_stage``, ``rows`` of a micro-step over all
-            ranks.
+        state: what this run would save: ``identity``, ``world_size``, ``zero_stage``, ``offload``, ``rows`` of a
+            micro-step over all ranks.
         batch_statistics: the model normalises over these rows, so another number of them is another training.
         probe: loss on a few clips that are always the same; none where there are none.
 
@@ -54,7 +54,9 @@ def resume(
     if found is None:
         return 0, 0
     _compare(found, state, batch_statistics, config.accept_new_dataset)
-    same_layout = all(found.state[key] == state[key] for key in ("world_size", "zero_stage"))
+    # With another offload DeepSpeed would clip as the checkpoint did: as well as `Guard`, or not at all. Checkpoints of
+    # before this was recorded clipped in DeepSpeed.
+    same_layout = all(found.state.get(key) == state[key] for key in ("world_size", "zero_stage", "offload"))
     folder = checkpoint.staging_folder(folder_url)
     if world.local_rank == 0:  # once a node
         shutil.rmtree(folder, ignore_errors=True)

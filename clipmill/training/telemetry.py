@@ -1,25 +1,41 @@
-"""What a training run tells while it runs: metrics.jsonl, TensorBoard, the status line."""
+"""What a training run tells while it runs: metrics.jsonl, TensorBoard, Weights & Biases on request, the status line."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
-import resource
+import math
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from clipmill import storage
+from clipmill.errors import UserError
 from clipmill.metrics import MetricsLog, read_metrics
 
-__all__ = ["Report", "Stopwatch", "Telemetry", "summarise"]
+__all__ = ["Report", "Telemetry", "require_wandb", "summarise"]
 
 UPLOAD_SECONDS = 30.0
 """How often records are published: buckets cannot append, so each time as whole files."""
+WANDB_NAME_LENGTH = 128
+"""Most that Weights & Biases takes."""
+_STATUS = (
+    "loss",
+    "tokens_per_second",
+    "clips_per_second",
+    "mfu",
+    "grad_norm",
+    "lr",
+    "data_wait_share",
+    "skipped_steps",
+)
+"""What the status line shows of a training's facts."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,37 +51,14 @@ class Report(Protocol):
         """Hands over the newest progress, ``{"step", "total", ...}``, without waiting."""
 
 
-class Stopwatch:
-    """Rate of the loop since the last look, and the share of it spent waiting for data."""
+def require_wandb(project: str | None) -> None:
+    """Checks that Weights & Biases is there if it is asked for.
 
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Starts a new window."""
-        self._began = time.perf_counter()
-        self._waited, self._clips = 0.0, 0
-
-    def add_step(self, clips: int, waited_seconds: float) -> None:
-        """Counts one step on ``clips`` clips of all ranks that had to wait for its data."""
-        self._clips += clips
-        self._waited += waited_seconds
-
-    def facts(self) -> dict[str, float]:
-        """Rate and share of this window."""
-        seconds = time.perf_counter() - self._began
-        return {
-            "clips_per_second": self._clips / seconds,
-            "data_wait_share": self._waited / seconds,
-            "memory_bytes": _memory_bytes(),
-        }
-
-
-def _memory_bytes() -> int:
-    """Most memory this process has held: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Raises:
+        UserError: it is not.
+    """
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"wandb_project={project} needs the package wandb; `pip install wandb`, or leave it out")
 
 
 class Telemetry:
@@ -76,31 +69,54 @@ class Telemetry:
         attempt: name of the attempt.
         steps: length of the run.
         report: shows the progress.
+        wandb_project: of Weights & Biases, to record to as well.
     """
 
-    def __init__(self, folder_url: str, attempt: str, steps: int, report: Report) -> None:
+    def __init__(self, folder_url: str, attempt: str, steps: int, report: Report, wandb_project: str | None) -> None:
         self._steps, self._report = steps, report
+        self._shown: dict[str, float | str] = {}
         self._metrics = MetricsLog(folder_url, attempt)
         self._tensorboard_url = storage.join(folder_url, "tensorboard", attempt)
-        self._events = tempfile.TemporaryDirectory(prefix="clipmill-events-")
-        self._writer = SummaryWriter(self._events.name)
+        self._folder = tempfile.TemporaryDirectory(prefix="clipmill-events-")
+        self._events = Path(self._folder.name)
+        self._writer = SummaryWriter(self._folder.name)
+        self._published: dict[Path, int] = {}
+        self._wandb = None
+        if wandb_project is not None:
+            wandb = importlib.import_module("wandb")  # not a dependency
+            # A run of its own for each attempt: W&B drops steps that a resumed run goes through again.
+            group = folder_url[-WANDB_NAME_LENGTH:]
+            self._wandb = wandb.init(project=wandb_project, group=group, name=attempt)
         self._uploaded = time.monotonic()
 
     def log(self, step: int, split: str, facts: dict[str, float]) -> None:
-        """Records the facts of one split after ``step`` steps and shows the important ones."""
+        """Records the facts of one split after ``step`` steps, as far as they are finite, and shows some."""
+        facts = {name: value for name, value in facts.items() if math.isfinite(value)}  # NaN is no JSON
         self._metrics.write({"step": step, "split": split, **facts})
         for name, value in facts.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{split}/{name}": value for name, value in facts.items()}, step=step)
         if time.monotonic() - self._uploaded >= UPLOAD_SECONDS:
             self.upload()
         if split == "train":
-            self.progress(step, loss=facts["loss"])
-        else:
-            self.progress(step, val_loss=facts["loss"])
+            self._shown |= {name: facts[name] for name in _STATUS if name in facts}
+            self._shown["memory"] = f"{facts['memory_bytes'] / 2**30:.1f} GiB"
+        elif "loss" in facts:
+            self._shown["val_loss"] = facts["loss"]
+        self.progress(step)
 
-    def progress(self, step: int, **facts: float) -> None:
+    def log_picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Adds a picture, uint8 [H, W, 3], to TensorBoard.
+
+        Each has a file of its own: that with the numbers is published as a whole again and again, and stays small.
+        """
+        with SummaryWriter(str(self._events / name), filename_suffix=f".{step:08d}") as writer:
+            writer.add_image(name, picture, step, dataformats="HWC")
+
+    def progress(self, step: int) -> None:
         """Moves the progress bar."""
-        self._report.update({"step": step, "total": self._steps, **facts})
+        self._report.update({"step": step, "total": self._steps, **self._shown})
 
     def upload(self) -> None:
         """Publishes everything recorded so far.
@@ -111,8 +127,12 @@ class Telemetry:
         try:
             self._metrics.upload()
             self._writer.flush()
-            for path in Path(self._events.name).iterdir():
-                storage.publish_file(path, storage.join(self._tensorboard_url, path.name))
+            for path in (path for path in self._events.rglob("*") if path.is_file()):
+                size = path.stat().st_size
+                if self._published.get(path) != size:
+                    name = path.relative_to(self._events).as_posix()
+                    storage.publish_file(path, storage.join(self._tensorboard_url, name))
+                    self._published[path] = size
         except OSError as error:  # no reason to lose the training: the next upload has it all
             logger.warning("cannot upload metrics: %s", error)
 
@@ -121,7 +141,9 @@ class Telemetry:
         self._writer.close()
         self.upload()
         self._metrics.close()
-        self._events.cleanup()
+        self._folder.cleanup()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def summarise(folder_url: str) -> dict[str, Any]:
@@ -129,10 +151,15 @@ def summarise(folder_url: str) -> dict[str, Any]:
     records = read_metrics(folder_url)
     train = [record for record in records if record["split"] == "train"]
     val = [record for record in records if record["split"] == "val"]
-    summary: dict[str, Any] = {"steps": train[-1]["step"], "loss": train[-1]["loss"]} if train else {}
-    if train:
-        for name in ("clips_per_second", "data_wait_share"):
-            summary[name] = statistics.median(record[name] for record in train)
-    if val:
+    summary: dict[str, Any] = {"steps": train[-1]["step"]} if train else {}
+    losses = [record["loss"] for record in train if "loss" in record]  # one that is not finite is left out
+    if losses:
+        summary["loss"] = losses[-1]
+    for name in ("clips_per_second", "tokens_per_second", "mfu", "data_wait_share"):
+        if values := [record[name] for record in train if name in record]:
+            summary[name] = statistics.median(values)
+    if train and train[-1].get("skipped_steps"):
+        summary["skipped_steps"] = train[-1]["skipped_steps"]
+    if val and "loss" in val[-1]:
         summary["val_loss"] = val[-1]["loss"]
     return summary

@@ -6,21 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipmill.config import RunConfig, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
-from clipmill.models.export import save_export
+from clipmill.models.export import Dtype, save_export
 from clipmill.models.quantizers import codebook_metrics
-from clipmill.models.vqvae import VQVAE, codes_shape, to_input
+from clipmill.models.vqvae import VQVAE, codes_shape, to_input, to_pixels
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
-from clipmill.training.engine import join_world
+from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.inputs import finished_step, open_dataset, require_manifest
 from clipmill.training.loop import Job, fit, rows_and_accumulation
 from clipmill.training.telemetry import Report, summarise
+from clipmill.training.world import join_world
 
-__all__ = ["folder_url", "is_finished", "summary", "train"]
+__all__ = ["export", "flops_per_clip", "folder_url", "is_finished", "summary", "train"]
 
 
 def folder_url(config: RunConfig) -> str:
@@ -70,10 +73,39 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         seed=config.seed,
         identity=_identity(config, clips),
         batch_statistics=True,
-        export=lambda weights, step: _export(config, clips, weights, step),
+        export=lambda weights, step: _export(config, clips, weights, step, "float32"),
         score_counts=objective.score_counts,
+        flops_per_clip=lambda: flops_per_clip(config, clips),
     )
     fit(job, world, lease, report)
+
+
+def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
+    """Exports a committed checkpoint and makes it the folder's latest export.
+
+    Args:
+        config: of the run.
+        step: of the checkpoint; none: the newest.
+        dtype: of the weights in the export.
+
+    Returns:
+        The export's sha8.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of other settings.
+    """
+    clips = require_manifest(config, "clips", "train")
+    found = find_checkpoint(folder_url(config), step, _identity(config, clips), config.vqvae.training)
+    return export_checkpoint(found, lambda weights, step: _export(config, clips, weights, step, dtype))
+
+
+def flops_per_clip(config: RunConfig, clips: Manifest) -> float:
+    """Floating-point operations of one clip, forward and backward, counted on tensors without memory."""
+    clip = clips.recipe["clip"]
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = VQVAE(config.vqvae.model, pixel_variance=1.0).eval()  # a step in eval mode talks to no other rank
+        model(torch.zeros(1, 3, clip["num_frames"], clip["resolution"], clip["resolution"])).loss.backward()
+    return counter.get_total_flops()
 
 
 def summary(config: RunConfig) -> dict[str, Any]:
@@ -91,10 +123,14 @@ class VQVAEObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B].
 
-        In eval mode the metrics have the 1-d ``code_counts`` too, see `score_counts`.
+        In eval mode the metrics have the 1-d ``code_counts`` too, see `score_counts`, and the ``reconstruction``,
+        uint8 [B, T, H, W, 3].
         """
         output = self.model(to_input(batch["video"]), batch["weight"])
-        return output.loss, output.metrics if self.training else output.metrics | {"code_counts": output.counts}
+        if self.training:
+            return output.loss, output.metrics
+        shown = {"code_counts": output.counts, "reconstruction": to_pixels(output.reconstruction)}
+        return output.loss, output.metrics | shown
 
     def score_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
         """Usage and perplexity of the codebook over everything that was counted, which no mean over batches gives."""
@@ -111,7 +147,7 @@ def _codes_shape(config: RunConfig, clips: Manifest) -> tuple[int, ...]:
     return codes_shape(config.vqvae.model, clip["num_frames"], clip["resolution"])
 
 
-def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step: int) -> None:
+def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
     model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
     model.load_state_dict(weights)
     body = {
@@ -124,4 +160,4 @@ def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step
         "identity": _identity(config, clips),
         "step": step,
     }
-    save_export(folder_url(config), model, body)
+    return save_export(folder_url(config), model, body, dtype=dtype)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from clipmill.training.engine import World
+from clipmill.training.world import World
 
 __all__ = ["Watchdog"]
 

@@ -35,7 +35,7 @@ def start(command: list[str], *, num_ranks: int, log: Path) -> subprocess.Popen[
 def run(command: list[str], log: Path, num_ranks: int) -> None:
     """Lets it end, which it must do well."""
     process = start(command, num_ranks=num_ranks, log=log)
-    assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
+    assert process.wait(timeout=600) == 0, log.read_text()[-3000:]
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from clipmill.config import TrainingConfig
 from clipmill.training.engine import deepspeed_config
-from clipmill.training.loop import learning_rate
+from clipmill.training.loop import average_weight, learning_rate
 
 
 def test_the_private_name_that_avoids_compiling_at_every_start_still_exists():
@@ -16,7 +18,7 @@ def test_the_private_name_that_avoids_compiling_at_every_start_still_exists():
 def test_expert_settings_are_merged_over_the_derived_document():
     config = TrainingConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "extra": 1})
     document = deepspeed_config(config, rows=4, accumulation=2, world_size=3)
-    assert document["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert document["zero_optimization"] == {"stage": 2, "compute_grad_norm": False, "overlap_comm": False}
     assert (document["train_batch_size"], document["gradient_accumulation_steps"], document["extra"]) == (24, 2, 1)
 
 
@@ -29,3 +31,30 @@ def test_the_learning_rate_warms_up_then_follows_a_cosine_to_its_floor():
     assert learning_rate(config, 110) == pytest.approx(0.1)
     assert learning_rate(config, 10_000) == pytest.approx(0.1)
     assert learning_rate(config.model_copy(update={"schedule": "constant"}), 100) == 1.0
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_document_is_plain_json(stage, offload):
+    if offload and stage == 0:
+        with pytest.raises(ValueError, match="offload needs zero_stage 1, 2 or 3"):
+            TrainingConfig(zero_stage=0, offload=True)
+        return
+    config = TrainingConfig(zero_stage=stage, offload=offload, grad_clip=0.5)
+    document = deepspeed_config(config, rows=4, accumulation=1, world_size=2)
+    assert json.loads(json.dumps(document)) == document
+    assert ("offload_optimizer" in document["zero_optimization"]) == offload
+    ours = stage < 3 and not offload  # who clips
+    assert document["gradient_clipping"] == (0 if ours else 0.5)
+
+
+def test_compiling_stage_3_is_refused():
+    with pytest.raises(ValueError, match="compile needs zero_stage 0, 1 or 2"):
+        TrainingConfig(zero_stage=3, compile=True)
+
+
+def test_the_average_begins_as_the_weights_and_slows_down_to_its_decay():
+    config = TrainingConfig(weights_ema=0.99)
+    assert average_weight(config, 0) == 1
+    assert average_weight(config, 90) == pytest.approx(0.1)
+    assert average_weight(config, 10_000) == pytest.approx(0.01)

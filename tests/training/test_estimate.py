@@ -8,8 +8,9 @@ import torch
 
 from clipmill.config import RunConfig, load_config
 from clipmill.models.prior import Prior
-from clipmill.training.engine import Engine, join_world
+from clipmill.training.engine import Engine
 from clipmill.training.estimate import activation_bytes, estimate, model_state_bytes, saved_bytes
+from clipmill.training.world import join_world
 
 RATES = {"mfu": 0.4, "peak_tflops": 989.0, "gpus_per_node": 8, "upload_mb_per_second": 200.0}
 
@@ -59,7 +60,8 @@ def measure(_: int, folder: Path) -> None:
         config = engine_config(stage)
         prior = Prior(config.prior.model, (1, 8, 8), 64, torch.randn(64, 256))
         engine = Engine(Objective(prior), config.prior.training, join_world(), rows=32, accumulation=1)
-        engine.micro_step({"codes": torch.randint(64, (32, 1, 8, 8)), "weight": torch.ones(32)}, lr=1e-3)
+        with engine.step(lr=1e-3, average_weight=0.0):
+            engine.micro_step({"codes": torch.randint(64, (32, 1, 8, 8)), "weight": torch.ones(32)})
         optimizer = engine.deepspeed.optimizer
         states = getattr(optimizer, "optimizer", optimizer).state.values()
         moments = sum(value.nbytes for state in states for value in state.values() if value.dim() > 0)

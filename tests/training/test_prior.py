@@ -74,6 +74,14 @@ def test_codes_out_of_range_name_the_clip_and_the_numbers(root: Path) -> None:
         prior._check_codes({"codes": codes, "key": ["a", "b"]}, tokens)
 
 
+def test_a_condition_that_is_not_finite_names_the_clip() -> None:
+    condition = torch.zeros(2, 8, 3)
+    prior._check_condition(condition, ["a", "b"], "actions at x")
+    condition[1, 7, 2] = torch.nan
+    with pytest.raises(UserError, match="clip b has actions at x that are not finite"):
+        prior._check_condition(condition, ["a", "b"], "actions at x")
+
+
 def test_batches_that_do_not_go_up_name_the_numbers(root: Path) -> None:
     training = toy_config(root).prior.training.model_copy(update={"global_batch": 2})
     with pytest.raises(UserError, match=r"global_batch=2 leaves some of the 3 ranks without a clip"):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from clipmill.config import load_config
+from clipmill.errors import UserError
+from clipmill.metrics import read_metrics
 from clipmill.models.export import load_prior
+from clipmill.training import prior
 from clipmill.training.checkpoint import newest
 from tests.training.processes import kill_all, run, start, wait_for
 from tests.training.toy import CHECKPOINT_EVERY, CLASSES, STEPS, read_losses, stage_command
@@ -24,12 +30,14 @@ def _run_killed(command: list[str], log: Path, folder: Path, num_ranks: int) -> 
     assert not (folder / "exports").exists()
 
 
-def _check_exact_resume(workspace: Path, tmp_path: Path, stage: str, zero_stage: int, num_ranks: int) -> None:
+def _check_exact_resume(
+    workspace: Path, tmp_path: Path, stage: str, zero_stage: int, num_ranks: int, *assignments: str
+) -> None:
     folder = {"train-vqvae": "vqvae", "train-prior": "prior"}[stage]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     log = tmp_path / "log.txt"
-    run(stage_command(workspace, whole, stage, zero_stage), log, num_ranks)
-    command = stage_command(workspace, killed, stage, zero_stage)
+    run(stage_command(workspace, whole, stage, zero_stage, *assignments), log, num_ranks)
+    command = stage_command(workspace, killed, stage, zero_stage, *assignments)
     _run_killed(command, log, killed / folder, num_ranks)
     run(command, log, num_ranks)
 
@@ -47,21 +55,88 @@ def _check_exact_resume(workspace: Path, tmp_path: Path, stage: str, zero_stage:
 @pytest.mark.timeout(600)
 def test_the_prior_resumes_exactly_on_two_ranks(workspace, tmp_path):
     _check_exact_resume(workspace, tmp_path, "train-prior", zero_stage=1, num_ranks=2)
-    prior, tokenizer, body, _ = load_prior(str(tmp_path / "killed" / "prior"))
+    model, tokenizer, body, _ = load_prior(str(tmp_path / "killed" / "prior"))
     assert (body["step"], body["classes"]) == (STEPS, CLASSES)
-    assert torch.equal(prior.input.codebook, tokenizer.quantizer.codebook)
+    assert torch.equal(model.input.codebook, tokenizer.quantizer.codebook)
+
+
+@pytest.mark.timeout(600)
+def test_averaged_weights_resume_exactly_at_zero_stage_3_and_are_exported(workspace, tmp_path):
+    average = "prior.training.weights_ema=0.9"
+    _check_exact_resume(workspace, tmp_path, "train-prior", 3, 2, average)
+    root = tmp_path / "killed"
+    config = load_config([root / "run.yaml"], [average])
+    weights, *_ = load_prior(str(root / "prior"))
+    earlier = prior.export(config, STEPS - CHECKPOINT_EVERY, "float32")
+    older, _, body, sha8 = load_prior(str(root / "prior"))
+    assert (sha8, body["step"]) == (earlier, STEPS - CHECKPOINT_EVERY)
+    assert not torch.equal(older.head.weight, weights.head.weight)
+    run([*stage_command(workspace, root, "export", 3, average), "--dtype", "bfloat16"], tmp_path / "log.txt", 1)
+    narrow, _, body, _ = load_prior(str(root / "prior"))
+    assert (body["step"], body["dtype"]) == (STEPS, "bfloat16")
+    assert torch.equal(narrow.head.weight, weights.head.weight.bfloat16().float())
+    with pytest.raises(
+        UserError, match=f"no checkpoint of step 3 in .*; there are: {STEPS - CHECKPOINT_EVERY}, {STEPS}"
+    ):
+        prior.export(config, 3, "float32")
+    with pytest.raises(UserError, match=r"has other settings: prior.training.weights_ema \(0.9 -> None\)"):
+        prior.export(load_config([root / "run.yaml"]), None, "float32")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_the_prior_resumes_exactly_at_every_zero_stage(workspace, tmp_path, zero_stage):
-    _check_exact_resume(workspace, tmp_path, "train-prior", zero_stage, num_ranks=2)
+@pytest.mark.parametrize("micro_batch", [3, 2], ids=["once", "accumulated"])
+@pytest.mark.parametrize(("zero_stage", "num_ranks"), [(0, 2), (1, 4), (2, 2), (2, 4), (3, 4)])
+def test_the_prior_resumes_exactly_at_every_zero_stage(workspace, tmp_path, zero_stage, num_ranks, micro_batch):
+    if num_ranks == 4:
+        micro_batch -= 1  # of two clips a rank
+    settings = (f"prior.training.micro_batch={micro_batch}", "prior.training.weights_ema=0.9")
+    _check_exact_resume(workspace, tmp_path, "train-prior", zero_stage, num_ranks, *settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "num_ranks"), [(1, 2), (0, 1)])
 def test_the_tokenizer_resumes_exactly_with_its_codebook(workspace, tmp_path, zero_stage, num_ranks):
-    _check_exact_resume(workspace, tmp_path, "train-vqvae", zero_stage, num_ranks)
+    average = "vqvae.training.weights_ema=0.9"
+    _check_exact_resume(workspace, tmp_path, "train-vqvae", zero_stage, num_ranks, average)
+
+
+@pytest.mark.slow
+def test_the_tokenizer_trains_alike_on_two_and_on_four_ranks(workspace, tmp_path):
+    log, losses = tmp_path / "log.txt", []
+    for num_ranks, zero_stage in ((2, 3), (4, 1)):
+        root = tmp_path / str(num_ranks)
+        settings = ["vqvae.training.global_batch=16", "vqvae.training.steps=16"]
+        run(stage_command(workspace, root, "train-vqvae", zero_stage, *settings), log, num_ranks)
+        losses.append(read_losses(root / "vqvae"))
+    assert list(losses[0]) == list(range(1, 17))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    saved = newest(str(tmp_path / "2" / "vqvae"))  # at stage 3 every rank writes its buffers
+    assert saved is not None
+    names = [file["name"] for file in saved.files if "model_states" in file["name"]]
+    states = [torch.load(Path(saved.url, name), weights_only=False)["module"] for name in names]
+    assert len(states) == 2
+    for name in ("codebook", "counts", "sums"):
+        assert torch.equal(*(state[f"model.quantizer.{name}"] for state in states))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(workspace, tmp_path):
+    log, root = tmp_path / "log.txt", tmp_path / "root"
+    run(stage_command(workspace, root, "train-prior", 1, "prior.training.steps=2"), log, 1)
+    before = sorted((root / "prior").glob("checkpoints/*/*"))
+    far = ["prior.training.steps=24", "prior.training.log_every=4", "prior.training.lr=1e30"]
+    command = stage_command(workspace, root, "train-prior", 1, *far)
+    assert start(command, num_ranks=1, log=log).wait(timeout=240) == 1
+    line = log.read_text().splitlines()[-1]  # step 3 takes the weights away, step 4 finds out
+    found = re.search(
+        r"step 4 gave loss nan on rank 0 \(clips (\w+(, \w+){5})\); the last good checkpoint is (\S+);", line
+    )
+    assert found, line
+    assert found[3] == str(before[-1])
+    assert sorted((root / "prior").glob("checkpoints/*/*")) == before
+    assert start([*command, "prior.training.nonfinite=skip"], num_ranks=1, log=log).wait(timeout=240) == 1
+    assert "10 steps in a row up to step 13 gave gradients that are not finite" in log.read_text().splitlines()[-1]
+    records = [record for record in read_metrics(str(root / "prior")) if record["split"] == "train"]
+    assert [(record["step"], record.get("skipped_steps")) for record in records[-2:]] == [(8, 5), (12, 9)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -130,8 +205,9 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(workspace, tmp_path):
     }
     for assignment, line in refusals.items():
         command = stage_command(workspace, root, "train-prior", 1, "prior.training.steps=4", assignment)
+        command.append("prior.training.offload=true")
         assert start(command, num_ranks=1, log=log).wait(timeout=240) == (2 if line else 0)
-        assert line is None or line in log.read_text()
+        assert (line or "converted from 1 ranks at ZeRO stage 1") in log.read_text()
     fresh = stage_command(workspace, tmp_path / "fresh", "train-prior", 1, nothing)
     assert start(fresh, num_ranks=1, log=log).wait(timeout=240) == 2
     assert "holds no committed checkpoint" in log.read_text().splitlines()[-1]
@@ -174,6 +250,10 @@ def test_the_tokenizer_wants_the_clips_of_a_micro_step_unchanged(workspace, tmp_
     status = start(command, num_ranks=2, log=log).wait(timeout=240)
     if goes_on:
         assert (status, list(read_losses(root / "vqvae"))) == (0, [1, 2, 3, 4])
+        (attempt, *_) = sorted((root / "vqvae" / "tensorboard").iterdir())
+        pictures = EventAccumulator(str(attempt / "reconstructions")).Reload().Images("reconstructions")
+        (picture,) = pictures
+        assert (picture.step, picture.width, picture.height) == (2, 4 * 16, 2 * 2 * 16 + 2)  # frames; clips, pairs, gap
         assert "converted from 1 ranks at ZeRO stage 1" in log.read_text()
     else:
         assert status != 0

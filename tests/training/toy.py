@@ -59,7 +59,8 @@ def write_inputs(folder: Path) -> None:
             commit_unit(url, 0, writer.finish(), {})
             recipe = {"clip": {"num_frames": 4, "resolution": 16}}
             if kind == "tokens":
-                recipe |= {"tokenizer": _tokenizer(folder), "num_codes": NUM_CODES, "latent_shape": [1, 4, 4]}
+                recipe = {"clip": recipe, "num_codes": NUM_CODES, "latent_shape": [1, 4, 4]}
+                recipe["tokenizer"] = _tokenizer(folder)
             facts = {"classes": CLASSES, "pixel_variance": 0.08, "num_units": 1}
             freeze(url, kind, [0], recipe, facts | {"fields": {"label": {"clips": num_clips, "shapes": [[]]}}})
 

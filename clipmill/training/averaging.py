@@ -1,0 +1,94 @@
+"""A moving average of the weights, beside those that are trained.
+
+The average of a parameter lies where its master does (see ``partitions.py``), as one more entry of the optimizer's
+state: so it is partitioned, offloaded, saved, resumed and converted with the moments, and costs 4 bytes of each
+parameter a rank has. Buffers (batch statistics, the codebook) are averaged alike, in buffers of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipmill.training.partitions import masters, optimizer_states, refresh_weights
+
+__all__ = ["AVERAGE", "Averages", "BufferAverages", "averaged_buffers"]
+
+AVERAGE = "average"
+"""Name of the entry."""
+_MODULE = "averages"
+
+
+class BufferAverages(nn.Module):
+    """Copies of a module's floating-point buffers, in whose state they are from then on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, buffer in module.named_buffers():
+            if buffer.is_floating_point():
+                self.register_buffer(name.replace(".", "/"), buffer.clone())
+        module.add_module(_MODULE, self)
+
+
+def averaged_buffers(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers of a checkpoint, each as its average where there is one."""
+    prefix = f"{_MODULE}."
+    averages = {
+        name.removeprefix(prefix).replace("/", "."): value for name, value in buffers.items() if name.startswith(prefix)
+    }
+    return {name: averages.get(name, value) for name, value in buffers.items() if not name.startswith(prefix)}
+
+
+class Averages:
+    """The averages of one engine.
+
+    Args:
+        engine: DeepSpeed's.
+        buffers: of the module in it.
+    """
+
+    def __init__(self, engine: Any, buffers: BufferAverages) -> None:
+        self._engine = engine
+        names = dict(engine.module.named_buffers())
+        self._buffers = [(names[name.replace("/", ".")], average) for name, average in buffers.named_buffers()]
+
+    @torch.no_grad()
+    def update(self, weight: float, applied: Tensor) -> None:
+        """Moves the averages towards what a step has made.
+
+        Args:
+            weight: of the newest weights; 1 takes them as they are.
+            applied: float32 0-d, 0 if the step was left out: then nothing moves.
+        """
+        states = optimizer_states(self._engine)
+        for master in masters(self._engine):
+            if state := states.get(master):  # none before the first step
+                state.setdefault(AVERAGE, master.detach().clone())
+        for current, average in self._pairs():
+            average.lerp_(current, (weight * applied).to(average.device, non_blocking=True))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model has its averages in place of weights and buffers; no step may be taken. Collective."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for current, average in self._pairs():
+            before = current.clone()
+            current.copy_(average)
+            average.copy_(before)
+        refresh_weights(self._engine)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        states = optimizer_states(self._engine)
+        weights = [(master, states[master][AVERAGE]) for master in masters(self._engine) if AVERAGE in states[master]]
+        return weights + self._buffers

@@ -1,0 +1,104 @@
+"""Steps whose numbers are not finite: found and reported when the host looks.
+
+A step is bad if the norm of its gradients, which is the same on all ranks, is not finite; then no rank applies it (see
+``guard.py``). Who was to blame is found out later, when the metrics are fetched: no step waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipmill.errors import StageFailed
+from clipmill.training import checkpoint
+from clipmill.training.world import World
+
+__all__ = ["Ledger"]
+
+MOST_SKIPPED_IN_A_ROW = 10
+MOST_KEYS = 8
+"""That an error names."""
+
+
+class _Step(NamedTuple):
+    number: int
+    keys: list[str]
+    loss: Tensor
+    norm: Tensor
+
+
+class Ledger:
+    """The steps since the last look, and what is to follow from the bad ones among them.
+
+    Args:
+        world: this process among its peers.
+        policy: ``stop`` or ``skip``, see ``TrainingConfig.nonfinite``.
+        folder_url: the training folder, for its checkpoints.
+
+    Attributes:
+        num_skipped: steps left out since this attempt began.
+    """
+
+    def __init__(self, world: World, policy: str, folder_url: str) -> None:
+        self._world, self._policy, self._folder_url = world, policy, folder_url
+        self._steps: list[_Step] = []
+        self._in_a_row = 0
+        self.num_skipped = 0
+
+    def add(self, number: int, keys: list[str], loss: Tensor, norm: Tensor) -> None:
+        """Notes a step without looking at it.
+
+        Args:
+            number: of steps done with it.
+            keys: of this rank's clips.
+            loss: sum over this rank's clips, 0-d on the device.
+            norm: of the gradients of all ranks, 0-d on the device.
+        """
+        self._steps.append(_Step(number, keys, loss, norm))
+
+    def look(self) -> None:
+        """Looks at the steps since the last time. Collective; waits for the device.
+
+        Raises:
+            StageFailed: one of them was bad and that ends the run, or too many in a row were.
+        """
+        steps, self._steps = self._steps, []
+        losses = torch.stack([step.loss.float() for step in steps]).tolist()
+        norms = torch.stack([step.norm.float() for step in steps]).tolist()
+        if self._policy == "stop":
+            any_bad = self._world.sum(
+                [not (math.isfinite(loss) and math.isfinite(norm)) for loss, norm in zip(losses, norms, strict=True)]
+            )
+            first = next((index for index, bad in enumerate(any_bad) if bad), None)
+            if first is not None:
+                self._stop(steps[first], losses[first], norms[first])
+            return
+        for step, norm in zip(steps, norms, strict=True):
+            self._in_a_row = 0 if math.isfinite(norm) else self._in_a_row + 1
+            self.num_skipped += not math.isfinite(norm)
+            if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
+                raise StageFailed(
+                    f"{self._in_a_row} steps in a row up to step {step.number} gave gradients that are not finite; "
+                    f"{self._last_good()}; lower the learning rate and run again"
+                )
+
+    def _stop(self, step: _Step, loss: float, norm: float) -> None:
+        """Raises on all ranks the error of the first whose own loss was bad; of rank 0, if only gradients were."""
+        own = not math.isfinite(loss)
+        clips = ", ".join(step.keys[:MOST_KEYS])
+        if len(step.keys) > MOST_KEYS:
+            clips += f" and {len(step.keys) - MOST_KEYS} more"
+        what = f"loss {loss}" if own else f"grad_norm {norm}"
+        error = StageFailed(
+            f"step {step.number} gave {what} on rank {self._world.rank} (clips {clips}); {self._last_good()}; lower "
+            "the learning rate, or leave such steps out with nonfinite=skip, and run again"
+        )
+        self._world.raise_first(error if own else None)
+        self._world.raise_first(error)
+
+    def _last_good(self) -> str:
+        saved = checkpoint.newest(self._folder_url)
+        return f"the last good checkpoint is {saved.url}" if saved else "no checkpoint was written before"

@@ -1,0 +1,50 @@
+"""Where DeepSpeed keeps what its optimizer updates, at each ZeRO stage.
+
+At stage 0 these are the parameters. At 1 to 3 they are float32 copies of this rank's part of all parameters, laid flat
+("masters"), from which the weights that the model computes with are made again after each step. All of it is private
+state of DeepSpeed: tests/training/test_resume.py and test_averaging.py go through the stages and fail when it moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["masters", "optimizer_states", "refresh_weights"]
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """The float32 tensors that this rank's optimizer updates.
+
+    Args:
+        engine: DeepSpeed's.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return list(engine.module.parameters())
+    optimizer = engine.optimizer
+    return list(optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups)
+
+
+def optimizer_states(engine: Any) -> dict[Tensor, dict[str, Tensor]]:
+    """The optimizer's state of each master: ``step``, ``exp_avg``, ``exp_avg_sq``; all of it is in a checkpoint."""
+    optimizer = engine.optimizer
+    return (optimizer.optimizer if engine.zero_optimization_stage() else optimizer).state
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any) -> None:
+    """Makes the weights that the model computes with from the masters, as after a step. Collective."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer.checkpoint_event_prologue()  # small parameters stay gathered between steps: not now
+        groups = (optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
+        for flat, computing, partitions in zip(*groups, optimizer.fp16_partitioned_groups, strict=True):
+            computing.copy_(flat)
+            for partition, piece in zip(partitions, optimizer.unflatten(computing, partitions), strict=True):
+                partition.data = piece.data
+        optimizer.checkpoint_event_epilogue()

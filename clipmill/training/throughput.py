@@ -1,0 +1,78 @@
+"""How fast a training goes, what that is of the hardware's best, and what it waits for."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+__all__ = ["Stopwatch", "peak_flops"]
+
+_PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # Dense, without sparsity, as NVIDIA's data sheets give them. Longer names first: the first that fits counts.
+    "H100 PCIe": {"bfloat16": 756, "float32": 51},
+    "H100": {"bfloat16": 989, "float32": 67},
+    "H200": {"bfloat16": 989, "float32": 67},
+    "B200": {"bfloat16": 2250, "float32": 75},
+    "A100": {"bfloat16": 312, "float32": 19.5},
+    "L40S": {"bfloat16": 362, "float32": 91.6},
+    "A10": {"bfloat16": 125, "float32": 31.2},
+    "L4": {"bfloat16": 121, "float32": 30.3},
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Most floating-point operations a second of one device; none of one that is not known.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it.
+        precision: ``bfloat16`` or ``float32`` (without TF32, which nothing here switches on).
+    """
+    words = device_name.replace("-", " ").split()
+    for name, peaks in _PEAK_TFLOPS.items():
+        if all(word in words for word in name.split()):
+            return peaks[precision] * 1e12
+    return None
+
+
+class Stopwatch:
+    """Rate of the loop since the last look, and the share of it spent waiting for data.
+
+    Args:
+        tokens_per_clip: to give the rate in tokens as well.
+        peak_share_per_clip: share of a second that one clip would take all devices at their peak; none if that is not
+            known.
+    """
+
+    def __init__(self, tokens_per_clip: int | None = None, peak_share_per_clip: float | None = None) -> None:
+        self._tokens_per_clip, self._peak_share_per_clip = tokens_per_clip, peak_share_per_clip
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self._began = time.perf_counter()
+        self._waited, self._clips = 0.0, 0
+
+    def add_step(self, clips: int, waited_seconds: float) -> None:
+        """Counts one step on ``clips`` clips of all ranks that had to wait for its data."""
+        self._clips += clips
+        self._waited += waited_seconds
+
+    def facts(self) -> dict[str, float]:
+        """Rate and share of this window; call when the device has done its steps."""
+        seconds = time.perf_counter() - self._began
+        rate = self._clips / seconds
+        facts = {"clips_per_second": rate, "data_wait_share": self._waited / seconds, "memory_bytes": _memory_bytes()}
+        if self._tokens_per_clip is not None:
+            facts["tokens_per_second"] = rate * self._tokens_per_clip
+        if self._peak_share_per_clip is not None:
+            facts["mfu"] = rate * self._peak_share_per_clip
+        return facts
+
+
+def _memory_bytes() -> int:
+    """Most memory this process has held: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,91 @@
+"""What the model makes of the split ``val``: scores, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipmill.shards.dataset import ShardDataset, eval_batches
+from clipmill.training.engine import Engine
+from clipmill.training.means import WeightedMeans
+
+__all__ = ["Validation", "film_strips", "validate"]
+
+PICTURED_CLIPS = 2
+PICTURED_FRAMES = 8
+_GAP_PIXELS = 2
+_WHITE = 255
+
+
+class Validation(NamedTuple):
+    """Of the clips that were looked at; nothing of none."""
+
+    scores: dict[str, float]
+    picture: np.ndarray | None
+    """uint8 [H, W, 3], on rank 0 of a model that reconstructs: see `film_strips`."""
+
+
+def validate(
+    engine: Engine,
+    dataset: ShardDataset,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    rows: int,
+    max_clips: int,
+    score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None,
+) -> Validation:
+    """Evaluates the first clips of a data set with the weights that are in place. Collective.
+
+    Args:
+        engine: in training.
+        dataset: the split ``val``, which may be empty.
+        prepare: see `Job`, as ``score_counts``.
+        rows: clips of a batch.
+        max_clips: how many clips.
+        score_counts: see `Job`.
+    """
+    num_clips = min(max_clips, dataset.manifest.num_samples)
+    if num_clips == 0:
+        return Validation({}, None)
+    world = engine.world
+    batches = eval_batches(dataset, batch_size=rows, rank=world.rank, world_size=world.size, max_samples=num_clips)
+    means = WeightedMeans()
+    counts: dict[str, Tensor] = {}
+    picture = None
+    for collated in batches:
+        batch = engine.to_device(prepare(collated))
+        loss, metrics = engine.evaluate(batch)
+        reconstruction = metrics.pop("reconstruction", None)
+        if picture is None and reconstruction is not None and world.rank == 0:
+            shown = min(PICTURED_CLIPS, num_clips)
+            picture = film_strips(batch["video"][:shown].cpu().numpy(), reconstruction[:shown].cpu().numpy())
+        for name in [name for name, value in metrics.items() if value.dim()]:
+            counts[name] = metrics.pop(name).double() + counts.get(name, 0)
+        means.add(batch["weight"].sum(), {"loss": loss, **metrics})
+    totals = {name: torch.tensor(world.sum(value.tolist())) for name, value in counts.items()}
+    return Validation(means.fetch(world) | (score_counts(totals) if score_counts else {}), picture)
+
+
+def film_strips(clips: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Frames of each clip from left to right, and below them those of its reconstruction.
+
+    Not `clipmill.video.contact_sheet`: a machine that only trains has no codecs.
+
+    Args:
+        clips: uint8 [N, T, H, W, 3].
+        reconstructions: of the same shape.
+
+    Returns:
+        uint8 [2 N rows, frames, 3], with white gaps below each pair.
+    """
+    num_frames = clips.shape[1]
+    shown = np.linspace(0, num_frames - 1, min(num_frames, PICTURED_FRAMES)).round().astype(int)
+    rows = []
+    for pair in zip(clips, reconstructions, strict=True):
+        rows += [np.concatenate(list(clip[shown]), axis=1) for clip in pair]
+        rows.append(np.full((_GAP_PIXELS, *rows[-1].shape[1:]), _WHITE, np.uint8))
+    return np.concatenate(rows[:-1])

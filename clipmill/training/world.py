@@ -1,0 +1,112 @@
+"""This process among its peers: who they are, and control messages between them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["World", "join_world"]
+
+CONTROL_TIMEOUT_SECONDS = 7200.0
+
+
+class World:
+    """This process among its peers.
+
+    Attributes:
+        rank: index of this process among ``size``.
+        local_rank: index among the ``local_size`` processes of this machine.
+        device: where the model lives.
+    """
+
+    def __init__(self, *, is_ours: bool) -> None:
+        self._is_ours = is_ours
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ["LOCAL_RANK"])
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        # Control messages go over gloo: on NCCL even one integer would wait for the GPU's stream.
+        # Peers wait in it while rank 0 waits for the slowest node's upload, which must run out of patience first.
+        patience = datetime.timedelta(seconds=CONTROL_TIMEOUT_SECONDS)
+        self._control = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self._control is None:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(flags.item())
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The element-wise sum over all ranks, in float64."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        if self._control is not None:
+            dist.all_reduce(sums, group=self._control)
+        return sums.tolist()
+
+    def from_rank_zero(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on rank 0, on every rank; an error it raises there is raised on every rank."""
+        if self._control is None:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = make()
+            except Exception as error:  # the peers must not wait for a broadcast that never comes
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self._control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def raise_first(self, error: Exception | None) -> None:
+        """Raises the error of the lowest rank that has one, on every rank."""
+        errors = [error]
+        if self._control is not None:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error, group=self._control)
+        for first in errors:
+            if first is not None:
+                raise first
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self._control is not None:
+            dist.barrier(group=self._control)
+
+    def leave(self) -> None:
+        """Ends the process group, unless Ray Train, which made it, will. Collective.
+
+        A rank that merely exits tears connections down that its peers may still close: now and then one aborts.
+        """
+        if self._is_ours:
+            self.barrier()
+            dist.destroy_process_group()
+
+
+def join_world() -> World:
+    """Joins the process group of Ray Train or torchrun, or makes one of a single process."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:  # DeepSpeed would look for MPI unless all five are set
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return World(is_ours=is_ours)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

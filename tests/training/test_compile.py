@@ -1,0 +1,34 @@
+"""Compiled and eager training are the same training: real compilers, on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.training.test_resume import EXACT, _command, _losses, _run, workspace
+
+__all__ = ["workspace"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero_stage", "num_ranks"),
+    [("train-prior", 1, 1), ("train-vqvae", 1, 2)],
+)
+def test_losses_agree_with_eager_ones(workspace, tmp_path, stage, zero_stage, num_ranks):
+    section = stage.removeprefix("train-")
+    losses = []
+    for compiled in ("false", "true"):
+        settings = [*EXACT, f"{section}.training.steps=8", f"{section}.training.compile={compiled}"]
+        root = tmp_path / compiled
+        _run(_command(workspace, root, stage, zero_stage, *settings), tmp_path / "log.txt", num_ranks)
+        losses.append(_losses(root / section))
+    assert list(losses[0]) == list(range(1, 9))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] != losses[0], "nothing was compiled: not one sum came out differently"
