@@ -26,7 +26,7 @@ from clipmill.config import RunConfig, load_config
 from clipmill.demo import generate
 from clipmill.evaluation.evaluate import read_result
 from clipmill.stages import run_stage
-from clipmill.training.engine import join_world
+from clipmill.training.world import join_world
 
 OVERLAYS = Path(__file__).parents[1] / "configs" / "ablations"
 BASE = "base"
