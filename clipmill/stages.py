@@ -149,6 +149,7 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
     for key, name in {"tokenize.tokenizer": tokenize.tokenizer, "sample.given": sample.given}.items():
         if "/" in name:  # else it is a name under the root
             paths[key] = name
+    paths |= {f"data.mix.{index}.url": part.url for index, part in enumerate(config.data.mix)}
     if not launch.is_embedded(config.cluster):
         for key, path in paths.items():
             if path and storage.is_local(path) and not os.path.isabs(path):
@@ -165,7 +166,10 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
         }
     )
     sample = sample.model_copy(update={"given": absolute.get("sample.given", sample.given)})
-    data = config.data.model_copy(update={"source": source})
+    mix = tuple(
+        part.model_copy(update={"url": absolute[f"data.mix.{index}.url"]}) for index, part in enumerate(config.data.mix)
+    )
+    data = config.data.model_copy(update={"source": source, "mix": mix})
     sections = {"root": absolute["root"], "data": data, "tokenize": tokenize, "sample": sample}
     return config.model_copy(update=sections)
 

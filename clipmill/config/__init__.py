@@ -10,7 +10,7 @@ Free keys (batch size of a fan-out stage, logging, number of steps, learning rat
 
 from __future__ import annotations
 
-from clipmill.config.data import ClipConfig, DataConfig
+from clipmill.config.data import ClipConfig, DataConfig, MixPart
 from clipmill.config.load import load_config
 from clipmill.config.prior import PRESETS, PriorModelConfig
 from clipmill.config.run import ClusterConfig, EvaluateConfig, RunConfig, SampleConfig, TokenizeConfig
@@ -32,6 +32,7 @@ __all__ = [
     "ClusterConfig",
     "DataConfig",
     "EvaluateConfig",
+    "MixPart",
     "PriorConfig",
     "PriorModelConfig",
     "RunConfig",

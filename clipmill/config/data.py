@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from clipmill.config.section import FREE, PositiveInt, Section
 from clipmill.config.source import SourceConfig
 
-__all__ = ["ClipConfig", "DataConfig"]
+__all__ = ["ClipConfig", "DataConfig", "MixPart"]
 
 
 GreyLevels = Annotated[float, Field(ge=0, le=255)]
@@ -64,10 +64,22 @@ class ClipConfig(Section):
         return self.clip_stride or self.num_frames * self.frame_stride
 
 
+class MixPart(Section):
+    """One data set of a mix."""
+
+    url: str
+    """Root of a run (this one's own as ``${root}``): its clips train the tokenizer, its tokens the prior."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Its share of the samples is this over the sum of all weights, rounded to thousandths."""
+
+
 class DataConfig(Section):
     """Stage ``shard``: raw videos become clip shards."""
 
     source: SourceConfig = SourceConfig()
+    mix: Annotated[tuple[MixPart, ...], FREE] = ()
+    """What the training stages read; empty: this run's own data. A training's identity has the data sets' fingerprints
+    and shares."""
     clip: ClipConfig = ClipConfig()
     format: Literal["mp4", "npy", "jpgs"] = "mp4"
     """``mp4``: h264, small. ``npy``: lossless uint8 [num_frames, height, width, 3]. ``jpgs``: a JPEG file for each

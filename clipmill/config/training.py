@@ -181,6 +181,10 @@ class VQVAETrainingConfig(TrainingConfig):
     """Training of the tokenizer, with the paper's learning rate."""
 
     lr: Annotated[float, Field(gt=0), FREE] = 7e-4
+    hflip: Annotated[bool, FREE] = False
+    """Mirror every second clip, at random; not where left and right mean something."""
+    random_crop: Annotated[PositiveInt | None, FREE] = None
+    """Train on a square of so many pixels cut out of each clip at random; everything else sees whole clips."""
 
 
 class VQVAEConfig(Section):
@@ -188,6 +192,15 @@ class VQVAEConfig(Section):
 
     model: VQVAEModelConfig = VQVAEModelConfig()
     training: VQVAETrainingConfig = VQVAETrainingConfig()
+
+    @model_validator(mode="after")
+    def _crop_divides(self) -> VQVAEConfig:
+        crop, factors = self.training.random_crop, self.model.downsample[1:]
+        if crop is not None and any(crop % factor for factor in factors):
+            raise ValueError(
+                f"training.random_crop {crop} must divide by the height and width {factors} of model.downsample"
+            )
+        return self
 
 
 class PriorConfig(Section):

@@ -1,4 +1,4 @@
-"""Samples of a manifest as torch batches, in the order of `clipmill.shards.order`.
+"""Samples of a manifest, or of several in a mix, as torch batches in the order of `clipmill.shards.order`.
 
 The loader keeps no state. A micro-batch is a function of its number, and a worker that is given the number computes
 positions, shards and rows itself; so the sequence does not depend on the number of workers, and to resume is to
@@ -10,6 +10,7 @@ start counting elsewhere. Workers are spawned, because neither fsspec nor CUDA s
 from __future__ import annotations
 
 import atexit
+import bisect
 import contextlib
 import ctypes
 import json
@@ -17,9 +18,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -33,23 +32,30 @@ from clipmill.errors import ClipmillError
 from clipmill.shards.cache import ShardCache
 from clipmill.shards.format import parse_npy, read_sample
 from clipmill.shards.manifest import Manifest
-from clipmill.shards.order import Order, batch_positions, locate_stored, part_rows, rank_rows
+from clipmill.shards.mix import NUM_SLOTS, Mix, apportion
+from clipmill.shards.order import Order, locate_stored, num_streams
+from clipmill.shards.places import EvalPlaces, Rows, TrainPlaces
 
-__all__ = ["Decode", "ShardDataset", "decode_clip", "decode_codes", "eval_batches", "train_batches"]
+__all__ = [
+    "Augment",
+    "Decode",
+    "MixedDataset",
+    "ShardDataset",
+    "decode_clip",
+    "decode_codes",
+    "eval_batches",
+    "train_batches",
+]
 
 Decode = Callable[[dict[str, memoryview]], dict[str, Any]]
 """Members of a sample -> its fields. A module-level function, since loader workers import it by name."""
 
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Of a batch: shards int64, rows in them int64, weights float32, each [rows]."""
+Augment = Callable[[dict[str, Any], int], dict[str, Any]]
+"""(Sample, its position in the run) -> sample; of the loader workers too."""
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PREFETCH_FACTOR = 4
 """Micro-batches that each loader worker has ready."""
-BLOCK_ROWS = 1024
-"""Rows that are located together: for a few of them numpy's calls cost more than the numbers."""
-CACHED_BLOCKS = 4
-"""One is read, one is looked ahead into."""
 LOOK_AHEAD = 64
 """Micro-batches before its own that a worker starts to download a shard: time for some 100 MB over a slow link."""
 
@@ -161,6 +167,21 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return sample
 
     @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard: int64 [num_shards]."""
+        return self.manifest.counts
+
+    @property
+    def parts(self) -> list[ShardDataset]:
+        """As of a `MixedDataset`."""
+        return [self]
+
+    @property
+    def slots(self) -> np.ndarray:
+        """As of a `MixedDataset`."""
+        return np.array([NUM_SLOTS])
+
+    @property
     def is_remote(self) -> bool:
         """Whether shards are downloaded before they are read."""
         return self._cache.is_remote
@@ -169,13 +190,57 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Starts to download shards (int64, in the order in which they are wanted) in the background."""
         self._cache.prefetch(dict.fromkeys(shards.tolist()))
 
+    def order(self, seed: int, global_batch: int, window: int) -> Order:
+        """The order in which a training reads it."""
+        return Order(self.counts, seed, num_streams(global_batch), window)
+
+
+class MixedDataset:
+    """Several data sets as one: the shards of the second are numbered after those of the first, and so on.
+
+    Args:
+        parts: the data sets; a training needs samples in all of them.
+        slots: int64 [len(parts)], their weights in steps of 1 / `NUM_SLOTS`.
+    """
+
+    def __init__(self, parts: Sequence[ShardDataset], slots: np.ndarray) -> None:
+        self.parts, self.slots = list(parts), slots
+        self._first_shards = np.cumsum([0, *(len(part.counts) for part in parts)]).tolist()
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard: int64 [num_shards]."""
+        return np.concatenate([part.counts for part in self.parts])
+
+    def read(self, shard: int, row: int) -> dict[str, Any]:
+        """As of a `ShardDataset`."""
+        part = bisect.bisect_right(self._first_shards, shard) - 1
+        return self.parts[part].read(shard - self._first_shards[part], row)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some shards are downloaded before they are read."""
+        return any(part.is_remote for part in self.parts)
+
+    def prefetch(self, shards: np.ndarray) -> None:
+        """As of a `ShardDataset`."""
+        for part, first, end in zip(self.parts, self._first_shards, self._first_shards[1:], strict=False):
+            part.prefetch(shards[(shards >= first) & (shards < end)] - first)
+
+    def order(self, seed: int, global_batch: int, window: int) -> Mix:
+        """The order in which a training reads it."""
+        return Mix([part.counts for part in self.parts], self.slots, seed, global_batch, window)
+
 
 # ---------------------------------------------------------------------------------------------- batches
 
 
 def train_batches(
-    dataset: ShardDataset,
-    order: Order,
+    dataset: ShardDataset | MixedDataset,
+    order: Order | Mix,
     *,
     global_batch: int,
     micro_batch: int | None,
@@ -183,18 +248,20 @@ def train_batches(
     world_size: int,
     first_step: int,
     num_workers: int,
+    augment: Augment | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """The micro-batches of one rank, step by step and without end.
 
     Args:
         dataset: what to read.
-        order: over the counts of the same manifest.
+        order: of this data set, see its ``order``.
         global_batch: G, samples a step over all ranks.
         micro_batch: most rows at once; None: the whole share.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
         first_step: where to start; together with G, the loader's whole state.
         num_workers: processes that read and decode; 0: this one does.
+        augment: changes samples by their positions.
 
     Yields:
         For each step ceil(share / micro_batch) batches of equal rows, the same number on every rank: the fields that
@@ -206,14 +273,15 @@ def train_batches(
     """
     share = -(-global_batch // world_size)
     num_micro_batches = -(-share // (micro_batch or share))
-    place = _TrainPlace(order, global_batch, rank, world_size, num_micro_batches)
-    batches = _load(dataset, place, range(first_step * num_micro_batches, sys.maxsize), num_workers)
+    places = TrainPlaces(order, global_batch, rank, world_size, num_micro_batches)
+    source = _Batches(dataset, places, augment)
+    batches = _load(source, range(first_step * num_micro_batches, sys.maxsize), num_workers)
     while True:
         yield [next(batches) for _ in range(num_micro_batches)]
 
 
 def eval_batches(
-    dataset: ShardDataset,
+    dataset: ShardDataset | MixedDataset,
     *,
     batch_size: int,
     rank: int,
@@ -223,12 +291,14 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """The first samples of a data set in stored order, each once: rank r takes the r-th of W contiguous parts.
 
+    Of a mix, the first ones of each data set, one data set after the other.
+
     Args:
         dataset: what to read.
         batch_size: rows of each batch, if a rank's part has as many.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
-        max_samples: how many to read over all ranks; None: all.
+        max_samples: how many to read over all ranks, at most; of a mix, each data set its share. None: all.
         num_workers: processes that read and decode; 0: this one does.
 
     Yields:
@@ -237,91 +307,40 @@ def eval_batches(
     Raises:
         UserError: a shard is missing or damaged.
     """
-    num_samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
-    share = -(-num_samples // world_size)
-    num_batches = -(-share // batch_size)
-    place = _EvalPlace(np.cumsum(dataset.manifest.counts), num_samples, share, rank, num_batches)
-    return _load(dataset, place, range(num_batches), num_workers)
-
-
-class _TrainPlace:
-    """Where the rows of micro-batch j are: it is number j mod M of the M that make up step j div M."""
-
-    def __init__(self, order: Order, global_batch: int, rank: int, world_size: int, num_micro_batches: int) -> None:
-        self._order, self._global_batch = order, global_batch
-        self._rank, self._world_size = rank, world_size
-        self._num_micro_batches = num_micro_batches
-        share = -(-global_batch // world_size)
-        self._block_length = max(1, BLOCK_ROWS * num_micro_batches // share)  # in micro-batches
-        self._blocks: OrderedDict[int, Rows] = OrderedDict()
-
-    def __call__(self, number: int) -> Rows:
-        block, index = divmod(number, self._block_length)
-        if block not in self._blocks:
-            first = block * self._block_length
-            self._blocks[block] = self._locate(range(first, first + self._block_length))
-            if len(self._blocks) > CACHED_BLOCKS:
-                self._blocks.popitem(last=False)
-        shards, rows, weight = self._blocks[block]  # [block_length, rows of a micro-batch] each
-        return shards[index], rows[index], weight[index]
-
-    def _locate(self, numbers: range) -> Rows:
-        positions, weights = zip(*(self._positions(number) for number in numbers), strict=True)
-        stacked = np.stack(positions)
-        shards, rows = self._order.locate(stacked.ravel())
-        return shards.reshape(stacked.shape), rows.reshape(stacked.shape), np.stack(weights)
-
-    def _positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        step, micro_step = divmod(number, self._num_micro_batches)
-        positions = batch_positions(step, self._global_batch, self._order.num_samples, self._order.num_streams)
-        positions, weight = rank_rows(positions, self._rank, self._world_size)
-        picked, filled = part_rows(len(positions), micro_step, self._num_micro_batches)
-        return positions[picked], weight[picked] * filled
-
-
-@dataclass(frozen=True)
-class _EvalPlace:
-    """Where the rows of batch j are, in the part of ``share`` samples that is this rank's."""
-
-    ends: np.ndarray
-    num_samples: int
-    share: int
-    rank: int
-    num_batches: int
-
-    def __call__(self, number: int) -> Rows:
-        picked, filled = part_rows(self.share, number, self.num_batches)
-        index = self.rank * self.share + picked
-        weight = filled * (index < self.num_samples)
-        return *locate_stored(self.ends, np.minimum(index, self.num_samples - 1)), weight.astype(np.float32)
+    sizes = np.array([len(part) for part in dataset.parts])
+    taken = sizes if max_samples is None else np.minimum(sizes, apportion(max_samples, dataset.slots))
+    places = EvalPlaces(dataset.counts, sizes, taken, rank, world_size, batch_size)
+    return _load(_Batches(dataset, places), range(places.num_batches), num_workers)
 
 
 class _Batches(Dataset[Any]):
     """Collated batches by number: all that a loader worker knows."""
 
-    def __init__(self, dataset: ShardDataset, place: Callable[[int], Rows]) -> None:
-        self._dataset, self._place = dataset, place
+    def __init__(
+        self, dataset: ShardDataset | MixedDataset, places: Callable[[int], Rows], augment: Augment | None = None
+    ) -> None:
+        self._dataset, self._places, self._augment = dataset, places, augment
 
     def __getitem__(self, number: int) -> dict[str, Any] | ClipmillError:
-        shards, rows, weight = self._place(number)
+        place = self._places(number)
         if self._dataset.is_remote:
-            self._dataset.prefetch(shards)
-            self._dataset.prefetch(self._place(number + LOOK_AHEAD)[0])
+            self._dataset.prefetch(place.shards)
+            self._dataset.prefetch(self._places(number + LOOK_AHEAD).shards)
         try:
-            samples = [self._dataset.read(*row) for row in zip(shards.tolist(), rows.tolist(), strict=True)]
+            samples = [self._dataset.read(*row) for row in zip(place.shards.tolist(), place.rows.tolist(), strict=True)]
         except ClipmillError as error:  # raised by a worker, torch would bury its one line under a traceback
             return error
-        return _collate(samples, weight)
+        if self._augment is not None:
+            samples = [self._augment(*each) for each in zip(samples, place.positions.tolist(), strict=True)]
+        return _collate(samples, place.weight)
 
 
-def _load(
-    dataset: ShardDataset, place: Callable[[int], Rows], numbers: range, num_workers: int
-) -> Iterator[dict[str, Any]]:
+def _load(source: _Batches, numbers: range, num_workers: int) -> Iterator[dict[str, Any]]:
     """Batches by their numbers, in this process or a few ahead in others."""
     ending = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
     end = partial(setattr, ending, "value", True)
     loader = DataLoader(
-        _Batches(dataset, place),
+        source,
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,

@@ -34,13 +34,13 @@ from clipmill.errors import UserError
 
 __all__ = [
     "Order",
-    "batch_positions",
+    "derive_keys",
     "locate_stored",
     "num_streams",
     "part_rows",
     "rank_rows",
     "same_video_pairs",
-    "streams_of_ranks",
+    "splitmix64",
 ]
 
 MAX_STREAMS = 64
@@ -49,20 +49,13 @@ CACHED_EPOCHS = 4
 NUM_ROUNDS = 8
 FEW = 64
 """Fewer values than these are permuted by ranking their hashes."""
-SHARDS, WINDOWS = 0, 1
+SHARDS, WINDOWS, MIX, AUGMENTATION = range(4)
 """First number drawn below the seed: what a key is for."""
 
 
 def num_streams(global_batch: int) -> int:
     """P: the largest divisor of the global batch up to 64."""
     return max(divisor for divisor in range(1, MAX_STREAMS + 1) if global_batch % divisor == 0)
-
-
-def batch_positions(step: int, global_batch: int, num_samples: int, num_streams: int) -> np.ndarray:
-    """The positions of one step, stably sorted by (epoch, stream): int64 [G]."""
-    positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
-    epoch, index = np.divmod(positions, num_samples)
-    return positions[np.lexsort((index % num_streams, epoch))]
 
 
 def part_rows(num_rows: int, part: int, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +74,7 @@ def rank_rows(positions: np.ndarray, rank: int, world_size: int) -> tuple[np.nda
     """The part of a batch that one rank takes.
 
     Args:
-        positions: int64 [G], from `batch_positions`.
+        positions: int64 [G], from `Order.batch_positions`.
         rank: 0 to ``world_size`` - 1.
         world_size: number of ranks.
 
@@ -106,13 +99,7 @@ def locate_stored(ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.n
     return shard, index - np.where(shard == 0, 0, ends[shard - 1])
 
 
-def streams_of_ranks(num_streams: int, num_ranks: int, world_size: int) -> int:
-    """At most so many streams are read by ``num_ranks`` ranks side by side: P / W each, one more where W cuts them."""
-    share = -(-num_streams // world_size) + (num_streams % world_size > 0)
-    return min(num_streams, num_ranks * share)
-
-
-def same_video_pairs(global_batch: int, num_streams: int, window: int, clips_per_video: float) -> float:
+def same_video_pairs(global_batch: float, num_streams: int, window: int, clips_per_video: float) -> float:
     """Expected pairs of samples of one batch that come from one video: P C(G/P, 2) (c - 1) / (w - 1).
 
     Clips of a video are stored side by side, so they are in one stream, and but for the ends of windows in one window.
@@ -120,12 +107,12 @@ def same_video_pairs(global_batch: int, num_streams: int, window: int, clips_per
     same probability: given the one, c - 1 of the w - 1 others are of its video.
 
     Args:
-        global_batch: G.
-        num_streams: P, a divisor of G.
+        global_batch: G; of a data set in a mix its share.
+        num_streams: P.
         window: w, in samples.
         clips_per_video: c.
     """
-    per_stream = global_batch / num_streams
+    per_stream = max(1.0, global_batch / num_streams)
     pairs = num_streams * per_stream * (per_stream - 1) / 2
     return pairs * min(1.0, (clips_per_video - 1) / max(1, window - 1))
 
@@ -152,10 +139,20 @@ class Order:
         self.num_streams = num_streams
         self.window = window
         self._counts = np.asarray(counts, np.int64)
-        self._seed = np.array([seed % 2**64], np.uint64)
+        self._seed = seed
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         if self.num_samples == 0:
             raise UserError("the data set holds no samples; add videos and run its stage again")
+
+    def batch_positions(self, step: int, global_batch: int) -> np.ndarray:
+        """The positions of one step, stably sorted by (epoch, stream): int64 [G]."""
+        positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+        return positions[np.lexsort(self.streams_and_epochs(positions))]
+
+    def streams_and_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What batches are sorted by, the last first: both int64 [n]."""
+        epoch, index = np.divmod(positions, self.num_samples)
+        return index % self.num_streams, epoch
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row in the shard of each position.
@@ -189,7 +186,7 @@ class Order:
         window_start = np.where(window == 0, 0, first + (window - 1) * self.window)
         window_end = np.minimum(first + window * self.window, stream_length)
 
-        key = _keys(self._seed, WINDOWS, epoch, stream, window)
+        key = derive_keys(self._seed, WINDOWS, epoch, stream, window)
         permuted = _permute(offset - window_start, window_end - window_start, key)
         return stream_start + window_start + permuted
 
@@ -199,14 +196,14 @@ class Order:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
         slots = np.arange(len(self._counts))
-        order = _permute(slots, np.full_like(slots, len(slots)), _keys(self._seed, SHARDS, np.array([epoch])))
+        order = _permute(slots, np.full_like(slots, len(slots)), derive_keys(self._seed, SHARDS, np.array([epoch])))
         self._epochs[epoch] = order, np.cumsum(self._counts[order])
         if len(self._epochs) > CACHED_EPOCHS:
             self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
 
-def _splitmix64(state: np.ndarray, number: np.ndarray) -> np.ndarray:
+def splitmix64(state: np.ndarray, number: np.ndarray) -> np.ndarray:
     """Output ``number`` (from 0) of the SplitMix64 generators seeded with ``state``; uint64, modulo 2**64."""
     mixed = state + (number + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -214,11 +211,20 @@ def _splitmix64(state: np.ndarray, number: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _keys(seed: np.ndarray, purpose: int, *numbers: np.ndarray) -> np.ndarray:
-    """One key for each tuple of numbers: every number picks the generator's output that seeds the next generator."""
-    key = _splitmix64(seed, np.array([purpose], np.uint64))
+def derive_keys(seed: int, purpose: int, *numbers: np.ndarray) -> np.ndarray:
+    """One key for each tuple of numbers: every number picks the generator's output that seeds the next generator.
+
+    Args:
+        seed: any integer; taken modulo 2**64.
+        purpose: one of `SHARDS`, `WINDOWS`, `MIX` and `AUGMENTATION`.
+        numbers: integers [n] or [1].
+
+    Returns:
+        uint64 [n] or [1].
+    """
+    key = splitmix64(np.array([seed % 2**64], np.uint64), np.array([purpose], np.uint64))
     for number in numbers:
-        key = _splitmix64(key, number.astype(np.uint64))
+        key = splitmix64(key, number.astype(np.uint64))
     return key
 
 
@@ -244,7 +250,7 @@ def _permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
 def _permute_few(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Ranks of hashes. One key gives no hash twice: SplitMix64's outputs are a permutation of its states."""
     values = np.arange(size.max(initial=1))
-    hashes = _splitmix64(key[:, None], values.astype(np.uint64))  # [n, largest size]
+    hashes = splitmix64(key[:, None], values.astype(np.uint64))  # [n, largest size]
     own = np.take_along_axis(hashes, index[:, None], axis=1)
     return np.count_nonzero((hashes < own) & (values < size[:, None]), axis=1)
 
@@ -274,6 +280,6 @@ def _feistel(value: np.ndarray, num_bits: np.ndarray, key: np.ndarray) -> np.nda
     left, right = value >> right_bits, value & right_mask
     rounds = np.uint64(NUM_ROUNDS)
     for number in range(0, NUM_ROUNDS, 2):
-        right = right ^ (_splitmix64(key, left * rounds + np.uint64(number)) & right_mask)
-        left = left ^ (_splitmix64(key, right * rounds + np.uint64(number + 1)) & left_mask)
+        right = right ^ (splitmix64(key, left * rounds + np.uint64(number)) & right_mask)
+        left = left ^ (splitmix64(key, right * rounds + np.uint64(number + 1)) & left_mask)
     return (left << right_bits) | right

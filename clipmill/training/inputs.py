@@ -3,72 +3,120 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from clipmill import storage
 from clipmill.config import RunConfig, TrainingConfig, refused_changes
 from clipmill.errors import UserError
 from clipmill.models.export import read_latest
 from clipmill.shards.cache import needed_cache_bytes
-from clipmill.shards.dataset import ShardDataset
+from clipmill.shards.dataset import Decode, MixedDataset, ShardDataset
 from clipmill.shards.manifest import Kind, Manifest
-from clipmill.shards.order import num_streams, same_video_pairs, streams_of_ranks
+from clipmill.shards.mix import NUM_SLOTS, apportion, node_streams, streams_of_parts
+from clipmill.shards.order import same_video_pairs
 from clipmill.training import checkpoint
 
-__all__ = ["check_cache", "describe_batches", "finished_step", "open_dataset", "require_manifest"]
+__all__ = [
+    "check_cache",
+    "describe_batches",
+    "finished_step",
+    "identity_of",
+    "open_dataset",
+    "require_manifests",
+    "slots_of",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def require_manifest(config: RunConfig, kind: Kind, split: str) -> Manifest:
-    """The manifest of ``clips`` or ``tokens``.
+def require_manifests(config: RunConfig, kind: Kind, split: str) -> list[Manifest]:
+    """The manifest of this run's ``clips`` or ``tokens``, or those of the runs in its mix.
 
     Raises:
-        UserError: it is not there yet, or its train split is empty.
+        UserError: one is not there yet, or its train split is empty.
     """
+    roots = [part.url for part in config.data.mix] or [config.root]
+    return [_require_manifest(storage.join(root, kind, split), kind, is_mixed=bool(config.data.mix)) for root in roots]
+
+
+def _require_manifest(url: str, kind: Kind, is_mixed: bool) -> Manifest:
     made_by = "shard" if kind == "clips" else "tokenize"
-    url = config.folder(kind, split)
     try:
         manifest = Manifest.load(url, kind)
     except FileNotFoundError as error:
-        raise UserError(f"no {kind} at {url}; run `clipmill {made_by}` with this config first") from error
-    if split == "train" and manifest.num_samples == 0:
+        advice = (
+            f"{made_by}` for that run first, or correct data.mix" if is_mixed else f"{made_by}` with this config first"
+        )
+        raise UserError(f"no {kind} at {url}; run `clipmill {advice}") from error
+    if url.endswith("/train") and manifest.num_samples == 0:
         raise UserError(f"the {kind} at {url} are empty; give `clipmill shard` longer or more videos")
     return manifest
 
 
+def slots_of(config: RunConfig) -> np.ndarray:
+    """The shares of the data sets in the mix, or of this run's own, in thousandths: int64 [num data sets].
+
+    Raises:
+        UserError: one has less than a thousandth.
+    """
+    slots = apportion(NUM_SLOTS, [part.weight for part in config.data.mix] or [1.0])
+    for part, share in zip(config.data.mix, slots, strict=False):
+        if share == 0:
+            raise UserError(
+                f"data.mix: weight {part.weight:g} of {part.url} is less than a thousandth of all; raise it, or leave "
+                "it out"
+            )
+    return slots
+
+
+def identity_of(config: RunConfig, manifests: list[Manifest]) -> str | list[str]:
+    """What a training's identity says of its data: the fingerprint, or of a mix each with its share."""
+    if not config.data.mix:
+        return manifests[0].fingerprint
+    shares = zip(slots_of(config), manifests, strict=True)
+    return [f"{slots}/{NUM_SLOTS} {manifest.fingerprint}" for slots, manifest in shares]
+
+
 def open_dataset(
-    manifest: Manifest, decode: Callable[[dict[str, memoryview]], dict[str, Any]], training: TrainingConfig
-) -> ShardDataset:
-    """The samples of a manifest, through the cache that all workers of a node share."""
-    return ShardDataset(manifest, decode, cache_bytes=training.cache_bytes)
+    config: RunConfig, manifests: list[Manifest], decode: Decode, training: TrainingConfig
+) -> ShardDataset | MixedDataset:
+    """The samples of a run's manifests, through the cache that all workers of a node share."""
+    parts = [ShardDataset(manifest, decode, cache_bytes=training.cache_bytes) for manifest in manifests]
+    return MixedDataset(parts, slots_of(config)) if config.data.mix else parts[0]
 
 
-def check_cache(dataset: ShardDataset, training: TrainingConfig, *, world_size: int, local_size: int) -> None:
+def check_cache(
+    dataset: ShardDataset | MixedDataset, training: TrainingConfig, *, world_size: int, local_size: int
+) -> None:
     """Whether the shards that a node reads at once fit the cache, if they are downloaded at all.
 
     Args:
         dataset: the training split.
         training: its batch, window and cache.
         world_size: number of ranks.
-        local_size: ranks of this node.
+        local_size: ranks of each node.
 
     Raises:
         UserError: they do not, and each would be downloaded again and again.
     """
-    if not dataset.is_remote:
-        return
-    streams = streams_of_ranks(num_streams(training.global_batch), local_size, world_size)
-    needed = needed_cache_bytes(dataset.manifest, streams, training.shuffle_window)
+    nodes = node_streams(training.global_batch, dataset.slots, local_size, world_size)
+    needed, streams = 0, 0
+    for node in nodes.tolist():
+        remote = [(part, count) for part, count in zip(dataset.parts, node, strict=True) if part.is_remote]
+        num_bytes = sum(needed_cache_bytes(part.manifest, count, training.shuffle_window) for part, count in remote)
+        needed, streams = max((needed, streams), (num_bytes, sum(count for _, count in remote)))
     if needed > training.cache_bytes:
+        urls = ", ".join(part.manifest.url for part in dataset.parts if part.is_remote)
         raise UserError(
-            f"cache_bytes {training.cache_bytes:,} is too small for the order of {dataset.manifest.url}: {streams} "
-            f"streams of this node x (shuffle_window {training.shuffle_window} / samples per shard + 2) x shard bytes "
-            f"need {needed:,}; raise cache_bytes, lower shuffle_window, or use more nodes"
+            f"cache_bytes {training.cache_bytes:,} is too small for the order of {urls}: {streams} streams of a node x "
+            f"(shuffle_window {training.shuffle_window} / samples per shard + 2) x shard bytes need {needed:,}; raise "
+            "cache_bytes, lower shuffle_window, or use more nodes"
         )
 
 
-def describe_batches(manifest: Manifest, training: TrainingConfig, world_size: int) -> None:
+def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingConfig, world_size: int) -> None:
     """Logs what the order does to a batch: padding, and how many of its pairs of clips share a video."""
     batch = training.global_batch
     padding = -batch % world_size
@@ -80,20 +128,23 @@ def describe_batches(manifest: Manifest, training: TrainingConfig, world_size: i
             padding,
             batch + padding,
         )
-    streams = num_streams(batch)
-    if num_videos := manifest.facts.get("num_videos"):
-        clips_per_video = max(1.0, manifest.num_samples / num_videos)
-        pairs = same_video_pairs(batch, streams, training.shuffle_window, clips_per_video)
-        logger.info(
-            "expected same-video pairs a batch: P C(G/P, 2) (c - 1)/(w - 1) = %.3g, %.2g %% of the batch "
-            "(G %d, P %d, w %d, c %.1f clips a video)",
-            pairs,
-            100 * pairs / batch,
-            batch,
-            streams,
-            training.shuffle_window,
-            clips_per_video,
-        )
+    streams = streams_of_parts(batch, dataset.slots)
+    for part, slots, part_streams in zip(dataset.parts, dataset.slots.tolist(), streams, strict=True):
+        share = batch * slots / NUM_SLOTS
+        if num_videos := part.manifest.facts.get("num_videos"):
+            clips_per_video = max(1.0, part.manifest.num_samples / num_videos)
+            pairs = same_video_pairs(share, part_streams, training.shuffle_window, clips_per_video)
+            logger.info(
+                "%s: expected same-video pairs a batch: P C(G/P, 2) (c - 1)/(w - 1) = %.3g, %.2g %% of its rows "
+                "(G %g, P %d, w %d, c %.1f clips a video)",
+                part.manifest.url,
+                pairs,
+                100 * pairs / share,
+                share,
+                part_streams,
+                training.shuffle_window,
+                clips_per_video,
+            )
 
 
 def finished_step(folder_url: str, identity: dict[str, Any], training: TrainingConfig) -> int:

@@ -23,8 +23,7 @@ from clipmill import storage
 from clipmill.config import TrainingConfig
 from clipmill.errors import Interrupted, StageFailed
 from clipmill.lease import Lease
-from clipmill.shards.dataset import ShardDataset, train_batches
-from clipmill.shards.order import Order, num_streams
+from clipmill.shards.dataset import Augment, MixedDataset, ShardDataset, train_batches
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Saver
 from clipmill.training.engine import Engine
@@ -56,8 +55,8 @@ class Job:
     """See `Engine`: its ``model`` attribute is what gets exported."""
     prepare: Callable[[dict[str, Any]], dict[str, Any]]
     """Turns a collated micro-batch into what the objective takes, tensors still on the CPU."""
-    train: ShardDataset
-    val: ShardDataset
+    train: ShardDataset | MixedDataset
+    val: ShardDataset | MixedDataset
     config: TrainingConfig
     seed: int
     identity: dict[str, Any]
@@ -72,6 +71,8 @@ class Job:
     """For the rate in tokens; none of a model that knows only clips."""
     flops_per_clip: Callable[[], float] | None = None
     """Forward and backward, without what checkpointing repeats; asked before the model is partitioned."""
+    augment: Augment | None = None
+    """Changes the samples that are trained on."""
 
 
 def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
@@ -91,7 +92,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
     config = job.config
     check_cache(job.train, config, world_size=world.size, local_size=world.local_size)
     if world.rank == 0:
-        describe_batches(job.train.manifest, config, world.size)
+        describe_batches(job.train, config, world.size)
     world.from_rank_zero(lambda: require_wandb(config.wandb_project))
     rows, accumulation = rows_and_accumulation(config, world.size)
     stopwatch = Stopwatch(job.tokens_per_clip, _peak_share_per_clip(job, world))
@@ -144,16 +145,16 @@ def _run_steps(
     config, world = job.config, engine.world
     if first_step >= config.steps:
         return
-    streams = num_streams(config.global_batch)
     batches = train_batches(
         job.train,
-        Order(job.train.manifest.counts, job.seed, streams, config.shuffle_window),
+        job.train.order(job.seed, config.global_batch, config.shuffle_window),
         global_batch=config.global_batch,
         micro_batch=config.micro_batch,
         rank=world.rank,
         world_size=world.size,
         first_step=first_step - state["dataset_since"],
         num_workers=config.loader_workers,
+        augment=job.augment,
     )
     ledger = Ledger(world, config.nonfinite, job.folder_url)
     stopwatch.reset()

@@ -19,7 +19,7 @@ from clipmill.shards.dataset import decode_codes
 from clipmill.shards.manifest import Manifest
 from clipmill.training.estimate import flops_per_token
 from clipmill.training.exports import export_checkpoint, find_checkpoint
-from clipmill.training.inputs import finished_step, open_dataset, require_manifest
+from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests
 from clipmill.training.loop import Job, fit
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.world import join_world
@@ -48,7 +48,7 @@ def is_finished(config: RunConfig) -> bool:
             or the folder holds another model.
     """
     tokens = _tokens(config)
-    _condition_shape(config, [tokens, require_manifest(config, "tokens", "val")])
+    _condition_shape(config, tokens + require_manifests(config, "tokens", "val"))
     training = config.prior.training
     return finished_step(folder_url(config), _identity(config, tokens), training) >= training.steps
 
@@ -63,27 +63,28 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     torch.manual_seed(config.seed)  # of the initial weights
     model = inputs.build(config)
     class_index = {name: index for index, name in enumerate(classes)}
+    urls = " or ".join(each.url for each in tokens)
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-        _check_codes(batch, tokens)
+        _check_codes(batch, inputs.recipe["num_codes"], urls)
         prepared = {"codes": batch["codes"], "weight": batch["weight"]}
         if condition_shape is not None:
             prepared["condition"] = condition_of(batch, config.prior.model)
-            _check_condition(prepared["condition"], batch["key"], f"{config.prior.model.condition} at {tokens.url}")
+            _check_condition(prepared["condition"], batch["key"], f"{config.prior.model.condition} at {urls}")
         if classes:
             prepared["label"] = torch.tensor([_index_of(name, class_index) for name in batch["label"]])
         return prepared
 
-    tokens_per_clip = math.prod(tokens.recipe["latent_shape"])
+    tokens_per_clip = math.prod(inputs.recipe["latent_shape"])
     flops = flops_per_token(model) * tokens_per_clip  # before ZeRO takes the parameters apart
-    clip = tokens.recipe["clip"]["clip"]
+    clip = inputs.recipe["clip"]["clip"]
     values_per_clip = clip["num_frames"] * clip["resolution"] ** 2 * 3
     job = Job(
         folder_url=folder_url(config),
         objective=PriorObjective(model, tokens_per_clip / values_per_clip),
         prepare=prepare,
-        train=open_dataset(tokens, decode_codes, training),
-        val=open_dataset(inputs.val, decode_codes, training),
+        train=open_dataset(config, tokens, decode_codes, training),
+        val=open_dataset(config, inputs.val, decode_codes, training),
         config=training,
         seed=config.seed,
         identity=_identity(config, tokens),
@@ -149,36 +150,41 @@ class PriorObjective(nn.Module):
 class _Inputs(NamedTuple):
     """What a prior is made from."""
 
-    tokens: Manifest
-    val: Manifest
+    tokens: list[Manifest]
+    val: list[Manifest]
     tokenizer: VQVAE
     tokenizer_body: dict[str, Any]
     classes: list[str]
     condition_shape: tuple[int, ...] | None
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Of the tokens: of one tokenizer, they share what is read of it."""
+        return self.tokens[0].recipe
+
     def build(self, config: RunConfig) -> Prior:
         """A prior with initial weights."""
-        shape, num_codes = tuple(self.tokens.recipe["latent_shape"]), self.tokens.recipe["num_codes"]
+        shape, num_codes = tuple(self.recipe["latent_shape"]), self.recipe["num_codes"]
         codebook = self.tokenizer.quantizer.codebook
         return Prior(config.prior.model, shape, num_codes, codebook, len(self.classes), self.condition_shape)
 
 
 def _inputs(config: RunConfig) -> _Inputs:
-    tokens, val = _tokens(config), require_manifest(config, "tokens", "val")
+    tokens, val = _tokens(config), require_manifests(config, "tokens", "val")
     tokenizer, tokenizer_body, _ = load_vqvae(config.tokenizer_url)
-    classes = tokens.facts["classes"] if config.prior.model.class_conditional else []
-    return _Inputs(tokens, val, tokenizer, tokenizer_body, classes, _condition_shape(config, [tokens, val]))
+    is_told_classes = config.prior.model.class_conditional
+    classes = sorted({name for each in tokens for name in each.facts["classes"]}) if is_told_classes else []
+    return _Inputs(tokens, val, tokenizer, tokenizer_body, classes, _condition_shape(config, tokens + val))
 
 
 def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
     prior = inputs.build(config)
     prior.load_state_dict(weights)
-    recipe = inputs.tokens.recipe
     body = {
         "kind": "prior",
         "model": identity(config.prior.model),
-        "latent_shape": recipe["latent_shape"],
-        "num_codes": recipe["num_codes"],
+        "latent_shape": inputs.recipe["latent_shape"],
+        "num_codes": inputs.recipe["num_codes"],
         "num_classes": len(inputs.classes),
         "classes": inputs.classes,
         "condition_shape": inputs.condition_shape,
@@ -189,13 +195,18 @@ def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Tensor], step
     return save_export(folder_url(config), prior, body, tokenizer=inputs.tokenizer, dtype=dtype)
 
 
-def _tokens(config: RunConfig) -> Manifest:
+def _tokens(config: RunConfig) -> list[Manifest]:
     """The training tokens, if they are the configured tokenizer's."""
-    tokens = require_manifest(config, "tokens", "train")
+    manifests = require_manifests(config, "tokens", "train")
     latest = read_latest(config.tokenizer_url)
     if latest is None:
         raise UserError(f"no tokenizer at {config.tokenizer_url}; run `clipmill train-vqvae` with this config first")
-    _, sha8 = latest
+    for tokens in manifests:
+        _check_tokens(config, tokens, sha8=latest[1])
+    return manifests
+
+
+def _check_tokens(config: RunConfig, tokens: Manifest, sha8: str) -> None:
     if tokens.recipe["tokenizer"] != sha8:
         raise UserError(
             f"the tokens at {tokens.url} were made by tokenizer {tokens.recipe['tokenizer']}, the one at "
@@ -207,7 +218,6 @@ def _tokens(config: RunConfig) -> Manifest:
             f"the tokens at {tokens.url} have no classes; set prior.model.class_conditional=false, or label the "
             "videos (data.source.label) and shard again"
         )
-    return tokens
 
 
 def _index_of(name: str | None, class_index: dict[str, int]) -> int:
@@ -250,15 +260,15 @@ def _require_rows(training: TrainingConfig, world_size: int) -> None:
         )
 
 
-def _check_codes(batch: dict[str, Any], tokens: Manifest) -> None:
+def _check_codes(batch: dict[str, Any], num_codes: int, urls: str) -> None:
     """Out of range, a code would be an assertion on a GPU that says neither where nor which."""
-    codes, num_codes = batch["codes"], tokens.recipe["num_codes"]
+    codes = batch["codes"]
     bad = ((codes < 0) | (codes >= num_codes)).flatten(1).any(1)
     if bad.any():
         row = int(bad.nonzero()[0])
         lowest, highest = int(codes[row].min()), int(codes[row].max())
         raise UserError(
-            f"clip {batch['key'][row]} at {tokens.url} has codes from {lowest} to {highest}, but the tokenizer "
+            f"clip {batch['key'][row]} at {urls} has codes from {lowest} to {highest}, but the tokenizer "
             f"makes 0 to {num_codes - 1}; remove these tokens and run `clipmill tokenize` again"
         )
 
@@ -272,10 +282,10 @@ def _check_condition(condition: Tensor, keys: list[str], what: str) -> None:
         )
 
 
-def _identity(config: RunConfig, tokens: Manifest) -> dict[str, Any]:
+def _identity(config: RunConfig, tokens: list[Manifest]) -> dict[str, Any]:
     return {
         "prior": identity(config.prior),
-        "tokens": tokens.fingerprint,
-        "tokenizer": tokens.recipe["tokenizer"],  # other tokens may be accepted, but never another one's
+        "tokens": identity_of(config, tokens),
+        "tokenizer": tokens[0].recipe["tokenizer"],  # other tokens may be accepted, but never another one's
         "seed": config.seed,
     }

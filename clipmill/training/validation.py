@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipmill.shards.dataset import ShardDataset, eval_batches
+from clipmill.shards.dataset import MixedDataset, ShardDataset, eval_batches
 from clipmill.training.engine import Engine
 from clipmill.training.means import WeightedMeans
 
@@ -31,7 +31,7 @@ class Validation(NamedTuple):
 
 def validate(
     engine: Engine,
-    dataset: ShardDataset,
+    dataset: ShardDataset | MixedDataset,
     prepare: Callable[[dict[str, Any]], dict[str, Any]],
     *,
     rows: int,
@@ -48,7 +48,7 @@ def validate(
         max_clips: how many clips.
         score_counts: see `Job`.
     """
-    num_clips = min(max_clips, dataset.manifest.num_samples)
+    num_clips = min(max_clips, len(dataset))
     if num_clips == 0:
         return Validation({}, None)
     world = engine.world

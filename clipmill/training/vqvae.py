@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -15,10 +16,12 @@ from clipmill.lease import Lease
 from clipmill.models.export import Dtype, save_export
 from clipmill.models.quantizers import codebook_metrics
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input, to_pixels
+from clipmill.shards.augment import ClipAugmentation
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
+from clipmill.shards.mix import NUM_SLOTS
 from clipmill.training.exports import export_checkpoint, find_checkpoint
-from clipmill.training.inputs import finished_step, open_dataset, require_manifest
+from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, slots_of
 from clipmill.training.loop import Job, fit, rows_and_accumulation
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.world import join_world
@@ -35,9 +38,10 @@ def is_finished(config: RunConfig) -> bool:
     """Whether an export of ``steps`` steps or more is there.
 
     Raises:
-        UserError: there are no clips yet, the downsampling does not fit them, or another model is in the folder.
+        UserError: there are no clips yet, they differ in shape, the downsampling or the crop does not fit them, or
+            another model is in the folder.
     """
-    clips = require_manifest(config, "clips", "train")
+    clips = _clips(config)
     _codes_shape(config, clips)
     training = config.vqvae.training
     return finished_step(folder_url(config), _identity(config, clips), training) >= training.steps
@@ -59,23 +63,25 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
             f"{accumulation} micro-batches each, and padding would enter the batch statistics; usable numbers of "
             f"workers: {usable}, and micro_batch must divide their share"
         )
-    clips = require_manifest(config, "clips", "train")
+    clips = _clips(config)
+    clip = clips[0].recipe["clip"]
     torch.manual_seed(config.seed)  # of the initial weights
-    model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
+    model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
     objective = VQVAEObjective(model)
     job = Job(
         folder_url=folder_url(config),
         objective=objective,
         prepare=lambda batch: {"video": batch["video"], "weight": batch["weight"]},
-        train=open_dataset(clips, decode_clip, training),
-        val=open_dataset(require_manifest(config, "clips", "val"), decode_clip, training),
+        train=open_dataset(config, clips, decode_clip, training),
+        val=open_dataset(config, require_manifests(config, "clips", "val"), decode_clip, training),
         config=training,
         seed=config.seed,
         identity=_identity(config, clips),
         batch_statistics=True,
         export=lambda weights, step: _export(config, clips, weights, step, "float32"),
         score_counts=objective.score_counts,
-        flops_per_clip=lambda: flops_per_clip(config, clips),
+        flops_per_clip=lambda: flops_per_clip(config, clip["num_frames"], training.random_crop or clip["resolution"]),
+        augment=_augmentation(config),
     )
     fit(job, world, lease, report)
 
@@ -94,17 +100,16 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
     Raises:
         UserError: there is no such checkpoint, or it is of other settings.
     """
-    clips = require_manifest(config, "clips", "train")
+    clips = _clips(config)
     found = find_checkpoint(folder_url(config), step, _identity(config, clips), config.vqvae.training)
     return export_checkpoint(found, lambda weights, step: _export(config, clips, weights, step, dtype))
 
 
-def flops_per_clip(config: RunConfig, clips: Manifest) -> float:
+def flops_per_clip(config: RunConfig, num_frames: int, resolution: int) -> float:
     """Floating-point operations of one clip, forward and backward, counted on tensors without memory."""
-    clip = clips.recipe["clip"]
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = VQVAE(config.vqvae.model, pixel_variance=1.0).eval()  # a step in eval mode talks to no other rank
-        model(torch.zeros(1, 3, clip["num_frames"], clip["resolution"], clip["resolution"])).loss.backward()
+        model(torch.zeros(1, 3, num_frames, resolution, resolution)).loss.backward()
     return counter.get_total_flops()
 
 
@@ -138,25 +143,61 @@ class VQVAEObjective(nn.Module):
         return {name: value.item() for name, value in scores.items()}
 
 
-def _identity(config: RunConfig, clips: Manifest) -> dict[str, Any]:
-    return {"vqvae": identity(config.vqvae), "clips": clips.fingerprint, "seed": config.seed}
+def _clips(config: RunConfig) -> list[Manifest]:
+    """The training clips, which have one shape."""
+    clips = require_manifests(config, "clips", "train")
+    for manifest in clips[1:]:
+        for key in ("num_frames", "resolution"):
+            wanted, found = clips[0].recipe["clip"][key], manifest.recipe["clip"][key]
+            if wanted != found:
+                raise UserError(
+                    f"data.mix: the clips at {clips[0].url} have {key}={wanted}, those at {manifest.url} {found}; "
+                    "shard them alike, or leave one out"
+                )
+    crop, resolution = config.vqvae.training.random_crop, clips[0].recipe["clip"]["resolution"]
+    if crop is not None and crop > resolution:
+        raise UserError(
+            f"vqvae.training.random_crop={crop} is more than the {resolution} pixels of the clips at {clips[0].url}; "
+            f"choose {resolution} or less"
+        )
+    return clips
 
 
-def _codes_shape(config: RunConfig, clips: Manifest) -> tuple[int, ...]:
-    clip = clips.recipe["clip"]
+def _identity(config: RunConfig, clips: list[Manifest]) -> dict[str, Any]:
+    return {"vqvae": identity(config.vqvae), "clips": identity_of(config, clips), "seed": config.seed}
+
+
+def _codes_shape(config: RunConfig, clips: list[Manifest]) -> tuple[int, ...]:
+    clip = clips[0].recipe["clip"]
     return codes_shape(config.vqvae.model, clip["num_frames"], clip["resolution"])
 
 
-def _export(config: RunConfig, clips: Manifest, weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
-    model = VQVAE(config.vqvae.model, pixel_variance=clips.facts["pixel_variance"])
+def _pixel_variance(config: RunConfig, clips: list[Manifest]) -> float:
+    """Of the pixels of all clips, by the shares of the mix: the mean of the variances and the variance of the means."""
+    if len(clips) == 1:
+        return float(clips[0].facts["pixel_variance"])
+    shares = slots_of(config) / NUM_SLOTS
+    means, variances = (np.array([each.facts[name] for each in clips]) for name in ("pixel_mean", "pixel_variance"))
+    return float(shares @ (variances + means**2) - (shares @ means) ** 2)
+
+
+def _augmentation(config: RunConfig) -> ClipAugmentation | None:
+    training = config.vqvae.training
+    if not training.hflip and training.random_crop is None:
+        return None
+    return ClipAugmentation(config.seed, training.hflip, training.random_crop)
+
+
+def _export(config: RunConfig, clips: list[Manifest], weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
+    model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
     model.load_state_dict(weights)
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
         "latent_shape": list(_codes_shape(config, clips)),
         "num_codes": config.vqvae.model.num_codes,
-        "clip": clips.recipe,
-        "pixel_variance": clips.facts["pixel_variance"],
+        "clip": clips[0].recipe,
+        "pixel_variance": model.pixel_variance,
         "identity": _identity(config, clips),
         "step": step,
     }

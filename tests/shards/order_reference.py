@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 
 def splitmix64(state: int, number: int) -> int:
     mixed = (state + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
@@ -51,3 +53,21 @@ def locate(position: int, counts: list[int], seed: int, num_streams: int, window
             return shard, place
         place -= counts[shard]
     raise AssertionError("unreachable: places are below the number of samples")
+
+
+def locate_mixed(
+    position: int, counts: list[list[int]], slots: list[int], seed: int, streams: list[int], window: int
+) -> tuple[int, int]:
+    """Shards are numbered one data set after the other."""
+    keys = [derive(seed, 2, part) for part in range(len(slots))]
+    places = [
+        (Fraction(ordinal * 2**32 + (keys[part] >> 32), slots[part]), part)
+        for part in range(len(slots))
+        for ordinal in range(slots[part])
+    ]
+    parts = [part for _, part in sorted(places)]
+    block, slot = divmod(position, 1000)
+    part = parts[slot]
+    counter = block * slots[part] + parts[:slot].count(part)
+    shard, row = locate(counter, counts[part], keys[part], streams[part], window)
+    return sum(map(len, counts[:part])) + shard, row

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clipmill.shards.dataset import ShardDataset, decode_codes
-from clipmill.shards.order import Order, batch_positions, num_streams
+from clipmill.shards.order import Order, num_streams
 from tests.shards.folders import write_dataset
 
 GLOBAL_BATCH = 24
@@ -95,7 +95,7 @@ def test_four_two_and_three_ranks_killed_serve_the_plan(tmp_path):
     dataset = ShardDataset(manifest, decode_codes, tmp_path / "other-cache")
     order = Order(manifest.counts, 3, num_streams(GLOBAL_BATCH), 16)
     for step, keys in enumerate(served):
-        positions = batch_positions(step, GLOBAL_BATCH, order.num_samples, order.num_streams)
+        positions = order.batch_positions(step, GLOBAL_BATCH)
         plan = [dataset.read(*place)["key"] for place in np.stack(order.locate(positions), axis=1).tolist()]
         assert keys == plan
     assert not shared_memory_of_the_dead() - residue_before

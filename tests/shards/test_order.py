@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from clipmill.errors import UserError
 from clipmill.shards.order import (
     Order,
-    batch_positions,
     num_streams,
     rank_rows,
     same_video_pairs,
-    streams_of_ranks,
 )
 from tests.shards import order_reference
 
@@ -64,7 +62,7 @@ def test_a_position_does_not_depend_on_the_call_that_asks_for_it(counts, seed, s
 @given(global_batch=st.integers(1, 60), step=st.integers(0, 1000), **settings_of_an_order)
 def test_every_world_size_gets_the_same_batch(counts, seed, streams, window, global_batch, step):
     order = Order(np.array(counts), seed, streams, window)
-    positions = batch_positions(step, global_batch, order.num_samples, streams)
+    positions = order.batch_positions(step, global_batch)
     assert sorted(positions) == list(range(step * global_batch, (step + 1) * global_batch))
     for world_size in (1, 2, 3, 4, 6, 8, 16):
         served = []
@@ -85,15 +83,15 @@ def test_resuming_is_a_suffix(counts, seed, streams, window, first, global_batch
     resumed = pickle.loads(pickle.dumps(Order(counts, seed, streams, window)))
     sequence = []
     for step in range(first + 3):
-        positions = batch_positions(step, global_batch, undisturbed.num_samples, streams)
+        positions = undisturbed.batch_positions(step, global_batch)
         sequence.append(np.stack(undisturbed.locate(positions)))
     for step in range(first, first + 3):
-        positions = batch_positions(step, global_batch, resumed.num_samples, streams)
+        positions = resumed.batch_positions(step, global_batch)
         np.testing.assert_array_equal(np.stack(resumed.locate(positions)), sequence[step])
 
 
 def test_batches_are_sorted_by_epoch_and_stream():
-    positions = batch_positions(3, 32, num_samples=101, num_streams=8)
+    positions = Order(np.array([101]), 0, 8, 4).batch_positions(3, 32)
     sorting = [(p // 101, p % 101 % 8, p) for p in positions]
     assert sorting == sorted(sorting)
     assert positions.min() < 101 <= positions.max()
@@ -190,7 +188,7 @@ def test_ranks_read_few_shards_when_p_divides_g_and_w_divides_p():
     order = Order(counts, 0, 64, 64)
     readers = [set() for _ in counts]
     for step in range(order.num_samples // global_batch):
-        positions = batch_positions(step, global_batch, order.num_samples, 64)
+        positions = order.batch_positions(step, global_batch)
         for rank in range(world_size):
             for shard in order.locate(rank_rows(positions, rank, world_size)[0])[0]:
                 readers[shard].add(rank)
@@ -218,7 +216,7 @@ def test_a_billion_samples_cost_nothing_to_order():
     order.locate(np.array([0]))  # the first position of an epoch orders its shards
     seconds = []
     for step in (0, 1000, 200_000):
-        positions = batch_positions(step, 4096, order.num_samples, 64)
+        positions = order.batch_positions(step, 4096)
         began = time.perf_counter()
         order.locate(positions)
         seconds.append(time.perf_counter() - began)
@@ -234,7 +232,7 @@ def test_same_video_pairs_are_as_many_as_the_formula_says(clips_per_video, globa
     pairs = 0
     after_first_windows = window * streams // global_batch  # those are shorter, and so have more such pairs
     for step in range(after_first_windows, after_first_windows + steps):
-        positions = batch_positions(step, global_batch, order.num_samples, streams)
+        positions = order.batch_positions(step, global_batch)
         videos = sample_ids(counts, *order.locate(positions)) // clips_per_video
         times = np.unique(videos, return_counts=True)[1]
         pairs += int(np.sum(times * (times - 1) // 2))
@@ -248,19 +246,6 @@ def test_the_defaults_seldom_put_a_video_twice_into_a_batch():
     for global_batch in (32, 64, 256, 512):
         pairs = same_video_pairs(global_batch, num_streams(global_batch), 4096, clips_per_video=10)
         assert pairs < 0.01 * global_batch
-
-
-@pytest.mark.parametrize(
-    ("streams", "ranks", "world_size", "expected"), [(64, 8, 8, 64), (64, 8, 64, 8), (64, 1, 3, 23), (2, 8, 16, 2)]
-)
-def test_the_streams_of_a_node_cover_what_its_ranks_read(streams, ranks, world_size, expected):
-    assert streams_of_ranks(streams, ranks, world_size) == expected
-    global_batch = streams * 6
-    positions = batch_positions(0, global_batch, 10**6, streams)
-    for node in range(max(1, world_size // ranks)):
-        members = range(node * ranks, min((node + 1) * ranks, world_size))
-        rows = np.concatenate([rank_rows(positions, rank, world_size)[0] for rank in members])
-        assert len(np.unique(rows % 10**6 % streams)) <= expected
 
 
 @pytest.mark.slow
@@ -278,7 +263,7 @@ def ranks_per_shard(counts, world_size, global_batch):
     order = Order(counts, 0, streams, 4096)
     seen = np.zeros((len(counts), world_size), bool)
     for step in range(order.num_samples // global_batch):
-        positions = batch_positions(step, global_batch, order.num_samples, streams)
+        positions = order.batch_positions(step, global_batch)
         shards = order.locate(positions)[0]
         seen[shards, np.arange(global_batch) // -(-global_batch // world_size)] = True
     return seen.sum(axis=1)

@@ -38,12 +38,13 @@ def test_a_cache_smaller_than_the_order_needs_is_refused_with_the_numbers(manife
     check_cache(local, TrainingConfig(cache_bytes=1), world_size=1, local_size=1)
 
 
-def test_padding_and_same_video_pairs_are_told(manifest, caplog):
+def test_padding_and_same_video_pairs_are_told(manifest, tmp_path, caplog):
+    dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
     with caplog.at_level(logging.INFO):
-        describe_batches(manifest, TrainingConfig(global_batch=8), world_size=3)
+        describe_batches(dataset, TrainingConfig(global_batch=8), world_size=3)
         assert "1 of 9 rows a step only fill up" in caplog.text
         caplog.clear()
         manifest.facts["num_videos"] = 3
-        describe_batches(manifest, TrainingConfig(global_batch=128, shuffle_window=64), world_size=4)
+        describe_batches(dataset, TrainingConfig(global_batch=128, shuffle_window=64), world_size=4)
     assert "fill up" not in caplog.text
     assert f"= {64 * 6 / 63:.3g}," in caplog.text  # 64 streams with one pair each, 7 clips a video

@@ -1,0 +1,40 @@
+"""Random changes of clips while they are read: functions of (seed, position), whatever W and the number of workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clipmill.shards.order import AUGMENTATION, derive_keys, splitmix64
+
+__all__ = ["ClipAugmentation"]
+
+
+@dataclass(frozen=True)
+class ClipAugmentation:
+    """Mirrors every second clip, at random, and cuts a square out of each at a random place.
+
+    Attributes:
+        seed: of the run.
+        hflip: whether clips are mirrored.
+        crop: height and width of the square in pixels, at most the clip's; None: the whole picture.
+    """
+
+    seed: int
+    hflip: bool
+    crop: int | None
+
+    def __call__(self, sample: dict[str, Any], position: int) -> dict[str, Any]:
+        """Changes ``video`` uint8 [T, H, W, 3] of the sample at a position of the run; all its frames alike."""
+        key = derive_keys(self.seed, AUGMENTATION, np.array([position]))
+        mirror, top, left = (int(number) for number in splitmix64(key, np.arange(3, dtype=np.uint64)))
+        video = sample["video"]
+        if self.crop is not None:
+            height, width = video.shape[1:3]
+            top, left = top % (height - self.crop + 1), left % (width - self.crop + 1)
+            video = video[:, top : top + self.crop, left : left + self.crop]
+        if self.hflip and mirror % 2:
+            video = video[:, :, ::-1]
+        return {**sample, "video": video}
