@@ -240,7 +240,8 @@ def _make_batch(
     class_numbers = torch.tensor([classes.index(name) for name in names if name is not None])
     prefix = condition = None
     if settings.prefix_latents:
-        prefix = torch.from_numpy(np.stack([clip["codes"][: settings.prefix_latents] for clip in clips]))
+        first = [clip["codes"][: settings.prefix_latents] for clip in clips]
+        prefix = torch.from_numpy(np.stack(first, dtype=np.int64))
     if prior.config.condition is not None:
         condition = torch.from_numpy(np.stack([clip[prior.config.condition] for clip in clips]))
     with torch.inference_mode():

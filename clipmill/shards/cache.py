@@ -4,8 +4,9 @@ A shard of a local data set is hashed where it lies; one of a bucket is download
 and renamed. Then it is mapped into memory. The cache folder is shared by all processes of a node without a daemon:
 each shard has a note there, locked (``flock``, which the kernel releases however a process ends) while one of them
 downloads or hashes, that says which file (size, modification time, inode) was found right, so that others, and
-later epochs and runs, need not hash it again. What the note cannot see is a change that leaves all three alone,
-as of a failing disk: ``clipmill verify`` reads every byte.
+later epochs and runs, need not hash it again. A file of a local data set is compared with its note whenever it is
+asked for, mapped or not: others may write to it, and a map of a file that was cut is a crash. What the note cannot
+see is a change that leaves all three alone, as of a failing disk: ``clipmill verify`` reads every byte.
 
 A process that reads a download holds a shared lock on it for as long as its memory map lives, and eviction takes only
 files on which it gets an exclusive one: nothing is removed that somebody reads, and no lock outlives its process.
@@ -28,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -72,6 +73,18 @@ def needed_cache_bytes(manifest: Manifest, num_streams: int, window: int) -> int
     return min(int(needed), sum(shard.bytes for shard in filled))
 
 
+class _Seen(NamedTuple):
+    """What tells that a file is another one or was changed."""
+
+    bytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> _Seen:
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
 @dataclass(frozen=True)
 class OpenShard:
     """A shard in memory. The map lives as long as views of it: evicting or unlinking the file does not cut it."""
@@ -80,6 +93,10 @@ class OpenShard:
     """uint8, the whole archive, read-only."""
     offsets: np.ndarray
     """uint64 [samples + 1]."""
+    path: str
+    """Of the file."""
+    seen: _Seen
+    """The file, as it was when its hash was right."""
 
 
 class ShardCache:
@@ -93,6 +110,7 @@ class ShardCache:
 
     def __init__(self, manifest: Manifest, cache_dir: Path | None, cache_bytes: int) -> None:
         self._manifest = manifest
+        self._is_remote = not storage.is_local(manifest.url)
         self._cache_dir = cache_dir or default_cache_dir()
         self._cache_bytes = cache_bytes
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -106,11 +124,11 @@ class ShardCache:
     @property
     def is_remote(self) -> bool:
         """Whether shards are downloaded."""
-        return not storage.is_local(self._manifest.url)
+        return self._is_remote
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Downloads shards in the background; whatever goes wrong is left to `open` to meet again and to tell."""
-        if not self.is_remote:
+        if not self._is_remote:
             return
         if self._prefetchers is None:
             self._prefetchers = ThreadPoolExecutor(NUM_PREFETCHERS, thread_name_prefix="shard-prefetch")
@@ -133,17 +151,28 @@ class ShardCache:
             UserError: it is missing, or not what the manifest says, or does not fit on the disk.
             StageFailed: its bucket stayed away for longer than a download waits.
         """
-        self._used_ns[shard] = time.time_ns()
-        if shard in self._open:
+        if shard in self._open and self._is_unchanged(shard):
+            self._used_ns[shard] = time.time_ns()
             self._open.move_to_end(shard)
             return self._open[shard]
+        self._used_ns[shard] = time.time_ns()
         self._open[shard] = opened = self._open_verified(self._manifest.shards[shard])
         self._asked_for.discard(shard)
         if len(self._open) > MAX_OPEN_SHARDS:
             self._close(next(iter(self._open)))
-        if self.is_remote:
+        if self._is_remote:
             self._evict(keep=shard)
         return opened
+
+    def _is_unchanged(self, shard: int) -> bool:
+        """Whether the file is still the one that is mapped; nobody but us writes to a download."""
+        if self._is_remote:
+            return True
+        opened = self._open[shard]
+        try:
+            return _Seen.of(os.stat(opened.path)) == opened.seen
+        except FileNotFoundError:
+            return False
 
     def _close(self, shard: int) -> None:
         """Lets go of a map; it ends, and its lock with it, once no sample refers to it any more."""
@@ -168,8 +197,8 @@ class ShardCache:
 
     def _open_local(self, path: Path, entry: ShardEntry) -> OpenShard:
         with path.open("rb") as file, self._note(path, entry) as note:
-            _check_file(file, entry, note)
-            return _map(file, path.with_name(entry.name + INDEX_SUFFIX).read_bytes(), entry)
+            seen = _check_file(file, entry, note)
+            return _map(file, path.with_name(entry.name + INDEX_SUFFIX).read_bytes(), entry, seen)
 
     # ------------------------------------------------------------------------------------- downloads
 
@@ -184,8 +213,8 @@ class ShardCache:
         with self._note(path, entry) as note:
             with contextlib.suppress(FileNotFoundError, _Damage), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                _check_file(file, entry, note)
-                opened = _map(file, index_path.read_bytes(), entry)
+                seen = _check_file(file, entry, note)
+                opened = _map(file, index_path.read_bytes(), entry, seen)
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))  # "used" must outlive noatime
                 return opened
             unfinished = path.with_suffix(".part")  # the lock keeps others off, so a killed download is written over
@@ -193,8 +222,8 @@ class ShardCache:
             self._download(url, unfinished, entry)
             with unfinished.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                _check_file(file, entry, note)
-                opened = _map(file, index_path.read_bytes(), entry)
+                seen = _check_file(file, entry, note)
+                opened = _map(file, index_path.read_bytes(), entry, seen)
                 os.rename(unfinished, path)
         return opened
 
@@ -267,26 +296,27 @@ class _Damage(Exception):
     """A file is not what the manifest says; the message is the cause."""
 
 
-def _check_file(file: io.BufferedReader, entry: ShardEntry, note: BinaryIO | None) -> None:
+def _check_file(file: io.BufferedReader, entry: ShardEntry, note: BinaryIO | None) -> _Seen:
     """Raises `_Damage` unless the file has the entry's size and hash, which the note may vouch for."""
-    stat = os.fstat(file.fileno())
-    if stat.st_size != entry.bytes:
-        raise _Damage(f"{file.name} has {stat.st_size} bytes, the manifest says {entry.bytes}")
-    seen = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}".encode()
-    if note is not None and note.read() == seen:
-        return
+    seen = _Seen.of(os.fstat(file.fileno()))
+    if seen.bytes != entry.bytes:
+        raise _Damage(f"{file.name} has {seen.bytes} bytes, the manifest says {entry.bytes}")
+    noted = " ".join(map(str, seen)).encode()
+    if note is not None and note.read() == noted:
+        return seen
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != entry.sha256:
         raise _Damage(f"{file.name} has sha256 {sha256}, the manifest says {entry.sha256}")
     if note is not None:
         note.seek(0)
-        note.write(seen)
+        note.write(noted)
         note.truncate()
         note.flush()
+    return seen
 
 
-def _map(file: io.BufferedReader, index: bytes, entry: ShardEntry) -> OpenShard:
+def _map(file: io.BufferedReader, index: bytes, entry: ShardEntry, seen: _Seen) -> OpenShard:
     if hashlib.sha256(index).hexdigest() != entry.index_sha256:
         raise _Damage(f"its {INDEX_SUFFIX} does not have the sha256 of the manifest")
     offsets = read_index(index)
-    return OpenShard(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), offsets)
+    return OpenShard(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), offsets, file.name, seen)

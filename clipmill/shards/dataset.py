@@ -2,39 +2,32 @@
 
 The loader keeps no state. A micro-batch is a function of its number, and a worker that is given the number computes
 positions, shards and rows itself; so the sequence does not depend on the number of workers, and to resume is to
-start counting elsewhere. Workers are spawned, because neither fsspec nor CUDA survives a fork.
+start counting elsewhere.
 
     G  global batch    W  world size    share = ceil(G / W) rows of a rank
 """
 
 from __future__ import annotations
 
-import atexit
-import bisect
-import contextlib
-import ctypes
 import json
-import multiprocessing
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from multiprocessing import resource_tracker
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clipmill.errors import ClipmillError
-from clipmill.shards.cache import ShardCache
+from clipmill.shards.cache import OpenShard, ShardCache
 from clipmill.shards.format import parse_npy, read_sample
 from clipmill.shards.manifest import Manifest
 from clipmill.shards.mix import NUM_SLOTS, Mix, apportion
 from clipmill.shards.order import Order, locate_stored, num_streams
 from clipmill.shards.places import EvalPlaces, Rows, TrainPlaces
+from clipmill.shards.workers import load_batches
 
 __all__ = [
     "Augment",
@@ -53,9 +46,9 @@ Decode = Callable[[dict[str, memoryview]], dict[str, Any]]
 Augment = Callable[[dict[str, Any], int], dict[str, Any]]
 """(Sample, its position in the run) -> sample; of the loader workers too."""
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-PREFETCH_FACTOR = 4
-"""Micro-batches that each loader worker has ready."""
+BATCH_DTYPES = {"codes": np.int64}
+"""Of fields that are wider in a batch than on disk: the cast costs less once a batch than once a sample."""
+_decode_json = json.JSONDecoder().raw_decode  # json.loads looks for encodings and spaces that our files do not have
 LOOK_AHEAD = 64
 """Micro-batches before its own that a worker starts to download a shard: time for some 100 MB over a slow link."""
 
@@ -80,7 +73,7 @@ def decode_clip(members: dict[str, memoryview]) -> dict[str, Any]:
         video = decode_jpgs(members["jpgs"])
     else:
         video = parse_npy(members["npy"])
-    meta = json.loads(str(members["json"], "utf-8"))
+    meta = _parse_json(members["json"])
     return {"video": video, "label": meta["label"], "meta": meta, **_actions(members)}
 
 
@@ -88,16 +81,21 @@ def decode_codes(members: dict[str, memoryview]) -> dict[str, Any]:
     """A sample of ``tokens``.
 
     Returns:
-        ``codes`` int64 [t, h, w] or [t, h, w, M] (narrower on disk), ``label`` str | None, and as far as it has them
-        ``actions`` float32 [T, action_dim], ``text`` float32 [S, E] (an embedding), ``frames`` uint8 [n, H, W, 3].
+        ``codes`` [t, h, w] or [t, h, w, M] of as narrow a type as they have on disk (int64 once in a batch), ``label``
+        str | None, and as far as it has them ``actions`` float32 [T, action_dim], ``text`` float32 [S, E] (an embedding), ``frames``
+        uint8 [n, H, W, 3].
     """
-    codes = parse_npy(members["codes.npy"]).astype(np.int64)
-    fields = {"codes": codes, "label": json.loads(str(members["json"], "utf-8"))["label"], **_actions(members)}
+    codes = parse_npy(members["codes.npy"])
+    fields = {"codes": codes, "label": _parse_json(members["json"])["label"], **_actions(members)}
     if "text.npy" in members:
         fields["text"] = parse_npy(members["text.npy"]).astype(np.float32)
     if "frames.npy" in members:
         fields["frames"] = parse_npy(members["frames.npy"])
     return fields
+
+
+def _parse_json(content: memoryview) -> dict[str, Any]:
+    return _decode_json(str(content, "utf-8"))[0]
 
 
 def _actions(members: dict[str, memoryview]) -> dict[str, np.ndarray]:
@@ -115,7 +113,10 @@ def _collate(samples: Sequence[dict[str, Any]], weight: np.ndarray) -> dict[str,
     shared = [field for field in samples[0] if all(field in sample for sample in samples)]
     for field in shared:
         values = [sample[field] for sample in samples]
-        batch[field] = torch.from_numpy(np.stack(values)) if isinstance(values[0], np.ndarray) else values
+        if isinstance(values[0], np.ndarray):
+            batch[field] = torch.from_numpy(np.stack(values, dtype=BATCH_DTYPES.get(field)))
+        else:
+            batch[field] = values
     return {**batch, "weight": torch.from_numpy(weight)}
 
 
@@ -160,7 +161,19 @@ class ShardDataset(Dataset[dict[str, Any]]):
         Raises:
             UserError: the shard is missing, or not what the manifest says.
         """
-        opened = self._cache.open(shard)
+        return self._read(self._cache.open(shard), row)
+
+    def read_rows(self, shards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
+        """Several samples, each as of `read`; a shard that many are in is opened, and looked at, once.
+
+        Args:
+            shards: int64 [n].
+            rows: int64 [n], in the shards.
+        """
+        opened = {shard: self._cache.open(shard) for shard in dict.fromkeys(shards.tolist())}
+        return [self._read(opened[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+
+    def _read(self, opened: OpenShard, row: int) -> dict[str, Any]:
         key, members = read_sample(opened.view, int(opened.offsets[row]), int(opened.offsets[row + 1]))
         sample = self._decode(members)
         sample["key"] = key
@@ -205,7 +218,7 @@ class MixedDataset:
 
     def __init__(self, parts: Sequence[ShardDataset], slots: np.ndarray) -> None:
         self.parts, self.slots = list(parts), slots
-        self._first_shards = np.cumsum([0, *(len(part.counts) for part in parts)]).tolist()
+        self._first_shards = np.cumsum([0, *(len(part.counts) for part in parts)])
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -215,10 +228,15 @@ class MixedDataset:
         """Samples of each shard: int64 [num_shards]."""
         return np.concatenate([part.counts for part in self.parts])
 
-    def read(self, shard: int, row: int) -> dict[str, Any]:
+    def read_rows(self, shards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
         """As of a `ShardDataset`."""
-        part = bisect.bisect_right(self._first_shards, shard) - 1
-        return self.parts[part].read(shard - self._first_shards[part], row)
+        samples: list[dict[str, Any]] = []
+        numbers = np.searchsorted(self._first_shards, shards, side="right") - 1
+        cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]  # batches are sorted by data set
+        for start, end in pairwise(cuts):
+            part = int(numbers[start])
+            samples += self.parts[part].read_rows(shards[start:end] - self._first_shards[part], rows[start:end])
+        return samples
 
     @property
     def is_remote(self) -> bool:
@@ -227,7 +245,7 @@ class MixedDataset:
 
     def prefetch(self, shards: np.ndarray) -> None:
         """As of a `ShardDataset`."""
-        for part, first, end in zip(self.parts, self._first_shards, self._first_shards[1:], strict=False):
+        for part, (first, end) in zip(self.parts, pairwise(self._first_shards), strict=True):
             part.prefetch(shards[(shards >= first) & (shards < end)] - first)
 
     def order(self, seed: int, global_batch: int, window: int) -> Mix:
@@ -275,7 +293,7 @@ def train_batches(
     num_micro_batches = -(-share // (micro_batch or share))
     places = TrainPlaces(order, global_batch, rank, world_size, num_micro_batches)
     source = _Batches(dataset, places, augment)
-    batches = _load(source, range(first_step * num_micro_batches, sys.maxsize), num_workers)
+    batches = load_batches(source, range(first_step * num_micro_batches, sys.maxsize), num_workers)
     while True:
         yield [next(batches) for _ in range(num_micro_batches)]
 
@@ -310,7 +328,7 @@ def eval_batches(
     sizes = np.array([len(part) for part in dataset.parts])
     taken = sizes if max_samples is None else np.minimum(sizes, apportion(max_samples, dataset.slots))
     places = EvalPlaces(dataset.counts, sizes, taken, rank, world_size, batch_size)
-    return _load(_Batches(dataset, places), range(places.num_batches), num_workers)
+    return load_batches(_Batches(dataset, places), range(places.num_batches), num_workers)
 
 
 class _Batches(Dataset[Any]):
@@ -327,64 +345,9 @@ class _Batches(Dataset[Any]):
             self._dataset.prefetch(place.shards)
             self._dataset.prefetch(self._places(number + LOOK_AHEAD).shards)
         try:
-            samples = [self._dataset.read(*row) for row in zip(place.shards.tolist(), place.rows.tolist(), strict=True)]
+            samples = self._dataset.read_rows(place.shards, place.rows)
         except ClipmillError as error:  # raised by a worker, torch would bury its one line under a traceback
             return error
         if self._augment is not None:
             samples = [self._augment(*each) for each in zip(samples, place.positions.tolist(), strict=True)]
         return _collate(samples, place.weight)
-
-
-def _load(source: _Batches, numbers: range, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Batches by their numbers, in this process or a few ahead in others."""
-    ending = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
-    end = partial(setattr, ending, "value", True)
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=partial(_start_worker, ending),
-        multiprocessing_context="spawn" if num_workers else None,
-        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
-        generator=torch.Generator(),  # else the loader draws a seed from the global generator of the training
-    )
-    # An error that nobody catches keeps this generator alive: Python then ends the workers by SIGTERM, and joins them.
-    atexit.register(end)
-    try:
-        with _stop_signals_blocked():
-            batches = iter(loader)  # starts the workers
-        for batch in batches:
-            if isinstance(batch, ClipmillError):
-                raise batch
-            yield batch
-    finally:
-        end()
-        atexit.unregister(end)
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Processes started here begin with these signals blocked: one that still imports torch must not die of them."""
-    resource_tracker.ensure_running()  # the first process of all starts it, and that unblocks them again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Replaces torch's conversion: batches come collated."""
-    return batch
-
-
-def _start_worker(ending: ctypes.c_bool, _: int) -> None:
-    """Ignores the signals that stop a training until ``ending``: they reach its whole process group (Ctrl-C, torchrun,
-    scancel), and its last checkpoint comes after a step that still needs data.
-    """
-    torch.set_num_threads(1)  # the cores belong to the training; as many workers as asked for are as many threads
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -173,7 +173,7 @@ def test_conditions_and_first_latents_come_from_clips(tmp_path: Path):
         indices=[0, 1, 2],
         labels=torch.tensor([body["classes"].index(clip["label"]) for clip in clips]),
         condition=torch.from_numpy(np.stack([clip["actions"] for clip in clips])),
-        prefix=torch.from_numpy(np.stack([clip["codes"][:1] for clip in clips])),
+        prefix=torch.from_numpy(np.stack([clip["codes"][:1] for clip in clips], dtype=np.int64)),
         guidance=1.5,
     )
     assert np.array_equal(codes.numpy(), np.stack([samples[index]["codes"] for index in range(3)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from clipmill import storage
-from clipmill.errors import StageFailed, StorageUnavailable, UserError
+from clipmill.errors import StageFailed, StorageUnavailable
 from clipmill.shards.cache import ShardCache, needed_cache_bytes
 from clipmill.shards.manifest import Manifest
 from tests.shards.folders import write_dataset
@@ -36,6 +36,10 @@ def downloads(folder: Path) -> set[str]:
     return {path.stem for path in (folder / "shards").glob("*.tar")}
 
 
+def child_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
 def fail(monkeypatch, errors):
     """Makes the next fetches end in these errors, the later ones succeed; returns the URLs asked for."""
     asked, fetch = [], storage.fetch
@@ -56,11 +60,47 @@ def test_a_bucket_that_stays_away_names_the_shard_and_the_cause(manifest, tmp_pa
         ShardCache(manifest, tmp_path / "cache", 2**30).open(0)
 
 
-def test_a_full_disk_says_so(manifest, tmp_path, monkeypatch):
-    fail(monkeypatch, [OSError(errno.ENOSPC, "No space left on device")])
-    with pytest.raises(UserError, match=f"{manifest.shards[0].name} .*no space left in {tmp_path / 'cache'}"):
-        ShardCache(manifest, tmp_path / "cache", 2**30).open(0)
-    assert downloads(tmp_path / "cache") == set()
+FILLER = """\
+import sys
+from pathlib import Path
+import fsspec
+from clipmill.errors import UserError
+from clipmill.shards.cache import ShardCache
+from clipmill.shards.manifest import Manifest
+
+source, disk = map(Path, sys.argv[1:])
+memory = fsspec.filesystem("memory")
+for path in source.rglob("*.*"):
+    memory.pipe_file(f"/tokens/{path.relative_to(source)}", path.read_bytes())
+cache = ShardCache(Manifest.load("memory://tokens", "tokens"), disk / "cache", 2**30)
+opened = []
+try:
+    for shard in range(99):
+        opened.append(cache.open(shard))
+except UserError as error:
+    print(len(opened), error)
+    print(sorted(path.suffix for path in (disk / "cache" / "shards").iterdir()))
+"""
+
+
+def test_a_full_disk_says_so(tmp_path):
+    """A file system of 64 KiB in a mount namespace of the child's own; each shard takes 20 KiB."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = "mount -t tmpfs -o size=64k tmpfs"
+    (disk := tmp_path / "disk").mkdir()
+    if subprocess.run([*namespace, f"{mount} {disk}"], capture_output=True).returncode:
+        pytest.skip("this machine lets us mount nothing")
+    write_dataset(tmp_path / "tokens", tmp_path, [6] * 99)
+    command = f"{mount} {disk} && exec {sys.executable} -c '{FILLER}' {tmp_path / 'tokens'} {disk}"
+    done = subprocess.run([*namespace, command], capture_output=True, text=True, env=child_environment())
+    assert done.returncode == 0, done.stderr
+    line, left = done.stdout.splitlines()
+    num_opened, _, message = line.partition(" ")
+    assert 0 < int(num_opened) < 4
+    assert message.startswith("shard tokens-")
+    assert f"no space left in {disk}/cache/shards for its 20,480 bytes; free some, lower cache_bytes" in message
+    assert left.count(".tar") == int(num_opened)
+    assert ".part" not in left
 
 
 READER = """\

@@ -227,18 +227,52 @@ def flip(path):
         (lambda tar: tar.write_bytes(sorted(tar.parent.glob("*.tar"))[-1].read_bytes()), "the manifest says"),
     ],
 )
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", ["never", "to an earlier run", "to this run, which has it open"])
 def test_a_damaged_shard_serves_no_sample(manifest, tmp_path, damage, cause, known):
-    if known:  # verified by an earlier run, and damaged since
-        ShardDataset(manifest, decode_codes, tmp_path / "cache").read(1, 0)
+    if known.endswith("open") and ".idx" in cause:
+        pytest.skip("an open shard has its index in memory")
+    dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
+    if known != "never":
+        dataset.read(1, 0)
+    if known == "to an earlier run":
+        dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
     name = manifest.shards[1].name
     damage(storage.local_path(manifest.url) / name)
-    dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
     with pytest.raises(UserError, match=cause) as caught:
-        dataset.read(1, 0)
+        dataset.read(1, 1)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
     assert dataset.read(0, 0)["key"] == KEYS[0]
+
+
+@pytest.mark.parametrize("suffixes", [[""], ["", ".idx"]])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_two_shards_of_one_size_that_changed_places_serve_no_sample(tmp_path, suffixes, is_open):
+    manifest = write_dataset(tmp_path / "tokens", tmp_path, [6, 6])
+    assert manifest.shards[0].bytes == manifest.shards[1].bytes
+    dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
+    if is_open:
+        assert [dataset.read(shard, 0)["key"] for shard in (0, 1)] == [
+            "0000000000000000_000000",
+            "0000000000000001_000000",
+        ]
+    one, other = (storage.local_path(manifest.url) / shard.name for shard in manifest.shards)
+    for suffix in suffixes:
+        paths = [path.with_name(path.name + suffix) for path in (one, other, tmp_path / "aside")]
+        for source, target in ((0, 2), (1, 0), (2, 1)):
+            paths[source].rename(paths[target])
+    for shard in (0, 1):
+        with pytest.raises(UserError, match=f"shard {manifest.shards[shard].name} .* has sha256"):
+            dataset.read(shard, 1)
+
+
+def test_a_shard_that_was_replaced_by_its_copy_is_read_on(manifest, dataset):
+    dataset.read(1, 0)
+    path = storage.local_path(manifest.url) / manifest.shards[1].name
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert dataset.read(1, 1)["key"] == f"{2:016x}_{1:06d}"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 
 import fsspec
+import numpy as np
 import pytest
 
 from clipmill import storage
 from clipmill.config import TrainingConfig
 from clipmill.errors import UserError
-from clipmill.shards.dataset import ShardDataset, decode_codes
+from clipmill.shards.dataset import MixedDataset, ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
 from clipmill.training.inputs import check_cache, describe_batches
 from tests.shards.folders import write_dataset
@@ -48,3 +49,30 @@ def test_padding_and_same_video_pairs_are_told(manifest, tmp_path, caplog):
         describe_batches(dataset, TrainingConfig(global_batch=128, shuffle_window=64), world_size=4)
     assert "fill up" not in caplog.text
     assert f"= {64 * 6 / 63:.3g}," in caplog.text  # 64 streams with one pair each, 7 clips a video
+
+
+def test_a_mix_needs_the_cache_that_all_its_downloads_need(manifest, tmp_path):
+    memory = fsspec.filesystem("memory")
+    folder = storage.local_path(manifest.url)
+    for path in folder.glob("*.*"):
+        memory.pipe_file(f"/inputs/tokens/{path.name}", path.read_bytes())
+    needed = 2 * sum(shard.bytes for shard in manifest.shards)
+    try:
+        remote = [ShardDataset(Manifest.load("memory://inputs/tokens"), decode_codes, tmp_path) for _ in range(2)]
+        local = ShardDataset(manifest, decode_codes, tmp_path)
+        mixed = MixedDataset([*remote, local], np.array([400, 300, 300]))
+        check_cache(mixed, TrainingConfig(cache_bytes=needed), world_size=1, local_size=1)
+        with pytest.raises(UserError, match=f"need {needed:,}; raise"):
+            check_cache(mixed, TrainingConfig(cache_bytes=needed - 1), world_size=1, local_size=1)
+    finally:
+        memory.rm("/inputs", recursive=True)
+
+
+def test_the_pairs_of_each_data_set_in_a_mix_are_told(manifest, tmp_path, caplog):
+    manifest.facts["num_videos"] = 3
+    mixed = MixedDataset([ShardDataset(manifest, decode_codes, tmp_path)] * 2, np.array([250, 750]))
+    with caplog.at_level(logging.INFO):
+        describe_batches(mixed, TrainingConfig(global_batch=256, shuffle_window=64), world_size=4)
+    lines = [record.message for record in caplog.records]
+    assert f"= {0:.3g}," in lines[0]  # 64 streams with one row each
+    assert f"= {64 * 3 * 6 / 63:.3g}," in lines[1]  # 64 streams with three pairs each
