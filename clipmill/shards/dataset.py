@@ -174,7 +174,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return [self._read(opened[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
 
     def _read(self, opened: OpenShard, row: int) -> dict[str, Any]:
-        key, members = read_sample(opened.view, int(opened.offsets[row]), int(opened.offsets[row + 1]))
+        key, members = read_sample(opened.view, *opened.offsets[row : row + 2].tolist())
         sample = self._decode(members)
         sample["key"] = key
         return sample

@@ -262,16 +262,14 @@ def parse_npy(buffer: Buffer) -> np.ndarray:
     Raises:
         ValueError: this is no whole npy file of plain numbers.
     """
-    view = memoryview(buffer)
+    view = memoryview(buffer).toreadonly()
     if len(view) < NPY_PREFIX_BYTES:
         raise ValueError("no npy file of format version 1.0")
     start = NPY_PREFIX_BYTES + view[8] + 256 * view[9]
-    dtype, shape, order, num_bytes = _parse_npy_header(bytes(view[:start]))
+    dtype, shape, order, num_bytes = _parse_npy_header(view[:start].tobytes())
     if len(view) - start != num_bytes:
         raise ValueError(f"npy file of {list(shape)} {dtype} holds {len(view) - start} bytes of data")
-    array = np.frombuffer(view, dtype, offset=start).reshape(shape, order=order)
-    array.flags.writeable = False
-    return array
+    return np.ndarray(shape, dtype, view, start, order=order)
 
 
 @functools.lru_cache(maxsize=256)

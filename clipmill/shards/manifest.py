@@ -15,8 +15,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -52,9 +52,11 @@ _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 Kind = Literal["clips", "tokens", "samples"]
 
 
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
-    """One shard of a data set, as commit records and manifests name it."""
+class ShardEntry(NamedTuple):
+    """One shard of a data set, as commit records and manifests name it.
+
+    A tuple, because a training makes and pickles up to some 100,000 of them before its first step.
+    """
 
     name: str
     """Relative to the data set's folder."""
@@ -163,7 +165,7 @@ def commit_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]
         for part in parts:
             storage.publish_file(part.path, storage.join(url, part.name))
             storage.publish_file(part.index_path, storage.join(url, part.name + INDEX_SUFFIX))
-        record = {"unit": unit, "parts": [asdict(_entry(part)) for part in parts], **body}
+        record = {"unit": unit, "parts": [_entry(part)._asdict() for part in parts], **body}
         storage.create_document(_record_url(url, unit), record, SCHEMA)
     return read_commit(url, unit)
 
@@ -239,7 +241,7 @@ def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], f
     document = {
         "kind": kind,
         "units": list(units),
-        "shards": [asdict(shard) for shard in manifest.shards],
+        "shards": [shard._asdict() for shard in manifest.shards],
         "num_samples": manifest.num_samples,
         "fingerprint": manifest.fingerprint,
         "recipe": recipe,

@@ -12,7 +12,7 @@ from clipmill.shards.order import Order, locate_stored, part_rows, rank_rows
 
 __all__ = ["EvalPlaces", "Rows", "TrainPlaces"]
 
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 4096
 """Rows that are located together: for a few of them numpy's calls cost more than the numbers."""
 CACHED_BLOCKS = 4
 """One is read, one is looked ahead into."""
@@ -46,35 +46,34 @@ class TrainPlaces:
         self, order: Order | Mix, global_batch: int, rank: int, world_size: int, num_micro_batches: int
     ) -> None:
         self._order, self._global_batch = order, global_batch
-        self._rank, self._world_size = rank, world_size
-        self._num_micro_batches = num_micro_batches
-        share = -(-global_batch // world_size)
-        self._block_length = max(1, BLOCK_ROWS * num_micro_batches // share)  # in micro-batches
+        batch = np.arange(global_batch)
+        rows, weight = rank_rows(batch, rank, world_size)
+        parts = [part_rows(len(rows), number, num_micro_batches) for number in range(num_micro_batches)]
+        # Of every step alike: which of its sorted positions are read, and what they weigh; [M, rows of a micro-batch].
+        self._picked = np.stack([rows[picked] for picked, _ in parts])
+        self._weight = np.stack([weight[picked] * filled for picked, filled in parts])
+        self._block_steps = max(1, BLOCK_ROWS // len(rows))
         self._blocks: OrderedDict[int, Rows] = OrderedDict()
 
     def __call__(self, number: int) -> Rows:
         """The rows of a micro-batch by its number."""
-        block, index = divmod(number, self._block_length)
+        step, micro_step = divmod(number, len(self._picked))
+        block, index = divmod(step, self._block_steps)
         if block not in self._blocks:
-            first = block * self._block_length
-            self._blocks[block] = self._locate(range(first, first + self._block_length))
+            self._blocks[block] = self._locate(range(block * self._block_steps, (block + 1) * self._block_steps))
             if len(self._blocks) > CACHED_BLOCKS:
                 self._blocks.popitem(last=False)
-        return Rows(*(field[index] for field in self._blocks[block]))
+        positions, shards, rows, weight = self._blocks[block]
+        return Rows(
+            positions[index, micro_step], shards[index, micro_step], rows[index, micro_step], weight[micro_step]
+        )
 
-    def _locate(self, numbers: range) -> Rows:
-        """Of several micro-batches: fields [len(numbers), rows of a micro-batch]."""
-        positions, weights = zip(*(self._positions(number) for number in numbers), strict=True)
-        stacked = np.stack(positions)
-        shards, rows = self._order.locate(stacked.ravel())
-        return Rows(stacked, shards.reshape(stacked.shape), rows.reshape(stacked.shape), np.stack(weights))
-
-    def _positions(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        step, micro_step = divmod(number, self._num_micro_batches)
-        positions = self._order.batch_positions(step, self._global_batch)
-        positions, weight = rank_rows(positions, self._rank, self._world_size)
-        picked, filled = part_rows(len(positions), micro_step, self._num_micro_batches)
-        return positions[picked], weight[picked] * filled
+    def _locate(self, steps: range) -> Rows:
+        """Of several steps: fields [len(steps), M, rows of a micro-batch], but for the weights, which all share."""
+        batches = np.stack([self._order.batch_positions(step, self._global_batch) for step in steps])
+        positions = batches[:, self._picked]
+        shards, rows = self._order.locate(positions.ravel())
+        return Rows(positions, shards.reshape(positions.shape), rows.reshape(positions.shape), self._weight)
 
 
 class EvalPlaces:

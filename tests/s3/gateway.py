@@ -11,8 +11,10 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -150,3 +152,22 @@ class Gateway:
     def _command(self, program: str, *arguments: object) -> list[str]:
         needs_configuration = program not in ("ceph-authtool", "monmaptool")
         return [program, *(["-c", f"{self._folder}/ceph.conf"] if needs_configuration else []), *map(str, arguments)]
+
+
+def main() -> None:
+    """Serves until Ctrl-C, for whoever wants a bucket to try things on."""
+    with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
+        gateway = Gateway(Path(folder))
+        try:
+            gateway.start()
+            keys = f"AWS_ACCESS_KEY_ID={ACCESS_KEY} AWS_SECRET_ACCESS_KEY={SECRET_KEY} AWS_DEFAULT_REGION=us-east-1"
+            print(f"export AWS_ENDPOINT_URL={gateway.endpoint} {keys} NO_PROXY=127.0.0.1", flush=True)
+            signal.pause()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            gateway.stop()
+
+
+if __name__ == "__main__":
+    main()
