@@ -82,8 +82,8 @@ def decode_codes(members: dict[str, memoryview]) -> dict[str, Any]:
 
     Returns:
         ``codes`` [t, h, w] or [t, h, w, M] of as narrow a type as they have on disk (int64 once in a batch), ``label``
-        str | None, and as far as it has them ``actions`` float32 [T, action_dim], ``text`` float32 [S, E] (an embedding), ``frames``
-        uint8 [n, H, W, 3].
+        str | None, and as far as it has them ``actions`` float32 [T, action_dim], ``text`` float32 [S, E] (an
+        embedding), ``frames`` uint8 [n, H, W, 3].
     """
     codes = parse_npy(members["codes.npy"])
     fields = {"codes": codes, "label": _parse_json(members["json"])["label"], **_actions(members)}
