@@ -11,7 +11,7 @@
 
 The models take turns, step by step in one process; ratios are medians over rounds.
 
-    python benchmarks/vqvae.py [--rounds 5] [--batch 2] [vqvae.model.hidden_dim=128 vqvae.model.downsample=[2,2,2]]
+    python benchmarks/vqvae.py [--rounds 4] [--batch 4] [vqvae.model.hidden_dim=128 vqvae.model.downsample=[2,2,2]]
 
 The last line is one JSON object.
 """
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument(
         "assignments", nargs="*", help="vqvae.model.KEY=VALUE: sizes of your own, not ours and the paper's"
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=32 if DEVICE.type == "cuda" else 2, help="clips of a step")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=32 if DEVICE.type == "cuda" else 4, help="clips of a step")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=64)
     arguments = parser.parse_args()
