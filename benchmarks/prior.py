@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="of one GPU in bfloat16; none: by its name")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
-    peak = arguments.peak_tflops or (known_peak() if cuda else None)
+    peak = (arguments.peak_tflops or known_peak()) if cuda else None
     if cuda and peak is None:
         parser.error(f"the peak of {torch.cuda.get_device_name()} is not known: give --peak-tflops")
     world = join_world()
