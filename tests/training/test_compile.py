@@ -6,9 +6,8 @@ import shutil
 
 import pytest
 
-from tests.training.test_resume import EXACT, _command, _losses, _run, workspace
-
-__all__ = ["workspace"]
+from tests.training.processes import run
+from tests.training.toy import EXACT, read_losses, stage_command
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,8 +26,8 @@ def test_losses_agree_with_eager_ones(workspace, tmp_path, stage, zero_stage, nu
     for compiled in ("false", "true"):
         settings = [*EXACT, f"{section}.training.steps=8", f"{section}.training.compile={compiled}"]
         root = tmp_path / compiled
-        _run(_command(workspace, root, stage, zero_stage, *settings), tmp_path / "log.txt", num_ranks)
-        losses.append(_losses(root / section))
+        run(stage_command(workspace, root, stage, zero_stage, *settings), tmp_path / "log.txt", num_ranks)
+        losses.append(read_losses(root / section))
     assert list(losses[0]) == list(range(1, 9))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[1] != losses[0], "nothing was compiled: not one sum came out differently"

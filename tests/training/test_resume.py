@@ -18,7 +18,7 @@ from clipmill.models.export import load_prior
 from clipmill.training import prior
 from clipmill.training.checkpoint import newest
 from tests.training.processes import kill_all, run, start, wait_for
-from tests.training.toy import CHECKPOINT_EVERY, CLASSES, STEPS, read_losses, stage_command
+from tests.training.toy import CHECKPOINT_EVERY, CLASSES, EXACT, STEPS, read_losses, stage_command
 
 
 def _run_killed(command: list[str], log: Path, folder: Path, num_ranks: int) -> None:
@@ -153,7 +153,6 @@ def test_a_rank_that_stops_is_named_and_the_training_ends(workspace, tmp_path, r
         kill_all(process)
 
 
-EXACT = ["prior.model.dropout=0", "prior.model.attention_dropout=0", "prior.training.schedule=constant"]
 UNEVEN = "prior.training.global_batch=7"  # no world size but one divides it, so rows fill up
 STEPS_EACH = 10
 
