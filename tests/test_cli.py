@@ -103,6 +103,14 @@ def test_a_relative_root_on_a_cluster(tmp_path):
     assert_refused(result, "root run is relative", "absolute path")
 
 
+def test_the_runs_of_a_mix_are_found_from_the_folder_of_the_command(tmp_path):
+    mix = "data.mix=[{url: first, weight: 2}, {url: '${root}'}]"
+    alone = clipmill("train-prior", "root=run", mix, cwd=tmp_path)
+    assert_refused(alone, f"no tokens at {tmp_path}/first/tokens/train", "run `clipmill tokenize` for that run first")
+    on_a_cluster = clipmill("train-prior", f"root={tmp_path}/run", mix, cwd=tmp_path, RAY_ADDRESS="127.0.0.1:1")
+    assert_refused(on_a_cluster, "data.mix.0.url first is relative", "absolute path")
+
+
 def test_config_prints_what_a_run_would_use(tmp_path):
     result = clipmill("config", "root=run", "data.crf=30", cwd=tmp_path)
     assert result.returncode == 0
