@@ -155,7 +155,8 @@ class Gateway:
 
 
 def main() -> None:
-    """Serves until Ctrl-C, for whoever wants a bucket to try things on."""
+    """Serves until Ctrl-C or SIGTERM, for whoever wants a bucket to try things on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
         gateway = Gateway(Path(folder))
         try:
