@@ -23,6 +23,7 @@ import contextlib
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipmill.config import VQVAEModelConfig, load_config
+from clipmill.config import VQVAEModelConfig, identity, load_config
+from clipmill.models.export import load_vqvae, save_export
 from clipmill.models.quantizers import EMACodebook
 from clipmill.models.vqvae import VQVAE
 
@@ -84,7 +86,8 @@ def compare(config: VQVAEModelConfig, video: Tensor, rounds: int) -> dict[str, A
     # The published attentions add three biases where ours have their sum.
     parameters = {name: sum(weight.numel() for weight in model.parameters()) for name, model in models.items()}
     trained, _ = interleave({name: train_step(model.to(DEVICE), video, name) for name, model in models.items()}, rounds)
-    encoded, _ = interleave({name: encoding(model.eval(), video, name) for name, model in models.items()}, 2 * rounds)
+    encoders = {name: as_loaded(model) if isinstance(model, VQVAE) else model for name, model in models.items()}
+    encoded, _ = interleave({name: encoding(model.eval(), video, name) for name, model in encoders.items()}, 2 * rounds)
     result: dict[str, Any] = {"model": config.model_dump(mode="json", exclude_defaults=True), "parameters": parameters}
     result["clips"] = list(video.shape)
     for what, seconds in (("train", trained), ("encode", encoded)):
@@ -115,6 +118,14 @@ def train_step(model: nn.Module, video: Tensor, precision: str) -> Callable[[], 
         optimizer.zero_grad()
 
     return step
+
+
+def as_loaded(model: VQVAE) -> VQVAE:
+    """The model as `clipmill tokenize` loads it from its export."""
+    body = {"kind": "vqvae", "model": identity(model.config), "pixel_variance": PIXEL_VARIANCE}
+    with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as folder:
+        save_export(folder, model, body)
+        return load_vqvae(folder)[0].to(DEVICE)
 
 
 def encoding(model: nn.Module, video: Tensor, precision: str) -> Callable[[], Tensor]:
