@@ -10,7 +10,7 @@ Two comparisons, each interleaved step by step in one process, medians of the ra
 Without a GPU each ratio is also given in CPU seconds, which a busy machine spoils less. The loop should wait for data
 less than 1 % of its time.
 
-On GPUs then the presets (100m, which is 12 layers x 768, 350m, 1b) through the whole loop in bfloat16: tokens/s, the
+On GPUs then the presets (100m, which is 12 layers x 768, 350m, 1b) through the loop, compiled, bfloat16: tokens/s, the
 share of the GPUs' peak FLOP/s (MFU; 40, 46 and 50 % are wanted on an H100), and memory beside the estimated.
 
     OMP_WAIT_POLICY=passive python benchmarks/prior.py [--steps 10] [--precision float32] [--zero-stages 0 1 2 3]
@@ -247,7 +247,7 @@ class Loop:
 
 def utilise(preset: str, tokens: Manifest, world: World, peak_tflops: float, num_steps: int) -> dict[str, Any]:
     """The loop on a preset, its host free to run ahead of the GPU: tokens/s, MFU, memory."""
-    training = {"precision": "bfloat16", "global_batch": PRESET_ROWS[preset] * world.size}
+    training = {"precision": "bfloat16", "compile": "true", "global_batch": PRESET_ROWS[preset] * world.size}
     settings = [f"prior.training.{name}={value}" for name, value in training.items()]
     shape = ["data.clip.num_frames=16", "data.clip.resolution=64", f"vqvae.model.num_codes={NUM_CODES}"]
     config = load_config([], ["root=unused", f"prior.model.preset={preset}", *shape, *settings])

@@ -25,13 +25,19 @@ from clipmill.training.conversion import WholeTensors, load_whole
 from clipmill.training.guard import Guard
 from clipmill.training.world import World
 
-__all__ = ["Engine", "deepspeed_config", "whole_state"]
+__all__ = ["BUCKET_ELEMENTS", "Engine", "deepspeed_config", "whole_state"]
 
 TAG = "state"
 """DeepSpeed's files lie in a folder of this name."""
 
 
-def deepspeed_config(config: TrainingConfig, rows: int, accumulation: int, world_size: int) -> dict[str, Any]:
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default: room for gradients that wait to be sent."""
+
+
+def deepspeed_config(
+    config: TrainingConfig, rows: int, accumulation: int, world_size: int, num_parameters: int
+) -> dict[str, Any]:
     """Our settings as DeepSpeed's own JSON document, with the expert overrides merged over it.
 
     Args:
@@ -39,8 +45,10 @@ def deepspeed_config(config: TrainingConfig, rows: int, accumulation: int, world
         rows: clips of one micro-batch on one rank.
         accumulation: micro-batches a step.
         world_size: number of ranks.
+        num_parameters: of the model.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    # The bucket is allocated whole, however few gradients there are: 2 GB beside a model of 2 MB.
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS)}
     if config.offload:
         # torch's own AdamW steps on the CPU as well; DeepSpeed's would be compiled at the first start.
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -99,10 +107,11 @@ class Engine:
         )
         partitioned = config.zero_stage > 0 and world.size > 1
         self._guard = Guard(optimizer, config.grad_clip, partitioned) if _is_guarded(config) else None
+        num_parameters = sum(parameter.numel() for parameter in objective.parameters())
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
-            config=deepspeed_config(config, rows, accumulation, world.size),
+            config=deepspeed_config(config, rows, accumulation, world.size, num_parameters),
             dist_init_required=False,
         )
         self._averages = Averages(self.deepspeed, averages) if averages else None

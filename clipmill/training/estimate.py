@@ -19,13 +19,12 @@ from torch._subclasses import FakeTensorMode
 from clipmill.config import PriorModelConfig, RunConfig
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import codes_shape
+from clipmill.training.engine import BUCKET_ELEMENTS
 from clipmill.training.loop import rows_and_accumulation
 
 __all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "flops_per_token", "model_state_bytes", "saved_bytes"]
 
 FLOAT = 4
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default: room for gradients that wait to be sent, at stages 1 to 3."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default: parameters gathered at once, at stage 3."""
 TAR_BLOCK = 512
@@ -145,7 +144,7 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
     part = FLOAT * math.ceil(num_parameters / num_gpus)
     if stage == 0:
         return Memory(weights=whole, gradients=whole, optimizer=2 * whole, buffers=0)
-    bucket = FLOAT * BUCKET_ELEMENTS  # allocated whole, however few gradients there are
+    bucket = FLOAT * min(num_parameters, BUCKET_ELEMENTS)
     if stage < 3:
         gradients = whole if stage == 1 and accumulation > 1 else part
         return Memory(weights=whole, gradients=gradients, optimizer=3 * part, buffers=bucket)

@@ -18,8 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clipmill.config import RunConfig, load_config
 from clipmill.models.prior import Prior
-from clipmill.training.engine import Engine
-from clipmill.training.estimate import BUCKET_ELEMENTS, FLOAT, estimate, model_state_bytes
+from clipmill.training.engine import BUCKET_ELEMENTS, Engine
+from clipmill.training.estimate import FLOAT, estimate, model_state_bytes
 from clipmill.training.world import World, join_world
 from tests.training.processes import free_port
 
