@@ -51,7 +51,7 @@ def asking(config: RunConfig, **settings: object) -> RunConfig:
 
 def val_codes(config: RunConfig) -> np.ndarray:
     tokens = ShardDataset(Manifest.load(config.folder("tokens", "val"), "tokens"), decode_codes)
-    return np.stack([tokens[index]["codes"] for index in range(len(tokens))])
+    return np.stack([tokens[index]["codes"] for index in range(len(tokens))], dtype=np.int64)
 
 
 def test_reconstruction_is_measured_on_every_val_clip(config: RunConfig):
