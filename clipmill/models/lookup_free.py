@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmill.models.quantizers import Quantized, codebook_metrics, count_codes, table_rows
@@ -133,13 +134,17 @@ class LookupFree(_Grid):
         weight = parts.new_ones(len(parts)) if weight is None else weight
         num_rows = sum_over_ranks(weight.sum())
         ones = (2 * parts).sigmoid()  # [N, M, bits]
-        single = torch.special.entr(ones).sum(-1) + torch.special.entr(1 - ones).sum(-1)  # [N, M]
+        # The entropy of a bit by its logit, and no share below the smallest float: entr has no finite gradient at 0,
+        # which shares of rows far from 0 round to.
+        far = (2 * parts).abs()
+        single = (F.softplus(-far) + far * (-far).sigmoid()).sum(-1)  # [N, M]
         # Of the ranks' mean gradient, which the optimizer steps by, this is the whole batch's.
         ranks = world_size()
         certainty = _over_ranks((single * weight[:, None]).sum(0) * ranks / num_rows)
         low, high = (_joint(half) for half in ones.tensor_split([ones.shape[-1] // 2], -1))
         joint = torch.einsum("nmh,nml->mhl", high * weight[:, None, None], low).flatten(1)  # [M, K]
-        variety = torch.special.entr(_over_ranks(joint * ranks / num_rows)).sum(1)
+        shares = _over_ranks(joint * ranks / num_rows).clamp(min=torch.finfo(joint.dtype).tiny)
+        variety = torch.special.entr(shares).sum(1)
         return (certainty - variety).mean() / ones.shape[-1]
 
 

@@ -59,6 +59,18 @@ def test_entropies_are_those_of_the_whole_table() -> None:
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("far", [4.0, 9.0, 60.0])
+def test_entropies_of_certain_rows_have_a_finite_gradient(far: float) -> None:
+    """Of rows so far from 0 that a bit's probability rounds to 1, and those of most codes to 0."""
+    rows = torch.full((32, 6), far)
+    rows[::2, 0] = -far
+    rows.requires_grad_()
+    entropy = LookupFree(6, 1)(rows).entropy
+    entropy.backward()
+    assert entropy.item() == pytest.approx(-math.log(2) / 6, abs=2e-3)
+    assert rows.grad.isfinite().all()
+
+
 def test_a_quarter_of_a_million_codes_need_no_table() -> None:
     quantizer = LookupFree(18, 1)
     quantized = quantizer(torch.randn(512, 18))
