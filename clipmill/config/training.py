@@ -128,7 +128,7 @@ class VQVAEModelConfig(Section):
     num_codebooks: Annotated[int, Field(ge=1, le=8)] = 1
     """Codes of one latent; each has a slice of its channels."""
     fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
-    """Levels of each channel; their product is num_codes: 8, 8, 4 for 256 codes, 8, 5, 5, 5 for 1,000."""
+    """Levels of each channel; their product is num_codes: 4, 4, 4, 4 for 256 codes, 8, 5, 5, 5 for 1,000."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
     """Between latents and codes of ``ema``."""
     codebook_start: Literal["rows", "kmeans"] = "rows"
@@ -157,7 +157,7 @@ class VQVAEModelConfig(Section):
         if self.quantizer == "fsq" and num_codes != self.num_codes:
             raise ValueError(
                 f"fsq_levels {self.fsq_levels} make {num_codes} codes, not num_codes {self.num_codes}; "
-                "set both, such as fsq_levels=[8,8,4] and num_codes=256"
+                "set both, such as fsq_levels=[4,4,4,4] and num_codes=256"
             )
         if self.quantizer == "lfq" and self.num_codes & (self.num_codes - 1):
             raise ValueError(f"num_codes {self.num_codes} must be a power of two for quantizer lfq, such as 1024")
