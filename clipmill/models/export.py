@@ -150,7 +150,8 @@ def _build_vqvae(body: dict[str, Any], tensors: dict[str, Tensor]) -> VQVAE:
     model = VQVAE(VQVAEModelConfig.model_validate(body["model"]), body["pixel_variance"])
     model.load_state_dict(tensors)
     # Kernels lie as the features do, or every call would copy them: 4 % of an encoding on a CPU.
-    return model.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stubs lack it
+    nn.utils.convert_conv3d_weight_memory_format(model, torch.channels_last_3d)
+    return model.eval()
 
 
 def _tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
