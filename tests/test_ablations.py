@@ -41,7 +41,7 @@ def test_an_overlay_changes_what_its_name_says(base: str, overlay: str) -> None:
         "latents": {"downsample"},
         "codes": {"num_codes"},
         "codebooks": {"num_codebooks"},
-        "quantizer": {"quantizer", "num_codes", "fsq_levels"},
+        "quantizer": {"quantizer", "num_codes", "fsq_levels", "commitment_cost"},
         "prior-layers": {"num_layers"},
     }[what]
     section = "prior" if what == "prior-layers" else "vqvae"
