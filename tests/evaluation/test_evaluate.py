@@ -54,6 +54,32 @@ def val_codes(config: RunConfig) -> np.ndarray:
     return np.stack([tokens[index]["codes"] for index in range(len(tokens))], dtype=np.int64)
 
 
+def test_a_prior_over_two_codebooks_is_sampled_and_judged(tmp_path: Path):
+    config = toy_config(tmp_path / "run")
+    model = config.vqvae.model.model_copy(update={"num_codebooks": 2})
+    config = config.model_copy(update={"vqvae": config.vqvae.model_copy(update={"model": model})})
+    write_run(config, tmp_path / "scratch")
+    make_samples(config)
+    run(config)
+    metrics = read_metrics(config)
+    codes = val_codes(config)
+    assert codes.shape == (NUM_CLIPS["val"], 2, 4, 4, 2)
+    assert metrics["codebook"]["num_codebooks"] == 2
+    assert metrics["prior"]["bits_per_clip"] == pytest.approx(metrics["prior"]["bits_per_token"] * codes[0].size)
+    prior, tokenizer, _, _ = load_prior(config.folder("prior"))
+    with torch.inference_mode():
+        label = torch.tensor([number % 3 for number in range(len(codes))])
+        nats = prior.loss(torch.from_numpy(codes), label).mean().item()
+    assert metrics["prior"]["val_nats_per_token"] == pytest.approx(nats, rel=1e-5)
+    # A sample's pixels are what its codes decode to.
+    made = ShardDataset(Manifest.load(config.folder("samples", "default"), "samples"), decode_codes)[0]
+    pixels = ShardDataset(Manifest.load(config.folder("samples", "default"), "samples"), decode_clip)[0]["video"]
+    with torch.inference_mode():
+        decoded = to_pixels(tokenizer.decode(torch.from_numpy(made["codes"].astype(np.int64))[None]))[0]
+    assert made["codes"].shape == (2, 4, 4, 2)
+    assert np.abs(decoded.numpy().astype(int) - pixels.astype(int)).max() <= 1
+
+
 def test_reconstruction_is_measured_on_every_val_clip(config: RunConfig):
     _, tokenizer, _, _ = load_prior(config.folder("prior"))
     clips = np.stack([clip_pixels("val", number) for number in range(NUM_CLIPS["val"])])

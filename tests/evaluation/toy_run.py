@@ -142,15 +142,15 @@ def write_tokens(config: RunConfig, clips: Manifest, folder: Path) -> Manifest:
 def write_prior(config: RunConfig, tokens: Manifest) -> str:
     tokenizer, tokenizer_body, _ = load_vqvae(config.folder("vqvae"))
     classes = CLASSES if config.prior.model.class_conditional else []
-    t, h, w = tokens.recipe["latent_shape"]
+    shape = tuple(tokens.recipe["latent_shape"])
     condition_shape = (8, 2) if config.prior.model.condition == "actions" else None
     codebook = tokenizer.quantizer.codebook
-    prior = Prior(config.prior.model, (t, h, w), tokens.recipe["num_codes"], codebook, len(classes), condition_shape)
+    prior = Prior(config.prior.model, shape, tokens.recipe["num_codes"], codebook, len(classes), condition_shape)
     torch.nn.init.normal_(prior.head.weight, std=0.3)  # it starts at zero: all codes alike
     body = {
         "kind": "prior",
         "model": identity(config.prior.model),
-        "latent_shape": [t, h, w],
+        "latent_shape": list(shape),
         "num_codes": tokens.recipe["num_codes"],
         "num_classes": len(classes),
         "classes": classes,
