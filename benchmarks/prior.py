@@ -50,14 +50,13 @@ from clipmill.training import loop
 from clipmill.training.engine import Engine
 from clipmill.training.estimate import estimate
 from clipmill.training.prior import PriorObjective
+from clipmill.training.throughput import peak_flops
 from clipmill.training.world import World, join_world
 
 SHAPE = (4, 16, 16)
 NUM_CODES, CODE_DIM, BATCH = 1024, 256, 4
 PRESET_ROWS = {"100m": 48, "350m": 24, "1b": 12}
 """Clips of a GPU's micro-batch: of 80 GB they leave some."""
-PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0}
-"""Dense bfloat16, as NVIDIA states them, by a part of the device's name; the first that fits."""
 SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
 
 
@@ -136,8 +135,8 @@ def main() -> None:
 
 def known_peak() -> float | None:
     """TFLOP/s of this GPU in bfloat16."""
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS.items() if all(word in name for word in part.split())), None)
+    peak = peak_flops(torch.cuda.get_device_name(), "bfloat16")
+    return None if peak is None else peak / 1e12
 
 
 # ---------------------------------------------------------------------------------------------- comparisons

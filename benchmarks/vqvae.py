@@ -39,6 +39,7 @@ from clipmill.config import VQVAEModelConfig, identity, load_config
 from clipmill.models.export import load_vqvae, save_export
 from clipmill.models.quantizers import EMACodebook
 from clipmill.models.vqvae import VQVAE
+from clipmill.training.throughput import peak_flops
 
 PIXEL_VARIANCE = 0.06
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,8 +47,6 @@ SIZES = {"narrow": ["vqvae.model.hidden_dim=64"], "paper": []}
 """What is compared: 64 channels, and the published 240."""
 PAPER = {"bair": ((2, 2, 2), 64), "ucf101": ((4, 4, 4), 128)}
 """Downsampling and resolution of the paper's data sets; clips have 16 frames, other sizes are the defaults."""
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}
-"""Dense bfloat16 with float32 sums, by a part of the device's name (the makers' data sheets)."""
 QUANTIZER_SIZES = [(2**14, 2**10), (2**15, 2**10), (2**14, 2**11), (2**15, 2**11), (2**16, 2**12)]
 
 
@@ -198,7 +197,7 @@ def train_at_scale(name: str, batch: int, rounds: int) -> dict[str, Any]:
     seconds = interleave({name: train_step(torch.compile(model), video, "bfloat16")}, rounds)[0][name]
     median = statistics.median(seconds)
     tflops = counter.get_total_flops() / median / 1e12
-    peak = next((tflops for part, tflops in PEAK_TFLOPS.items() if part in device_name()), math.nan)
+    peak = (peak_flops(device_name(), "bfloat16") or math.nan) / 1e12
     print(
         f"{name}: {batch / median:.1f} clips/s, {median * 1e3:.0f} ms a step of {batch} clips, {tflops:.0f} TFLOP/s, "
         f"{tflops / peak:.1%} of a peak of {peak:g}"
