@@ -138,7 +138,7 @@ class VQVAEModelConfig(Section):
     l1_cost: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean absolute error, over the pixels' standard deviation, beside the mean square one."""
     commitment_cost: Annotated[float, Field(ge=0)] = 0.25
-    entropy_cost: Annotated[float, Field(ge=0)] = 1.0
+    entropy_cost: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the entropy loss of ``lfq``, in nats per bit."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
     restart_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
