@@ -46,14 +46,15 @@ def serve() -> None:
     cpu_seconds = float(sys.argv[4])
     _die_with(parent)
     # Decoders print to stdout: the messages get a descriptor of their own, and stdout becomes stderr.
-    messages = os.fdopen(os.dup(1), "w", buffering=1)
+    messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import decord  # noqa: F401  loaded before the memory limit counts
 
     _limit_memory(memory_bytes)
 
     def say(message: dict[str, Any]) -> None:
-        print(json.dumps(message), file=messages)
+        # Nobody reads of a clip before its video has ended: no reason to wake the parent for each.
+        print(json.dumps(message), file=messages, flush=message["kind"] != "clip")
 
     say({"kind": "ready"})
     for line in sys.stdin:
