@@ -20,7 +20,7 @@ from clipmill.evaluation.gallery import Gallery, GalleryPicker
 from clipmill.evaluation.networks import I3D_FEWEST_FRAMES, Networks, weights_sha256
 from clipmill.evaluation.reader import Reader, num_read, require_manifest
 from clipmill.evaluation.scores import CodeUsage, ReconstructionScores, VideoStatistics
-from clipmill.models.export import read_latest
+from clipmill.models.export import require_vqvae
 from clipmill.models.vqvae import VQVAE, to_input, to_pixels
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
@@ -64,12 +64,7 @@ def tokenizer_to_judge(config: RunConfig, clips: Manifest) -> tuple[dict[str, An
     Raises:
         UserError: there is none, or it was trained on clips of another size.
     """
-    latest = read_latest(config.tokenizer_url)
-    if latest is None:
-        raise UserError(f"no tokenizer at {config.tokenizer_url}; run `clipmill train-vqvae` with this config first")
-    body, sha8 = latest
-    if body["kind"] != "vqvae":
-        raise UserError(f"tokenize.tokenizer {config.tokenizer_url} is a {body['kind']} export; name a tokenizer's")
+    body, sha8 = require_vqvae(config.tokenizer_url)
     for key in ("num_frames", "resolution"):
         trained, found = body["clip"]["clip"][key], clips.recipe["clip"][key]
         if trained != found:

@@ -25,7 +25,7 @@ from clipmill.errors import UserError
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 
-__all__ = ["Dtype", "export_body", "load_prior", "load_vqvae", "read_latest", "save_export"]
+__all__ = ["Dtype", "export_body", "load_prior", "load_vqvae", "read_latest", "require_vqvae", "save_export"]
 
 SCHEMA = 1
 TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
@@ -96,6 +96,24 @@ def read_latest(url: str) -> tuple[dict[str, Any], str] | None:
         return None
     body = _read_body(export_url)
     return body, body["sha8"]
+
+
+def require_vqvae(url: str) -> tuple[dict[str, Any], str]:
+    """Body and sha8 of the tokenizer that ``tokenize.tokenizer`` means, without its weights.
+
+    Args:
+        url: a training folder (its latest export), or one export folder.
+
+    Raises:
+        UserError: there is none, it is an export of another kind, damaged, or written by a newer clipmill.
+    """
+    latest = read_latest(url)
+    if latest is None:
+        raise UserError(f"no tokenizer at {url}; run `clipmill train-vqvae` with this config first")
+    body, sha8 = latest
+    if body["kind"] != "vqvae":
+        raise UserError(f"tokenize.tokenizer {url} is a {body['kind']} export; name a tokenizer's")
+    return body, sha8
 
 
 def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:

@@ -29,7 +29,7 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease
-from clipmill.models.export import load_vqvae, read_latest
+from clipmill.models.export import load_vqvae, require_vqvae
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
@@ -163,12 +163,7 @@ def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
         raise UserError(
             f"no finished clips at {config.folder('clips')}; run `clipmill shard` with this config first"
         ) from error
-    latest = read_latest(config.tokenizer_url)
-    if latest is None:
-        raise UserError(f"no tokenizer at {config.tokenizer_url}; run `clipmill train-vqvae` with this config first")
-    body, sha8 = latest
-    if body["kind"] != "vqvae":
-        raise UserError(f"tokenize.tokenizer {config.tokenizer_url} is a {body['kind']} export; name a tokenizer's")
+    body, sha8 = require_vqvae(config.tokenizer_url)
     clip_recipe = clips["train"].recipe
     for key in ("num_frames", "resolution"):
         trained, found = body["clip"]["clip"][key], clip_recipe["clip"][key]
