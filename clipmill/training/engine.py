@@ -65,6 +65,10 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # telemetry prints, not DeepSpeed
     }
+    if config.precision == "bfloat16":
+        # On CUDA DeepSpeed switches an autocast of ours off and says so in a log line. No module is named whose
+        # gradients may go between ranks in bfloat16: theirs stay float32.
+        document["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return _merged(document, config.deepspeed)
 
 
@@ -153,8 +157,7 @@ class Engine:
             The mean loss over this micro-batch's rows and its metrics, detached, on the device.
         """
         self.deepspeed.train()
-        with self._autocast():
-            loss, metrics = self.deepspeed(batch)
+        loss, metrics = self.deepspeed(batch)
         # DeepSpeed averages over ranks and micro-batches; what we want is the sum over rows divided by the global
         # batch, in which padding rows of uneven ranks weigh nothing.
         share = batch["weight"].sum() * (self.world.size * self._accumulation / self._config.global_batch)
@@ -167,7 +170,7 @@ class Engine:
         """Forward without dropout or statistics updates."""
         self.deepspeed.eval()
         # Not compiled: that would take as long again, for a few batches now and then.
-        with torch.compiler.set_stance("force_eager"), self._autocast():
+        with torch.compiler.set_stance("force_eager"):
             return self.deepspeed(batch)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -211,11 +214,6 @@ class Engine:
             zero_stage: of the run that saved.
         """
         load_whole(self.deepspeed, WholeTensors(folder / TAG, zero_stage))
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._config.precision == "bfloat16":
-            return torch.autocast(self.world.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
 
 
 def whole_state(folder: Path, zero_stage: int) -> dict[str, Tensor]:
