@@ -11,7 +11,9 @@ Without a GPU each ratio is also given in CPU seconds, which a busy machine spoi
 less than 1 % of its time.
 
 On GPUs then the presets (100m, which is 12 layers x 768, 350m, 1b) through the loop, compiled, bfloat16: tokens/s, the
-share of the GPUs' peak FLOP/s (MFU; 40, 46 and 50 % are wanted on an H100), and memory beside the estimated.
+share of the GPUs' peak FLOP/s (MFU; 40, 46 and 50 % are wanted on an H100), and memory. The smallest also as it is
+without compiling, whose memory the estimate should meet; compiled blocks keep less. ZeRO-1, but one GPU has nothing to
+share out: there stage 0.
 
     OMP_WAIT_POLICY=passive python benchmarks/prior.py [--steps 10] [--precision float32] [--zero-stages 0 1 2 3]
     torchrun --nproc-per-node 8 benchmarks/prior.py --precision bfloat16
@@ -55,8 +57,9 @@ from clipmill.training.world import World, join_world
 
 SHAPE = (4, 16, 16)
 NUM_CODES, CODE_DIM, BATCH = 1024, 256, 4
-PRESET_ROWS = {"100m": 48, "350m": 24, "1b": 12}
-"""Clips of a GPU's micro-batch: of 80 GB they leave some."""
+PRESETS = {"100m": (128, 1), "350m": (56, 2), "1b": (24, 4)}
+"""Clips of a GPU's micro-batch, which leave some of 80 GB, and micro-batches a step."""
+EAGER = ("100m", 48, 1)
 SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
 
 
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--zero-stages", type=int, nargs="*", default=[1])
+    parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--peak-tflops", type=float, help="of one GPU in bfloat16; none: by its name")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -125,8 +129,10 @@ def main() -> None:
         }
         if peak is not None:
             result["peak_tflops"] = peak
+            result["eager"] = utilise(*EAGER, tokens, world, peak, arguments.steps, compiled=False)
             result["presets"] = {
-                preset: utilise(preset, tokens, world, peak, arguments.steps) for preset in PRESET_ROWS
+                preset: utilise(preset, *PRESETS[preset], tokens, world, peak, arguments.steps)
+                for preset in arguments.presets
             }
     if world.rank == 0:
         print(json.dumps(result))
@@ -244,9 +250,24 @@ class Loop:
 # ------------------------------------------------------------------------------------------------- presets
 
 
-def utilise(preset: str, tokens: Manifest, world: World, peak_tflops: float, num_steps: int) -> dict[str, Any]:
+def utilise(
+    preset: str,
+    rows: int,
+    accumulation: int,
+    tokens: Manifest,
+    world: World,
+    peak_tflops: float,
+    num_steps: int,
+    compiled: bool = True,
+) -> dict[str, Any]:
     """The loop on a preset, its host free to run ahead of the GPU: tokens/s, MFU, memory."""
-    training = {"precision": "bfloat16", "compile": "true", "global_batch": PRESET_ROWS[preset] * world.size}
+    training = {
+        "precision": "bfloat16",
+        "compile": str(compiled).lower(),
+        "zero_stage": min(1, world.size - 1),
+        "global_batch": rows * accumulation * world.size,
+        "micro_batch": rows,
+    }
     settings = [f"prior.training.{name}={value}" for name, value in training.items()]
     shape = ["data.clip.num_frames=16", "data.clip.resolution=64", f"vqvae.model.num_codes={NUM_CODES}"]
     config = load_config([], ["root=unused", f"prior.model.preset={preset}", *shape, *settings])
@@ -255,7 +276,9 @@ def utilise(preset: str, tokens: Manifest, world: World, peak_tflops: float, num
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step = Loop(tokens, Prior(config.prior.model, SHAPE, NUM_CODES, None), config.prior.training, world)
+    with torch.device(world.device):
+        prior = Prior(config.prior.model, SHAPE, NUM_CODES, None)
+    step = Loop(tokens, prior, config.prior.training, world)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -268,6 +291,9 @@ def utilise(preset: str, tokens: Manifest, world: World, peak_tflops: float, num
     states = expected.states[config.prior.training.zero_stage]
     facts = {
         "parameters": expected.num_parameters,
+        "compiled": compiled,
+        "clips_per_step": config.prior.training.global_batch,
+        "zero_stage": config.prior.training.zero_stage,
         "tokens_per_second": round(tokens_per_second),
         "mfu": round(tokens_per_second * expected.flops_per_token / (world.size * peak_tflops * 1e12), 4),
         "data_wait_share": round(step.waited / seconds, 5),
@@ -275,7 +301,12 @@ def utilise(preset: str, tokens: Manifest, world: World, peak_tflops: float, num
         "estimated_gib": round((states.total + expected.activations) / 2**30, 2),
     }
     if world.rank == 0:
-        print(f"{preset}: {facts['tokens_per_second']:,} tokens/s, MFU {facts['mfu']:.1%} of {peak_tflops:g} TFLOP/s")
+        print(
+            f"{preset}, {'compiled' if compiled else 'eager'}: {facts['tokens_per_second']:,} tokens/s, MFU "
+            f"{facts['mfu']:.1%} of {peak_tflops:g} TFLOP/s, {facts['memory_gib']} GiB (estimated "
+            f"{facts['estimated_gib']})",
+            flush=True,
+        )
     return facts
 
 
@@ -284,7 +315,7 @@ def write_tokens(folder: Path) -> Manifest:
     staging.mkdir()
     writer = UnitWriter(staging, "tokens", 0, 2**24)
     random = np.random.default_rng(0)
-    for index in range(64):
+    for index in range(512):
         codes = random.integers(0, NUM_CODES, SHAPE, dtype=np.uint16)
         members = {"codes.npy": npy_bytes(codes), "json": json_bytes({"label": None})}
         writer.add(Sample(f"{index:016x}_000000", members))

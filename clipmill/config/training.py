@@ -49,7 +49,7 @@ class TrainingConfig(Section):
     offload: Annotated[bool, FREE] = False
     """Keep the optimizer's states in the memory of the CPU, and step there; ZeRO stages 1 to 3."""
     compile: Annotated[bool, FREE] = False
-    """Compile the model (torch.compile); ZeRO stages 0 to 2."""
+    """Compile the model's blocks (torch.compile); ZeRO stages 0 to 2."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic: weights, gradients and their sums stay float32."""
     shuffle_window: PositiveInt = 4096

@@ -55,7 +55,7 @@ def rotations(shape: tuple[int, ...], head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D / 2) of x [..., L, D] by ``rotation`` [2, L, D / 2], or x [..., D] by [2, D / 2]."""
+    """Turns the pairs (i, i + D / 2) of x [..., D] by ``rotation`` [2, ..., D / 2], whose axes broadcast to x's."""
     cos, sin = rotation
     left, right = x.float().chunk(2, -1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)

@@ -179,6 +179,10 @@ class Prior(nn.Module):
         x = self.input(codes.flatten(1))
         if told.added is not None:
             x = (x.unflatten(1, (num_frames, -1)) + told.added[:, :num_frames, None]).flatten(1, 2)
+        if self.config.style == "modern" and torch.is_autocast_enabled(x.device.type):
+            # What blocks add to is half as many bytes to move, for a twentieth of a step on a GPU; norms, attention and
+            # the loss compute in float32 inside. The published style keeps it float32, as published.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         norms = [norm.frames(slice(num_frames)) for norm in norms]
         rotation = None if self.rotation is None else self.rotation[:, : x.shape[1]]
         for index, block in enumerate(self.blocks):

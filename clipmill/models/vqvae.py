@@ -209,6 +209,11 @@ class VQVAE(nn.Module):
         self.from_latent = Pointwise(config.latent_dim, config.hidden_dim)
         self.decoder = Decoder(config)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The residual blocks, alike and most of the arithmetic."""
+        return [block for block in self.modules() if isinstance(block, ResidualBlock)]
+
     def encode(self, video: Tensor) -> Tensor:
         """Codes int64 [B, t, h, w] or [B, t, h, w, M] of a video [B, 3, T, H, W]; call in eval mode."""
         latents = self._latents(video)

@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,8 @@ class Engine:
 
     Args:
         objective: called with one micro-batch (a dict of tensors with ``weight`` float32 [rows]) it returns the
-            mean loss over the weighted rows, 0-d, and a dict of 0-d metrics of the same weighting.
+            mean loss over the weighted rows, 0-d, and a dict of 0-d metrics of the same weighting. Its
+            ``model.blocks`` are what is compiled.
         config: training settings.
         world: this process among its peers.
         rows: clips of one micro-batch on one rank.
@@ -120,7 +121,10 @@ class Engine:
         )
         self._averages = Averages(self.deepspeed, averages) if averages else None
         if config.compile:
-            self.deepspeed.compile()  # compiled before `initialize`, every weight would have another name
+            # Block by block: they are alike, so that one compilation serves all, and the gradients of the last blocks
+            # go between ranks while the first still compute theirs.
+            for block in cast(Any, objective).model.blocks:
+                block.compile()
 
     @property
     def objective(self) -> nn.Module:
