@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmill.config import PriorModelConfig
+from clipmill.models.norms import scaled_to_unit
 from clipmill.models.positions import rotate
 
 __all__ = ["AxialAttention", "CausalAttention", "CrossAttention", "KeysValues"]
@@ -133,8 +134,7 @@ class CausalAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (sum(heads), -1)).split(heads, -2)
         if self.qk_gain is not None:
             assert rotation is not None
-            gains = self.qk_gain.to(q.dtype).unbind()
-            q, k = (F.rms_norm(part, gain.shape, gain) for part, gain in zip((q, k), gains, strict=True))
+            q, k = (scaled_to_unit(part, gain) for part, gain in zip((q, k), self.qk_gain.unbind(), strict=True))
             q, k = (rotate(part, rotation[:, :, None]) for part in (q, k))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

@@ -64,6 +64,7 @@ class Grow(nn.ConvTranspose3d):
     """Transposed convolution with kernel 4, the mirror of ``Shrink``."""
 
     stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
 
     def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int], causal: bool = False) -> None:
         super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=(0 if causal else 1, 1, 1))
@@ -90,7 +91,7 @@ class Grow(nn.ConvTranspose3d):
             return super().forward(x)
         assert self.bias is not None
         weight, bias = F.pad(self.weight, [0] * 6 + [0, missing]), F.pad(self.bias, [0, missing])
-        return F.conv_transpose3d(x, weight, bias, self.stride, (1, 1, 1))[:, : self.out_channels]
+        return F.conv_transpose3d(x, weight, bias, self.stride, self.padding)[:, : self.out_channels]
 
 
 class _GrowToFewChannels(torch.autograd.Function):

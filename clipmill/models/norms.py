@@ -8,13 +8,13 @@ B: batch   C: channels   L: positions   t: latent frames
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Norm", "Norms", "layer_norm", "rms_norm"]
+__all__ = ["Norm", "Norms", "layer_norm", "rms_norm", "scaled_to_unit"]
 
 EPS = 1e-8
 """Added to the variance. The published norm has its 1e-5 outside the root; embeddings start so small (variance
@@ -87,8 +87,37 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     """RMS norm (arXiv 1910.07467), then gain and, if there is one, bias; shapes as of `layer_norm`."""
     if norm.bias is None:
-        return F.rms_norm(x, norm.gain.shape, norm.gain.to(x.dtype), EPS)
-    return _modulated(F.rms_norm(x, x.shape[-1:], eps=EPS), norm)
+        return scaled_to_unit(x, norm.gain)
+    return _modulated(scaled_to_unit(x, None), norm)
+
+
+def scaled_to_unit(x: Tensor, gain: Tensor | None) -> Tensor:
+    """x [..., D] over the root of its mean square, times gain [D], in float32 inside and in x's dtype outside."""
+    if x.device.type == "cpu":
+        return _ScaledToUnit.apply(x, gain)
+    return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.to(x.dtype), EPS)
+
+
+class _ScaledToUnit(torch.autograd.Function):
+    """`scaled_to_unit` on a CPU, where torch makes it of parts that keep up to five float32 copies of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None) -> Tensor:
+        inverse = x.float().square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
+        ctx.save_for_backward(x, gain, inverse)
+        y = x * inverse
+        return (y if gain is None else y * gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, gain, inverse = ctx.saved_tensors
+        unit = x * inverse
+        grad_gain = None
+        if gain is not None:
+            grad_gain = (grad * unit).flatten(0, -2).sum(0).to(gain.dtype)
+            grad = grad * gain
+        grad_x = (grad - unit * (grad * unit).mean(-1, keepdim=True)) * inverse
+        return grad_x.to(x.dtype), grad_gain
 
 
 def _modulated(x: Tensor, norm: Norm) -> Tensor:
