@@ -59,7 +59,7 @@ from clipmill.training.world import World, join_world
 
 SHAPE = (4, 16, 16)
 NUM_CODES, CODE_DIM, BATCH = 1024, 256, 4
-PRESETS = {"100m": (64, 4), "350m": (56, 2), "1b": (24, 4)}
+PRESETS = {"100m": (128, 1), "350m": (56, 2), "1b": (24, 4)}
 """Clips of a GPU's micro-batch, which leave some of 80 GB, and micro-batches a step."""
 EAGER = ("100m", 48, 1)
 SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
@@ -182,7 +182,7 @@ def compare_loops(
         "loop_seconds_per_step": medians(world, wall, rows),
         "data_wait_share": {stage: round(loop.waited / loop.lasted, 5) for stage, loop in loops.items()},
     }
-    for kind, seconds in {"": wall} if cuda else {"": wall, "_in_cpu_seconds": cpu}.items():
+    for kind, seconds in clocks(wall, cpu).items():
         facts[f"loop_to_bare{kind}"] = {
             stage: ratio(seconds["bare"], seconds[f"loop, ZeRO-{stage}"]) for stage in loops
         }
@@ -201,11 +201,16 @@ def compare_models(world: World, precision: str, num_rounds: int) -> dict[str, A
     steps["published"] = bare_step(PlainPrior().to(world.device), BATCH, precision)
     wall, cpu = interleave(steps, num_rounds)
     facts: dict[str, Any] = {"model_seconds_per_step": medians(world, wall, BATCH)}
-    for kind, seconds in {"": wall} if torch.cuda.is_available() else {"": wall, "_in_cpu_seconds": cpu}.items():
+    for kind, seconds in clocks(wall, cpu).items():
         facts[f"times_as_fast_as_published{kind}"] = {
             name: ratio(seconds["published"], seconds[name]) for name in models
         }
     return facts
+
+
+def clocks(wall: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, dict[str, list[float]]]:
+    """By the suffix of what is derived from them; CPU seconds say nothing of a GPU."""
+    return {"": wall} if torch.cuda.is_available() else {"": wall, "_in_cpu_seconds": cpu}
 
 
 def medians(world: World, wall: dict[str, list[float]], rows: int) -> dict[str, float]:

@@ -17,8 +17,7 @@ __all__ = ["Grow", "Mix", "Pointwise", "Shrink"]
 
 KERNEL = 4
 FEW_CHANNELS = 8
-"""Below this many, the pixels' three, a convolution takes a detour: `_GrowToFewChannels` on a CPU; on CUDA zeros fill
-up to as many, without which cuDNN has no kernel for matrix units (23 instead of 1 ms on an H100 at 128x128)."""
+"""Below this many outputs a CPU takes the detour of `_GrowToFewChannels`; measured with 3 outputs alone."""
 
 
 class Pointwise(nn.Linear):
@@ -53,10 +52,6 @@ class Shrink(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Divides each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n * s become 1 + n."""
-        missing = FEW_CHANNELS - self.in_channels if x.is_cuda else 0
-        if missing > 0:
-            weight = F.pad(self.weight, [0] * 6 + [0, missing])
-            return self._conv_forward(F.pad(x, [*self.front, 0, missing]), weight, self.bias)
         return super().forward(F.pad(x, self.front) if any(self.front) else x)
 
 
@@ -64,7 +59,6 @@ class Grow(nn.ConvTranspose3d):
     """Transposed convolution with kernel 4, the mirror of ``Shrink``."""
 
     stride: tuple[int, int, int]
-    padding: tuple[int, int, int]
 
     def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int], causal: bool = False) -> None:
         super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=(0 if causal else 1, 1, 1))
@@ -75,23 +69,14 @@ class Grow(nn.ConvTranspose3d):
         if self.causal:
             s = self.stride[0]
             t, h, w = 1 + (x.shape[2] - 1) * s, x.shape[3] * self.stride[1], x.shape[4] * self.stride[2]
-            return self._grown(x)[:, :, s - 1 : s - 1 + t, :h, :w]
+            return super().forward(x)[:, :, s - 1 : s - 1 + t, :h, :w]
         if self.out_channels < FEW_CHANNELS and x.device.type == "cpu":
             return _GrowToFewChannels.apply(x, self.weight, self.bias, self.stride)
-        grown = self._grown(x)
+        grown = super().forward(x)
         if min(self.stride) == 2:
             return grown
         t, h, w = (length * s for length, s in zip(x.shape[2:], self.stride, strict=True))
         return grown[:, :, :t, :h, :w]  # an axis of stride 1 comes out one too long at its end
-
-    def _grown(self, x: Tensor) -> Tensor:
-        """Before cropping."""
-        missing = FEW_CHANNELS - self.out_channels if x.is_cuda else 0
-        if missing <= 0:
-            return super().forward(x)
-        assert self.bias is not None
-        weight, bias = F.pad(self.weight, [0] * 6 + [0, missing]), F.pad(self.bias, [0, missing])
-        return F.conv_transpose3d(x, weight, bias, self.stride, self.padding)[:, : self.out_channels]
 
 
 class _GrowToFewChannels(torch.autograd.Function):

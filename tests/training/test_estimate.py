@@ -40,6 +40,20 @@ def test_activations_are_those_that_autograd_holds(assignments: list[str], preci
     assert activation_bytes(config, 4, checkpointed_share=0.0) == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("preset", "rows", "compiled", "measured"),
+    [("100m", 48, False, 22.53), ("100m", 128, True, 48.34), ("1b", 24, True, 54.41)],
+)
+def test_memory_is_what_an_h100_took(preset: str, rows: int, compiled: bool, measured: float) -> None:
+    """GiB at most, as `benchmarks/prior.py` measured them on one GPU."""
+    training = {"precision": "bfloat16", "compile": str(compiled).lower(), "zero_stage": 0, "global_batch": rows}
+    sizes = [f"prior.model.preset={preset}", "data.clip.num_frames=16", "data.clip.resolution=64"]
+    settings = [f"prior.training.{name}={value}" for name, value in training.items()]
+    config = load_config([], ["root=x", "vqvae.model.num_codes=1024", *sizes, *settings])
+    expected = estimate(config, 1, **RATES)
+    assert (expected.states[0].total + expected.activations) / 2**30 == pytest.approx(measured, rel=0.1)
+
+
 class Objective(torch.nn.Module):
     def __init__(self, prior: Prior) -> None:
         super().__init__()

@@ -141,8 +141,12 @@ def leave_out(world: World, folder: Path) -> dict[Any, dict[str, Any]]:
         untouched = equal(before, saved(engine, own / "after", stage))
         results[stage, offload] = {"norms": norms, "untouched": untouched, "next": train(engine, range(2, 3))}
     engine = Engine(Objective(), config_of(0, False, precision="bfloat16"), world, ROWS, 2)
+    products: set[torch.dtype] = set()
+    engine.objective.model[0].register_forward_hook(lambda _, __, output: products.add(output.dtype))
     engine.micro_step(batch_of(0, world.rank))
+    engine.evaluate(batch_of(0, world.rank))
     results["dtypes"] = {
+        "products": products,
         "gradients": {
             parameter.grad.dtype for parameter in engine.objective.parameters() if parameter.grad is not None
         },
@@ -186,6 +190,7 @@ def test_averages_follow_the_weights_and_travel_with_them(by_rank: list[Any]) ->
 def test_a_step_with_a_nan_is_left_out_by_all_ranks(by_rank: list[Any]) -> None:
     for _, results in by_rank:
         dtypes = results.pop("dtypes")
+        assert dtypes.pop("products") == {torch.bfloat16}
         assert dtypes == {"gradients": {torch.float32}, "weights": {torch.float32}, "sums": torch.float32}
         for layout, result in results.items():
             assert not torch.tensor(result["norms"]).isfinite().any(), layout
