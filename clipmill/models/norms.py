@@ -92,7 +92,7 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def scaled_to_unit(x: Tensor, gain: Tensor | None) -> Tensor:
-    """x [..., D] over the root of its mean square, times gain [D], in float32 inside and in x's dtype outside."""
+    """Scales x [..., D] to a mean square of one, then by gain [D]; in float32 inside, in the dtype of x outside."""
     if x.device.type == "cpu":
         return _ScaledToUnit.apply(x, gain)
     return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.to(x.dtype), EPS)
