@@ -106,6 +106,6 @@ def stage_command(workspace: Path, root: Path, stage: str, zero_stage: int, *ass
     return [stage, "--config", str(path), *assignments]
 
 
-def read_losses(folder: Path) -> dict[int, float]:
+def read_losses(folder: Path | str) -> dict[int, float]:
     """The curve of a training folder: loss by steps done, over all its attempts."""
     return {record["step"]: record["loss"] for record in read_metrics(str(folder)) if record["split"] == "train"}
