@@ -51,11 +51,11 @@ from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, freeze
 from clipmill.shards.order import Order, num_streams
 from clipmill.training import loop
-from clipmill.training.engine import Engine
 from clipmill.training.estimate import estimate
 from clipmill.training.prior import PriorObjective
 from clipmill.training.throughput import peak_flops
 from clipmill.training.world import World, join_world
+from clipmill.training.zero.engine import Engine
 
 SHAPE = (4, 16, 16)
 NUM_CODES, CODE_DIM, BATCH = 1024, 256, 4

@@ -27,8 +27,8 @@ from clipmill import storage
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease
 from clipmill.shards.format import file_sha256
-from clipmill.training.engine import Engine
 from clipmill.training.world import World
+from clipmill.training.zero.engine import Engine
 
 __all__ = ["Checkpoint", "Saver", "fetch", "list_checkpoints", "newest", "prune", "staging_folder"]
 

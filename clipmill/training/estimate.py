@@ -1,7 +1,7 @@
 """What training a prior will take, by arithmetic and a dry run: memory of a GPU, tokens a day, bytes on disk.
 
 The model is built and run on fake tensors (shapes without memory), so a prior of any size is estimated on any machine.
-Parameters stay float32 in training, whatever the precision of the arithmetic (see `clipmill.training.engine`).
+Parameters stay float32 in training, whatever the precision of the arithmetic (see `clipmill.training.zero.engine`).
 
 P: parameters   W: GPUs   B: clips of a micro-batch   L: tokens of a clip
 """
@@ -19,8 +19,8 @@ from torch._subclasses import FakeTensorMode
 from clipmill.config import PriorModelConfig, RunConfig
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import codes_shape
-from clipmill.training.engine import BUCKET_ELEMENTS
 from clipmill.training.loop import rows_and_accumulation
+from clipmill.training.zero.engine import BUCKET_ELEMENTS
 
 __all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "flops_per_token", "model_state_bytes", "saved_bytes"]
 

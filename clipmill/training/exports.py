@@ -13,7 +13,7 @@ from clipmill.config import TrainingConfig, refused_changes
 from clipmill.errors import UserError
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Checkpoint
-from clipmill.training.engine import whole_state
+from clipmill.training.zero.engine import whole_state
 
 __all__ = ["export_checkpoint", "find_checkpoint"]
 

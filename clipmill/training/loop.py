@@ -26,7 +26,6 @@ from clipmill.lease import Lease
 from clipmill.shards.dataset import Augment, MixedDataset, ShardDataset, train_batches
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Saver
-from clipmill.training.engine import Engine
 from clipmill.training.exports import export_checkpoint
 from clipmill.training.inputs import check_cache, describe_batches
 from clipmill.training.means import WeightedMeans
@@ -37,6 +36,7 @@ from clipmill.training.throughput import Stopwatch, peak_flops
 from clipmill.training.validation import Validation, validate
 from clipmill.training.watchdog import Watchdog
 from clipmill.training.world import World
+from clipmill.training.zero.engine import Engine
 
 __all__ = ["Job", "average_weight", "fit", "learning_rate", "rows_and_accumulation"]
 

@@ -121,7 +121,7 @@ def summary(config: RunConfig) -> dict[str, Any]:
 
 
 class PriorObjective(nn.Module):
-    """The prior's loss as the loop wants it (see `clipmill.training.engine.Engine`).
+    """The prior's loss as the loop wants it (see `clipmill.training.zero.engine.Engine`).
 
     Args:
         model: the prior.

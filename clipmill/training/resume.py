@@ -12,7 +12,7 @@ from clipmill.config import TrainingConfig, refused_changes
 from clipmill.errors import StageFailed, UserError
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Checkpoint
-from clipmill.training.engine import Engine
+from clipmill.training.zero.engine import Engine
 
 __all__ = ["resume"]
 

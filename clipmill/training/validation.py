@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from clipmill.shards.dataset import MixedDataset, ShardDataset, eval_batches
-from clipmill.training.engine import Engine
 from clipmill.training.means import WeightedMeans
+from clipmill.training.zero.engine import Engine
 
 __all__ = ["Validation", "film_strips", "validate"]
 

@@ -119,7 +119,7 @@ def summary(config: RunConfig) -> dict[str, Any]:
 
 
 class VQVAEObjective(nn.Module):
-    """The tokenizer's loss as the loop wants it (see `clipmill.training.engine.Engine`)."""
+    """The tokenizer's loss as the loop wants it (see `clipmill.training.zero.engine.Engine`)."""
 
     def __init__(self, model: VQVAE) -> None:
         super().__init__()

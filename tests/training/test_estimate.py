@@ -8,9 +8,9 @@ import torch
 
 from clipmill.config import RunConfig, load_config
 from clipmill.models.prior import Prior
-from clipmill.training.engine import Engine
 from clipmill.training.estimate import activation_bytes, estimate, model_state_bytes, saved_bytes
 from clipmill.training.world import join_world
+from clipmill.training.zero.engine import Engine
 
 RATES = {"mfu": 0.4, "peak_tflops": 989.0, "gpus_per_node": 8, "upload_mb_per_second": 200.0}
 

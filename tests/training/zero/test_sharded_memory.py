@@ -18,9 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from clipmill.config import RunConfig, load_config
 from clipmill.models.prior import Prior
-from clipmill.training.engine import BUCKET_ELEMENTS, Engine
 from clipmill.training.estimate import FLOAT, estimate, model_state_bytes
 from clipmill.training.world import World, join_world
+from clipmill.training.zero.engine import BUCKET_ELEMENTS, Engine
 from tests.training.processes import free_port
 
 RATES = {"mfu": 0.4, "peak_tflops": 989.0, "gpus_per_node": 8, "upload_mb_per_second": 200.0}

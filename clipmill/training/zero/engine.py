@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from clipmill.config import TrainingConfig
 from clipmill.errors import UserError
-from clipmill.training.averaging import AVERAGE, Averages, BufferAverages, averaged_buffers
-from clipmill.training.conversion import WholeTensors, load_whole
-from clipmill.training.guard import Guard
 from clipmill.training.world import World
+from clipmill.training.zero.averaging import AVERAGE, Averages, BufferAverages, averaged_buffers
+from clipmill.training.zero.conversion import WholeTensors, load_whole
+from clipmill.training.zero.guard import Guard
 
 __all__ = ["BUCKET_ELEMENTS", "Engine", "deepspeed_config", "whole_state"]
 
@@ -246,7 +246,7 @@ def _import_deepspeed() -> Any:
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # On a CPU every start would compile a shared-memory all-reduce (up to 90 s); gloo does without. Private name:
-    # tests/training/test_engine.py fails when it moves.
+    # tests/training/zero/test_engine.py fails when it moves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ZeRO-3 calls collectives by names that torch 2.13 renames: a line for every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipmill.training.partitions import masters, optimizer_states, refresh_weights
+from clipmill.training.zero.partitions import masters, optimizer_states, refresh_weights
 
 __all__ = ["AVERAGE", "Averages", "BufferAverages", "averaged_buffers"]
 

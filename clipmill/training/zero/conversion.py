@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipmill.training.partitions import masters, optimizer_states, refresh_weights
+from clipmill.training.zero.partitions import masters, optimizer_states, refresh_weights
 
 __all__ = ["WholeTensors", "load_whole"]
 

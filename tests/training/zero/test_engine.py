@@ -5,8 +5,8 @@ import json
 import pytest
 
 from clipmill.config import TrainingConfig
-from clipmill.training.engine import deepspeed_config
 from clipmill.training.loop import average_weight, learning_rate
+from clipmill.training.zero.engine import deepspeed_config
 
 
 def test_the_private_name_that_avoids_compiling_at_every_start_still_exists():

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from clipmill.config import TrainingConfig
-from clipmill.training.conversion import WholeTensors
-from clipmill.training.engine import TAG, Engine, whole_state
 from clipmill.training.world import World, join_world
+from clipmill.training.zero.conversion import WholeTensors
+from clipmill.training.zero.engine import TAG, Engine, whole_state
 from tests.models.processes import run_ranks
 
 LAYOUTS = [(0, False), (1, False), (2, False), (3, False), (1, True), (3, True)]
