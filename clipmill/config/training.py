@@ -43,8 +43,11 @@ class TrainingConfig(Section):
     """Largest global gradient norm; 0 switches clipping off."""
     weights_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of a moving average of the weights (0.999, say), which is validated and exported in their place."""
-    nonfinite: Annotated[Literal["stop", "skip"], FREE] = "stop"
-    """A step whose gradients are not finite ends the run, or is left out and counted."""
+    bad_steps: Annotated[Literal["stop", "skip"], FREE] = "stop"
+    """A step whose gradients are not finite, or a spike, ends the run, or is left out and counted."""
+    spike_factor: Annotated[float | None, Field(gt=1), FREE] = None
+    """Gradients are a spike where their norm is so many times that of the last steps; none: no norm is too large. ZeRO
+    stages 0 to 2."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
     offload: Annotated[bool, FREE] = False
     """Keep the optimizer's states in the memory of the CPU, and step there; ZeRO stages 1 to 3."""
@@ -92,6 +95,10 @@ class TrainingConfig(Section):
             raise ValueError("offload needs zero_stage 1, 2 or 3: without ZeRO the optimizer steps where the model is")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 gathers weights in the middle of the model")
+        if self.spike_factor is not None and (self.zero_stage == 3 or self.offload):
+            raise ValueError(
+                "spike_factor needs zero_stage 0, 1 or 2 without offload: else DeepSpeed decides on a step"
+            )
         return self
 
 

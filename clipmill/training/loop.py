@@ -25,11 +25,11 @@ from clipmill.errors import Interrupted, StageFailed
 from clipmill.lease import Lease
 from clipmill.shards.dataset import Augment, MixedDataset, ShardDataset, train_batches
 from clipmill.training import checkpoint
+from clipmill.training.bad_steps import Ledger
 from clipmill.training.checkpoint import Saver
 from clipmill.training.exports import export_checkpoint
 from clipmill.training.inputs import check_cache, describe_batches
 from clipmill.training.means import WeightedMeans
-from clipmill.training.nonfinite import Ledger
 from clipmill.training.resume import resume
 from clipmill.training.telemetry import Report, Telemetry, require_wandb
 from clipmill.training.throughput import Stopwatch, peak_flops
@@ -156,7 +156,7 @@ def _run_steps(
         num_workers=config.loader_workers,
         augment=job.augment,
     )
-    ledger = Ledger(world, config.nonfinite, job.folder_url)
+    ledger = Ledger(world, config.bad_steps, job.folder_url)
     stopwatch.reset()
     for step in range(first_step, config.steps):
         waiting_since = time.perf_counter()
@@ -166,9 +166,8 @@ def _run_steps(
         watchdog.advance()
         stopwatch.add_step(config.global_batch, waited_seconds)
         done = step + 1
-        ledger.add(
-            done, [key for batch in micro_batches for key in batch["key"]], means.sum_of("loss"), engine.grad_norm
-        )
+        keys = [key for batch in micro_batches for key in batch["key"]]
+        ledger.add(done, keys, means.sum_of("loss"), engine.grad_norm, engine.left_out)
         stop = world.any(report.stop_requested)  # two integers over gloo: it waits for hosts, not for devices
         last = done == config.steps
         save = stop or last or done % config.checkpoint_every == 0
@@ -176,7 +175,7 @@ def _run_steps(
             facts = means.fetch(world)
             ledger.look()  # before a checkpoint could be made of it
             facts |= {"grad_norm": engine.grad_norm.item(), "lr": learning_rate(config, step)} | stopwatch.facts()
-            if config.nonfinite == "skip":
+            if config.bad_steps == "skip":
                 facts["skipped_steps"] = ledger.num_skipped
             if telemetry is not None:
                 telemetry.log(done, "train", facts)
@@ -195,7 +194,8 @@ def _run_steps(
             if telemetry is not None:
                 telemetry.upload()
             with watchdog.paused():
-                saver.save(engine, done, {**state, "probe_loss": _probe(job, engine)})
+                moving = {"probe_loss": _probe(job, engine), "usual_norm": engine.usual_norm}
+                saver.save(engine, done, state | moving)
                 if stop or last:
                     saver.finish()
                 gc.collect()

@@ -66,6 +66,7 @@ def resume(
         engine.load(folder)
     else:
         engine.load_converted(folder, found.state["zero_stage"])
+    engine.usual_norm = found.state.get("usual_norm")  # checkpoints of before this was recorded learn it anew
     world.barrier()
     if world.local_rank == 0:
         shutil.rmtree(folder)

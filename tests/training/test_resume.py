@@ -54,7 +54,12 @@ def _check_exact_resume(
 
 @pytest.mark.timeout(600)
 def test_the_prior_resumes_exactly_on_two_ranks(workspace, tmp_path):
-    _check_exact_resume(workspace, tmp_path, "train-prior", zero_stage=1, num_ranks=2)
+    spikes = [
+        f"prior.training.{setting}" for setting in ("bad_steps=skip", "spike_factor=1.15")
+    ]  # what is usual is state
+    _check_exact_resume(workspace, tmp_path, "train-prior", 1, 2, *spikes)
+    last = [record for record in read_metrics(str(tmp_path / "whole" / "prior")) if record["split"] == "train"][-1]
+    assert 3 < last["skipped_steps"] < STEPS // 2
     model, tokenizer, body, _ = load_prior(str(tmp_path / "killed" / "prior"))
     assert (body["step"], body["classes"]) == (STEPS, CLASSES)
     assert torch.equal(model.input.codebook, tokenizer.quantizer.codebook)
@@ -133,8 +138,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(workspace, tmp_pa
     assert found, line
     assert found[3] == str(before[-1])
     assert sorted((root / "prior").glob("checkpoints/*/*")) == before
-    assert start([*command, "prior.training.nonfinite=skip"], num_ranks=1, log=log).wait(timeout=240) == 1
-    assert "10 steps in a row up to step 13 gave gradients that are not finite" in log.read_text().splitlines()[-1]
+    assert start([*command, "prior.training.bad_steps=skip"], num_ranks=1, log=log).wait(timeout=240) == 1
+    assert (
+        "10 steps in a row up to step 13 were left out, the last for grad_norm nan" in log.read_text().splitlines()[-1]
+    )
     records = [record for record in read_metrics(str(root / "prior")) if record["split"] == "train"]
     assert [(record["step"], record.get("skipped_steps")) for record in records[-2:]] == [(8, 5), (12, 9)]
 

@@ -111,7 +111,9 @@ class Engine:
             objective.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         partitioned = config.zero_stage > 0 and world.size > 1
-        self._guard = Guard(optimizer, config.grad_clip, partitioned) if _is_guarded(config) else None
+        self._guard = None
+        if _is_guarded(config):
+            self._guard = Guard(optimizer, config.grad_clip, partitioned, config.spike_factor)
         num_parameters = sum(parameter.numel() for parameter in objective.parameters())
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
@@ -142,14 +144,14 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr  # the schedule is a function of the step: no scheduler state to restore
         # The forward pass moves buffers (statistics, codebook) before anybody knows what the gradients are.
-        restores = self._config.nonfinite == "skip"
+        restores = self._config.bad_steps == "skip"
         before = [(buffer, buffer.clone()) for buffer in self.objective.buffers()] if restores else []
         yield
-        applied = self.grad_norm.isfinite()
+        left_out = self.left_out
         for buffer, value in before:
-            buffer.copy_(torch.where(applied, buffer, value))
+            buffer.copy_(torch.where(left_out, value, buffer))
         if self._averages is not None:
-            self._averages.update(average_weight, applied.float())
+            self._averages.update(average_weight, (~left_out).float())
 
     def micro_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward, backward, and on the last micro-batch of a step the optimizer.
@@ -183,11 +185,26 @@ class Engine:
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global norm of the last step's gradients before clipping, 0-d on the device; not finite: it was left out."""
+        """Global norm of the last step's gradients before clipping, 0-d on the device."""
         if self._guard is not None:
             assert self._guard.norm is not None
             return self._guard.norm
         return torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.world.device)
+
+    @property
+    def left_out(self) -> Tensor:
+        """Whether the last step was not applied, for what its gradients were, bool 0-d on the device."""
+        return ~self.grad_norm.isfinite() if self._guard is None else self._guard.left_out
+
+    @property
+    def usual_norm(self) -> list[float] | None:
+        """State for a checkpoint beside `save`: see `Guard.usual`; none where nobody keeps it."""
+        return None if self._guard is None else self._guard.usual.tolist()
+
+    @usual_norm.setter
+    def usual_norm(self, usual: list[float] | None) -> None:
+        if self._guard is not None and usual is not None:
+            self._guard.usual = torch.tensor(usual)
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The tensors of a batch where the model is, without waiting for them."""

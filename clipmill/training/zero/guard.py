@@ -1,4 +1,4 @@
-"""Clips gradients, and leaves steps out whose gradients are not finite, without asking the host.
+"""Clips gradients, and leaves steps out where they are not finite or far larger than usual, without asking the host.
 
 At ZeRO stages 0 to 2. At stage 3, and with the optimizer offloaded, DeepSpeed does both by itself; it reads the norm on
 the host in every step, which no setting avoids.
@@ -14,6 +14,11 @@ from torch import Tensor
 
 __all__ = ["Guard"]
 
+USUAL_STEPS = 50
+"""That the usual norm is a moving average of."""
+STEPS_TO_LEARN = 20
+"""Before which nothing is a spike."""
+
 
 class Guard:
     """Clips the gradients and leaves bad steps out, from within the optimizer's step.
@@ -22,15 +27,22 @@ class Guard:
         optimizer: fused AdamW with one group of parameters, whose kernel takes both decisions from tensors.
         max_norm: largest global norm of the gradients; 0: any.
         partitioned: each rank has the gradients of its own part (ZeRO 1 and 2), else all have all of them.
+        spike_factor: a step is left out whose norm is more than so many times the usual; none: however large it is.
 
     Attributes:
         norm: of the newest step before clipping, float32 0-d on the device; none before the first.
+        left_out: whether that step was, bool 0-d on the device.
+        usual: the usual norm and the number of steps that it comes from, float32 [2] on the CPU before the first step.
     """
 
     norm: Tensor | None = None
+    left_out: Tensor
 
-    def __init__(self, optimizer: torch.optim.AdamW, max_norm: float, partitioned: bool) -> None:
-        self._max_norm, self._partitioned = max_norm, partitioned
+    def __init__(
+        self, optimizer: torch.optim.AdamW, max_norm: float, partitioned: bool, spike_factor: float | None
+    ) -> None:
+        self._max_norm, self._partitioned, self._spike_factor = max_norm, partitioned, spike_factor
+        self.usual = torch.zeros(2)
         optimizer.register_step_pre_hook(self._before_step)
 
     @torch.no_grad()
@@ -41,6 +53,16 @@ class Guard:
         if self._partitioned:
             dist.all_reduce(square)
         self.norm = square.sqrt()
-        optimizer.found_inf = (~self.norm.isfinite()).float()  # the kernel then touches nothing
+        self.left_out = ~self.norm.isfinite()
+        if self._spike_factor is not None:
+            self._look_for_spike(self.norm, self._spike_factor)
+        optimizer.found_inf = self.left_out.float()  # the kernel then touches nothing
         if self._max_norm:
             optimizer.grad_scale = ((self.norm + 1e-6) / self._max_norm).clamp(min=1)  # it divides by this
+
+    def _look_for_spike(self, norm: Tensor, factor: float) -> None:
+        self.usual = self.usual.to(norm.device)
+        mean, count = self.usual
+        self.left_out |= (count >= STEPS_TO_LEARN) & (norm > factor * mean)
+        newest = mean + (norm - mean) / (count + 1).clamp(max=USUAL_STEPS)
+        self.usual = torch.where(self.left_out, self.usual, torch.stack((newest, count + 1)))

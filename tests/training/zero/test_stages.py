@@ -134,7 +134,7 @@ def leave_out(world: World, folder: Path) -> dict[Any, dict[str, Any]]:
     results = {}
     for number, (stage, offload) in enumerate(LAYOUTS):
         own = folder / str(number)
-        engine = Engine(Objective(), config_of(stage, offload, nonfinite="skip"), world, ROWS, 1)
+        engine = Engine(Objective(), config_of(stage, offload, bad_steps="skip"), world, ROWS, 1)
         train(engine, range(1))
         before = saved(engine, own / "before", stage)
         norms = train(engine, range(1, 2), spoilt=1)

@@ -1,7 +1,8 @@
-"""Steps whose numbers are not finite: found and reported when the host looks.
+"""Steps that were left out: found and reported when the host looks.
 
-A step is bad if the norm of its gradients, which is the same on all ranks, is not finite; then no rank applies it (see
-``guard.py``). Who was to blame is found out later, when the metrics are fetched: no step waits for the device.
+A step is bad if the norm of its gradients, which is the same on all ranks, is not finite or a spike; then no rank
+applies it (see ``zero/guard.py``). Who was to blame is found out later, when the metrics are fetched: no step waits for
+the device.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class _Step(NamedTuple):
     keys: list[str]
     loss: Tensor
     norm: Tensor
+    left_out: Tensor
 
 
 class Ledger:
@@ -35,7 +37,7 @@ class Ledger:
 
     Args:
         world: this process among its peers.
-        policy: ``stop`` or ``skip``, see ``TrainingConfig.nonfinite``.
+        policy: ``stop`` or ``skip``, see ``TrainingConfig.bad_steps``.
         folder_url: the training folder, for its checkpoints.
 
     Attributes:
@@ -48,7 +50,7 @@ class Ledger:
         self._in_a_row = 0
         self.num_skipped = 0
 
-    def add(self, number: int, keys: list[str], loss: Tensor, norm: Tensor) -> None:
+    def add(self, number: int, keys: list[str], loss: Tensor, norm: Tensor, left_out: Tensor) -> None:
         """Notes a step without looking at it.
 
         Args:
@@ -56,8 +58,9 @@ class Ledger:
             keys: of this rank's clips.
             loss: sum over this rank's clips, 0-d on the device.
             norm: of the gradients of all ranks, 0-d on the device.
+            left_out: whether no rank applied them, bool 0-d on the device.
         """
-        self._steps.append(_Step(number, keys, loss, norm))
+        self._steps.append(_Step(number, keys, loss, norm, left_out))
 
     def look(self) -> None:
         """Looks at the steps since the last time. Collective; waits for the device.
@@ -66,23 +69,20 @@ class Ledger:
             StageFailed: one of them was bad and that ends the run, or too many in a row were.
         """
         steps, self._steps = self._steps, []
-        losses = torch.stack([step.loss.float() for step in steps]).tolist()
-        norms = torch.stack([step.norm.float() for step in steps]).tolist()
+        numbers = torch.stack([torch.stack([part.float() for part in step[2:]]) for step in steps]).tolist()
         if self._policy == "stop":
-            any_bad = self._world.sum(
-                [not (math.isfinite(loss) and math.isfinite(norm)) for loss, norm in zip(losses, norms, strict=True)]
-            )
+            any_bad = self._world.sum([not math.isfinite(loss) or left_out for loss, _, left_out in numbers])
             first = next((index for index, bad in enumerate(any_bad) if bad), None)
             if first is not None:
-                self._stop(steps[first], losses[first], norms[first])
+                self._stop(steps[first], *numbers[first][:2])
             return
-        for step, norm in zip(steps, norms, strict=True):
-            self._in_a_row = 0 if math.isfinite(norm) else self._in_a_row + 1
-            self.num_skipped += not math.isfinite(norm)
+        for step, (_, norm, left_out) in zip(steps, numbers, strict=True):
+            self._in_a_row = self._in_a_row + 1 if left_out else 0
+            self.num_skipped += bool(left_out)
             if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 raise StageFailed(
-                    f"{self._in_a_row} steps in a row up to step {step.number} gave gradients that are not finite; "
-                    f"{self._last_good()}; lower the learning rate and run again"
+                    f"{self._in_a_row} steps in a row up to step {step.number} were left out, the last for grad_norm "
+                    f"{norm:g}; {self._last_good()}; lower the learning rate and run again"
                 )
 
     def _stop(self, step: _Step, loss: float, norm: float) -> None:
@@ -91,10 +91,11 @@ class Ledger:
         clips = ", ".join(step.keys[:MOST_KEYS])
         if len(step.keys) > MOST_KEYS:
             clips += f" and {len(step.keys) - MOST_KEYS} more"
-        what = f"loss {loss}" if own else f"grad_norm {norm}"
+        spike = "" if own or not math.isfinite(norm) else ", a spike over spike_factor times the usual"
+        what = f"loss {loss}" if own else f"grad_norm {norm:g}{spike}"
         error = StageFailed(
             f"step {step.number} gave {what} on rank {self._world.rank} (clips {clips}); {self._last_good()}; lower "
-            "the learning rate, or leave such steps out with nonfinite=skip, and run again"
+            "the learning rate, or leave such steps out with bad_steps=skip, and run again"
         )
         self._world.raise_first(error if own else None)
         self._world.raise_first(error)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from clipmill.config import TrainingConfig
+from clipmill.training.zero.guard import STEPS_TO_LEARN, Guard
+
+
+def guarded(spike_factor: float | None) -> tuple[nn.Parameter, torch.optim.AdamW, Guard]:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    return parameter, optimizer, Guard(optimizer, 1.0, partitioned=False, spike_factor=spike_factor)
+
+
+def step(parameter: nn.Parameter, optimizer: torch.optim.AdamW, norm: float) -> bool:
+    """Whether a step with gradients of this norm changes anything."""
+    before = parameter.detach().clone(), {name: value.clone() for name, value in optimizer.state[parameter].items()}
+    parameter.grad = torch.full((3,), norm / 3**0.5)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    return not torch.equal(parameter, before[0]) or any(
+        not torch.equal(state[name], old) for name, old in before[1].items()
+    )
+
+
+def test_a_spike_is_left_out_and_forgotten() -> None:
+    parameter, optimizer, guard = guarded(spike_factor=3.0)
+    assert step(parameter, optimizer, 1.0)
+    assert step(parameter, optimizer, 10.0), "nothing is usual yet"
+    for _ in range(3 * STEPS_TO_LEARN):
+        assert step(parameter, optimizer, 2.0)
+    usual = guard.usual.clone()
+    assert 2 < usual[0] < 2.2
+    for norm in (6.7, 1e6, torch.inf, torch.nan):
+        assert not step(parameter, optimizer, norm)
+        assert guard.left_out
+        assert torch.equal(guard.usual, usual)
+    assert step(parameter, optimizer, 5.9)
+    assert not guard.left_out
+    assert guard.usual[0] > usual[0]
+
+
+def test_without_a_factor_no_norm_is_too_large() -> None:
+    parameter, optimizer, _ = guarded(spike_factor=None)
+    for _ in range(2 * STEPS_TO_LEARN):
+        step(parameter, optimizer, 1.0)
+    assert step(parameter, optimizer, 1e6)
+
+
+def test_what_is_usual_survives_a_checkpoint_to_the_bit() -> None:
+    parameter, optimizer, guard = guarded(spike_factor=3.0)
+    for number in range(7):
+        step(parameter, optimizer, 1 + number / 7)
+    assert torch.equal(torch.tensor(json.loads(json.dumps(guard.usual.tolist()))), guard.usual)
+
+
+@pytest.mark.parametrize("settings", [{"zero_stage": 3}, {"zero_stage": 1, "offload": True}])
+def test_where_deepspeed_decides_it_is_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="spike_factor needs zero_stage 0, 1 or 2 without offload"):
+        TrainingConfig.model_validate({"spike_factor": 5.0, **settings})
