@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipmill.config import RunConfig, TrainingConfig, identity
+from clipmill.config import RunConfig, TrainingConfig, fingerprint, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.conditioning import condition_of
@@ -172,9 +172,8 @@ class _Inputs(NamedTuple):
 def _inputs(config: RunConfig) -> _Inputs:
     tokens, val = _tokens(config), require_manifests(config, "tokens", "val")
     tokenizer, tokenizer_body, _ = load_vqvae(config.tokenizer_url)
-    is_told_classes = config.prior.model.class_conditional
-    classes = sorted({name for each in tokens for name in each.facts["classes"]}) if is_told_classes else []
-    return _Inputs(tokens, val, tokenizer, tokenizer_body, classes, _condition_shape(config, tokens + val))
+    classes, condition_shape = _classes(config, tokens), _condition_shape(config, tokens + val)
+    return _Inputs(tokens, val, tokenizer, tokenizer_body, classes, condition_shape)
 
 
 def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
@@ -286,6 +285,15 @@ def _identity(config: RunConfig, tokens: list[Manifest]) -> dict[str, Any]:
     return {
         "prior": identity(config.prior),
         "tokens": identity_of(config, tokens),
-        "tokenizer": tokens[0].recipe["tokenizer"],  # other tokens may be accepted, but never another one's
+        # Other tokens may be accepted, but never another tokenizer's, nor with other classes: each has weights.
+        "tokenizer": tokens[0].recipe["tokenizer"],
+        "classes": f"{len(classes)}, {fingerprint(classes)[:8]}" if (classes := _classes(config, tokens)) else None,
         "seed": config.seed,
     }
+
+
+def _classes(config: RunConfig, tokens: list[Manifest]) -> list[str]:
+    """The classes that the prior is told, in the order of their numbers."""
+    if not config.prior.model.class_conditional:
+        return []
+    return sorted({name for each in tokens for name in each.facts["classes"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import psutil
@@ -241,6 +242,13 @@ def test_another_data_set_is_refused_unless_it_is_accepted_knowingly(workspace, 
     assert (saved.step, saved.state["dataset_since"]) == (5, 2)
     further = stage_command(workspace, root, "train-prior", 1, "prior.training.steps=6")
     run(further, log, 1)  # the checkpoint is of this data set now
+    (root / "tokens" / "train").unlink()
+    shutil.copytree(workspace / "root" / "tokens" / "train", root / "tokens" / "train")
+    manifest = root / "tokens" / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"right"', '"up", "right"'))
+    assert start([*further, "--accept-new-dataset"], num_ranks=1, log=log).wait(timeout=240) == 2
+    line = log.read_text().splitlines()[-1]
+    assert re.search(r"prior has other settings: classes \('2, \w{8}' -> '3, \w{8}'\); restore them", line), line
     saved = newest(str(root / "prior"))
     assert saved is not None
     assert (saved.step, saved.state["dataset_since"]) == (6, 2)
