@@ -21,7 +21,7 @@ from clipmill.errors import UserError
 from clipmill.evaluation.baselines import CodeTables
 from clipmill.evaluation.generation import describe_samples, fvd_of_all, prior_numbers, score_codes
 from clipmill.evaluation.networks import C3D_FRAMES, I3D_CHANNELS, Networks, weights_sha256
-from clipmill.evaluation.reader import Reader, num_read, require_manifest
+from clipmill.evaluation.reader import Reader, num_read
 from clipmill.evaluation.reconstruction import (
     VQVAE_SCHEMA,
     measure_reconstruction,
@@ -187,13 +187,13 @@ class _Inputs:
     def load(cls, config: RunConfig) -> _Inputs:
         """Reads manifests and export records only."""
         clips = val_clips(config)
-        train_tokens = require_manifest(config.folder("tokens", "train"), "tokens", "tokenize")
-        val_tokens = require_manifest(config.folder("tokens", "val"), "tokens", "tokenize")
+        train_tokens = Manifest.require(config.folder("tokens", "train"), "tokens")
+        val_tokens = Manifest.require(config.folder("tokens", "val"), "tokens")
         latest = read_latest(config.folder("prior"))
         if latest is None:
             raise UserError(f"no prior at {config.folder('prior')}; run `clipmill train-prior` with this config first")
         body, prior_sha8 = latest
-        samples = require_manifest(config.folder("samples", config.sample.name), "samples", "sample")
+        samples = Manifest.require(config.folder("samples", config.sample.name), "samples")
         tokenizer_sha8 = body["tokenizer"]["sha8"]
         for tokens in (train_tokens, val_tokens):
             if tokens.recipe["tokenizer"] != tokenizer_sha8:

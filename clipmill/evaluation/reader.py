@@ -8,24 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipmill.errors import UserError
 from clipmill.progress import bar
 from clipmill.shards.dataset import Decode, ShardDataset, eval_batches
-from clipmill.shards.manifest import Kind, Manifest
+from clipmill.shards.manifest import Manifest
 
-__all__ = ["Reader", "num_read", "require_manifest"]
-
-
-def require_manifest(url: str, kind: Kind, made_by: str) -> Manifest:
-    """The manifest of a data set that the stage ``made_by`` makes.
-
-    Raises:
-        UserError: it has not been made yet.
-    """
-    try:
-        return Manifest.load(url, kind)
-    except FileNotFoundError as error:
-        raise UserError(f"no {kind} at {url}; run `clipmill {made_by}` with this config first") from error
+__all__ = ["Reader", "num_read"]
 
 
 def num_read(manifest: Manifest, most: int | None) -> int:

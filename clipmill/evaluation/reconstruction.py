@@ -18,7 +18,7 @@ from clipmill.evaluation.distances import FeatureStatistics, frechet_distance
 from clipmill.evaluation.extremes import Extremes
 from clipmill.evaluation.gallery import Gallery, GalleryPicker
 from clipmill.evaluation.networks import I3D_FEWEST_FRAMES, Networks, weights_sha256
-from clipmill.evaluation.reader import Reader, num_read, require_manifest
+from clipmill.evaluation.reader import Reader, num_read
 from clipmill.evaluation.scores import CodeUsage, ReconstructionScores, VideoStatistics
 from clipmill.models.export import require_vqvae
 from clipmill.models.vqvae import VQVAE, to_input, to_pixels
@@ -43,7 +43,7 @@ def val_clips(config: RunConfig) -> Manifest:
     Raises:
         UserError: there are none, or they are too few or too short for the FVD that is asked for.
     """
-    clips = require_manifest(config.folder("clips", "val"), "clips", "shard")
+    clips = Manifest.require(config.folder("clips", "val"), "clips")
     if not clips.num_samples:
         raise UserError(f"{clips.url} has no clips to evaluate on; add videos or raise data.val_fraction")
     if config.evaluate.fvd_weights is not None:

@@ -50,6 +50,7 @@ READ_AHEAD = 256
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 
 Kind = Literal["clips", "tokens", "samples"]
+_MADE_BY: dict[Kind, str] = {"clips": "shard", "tokens": "tokenize", "samples": "sample"}
 
 
 class ShardEntry(NamedTuple):
@@ -110,6 +111,23 @@ class Manifest:
         if kind is not None and manifest.kind != kind:
             raise UserError(f"{url} holds {manifest.kind}, not {kind}; name a folder of {kind}")
         return manifest
+
+    @staticmethod
+    def require(url: str, kind: Kind, advice: str = "with this config first") -> Manifest:
+        """As ``load``, of a data set that a stage needs.
+
+        Args:
+            url: its folder.
+            kind: what it is to hold.
+            advice: how to run the stage that makes it.
+
+        Raises:
+            UserError: also where it has not been made yet.
+        """
+        try:
+            return Manifest.load(url, kind)
+        except FileNotFoundError as error:
+            raise UserError(f"no {kind} at {url}; run `clipmill {_MADE_BY[kind]}` {advice}") from error
 
 
 @contextlib.contextmanager

@@ -157,12 +157,7 @@ def _num_clips(tallies: dict[str, Tally]) -> int:
 
 def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
     """The clips of each split, and the recipe of the tokens to be."""
-    try:
-        clips = {split: Manifest.load(config.folder("clips", split), "clips") for split in SPLITS}
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no finished clips at {config.folder('clips')}; run `clipmill shard` with this config first"
-        ) from error
+    clips = {split: Manifest.require(config.folder("clips", split), "clips") for split in SPLITS}
     body, sha8 = require_vqvae(config.tokenizer_url)
     clip_recipe = clips["train"].recipe
     for key in ("num_frames", "resolution"):

@@ -42,14 +42,8 @@ def require_manifests(config: RunConfig, kind: Kind, split: str) -> list[Manifes
 
 
 def _require_manifest(url: str, kind: Kind, is_mixed: bool) -> Manifest:
-    made_by = "shard" if kind == "clips" else "tokenize"
-    try:
-        manifest = Manifest.load(url, kind)
-    except FileNotFoundError as error:
-        advice = (
-            f"{made_by}` for that run first, or correct data.mix" if is_mixed else f"{made_by}` with this config first"
-        )
-        raise UserError(f"no {kind} at {url}; run `clipmill {advice}") from error
+    mixed = "for that run first, or correct data.mix"
+    manifest = Manifest.require(url, kind, mixed) if is_mixed else Manifest.require(url, kind)
     if url.endswith("/train") and manifest.num_samples == 0:
         raise UserError(f"the {kind} at {url} are empty; give `clipmill shard` longer or more videos")
     return manifest

@@ -12,7 +12,7 @@ from clipmill.config import RunConfig, TrainingConfig, fingerprint, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.conditioning import condition_of
-from clipmill.models.export import Dtype, load_vqvae, read_latest, save_export
+from clipmill.models.export import Dtype, load_vqvae, require_vqvae, save_export
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 from clipmill.shards.dataset import decode_codes
@@ -197,11 +197,9 @@ def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Tensor], step
 def _tokens(config: RunConfig) -> list[Manifest]:
     """The training tokens, if they are the configured tokenizer's."""
     manifests = require_manifests(config, "tokens", "train")
-    latest = read_latest(config.tokenizer_url)
-    if latest is None:
-        raise UserError(f"no tokenizer at {config.tokenizer_url}; run `clipmill train-vqvae` with this config first")
+    _, sha8 = require_vqvae(config.tokenizer_url)
     for tokens in manifests:
-        _check_tokens(config, tokens, sha8=latest[1])
+        _check_tokens(config, tokens, sha8)
     return manifests
 
 
