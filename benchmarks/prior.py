@@ -13,9 +13,8 @@ Without a GPU each ratio is also given in CPU seconds, which a busy machine spoi
 less than 1 % of its time.
 
 On GPUs then the presets (100m, which is 12 layers x 768, 350m, 1b) through the loop, compiled, bfloat16: tokens/s, the
-share of the GPUs' peak FLOP/s (MFU; 40, 46 and 50 % are wanted on an H100), and memory. The smallest also as it is
-without compiling, whose memory the estimate should meet; compiled blocks keep less. ZeRO-1, but one GPU has nothing to
-share out: there stage 0.
+share of the GPUs' peak FLOP/s (MFU; 40, 46 and 50 % are wanted on an H100), and memory beside the estimated, which
+should be within 10 %. The smallest also without compiling. ZeRO-1, but one GPU has nothing to share out: there stage 0.
 
     OMP_WAIT_POLICY=passive python benchmarks/prior.py [--steps 10] [--precision float32] [--zero-stages 0 1 2 3]
     torchrun --nproc-per-node 8 benchmarks/prior.py --precision bfloat16

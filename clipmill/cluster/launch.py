@@ -62,6 +62,7 @@ class Mailbox:
         self._attempts = 0
         self._finished: set[int] = set()
         self._verdict: tuple[str, str] | None = None
+        self._controller: ActorHandle | None = None
         self._stop = asyncio.Event()
         self._all_finished = asyncio.Event()
 
@@ -92,6 +93,14 @@ class Mailbox:
         progress = [self._progress[rank] for rank in sorted(self._progress)]
         self._progress.clear()
         return progress, self._attempts > 0, self._verdict
+
+    async def introduce(self, controller: ActorHandle) -> None:
+        """Ray Train's controller of the ranks begins."""
+        self._controller = controller
+
+    async def controller(self) -> ActorHandle | None:
+        """Ray Train's controller, if it has begun."""
+        return self._controller
 
     async def request_stop(self) -> None:
         """The driver wants the ranks to checkpoint and end."""
@@ -237,17 +246,25 @@ def _start_mailbox(num_ranks: int) -> ActorHandle:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(num_ranks)
 
 
-def _without_cleaner(trainer: type) -> type:
-    """A trainer without Ray Train's detached cleaner of placement groups.
+def _trainer(base: type, mailbox: ActorHandle) -> type:
+    """A trainer whose controller can be ended, and without Ray Train's detached cleaner of placement groups.
 
     They go with the driver anyway, and without a dashboard the cleaner complains on the terminal every second.
-    Private API: should it be renamed, only the noise comes back (a test listens for it).
+    Private API: should it be renamed, the noise comes back, and tests of stopped trainings fail.
     """
+    from ray.train.v2._internal.execution.callback import ControllerCallback
 
-    class Trainer(trainer):
+    class Introduction(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            import ray
+
+            mailbox.introduce.remote(ray.get_runtime_context().current_actor)
+
+    class Trainer(base):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
-            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+            kept = [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+            return [*kept, Introduction()]
 
     return Trainer
 
@@ -266,7 +283,7 @@ class _Fit:
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(task["num_threads"])}
         if not config.use_gpu:
             environment["DS_ACCELERATOR"] = "cpu"
-        self._trainer = _without_cleaner(ray.train.torch.TorchTrainer)(
+        self._trainer = _trainer(ray.train.torch.TorchTrainer, task["mailbox"])(
             # As train_loop_config it would be unpickled, and the stage imported, in Ray Train's controller as well.
             functools.partial(_run_rank, task),
             scaling_config=ray.train.ScalingConfig(
@@ -299,11 +316,18 @@ class _Fit:
         return not self._thread.is_alive()
 
     def abandon(self, mailbox: ActorHandle) -> None:
-        """Leaves a run that still goes on, asking its ranks to stop: without the mailbox they see no driver."""
+        """Leaves a run that still goes on, asking its ranks to stop: without the mailbox they see no driver.
+
+        The thread must end too: what it asks of Ray after the connection was closed would end this process at once,
+        with a status of Ray's.
+        """
         import ray
 
         if self._thread.is_alive():
             mailbox.request_stop.remote()
+            self._thread.join(PEER_GRACE_SECONDS)
+        if self._thread.is_alive() and (controller := ray.get(mailbox.controller.remote())) is not None:
+            ray.kill(controller)
             self._thread.join(PEER_GRACE_SECONDS)
         ray.kill(mailbox)
 

@@ -46,8 +46,8 @@ class TrainingConfig(Section):
     bad_steps: Annotated[Literal["stop", "skip"], FREE] = "stop"
     """A step whose gradients are not finite, or a spike, ends the run, or is left out and counted."""
     spike_factor: Annotated[float | None, Field(gt=1), FREE] = None
-    """Gradients are a spike where their norm is so many times that of the last steps; none: no norm is too large. ZeRO
-    stages 0 to 2."""
+    """Gradients are a spike where their norm is more than so many times the mean of the last 50 steps' (once there are
+    20); none: no norm is too large. ZeRO stages 0 to 2 without offload."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
     offload: Annotated[bool, FREE] = False
     """Keep the optimizer's states in the memory of the CPU, and step there; ZeRO stages 1 to 3."""

@@ -59,8 +59,8 @@ class AxialAttention(nn.Module):
         length, later = x.shape[axis], x.shape[axis + 1 : -1].numel()
         heads = F.linear(x, qkv).view(-1, length, later, 3, self.num_heads, x.shape[-1] // self.num_heads)
         q, k, v = heads.permute(3, 0, 2, 4, 1, 5)  # [axes before, axes after, N, L, D]
-        # An axis is short (L: 4 to 64), so its scores are fewer than its queries, and writing them out beats every
-        # kernel made for long sequences: 3 times with bfloat16 on a CPU, and on an H100 once it is compiled.
+        # An axis is short: while L < D (published: 120) its scores are fewer than its queries, and writing them out
+        # beats every kernel made for long sequences: 3 times with bfloat16 on a CPU, and on an H100 once compiled.
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if self.causal and axis == 1:
             scores = scores.masked_fill(scores.new_ones(length, length, dtype=torch.bool).triu(1), -torch.inf)

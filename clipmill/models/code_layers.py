@@ -53,11 +53,11 @@ class CodeInput(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Embeds codes int64 [B, L] (or the first of them) as float [B, L, C]; position p holds the code at p - 1."""
-        # M * K projected codebook rows, not B * L: the look-up comes after the product. Row 0 is the start.
+        # M * K projected codebook rows, not B * L: the look-up comes after the product.
         places = torch.arange(codes.shape[1] - 1, device=codes.device)
-        rows = F.pad(self.rows(codes[:, :-1], places) + 1, (1, 0))
-        table = self.table()
-        x = F.embedding(rows, torch.cat((self.start.to(table.dtype)[None], table)))
+        before = F.embedding(self.rows(codes[:, :-1], places), self.table())
+        start = self.start.to(before.dtype).expand(len(codes), 1, -1)
+        x = torch.cat((start, before), 1)
         return x if self.modern else x + raster(self.axes)[: x.shape[1]]
 
     def rows(self, codes: Tensor, position: Tensor | int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Norm", "Norms", "layer_norm", "rms_norm", "scaled_to_unit"]
 
@@ -95,11 +96,12 @@ def scaled_to_unit(x: Tensor, gain: Tensor | None) -> Tensor:
     """Scales x [..., D] to a mean square of one, then by gain [D]; in float32 inside, in the dtype of x outside."""
     if x.device.type == "cpu":
         return _ScaledToUnit.apply(x, gain)
-    return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.to(x.dtype), EPS)
+    y = F.rms_norm(x, x.shape[-1:], eps=EPS)
+    return y if gain is None else (y * gain).to(x.dtype)  # a gain in bfloat16 would move by steps of 1/128
 
 
 class _ScaledToUnit(torch.autograd.Function):
-    """`scaled_to_unit` on a CPU, where torch makes it of parts that keep up to five float32 copies of x."""
+    """`scaled_to_unit` on a CPU, where torch makes it of parts that keep several float32 copies of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor | None) -> Tensor:
@@ -109,6 +111,7 @@ class _ScaledToUnit(torch.autograd.Function):
         return (y if gain is None else y * gain).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, gain, inverse = ctx.saved_tensors
         unit = x * inverse

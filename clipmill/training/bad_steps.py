@@ -82,7 +82,7 @@ class Ledger:
             if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 raise StageFailed(
                     f"{self._in_a_row} steps in a row up to step {step.number} were left out, the last for grad_norm "
-                    f"{norm:g}; {self._last_good()}; lower the learning rate and run again"
+                    f"{norm:g}; {self._last_good()}; lower the learning rate{_or_factor(norm)} and run again"
                 )
 
     def _stop(self, step: _Step, loss: float, norm: float) -> None:
@@ -91,11 +91,10 @@ class Ledger:
         clips = ", ".join(step.keys[:MOST_KEYS])
         if len(step.keys) > MOST_KEYS:
             clips += f" and {len(step.keys) - MOST_KEYS} more"
-        spike = "" if own or not math.isfinite(norm) else ", a spike over spike_factor times the usual"
-        what = f"loss {loss}" if own else f"grad_norm {norm:g}{spike}"
+        what = f"loss {loss} on rank {self._world.rank} (clips {clips})" if own else f"grad_norm {norm:g}"
         error = StageFailed(
-            f"step {step.number} gave {what} on rank {self._world.rank} (clips {clips}); {self._last_good()}; lower "
-            "the learning rate, or leave such steps out with bad_steps=skip, and run again"
+            f"step {step.number} gave {what}; {self._last_good()}; lower the learning rate{_or_factor(norm)}, or leave "
+            "such steps out with bad_steps=skip, and run again"
         )
         self._world.raise_first(error if own else None)
         self._world.raise_first(error)
@@ -103,3 +102,8 @@ class Ledger:
     def _last_good(self) -> str:
         saved = checkpoint.newest(self._folder_url)
         return f"the last good checkpoint is {saved.url}" if saved else "no checkpoint was written before"
+
+
+def _or_factor(norm: float) -> str:
+    """What else helps against a step that was left out for this norm of its gradients."""
+    return ", or raise spike_factor," if math.isfinite(norm) else ""

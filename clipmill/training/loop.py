@@ -87,7 +87,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
     Raises:
         Interrupted: a stop was requested; everything up to this step is in a checkpoint.
         UserError: the newest checkpoint belongs to another configuration or data set, or the cache is too small.
-        StageFailed: the loss is no longer finite.
+        StageFailed: a bad step ends the run (see `TrainingConfig.bad_steps`), or ten in a row were left out.
     """
     config = job.config
     check_cache(job.train, config, world_size=world.size, local_size=world.local_size)

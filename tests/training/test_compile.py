@@ -17,17 +17,22 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("stage", "zero_stage", "num_ranks"),
-    [("train-prior", 1, 1), ("train-vqvae", 1, 2)],
+    ("stage", "num_ranks", "more"),
+    [
+        ("train-prior", 1, []),
+        ("train-prior", 1, ["prior.model.style=modern", "prior.model.checkpointed_share=0.5"]),
+        ("train-vqvae", 2, []),
+    ],
+    ids=["videogpt", "modern", "vqvae"],
 )
-def test_losses_agree_with_eager_ones(workspace, tmp_path, monkeypatch, stage, zero_stage, num_ranks):
+def test_losses_agree_with_eager_ones(workspace, tmp_path, monkeypatch, stage, num_ranks, more):
     section = stage.removeprefix("train-")
     built, losses = tmp_path / "built", []
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(built))
     for compiled in ("false", "true"):
-        settings = [*EXACT, f"{section}.training.steps=8", f"{section}.training.compile={compiled}"]
+        settings = [*EXACT, *more, f"{section}.training.steps=8", f"{section}.training.compile={compiled}"]
         root = tmp_path / compiled
-        run(stage_command(workspace, root, stage, zero_stage, *settings), tmp_path / "log.txt", num_ranks)
+        run(stage_command(workspace, root, stage, 1, *settings), tmp_path / "log.txt", num_ranks)
         losses.append(read_losses(root / section))
         assert bool(list(built.rglob("*.so"))) == (compiled == "true")
     assert list(losses[0]) == list(range(1, 9))

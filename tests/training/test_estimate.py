@@ -40,12 +40,27 @@ def test_activations_are_those_that_autograd_holds(assignments: list[str], preci
     assert activation_bytes(config, 4, checkpointed_share=0.0) == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("style", ["videogpt", "modern"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_checkpointed_block_keeps_its_input(style: str, precision: str) -> None:
+    inputs = []
+    sizes = [f"prior.model.style={style}", f"prior.training.precision={precision}"]
+    estimates = []
+    for num_layers in (2, 3):
+        config = config_of(*sizes, f"prior.model.num_layers={num_layers}")
+        estimates.append(activation_bytes(config, 4, checkpointed_share=1.0))
+    prior = Prior(config.prior.model, (1, 8, 8), 64, torch.randn(64, 256)).train()
+    prior.blocks[1].register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].nbytes))
+    saved_bytes(prior, torch.randint(64, (4, 1, 8, 8)), None, None, precision == "bfloat16")
+    assert estimates[1] - estimates[0] == inputs[0]
+
+
 @pytest.mark.parametrize(
     ("preset", "rows", "compiled", "measured"),
     [("100m", 48, False, 22.53), ("100m", 128, True, 48.34), ("1b", 24, True, 54.41)],
 )
 def test_memory_is_what_an_h100_took(preset: str, rows: int, compiled: bool, measured: float) -> None:
-    """GiB at most, as `benchmarks/prior.py` measured them on one GPU."""
+    """GiB at most, as `benchmarks/prior.py` measured them on one GPU; what compiled blocks keep was fitted to these."""
     training = {"precision": "bfloat16", "compile": str(compiled).lower(), "zero_stage": 0, "global_batch": rows}
     sizes = [f"prior.model.preset={preset}", "data.clip.num_frames=16", "data.clip.resolution=64"]
     settings = [f"prior.training.{name}={value}" for name, value in training.items()]

@@ -110,10 +110,15 @@ class Engine:
         optimizer = torch.optim.AdamW(
             objective.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        partitioned = config.zero_stage > 0 and world.size > 1
         self._guard = None
         if _is_guarded(config):
-            self._guard = Guard(optimizer, config.grad_clip, partitioned, config.spike_factor)
+            self._guard = Guard(
+                optimizer,
+                config.grad_clip,
+                num_ranks=world.size,
+                partitioned=config.zero_stage > 0,
+                spike_factor=config.spike_factor,
+            )
         num_parameters = sum(parameter.numel() for parameter in objective.parameters())
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
@@ -199,7 +204,9 @@ class Engine:
     @property
     def usual_norm(self) -> list[float] | None:
         """State for a checkpoint beside `save`: see `Guard.usual`; none where nobody keeps it."""
-        return None if self._guard is None else self._guard.usual.tolist()
+        if self._guard is None or self._config.spike_factor is None:
+            return None  # what was usual before would be a trap for a later run with a factor
+        return self._guard.usual.tolist()
 
     @usual_norm.setter
     def usual_norm(self, usual: list[float] | None) -> None:

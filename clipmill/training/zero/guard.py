@@ -26,22 +26,30 @@ class Guard:
     Args:
         optimizer: fused AdamW with one group of parameters, whose kernel takes both decisions from tensors.
         max_norm: largest global norm of the gradients; 0: any.
+        num_ranks: that share the training.
         partitioned: each rank has the gradients of its own part (ZeRO 1 and 2), else all have all of them.
         spike_factor: a step is left out whose norm is more than so many times the usual; none: however large it is.
 
     Attributes:
         norm: of the newest step before clipping, float32 0-d on the device; none before the first.
         left_out: whether that step was, bool 0-d on the device.
-        usual: the usual norm and the number of steps that it comes from, float32 [2] on the CPU before the first step.
+        usual: the usual norm and the number of steps that it comes from, float32 [2]; zeros without a ``spike_factor``.
     """
 
     norm: Tensor | None = None
     left_out: Tensor
 
     def __init__(
-        self, optimizer: torch.optim.AdamW, max_norm: float, partitioned: bool, spike_factor: float | None
+        self,
+        optimizer: torch.optim.AdamW,
+        max_norm: float,
+        *,
+        num_ranks: int,
+        partitioned: bool,
+        spike_factor: float | None,
     ) -> None:
-        self._max_norm, self._partitioned, self._spike_factor = max_norm, partitioned, spike_factor
+        self._max_norm, self._num_ranks, self._partitioned = max_norm, num_ranks, partitioned
+        self._spike_factor = spike_factor
         self.usual = torch.zeros(2)
         optimizer.register_step_pre_hook(self._before_step)
 
@@ -50,8 +58,10 @@ class Guard:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         square = torch.stack(norms).square().sum()
-        if self._partitioned:
+        if self._num_ranks > 1 and self._partitioned:
             dist.all_reduce(square)
+        elif self._num_ranks > 1:
+            dist.broadcast(square, 0)  # a last bit that differs must not let one rank step and another not
         self.norm = square.sqrt()
         self.left_out = ~self.norm.isfinite()
         if self._spike_factor is not None:
@@ -63,6 +73,9 @@ class Guard:
     def _look_for_spike(self, norm: Tensor, factor: float) -> None:
         self.usual = self.usual.to(norm.device)
         mean, count = self.usual
-        self.left_out |= (count >= STEPS_TO_LEARN) & (norm > factor * mean)
-        newest = mean + (norm - mean) / (count + 1).clamp(max=USUAL_STEPS)
-        self.usual = torch.where(self.left_out, self.usual, torch.stack((newest, count + 1)))
+        learned = count >= STEPS_TO_LEARN
+        limit = torch.where(learned, factor * mean, torch.inf)
+        # A spike counts as the largest norm that is none: what has come to stay becomes usual within some steps.
+        newest = mean + (norm.minimum(limit) - mean) / (count + 1).clamp(max=USUAL_STEPS)
+        self.usual = torch.where(norm.isfinite(), torch.stack((newest, count + 1)), self.usual)
+        self.left_out |= norm > limit

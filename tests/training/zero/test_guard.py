@@ -13,7 +13,7 @@ from clipmill.training.zero.guard import STEPS_TO_LEARN, Guard
 def guarded(spike_factor: float | None) -> tuple[nn.Parameter, torch.optim.AdamW, Guard]:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
-    return parameter, optimizer, Guard(optimizer, 1.0, partitioned=False, spike_factor=spike_factor)
+    return parameter, optimizer, Guard(optimizer, 1.0, num_ranks=1, partitioned=False, spike_factor=spike_factor)
 
 
 def step(parameter: nn.Parameter, optimizer: torch.optim.AdamW, norm: float) -> bool:
@@ -27,7 +27,7 @@ def step(parameter: nn.Parameter, optimizer: torch.optim.AdamW, norm: float) -> 
     )
 
 
-def test_a_spike_is_left_out_and_forgotten() -> None:
+def test_a_spike_is_left_out() -> None:
     parameter, optimizer, guard = guarded(spike_factor=3.0)
     assert step(parameter, optimizer, 1.0)
     assert step(parameter, optimizer, 10.0), "nothing is usual yet"
@@ -35,13 +35,26 @@ def test_a_spike_is_left_out_and_forgotten() -> None:
         assert step(parameter, optimizer, 2.0)
     usual = guard.usual.clone()
     assert 2 < usual[0] < 2.2
-    for norm in (6.7, 1e6, torch.inf, torch.nan):
+    for norm in (torch.inf, torch.nan):
         assert not step(parameter, optimizer, norm)
         assert guard.left_out
-        assert torch.equal(guard.usual, usual)
+        assert torch.equal(guard.usual, usual), "it says nothing of what is usual"
+    for norm in (7.0, 1e6):
+        assert not step(parameter, optimizer, norm)
+        assert guard.left_out
+    assert guard.usual[0] < 1.1 * usual[0], "one spike hides the next"
     assert step(parameter, optimizer, 5.9)
     assert not guard.left_out
-    assert guard.usual[0] > usual[0]
+
+
+def test_what_has_come_to_stay_is_no_spike_for_long() -> None:
+    parameter, optimizer, _ = guarded(spike_factor=3.0)
+    for _ in range(3 * STEPS_TO_LEARN):
+        step(parameter, optimizer, 1.0)
+    left_out = [not step(parameter, optimizer, 4.0) for _ in range(20)]
+    assert left_out[0]
+    assert sum(left_out) < 10, "a run ends after ten in a row"
+    assert not any(left_out[10:])
 
 
 def test_without_a_factor_no_norm_is_too_large() -> None:

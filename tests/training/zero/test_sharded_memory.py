@@ -141,8 +141,7 @@ def run_dry(_: int, preset: str, zero_stage: int, folder: Path) -> None:
         largest_block = max(sum(parameter.numel() for parameter in block.parameters()) for block in prior.blocks)
         engine = Engine(DryObjective(prior), config.prior.training, DryWorld(), rows=8, accumulation=1)
         # The step itself looks at the norm of the gradients, which fake ones do not have.
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, _ = engine.deepspeed({"codes": torch.zeros(8, 4, 32, 32, dtype=torch.int64)})
+        loss, _ = engine.deepspeed({"codes": torch.zeros(8, 4, 32, 32, dtype=torch.int64)})
         engine.deepspeed.backward(loss)
         optimizer = engine.deepspeed.optimizer
         if zero_stage == 3:

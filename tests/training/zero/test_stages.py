@@ -130,6 +130,19 @@ def reference() -> tuple[list[float], dict[str, Tensor], float]:
     return norms, averages, objective.eval()(batch_of(99, 0))[0].item()
 
 
+def leave_out_spike(world: World, folder: Path, stage: int) -> tuple[bool, bool]:
+    """Whether a spike left no trace, buffers and averages included; and a step like the others one."""
+    engine = Engine(Objective(), config_of(stage, False, bad_steps="skip", spike_factor=100.0), world, ROWS, 1)
+    train(engine, range(1))
+    before = saved(engine, folder / "before", stage)
+    engine.usual_norm = [engine.grad_norm.item() / 1000, 20.0]
+    train(engine, range(1, 2))
+    untouched = equal(before, saved(engine, folder / "after", stage))
+    engine.usual_norm = [engine.grad_norm.item(), 20.0]
+    train(engine, range(2, 3))
+    return untouched, not equal(before, saved(engine, folder / "next", stage))
+
+
 def leave_out(world: World, folder: Path) -> dict[Any, dict[str, Any]]:
     results = {}
     for number, (stage, offload) in enumerate(LAYOUTS):
@@ -140,6 +153,8 @@ def leave_out(world: World, folder: Path) -> dict[Any, dict[str, Any]]:
         norms = train(engine, range(1, 2), spoilt=1)
         untouched = equal(before, saved(engine, own / "after", stage))
         results[stage, offload] = {"norms": norms, "untouched": untouched, "next": train(engine, range(2, 3))}
+        if stage < 3 and not offload:
+            results[stage, offload]["spike"] = leave_out_spike(world, own / "spike", stage)
     engine = Engine(Objective(), config_of(0, False, precision="bfloat16"), world, ROWS, 2)
     products: set[torch.dtype] = set()
     engine.objective.model[0].register_forward_hook(lambda _, __, output: products.add(output.dtype))
@@ -196,3 +211,4 @@ def test_a_step_with_a_nan_is_left_out_by_all_ranks(by_rank: list[Any]) -> None:
             assert not torch.tensor(result["norms"]).isfinite().any(), layout
             assert result["untouched"], f"{layout}: the bad step left a trace"
             assert torch.tensor(result["next"]).isfinite().all(), layout
+            assert result.get("spike", (True, True)) == (True, True), layout
