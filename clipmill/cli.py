@@ -212,8 +212,12 @@ def estimate(
     )
     gib = 2**30
     parts = ("weights", "gradients", "optimizer", "buffers")
-    heads = ("ZeRO stage", *parts, "activations", "total", "with checkpointing")
-    table = Table(*heads, title=f"{result.num_parameters:,} parameters on {gpus} GPUs: GiB of one GPU")
+    heads = ("ZeRO", "weights", "grads", "optim.", "buffers", "activations", "total", "remade")  # 80 columns hold them
+    table = Table(
+        *heads,
+        caption="remade: the total with every block's activations made again",
+        title=f"{result.num_parameters:,} parameters on {gpus} GPUs: GiB of one GPU",
+    )
     for stage, memory in enumerate(result.states):
         totals = (memory.total + result.activations, memory.total + result.checkpointed_activations)
         cells = [getattr(memory, part) for part in parts] + [result.activations, *totals]
