@@ -64,6 +64,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,  # telemetry prints, not DeepSpeed
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-step
     }
     if config.precision == "bfloat16":
         # On CUDA DeepSpeed switches an autocast of ours off and says so in a log line. No module is named whose
