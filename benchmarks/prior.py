@@ -176,7 +176,7 @@ def compare_loops(
         training = TrainingConfig.model_validate(settings if cuda else {**settings, "loader_workers": 0})
         loops[stage] = Loop(tokens, new_prior(world, sizes), training, world)
         steps[f"loop, ZeRO-{stage}"] = loops[stage]
-    wall, cpu = interleave(steps, num_rounds)
+    wall, cpu = interleave(steps, num_rounds, steps_per_round=5 if cuda else 1)
     facts: dict[str, Any] = {
         "loop_seconds_per_step": medians(world, wall, rows),
         "data_wait_share": {stage: round(loop.waited / loop.lasted, 5) for stage, loop in loops.items()},

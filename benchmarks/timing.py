@@ -18,21 +18,28 @@ def device_name() -> str:
 
 
 def interleave(
-    steps: dict[str, Callable[[], Any]], rounds: int
+    steps: dict[str, Callable[[], Any]], rounds: int, steps_per_round: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds, and CPU seconds of this process, of each step in each round, after two rounds to warm up."""
+    """Seconds, and CPU seconds of this process, of each step in each round, after two rounds to warm up.
+
+    Args:
+        steps: what to time.
+        rounds: that are kept.
+        steps_per_round: after which a GPU is waited for; more than one lets the host run ahead of it, as in training.
+    """
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         names = list(steps) if number % 2 else list(steps)[::-1]  # whoever comes first has the colder caches
         for name in names:
             began, cpu_began = time.perf_counter(), time.process_time()
-            steps[name]()
+            for _ in range(steps_per_round):
+                steps[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number >= 2:
-                wall[name].append(time.perf_counter() - began)
-                cpu[name].append(time.process_time() - cpu_began)
+                wall[name].append((time.perf_counter() - began) / steps_per_round)
+                cpu[name].append((time.process_time() - cpu_began) / steps_per_round)
     return wall, cpu
 
 
