@@ -30,8 +30,9 @@ class TrainingConfig(Section):
     steps: Annotated[PositiveInt, FREE] = 100_000
     global_batch: PositiveInt = 32
     """Clips a step, over all ranks and micro-steps."""
-    micro_batch: PositiveInt | None = None
-    """Clips a rank takes through the model at once; none: its whole share of the global batch."""
+    micro_batch: Annotated[PositiveInt | None, FREE] = None
+    """Clips a rank takes through the model at once; none: its whole share of the global batch. Another number draws
+    other dropout; the tokenizer refuses one with which its batch statistics would change."""
     lr: Annotated[float, Field(gt=0), FREE] = 3e-4
     warmup_steps: Annotated[int, Field(ge=0), FREE] = 0
     schedule: Annotated[Literal["cosine", "constant"], FREE] = "cosine"

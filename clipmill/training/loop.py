@@ -43,6 +43,9 @@ __all__ = ["Job", "average_weight", "fit", "learning_rate", "rows_and_accumulati
 PROBE_CLIPS = 32
 """Whose loss a checkpoint records, so that a conversion to another world size can show that it gives the same."""
 
+FIRST_START = "-0000"
+"""Ends the names of attempts that are no restart under the same lease."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -110,6 +113,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         config,
         job.folder_url,
         state,
+        is_restart=not attempt.endswith(FIRST_START),
         batch_statistics=job.batch_statistics,
         probe=lambda: _probe(job, engine),
     )

@@ -28,6 +28,7 @@ def resume(
     folder_url: str,
     state: dict[str, Any],
     *,
+    is_restart: bool,
     batch_statistics: bool,
     probe: Callable[[], float | None],
 ) -> tuple[int, int]:
@@ -39,6 +40,7 @@ def resume(
         folder_url: the training folder.
         state: what this run would save: ``identity``, ``world_size``, ``zero_stage``, ``offload``, ``rows`` of a
             micro-step over all ranks.
+        is_restart: this run has begun before and its ranks were replaced: it may have checkpoints of its own.
         batch_statistics: the model normalises over these rows, so another number of them is another training.
         probe: loss on a few clips that are always the same; none where there are none.
 
@@ -50,7 +52,8 @@ def resume(
         StageFailed: the converted weights give another loss.
     """
     world = engine.world
-    found = world.from_rank_zero(lambda: _find(config.resume, folder_url))
+    wish = "auto" if is_restart and config.resume == "never" else config.resume
+    found = world.from_rank_zero(lambda: _find(wish, folder_url))
     if found is None:
         return 0, 0
     _compare(found, state, batch_statistics, config.accept_new_dataset)

@@ -44,12 +44,12 @@ class Training:
         driver: the newest of them.
     """
 
-    def __init__(self, workspace: Path, root: Path, address: str | None = None) -> None:
+    def __init__(self, workspace: Path, root: Path, address: str | None = None, *more: str) -> None:
         self.folder, self.log = root / "prior", root.with_name("log.txt")
         place = ["num_cpus=2"] if address is None else [f"address={address}"]
         workers = [f"cluster.{setting}" for setting in ("training_workers=2", "training_cpus=1", *place)]
         launcher = "cluster.training_launcher=ray"
-        stage = stage_command(workspace, root, "train-prior", 1, *MODEL, KEEP_ALL, launcher, *workers)
+        stage = stage_command(workspace, root, "train-prior", 1, *MODEL, KEEP_ALL, launcher, *workers, *more)
         self._command = [sys.executable, "-m", "clipmill.cli", *stage]
         self.start()
 
@@ -122,7 +122,8 @@ def ranks(training: Training) -> list[psutil.Process]:
 
 @pytest.mark.ci
 def test_a_killed_rank_is_replaced(workspace, tmp_path, undisturbed, trainings):
-    trainings.append(training := Training(workspace, tmp_path / "root"))
+    never = "prior.training.resume=never"  # from a run before this one
+    trainings.append(training := Training(workspace, tmp_path / "root", None, never))
     rank, _ = ranks(training)
     training.wait_for_commit()
     rank.kill()

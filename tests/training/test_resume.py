@@ -272,3 +272,5 @@ def test_the_tokenizer_wants_the_clips_of_a_micro_step_unchanged(workspace, tmp_
     else:
         assert status != 0
         assert "normalised over 2 clips at a time (micro-batch x workers), this run would over 4" in log.read_text()
+        run([*command, "vqvae.training.micro_batch=1"], log, 2)
+        assert list(read_losses(root / "vqvae")) == [1, 2, 3, 4]
