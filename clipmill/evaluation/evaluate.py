@@ -30,7 +30,7 @@ from clipmill.evaluation.reconstruction import (
     val_clips,
 )
 from clipmill.lease import Lease
-from clipmill.models.export import load_prior, load_vqvae, read_latest
+from clipmill.models.export import load_prior, load_vqvae, require_prior
 from clipmill.models.provenance import deterministic_device
 from clipmill.progress import bar
 from clipmill.shards.dataset import decode_codes
@@ -189,10 +189,7 @@ class _Inputs:
         clips = val_clips(config)
         train_tokens = Manifest.require(config.folder("tokens", "train"), "tokens")
         val_tokens = Manifest.require(config.folder("tokens", "val"), "tokens")
-        latest = read_latest(config.folder("prior"))
-        if latest is None:
-            raise UserError(f"no prior at {config.folder('prior')}; run `clipmill train-prior` with this config first")
-        body, prior_sha8 = latest
+        body, prior_sha8 = require_prior(config.folder("prior"))
         samples = Manifest.require(config.folder("samples", config.sample.name), "samples")
         tokenizer_sha8 = body["tokenizer"]["sha8"]
         for tokens in (train_tokens, val_tokens):

@@ -25,7 +25,16 @@ from clipmill.errors import UserError
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 
-__all__ = ["Dtype", "export_body", "load_prior", "load_vqvae", "read_latest", "require_vqvae", "save_export"]
+__all__ = [
+    "Dtype",
+    "export_body",
+    "load_prior",
+    "load_vqvae",
+    "read_latest",
+    "require_prior",
+    "require_vqvae",
+    "save_export",
+]
 
 SCHEMA = 1
 TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
@@ -98,6 +107,15 @@ def read_latest(url: str) -> tuple[dict[str, Any], str] | None:
     return body, body["sha8"]
 
 
+def require_prior(url: str) -> tuple[dict[str, Any], str]:
+    """Body and sha8 of the newest prior of a training folder, without its weights.
+
+    Raises:
+        UserError: there is none, it is damaged, or was written by a newer clipmill.
+    """
+    return _require_latest(url, "prior", "prior")
+
+
 def require_vqvae(url: str) -> tuple[dict[str, Any], str]:
     """Body and sha8 of the tokenizer that ``tokenize.tokenizer`` means, without its weights.
 
@@ -107,13 +125,17 @@ def require_vqvae(url: str) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: there is none, it is an export of another kind, damaged, or written by a newer clipmill.
     """
-    latest = read_latest(url)
-    if latest is None:
-        raise UserError(f"no tokenizer at {url}; run `clipmill train-vqvae` with this config first")
-    body, sha8 = latest
+    body, sha8 = _require_latest(url, "vqvae", "tokenizer")
     if body["kind"] != "vqvae":
         raise UserError(f"tokenize.tokenizer {url} is a {body['kind']} export; name a tokenizer's")
     return body, sha8
+
+
+def _require_latest(url: str, kind: str, name: str) -> tuple[dict[str, Any], str]:
+    latest = read_latest(url)
+    if latest is None:
+        raise UserError(f"no {name} at {url}; run `clipmill {TRAINING_COMMAND[kind]}` with this config first")
+    return latest
 
 
 def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:

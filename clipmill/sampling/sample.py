@@ -27,7 +27,7 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import PriorModelConfig, RunConfig, SampleConfig, changed_keys, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
-from clipmill.models.export import load_prior, read_latest
+from clipmill.models.export import load_prior, require_prior
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
@@ -56,7 +56,7 @@ def is_finished(config: RunConfig) -> bool:
         UserError: there is no prior yet, it does not know a class or was not trained for guidance, what it is to be
             told is missing, or the folder holds other samples.
     """
-    body, sha8 = _prior(config)
+    body, sha8 = require_prior(config.folder("prior"))
     given = _given(config, body)
     _labels_in_turn(config.sample, body)
     _refuse_other_recipe(config, _recipe(config, sha8, given))
@@ -77,7 +77,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         UserError: as `is_finished`. Nothing was written.
         StageFailed: a batch failed at every attempt; the others are kept.
     """
-    body, sha8 = _prior(config)
+    body, sha8 = require_prior(config.folder("prior"))
     recipe = _recipe(config, sha8, _given(config, body))
     _refuse_other_recipe(config, recipe)
     labels = _labels_in_turn(config.sample, body)
@@ -116,14 +116,6 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         "prior": sha8,
         "bytes": sum(shard.bytes for shard in manifest.shards),
     }
-
-
-def _prior(config: RunConfig) -> tuple[dict[str, Any], str]:
-    """Body and sha8 of the prior's newest export."""
-    latest = read_latest(config.folder("prior"))
-    if latest is None:
-        raise UserError(f"no prior at {config.folder('prior')}; run `clipmill train-prior` with this config first")
-    return latest
 
 
 def _recipe(config: RunConfig, prior_sha8: str, given: Manifest | None) -> dict[str, Any]:
