@@ -43,9 +43,6 @@ __all__ = ["Job", "average_weight", "fit", "learning_rate", "rows_and_accumulati
 PROBE_CLIPS = 32
 """Whose loss a checkpoint records, so that a conversion to another world size can show that it gives the same."""
 
-FIRST_START = "-0000"
-"""Ends the names of attempts that are no restart under the same lease."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -100,7 +97,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
     rows, accumulation = rows_and_accumulation(config, world.size)
     stopwatch = Stopwatch(job.tokens_per_clip, _peak_share_per_clip(job, world))
     engine = Engine(job.objective, config, world, rows, accumulation)
-    attempt = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
+    attempt, num_restarts = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
     state = {
         "identity": job.identity,
         "world_size": world.size,
@@ -113,7 +110,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         config,
         job.folder_url,
         state,
-        is_restart=not attempt.endswith(FIRST_START),
+        is_restart=num_restarts > 0,
         batch_statistics=job.batch_statistics,
         probe=lambda: _probe(job, engine),
     )
@@ -293,13 +290,13 @@ def rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int,
     return math.ceil(share / accumulation), accumulation
 
 
-def _claim_attempt(folder_url: str, lease: Lease | None) -> str:
-    """A name no other group of workers has: Ray Train restarts the group under one and the same lease."""
+def _claim_attempt(folder_url: str, lease: Lease | None) -> tuple[str, int]:
+    """A name no other group of workers has, and how many had the lease before: Ray Train restarts them under one."""
     assert lease is not None  # only the other ranks go without
     for restart in range(10_000):
         attempt = f"{lease.attempt:06d}-{restart:04d}"
         if storage.create_bytes(storage.join(folder_url, "metrics", f"{attempt}.jsonl"), b""):
-            return attempt
+            return attempt, restart
     raise StageFailed(f"{folder_url} was restarted 10,000 times under one lease")
 
 
