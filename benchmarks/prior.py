@@ -168,7 +168,7 @@ def compare_loops(
 ) -> dict[str, Any]:
     """Our loop at each ZeRO stage and a bare one, in turns."""
     cuda = torch.cuda.is_available()
-    sizes, rows = ({"preset": "100m"}, EAGER[1]) if cuda else (SIZES, BATCH)
+    sizes, rows = ({"preset": EAGER[0]}, EAGER[1]) if cuda else (SIZES, BATCH)
     steps: dict[str, Callable[[], Any]] = {"bare": bare_step(new_prior(world, sizes), rows, precision)}
     loops = {}
     for stage in zero_stages:
@@ -192,9 +192,9 @@ def compare_models(world: World, precision: str, num_rounds: int) -> dict[str, A
     """Our models and the published one, in bare loops, in turns."""
     models = {style: new_prior(world, {"style": style, **SIZES}) for style in ("videogpt", "modern")}
     if torch.cuda.is_available():
-        models |= {f"{style}, compiled": new_prior(world, {"style": style, **SIZES}) for style in list(models)}
-        for name in models:
-            for block in models[name].blocks if "compiled" in name else ():
+        for style in list(models):
+            models[f"{style}, compiled"] = model = new_prior(world, {"style": style, **SIZES})
+            for block in model.blocks:
                 block.compile()
     steps = {name: bare_step(model, BATCH, precision) for name, model in models.items()}
     steps["published"] = bare_step(PlainPrior().to(world.device), BATCH, precision)
@@ -215,9 +215,10 @@ def clocks(wall: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[st
 def medians(world: World, wall: dict[str, list[float]], rows: int) -> dict[str, float]:
     """Seconds of a step, and prints them."""
     found = {name: statistics.median(durations) for name, durations in wall.items()}
-    for name, median in found.items() if world.rank == 0 else ():
-        tokens_per_second = rows * math.prod(SHAPE) / median
-        print(f"{name}: {median * 1e3:.0f} ms a step, {tokens_per_second:,.0f} tokens/s", flush=True)
+    if world.rank == 0:
+        for name, median in found.items():
+            tokens_per_second = rows * math.prod(SHAPE) / median
+            print(f"{name}: {median * 1e3:.0f} ms a step, {tokens_per_second:,.0f} tokens/s", flush=True)
     return {name: round(median, 4) for name, median in found.items()}
 
 

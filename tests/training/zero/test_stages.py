@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,6 @@ def batch_of(step: int, rank: int) -> dict[str, Tensor]:
 def config_of(stage: int, offload: bool, **settings: Any) -> TrainingConfig:
     keys = {"global_batch": 2 * ROWS, "lr": 0.05, "grad_clip": 0.5, **settings}
     return TrainingConfig.model_validate({"zero_stage": stage, "offload": offload, "weights_ema": 0.9, **keys})
-
-
-def new_world(rank: int, world_size: int) -> World:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu"}
-    return join_world()
 
 
 def train(engine: Engine, steps: range, spoilt: int | None = None) -> list[float]:
@@ -172,7 +166,7 @@ def leave_out(world: World, folder: Path) -> dict[Any, dict[str, Any]]:
 
 
 def both(rank: int, world_size: int, folder: Path) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    world = new_world(rank, world_size)
+    world = join_world()
     return keep_averages(world, folder / "averages"), leave_out(world, folder / "bad")
 
 
