@@ -76,3 +76,7 @@ def test_changed_keys_name_section_and_both_values():
 def test_each_training_section_keeps_its_own_learning_rate_when_another_key_is_set():
     config = load_config([], ["root=here", "vqvae.training.steps=10", "prior.training.steps=10"])
     assert (config.vqvae.training.lr, config.prior.training.lr) == (7e-4, 3e-4)
+
+
+def test_classes_may_be_named_by_numbers():
+    assert load_config([], ["root=here", "sample.classes=[0, 3]"]).sample.classes == ["0", "3"]

@@ -36,8 +36,8 @@ class SampleConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    classes: list[str] | None = None
-    """Names of classes to draw from in turn; none: all of them in turn."""
+    classes: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = None
+    """Names of classes to draw from in turn; none: all of them in turn. Those of a published prior are numbers."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Logits go this far from those of no class through those of the class (1: to them); needs
     ``prior.model.label_dropout``."""

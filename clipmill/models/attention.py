@@ -20,7 +20,7 @@ __all__ = ["AxialAttention", "CausalAttention", "CrossAttention", "KeysValues"]
 
 
 class KeysValues(NamedTuple):
-    """Keys and values, float [B, M, L, D] each."""
+    """Keys and values, float [B, M, L, D] each; `CrossAttention` may give values other channels."""
 
     keys: Tensor
     values: Tensor
@@ -143,18 +143,19 @@ class CrossAttention(nn.Module):
     """Multi-head attention to what the prior is told.
 
     Args:
-        config: heads, attention dropout, style.
+        config: heads and style. As published, values keep about the width of what is attended to, M / N channels a
+            head; a modern style gives them those of queries and keys.
         memory_dim: channels M of what is attended to.
     """
 
     def __init__(self, config: PriorModelConfig, memory_dim: int) -> None:
         super().__init__()
-        dim = config.hidden_dim
+        dim, modern = config.hidden_dim, config.style == "modern"
         self.num_heads = config.num_heads
-        self.dropout = config.attention_dropout
+        values_dim = dim if modern else max(1, memory_dim // self.num_heads) * self.num_heads
         self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(memory_dim, 2 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=config.style == "videogpt")
+        self.kv = nn.Linear(memory_dim, dim + values_dim, bias=False)
+        self.out = nn.Linear(values_dim, dim, bias=not modern)
         nn.init.normal_(self.q.weight, std=dim**-0.5)
         nn.init.normal_(self.kv.weight, std=memory_dim**-0.5)
         nn.init.normal_(self.out.weight, std=(dim * config.num_layers) ** -0.5)
@@ -162,11 +163,11 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def keys_values(self, memory: Tensor) -> KeysValues:
-        """Of memory [B, S, M]: float [B, N, S, D] each."""
-        return KeysValues(*self.kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4))
+        """Of memory [B, S, M]: float [B, N, S, channels of a head] each."""
+        both = self.kv(memory).split((self.q.out_features, self.out.in_features), -1)
+        return KeysValues(*(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in both))
 
     def forward(self, x: Tensor, seen: KeysValues) -> Tensor:
         """Mixes what x [B, L, C] attends to, -> [B, L, C]."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
-        return self.out(F.scaled_dot_product_attention(q, *seen, dropout_p=dropout).transpose(1, 2).flatten(2))
+        return self.out(F.scaled_dot_product_attention(q, *seen).transpose(1, 2).flatten(2))

@@ -1,5 +1,8 @@
 """A 3D ResNet-34 over a few raw frames (He et al., arXiv 1512.03385; VideoGPT, arXiv 2104.10157, section 3.2).
 
+In the layout of VideoGPT's public code: each of the four groups starts with a projection, and what a block adds to its
+shortcut has gone through a ReLU.
+
 B: batch   C: channels   T, H, W: frames, height, width   h, w: ceil(H / 4), ceil(W / 4)
 """
 
@@ -8,10 +11,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FrameEncoder"]
+__all__ = ["BLOCKS", "FrameEncoder"]
 
 WIDTHS = (64, 128, 256)
 BLOCKS = (3, 4, 6, 3)
+"""Blocks of each group."""
 STRIDES = ((1, 1, 1), (1, 2, 2), (1, 2, 2), (1, 1, 1))
 
 
@@ -29,7 +33,7 @@ class FrameEncoder(nn.Module):
         width = WIDTHS[0]
         for widen_to, count, stride in zip((*WIDTHS, dim), BLOCKS, STRIDES, strict=True):
             for index in range(count):
-                blocks.append(_Block(width, widen_to, stride if index == 0 else (1, 1, 1)))
+                blocks.append(_Block(width, widen_to, stride) if index == 0 else _Block(width))
                 width = widen_to
         self.blocks = nn.Sequential(*blocks)
 
@@ -39,20 +43,28 @@ class FrameEncoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions beside the identity (or a projection, where the size changes)."""
+    """Two convolutions beside a shortcut.
 
-    def __init__(self, dim: int, out_dim: int, stride: tuple[int, int, int]) -> None:
+    Args:
+        dim: channels of the input.
+        out_dim: of the output, if a projection is the shortcut; without one, sizes stay.
+        stride: of the first convolution and the projection.
+    """
+
+    def __init__(self, dim: int, out_dim: int | None = None, stride: tuple[int, int, int] = (1, 1, 1)) -> None:
         super().__init__()
+        self.shortcut: nn.Module = nn.Identity()
+        if out_dim is not None:
+            self.shortcut = nn.Sequential(nn.Conv3d(dim, out_dim, 1, stride=stride, bias=False), _ChannelNorm(out_dim))
+        width = out_dim or dim
         self.body = nn.Sequential(
-            nn.Conv3d(dim, out_dim, 3, stride=stride, padding=1, bias=False),
-            _ChannelNorm(out_dim),
+            nn.Conv3d(dim, width, 3, stride=stride, padding=1, bias=False),
+            _ChannelNorm(width),
             nn.ReLU(),
-            nn.Conv3d(out_dim, out_dim, 3, padding=1, bias=False),
-            _ChannelNorm(out_dim),
+            nn.Conv3d(width, width, 3, padding=1, bias=False),
+            _ChannelNorm(width),
+            nn.ReLU(),
         )
-        same = dim == out_dim and stride == (1, 1, 1)
-        shortcut = nn.Sequential(nn.Conv3d(dim, out_dim, 1, stride=stride, bias=False), _ChannelNorm(out_dim))
-        self.shortcut = nn.Identity() if same else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.shortcut(x))

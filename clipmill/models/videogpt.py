@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,26 @@ from clipmill.config import PriorModelConfig, VQVAEModelConfig, identity
 from clipmill.errors import UserError
 from clipmill.models.export import export_body, save_export
 from clipmill.models.prior import Prior
+from clipmill.models.resnet import BLOCKS
 from clipmill.models.vqvae import VQVAE, codes_shape, latent_shape
 
 __all__ = ["import_videogpt", "load_videogpt_prior", "load_videogpt_vqvae"]
 
 PIXEL_VARIANCE = 0.06
 """The published loss divides by this, whatever the data."""
+_RESNET_LAYERS = {
+    "conv1": "body.0",
+    "bnr1": "body.1",
+    "conv2": "body.3",
+    "bnr2": "body.4",
+    "proj_conv": "shortcut.0",
+    "proj_bnr": "shortcut.1",
+}
+_STEM = re.compile(r"resnet\.stem\.([01])(?:\.norm\.norm)?\.(weight|bias)")
+_RESNET_BLOCK = re.compile(
+    r"resnet\.group([1-4])\.(?:start_block|blocks\.(\d+))\."
+    rf"({'|'.join(_RESNET_LAYERS)})(?:\.norm\.norm)?\.(weight|bias)"
+)
 
 
 def import_videogpt(path: Path, folder_url: str) -> tuple[str, str]:
@@ -54,7 +69,7 @@ def import_videogpt(path: Path, folder_url: str) -> tuple[str, str]:
         "num_codes": prior.num_codes,
         "num_classes": args.class_cond_dim if args.class_cond else 0,
         "classes": [str(number) for number in range(args.class_cond_dim)] if args.class_cond else [],
-        "condition_shape": None,
+        "condition_shape": _condition_shape(args),
         "tokenizer": tokenizer_body,
         "identity": {},
         "step": 0,
@@ -95,11 +110,6 @@ def _is_prior(state: dict[str, Tensor]) -> bool:
 def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tuple[Prior, VQVAE]:
     if not _is_prior(state):
         raise UserError(f"{path} is a VQ-VAE's checkpoint, not a prior's")
-    if args.n_cond_frames:
-        raise UserError(
-            f"{path} is conditioned on {args.n_cond_frames} frames; only unconditional and class-conditional priors "
-            "can be imported"
-        )
     vqvae_state = {name.removeprefix("vqvae."): tensor for name, tensor in state.items() if name.startswith("vqvae.")}
     # The checkpoint names its VQ-VAE's settings by a path of its author's machine: its own tables tell them.
     size = (args.sequence_length, args.resolution, args.resolution)
@@ -113,12 +123,18 @@ def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tu
         dropout=args.dropout,
         attention_dropout=args.attn_dropout,
         class_conditional=args.class_cond,
+        condition="frames" if args.n_cond_frames else None,
     )
     shape = latent_shape(tokenizer.config, args.sequence_length, args.resolution)
     codebook = tokenizer.quantizer.codebook
-    prior = Prior(config, shape, len(codebook), codebook, args.class_cond_dim or 0)
-    _load(prior, lambda: _prior_state(state, config.num_layers, args.class_cond) | {"input.codebook": codebook}, path)
+    prior = Prior(config, shape, len(codebook), codebook, args.class_cond_dim or 0, _condition_shape(args))
+    _load(prior, lambda: _prior_state(state, config) | {"input.codebook": codebook}, path)
     return prior.eval(), tokenizer
+
+
+def _condition_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
+    """Of the frames that a clip starts from, (n, H, W, 3), if the prior is told any."""
+    return (args.n_cond_frames, args.resolution, args.resolution, 3) if args.n_cond_frames else None
 
 
 def _vqvae(state: dict[str, Tensor], downsample: tuple[int, int, int], path: Path) -> VQVAE:
@@ -205,7 +221,7 @@ def _qkv(published: dict[str, Tensor], prefix: str) -> Tensor:
     return torch.cat([published[f"{prefix}.w_{name}s.weight"] for name in "qkv"])
 
 
-def _prior_state(published: dict[str, Tensor], num_layers: int, class_conditional: bool) -> dict[str, Tensor]:
+def _prior_state(published: dict[str, Tensor], config: PriorModelConfig) -> dict[str, Tensor]:
     """Published names to ours; all norms go into one table."""
     stack = "attn_stack"
     state = {
@@ -215,16 +231,39 @@ def _prior_state(published: dict[str, Tensor], num_layers: int, class_conditiona
     }
     state |= {f"input.axes.{axis}": published[f"{stack}.pos_embd.emb.d_{axis}"] for axis in range(3)}
     norms = []
-    for i in range(num_layers):
+    for i in range(config.num_layers):
         old, new = f"{stack}.attn_nets.{i}", f"blocks.{i}"
-        norms += [f"{old}.pre_attn_norm", f"{old}.pre_fc_norm"]
+        norms.append(f"{old}.pre_attn_norm")
         state[f"{new}.attention.qkv.weight"] = _qkv(published, f"{old}.attn")
+        if config.attends:
+            norms.append(f"{old}.pre_enc_norm")
+            state[f"{new}.cross.q.weight"] = published[f"{old}.enc_attn.w_qs.weight"]
+            keys_values = [published[f"{old}.enc_attn.w_{name}s.weight"] for name in "kv"]
+            state[f"{new}.cross.kv.weight"] = torch.cat(keys_values)
+        norms.append(f"{old}.pre_fc_norm")
         for kind in ("weight", "bias"):
             state[f"{new}.attention.out.{kind}"] = published[f"{old}.attn.fc.{kind}"]
+            if config.attends:
+                state[f"{new}.cross.out.{kind}"] = published[f"{old}.enc_attn.fc.{kind}"]
             state[f"{new}.widen.{kind}"] = published[f"{old}.fc_block.0.{kind}"]
             state[f"{new}.narrow.{kind}"] = published[f"{old}.fc_block.2.{kind}"]
-    rows = [_norm_rows(published, norm, class_conditional) for norm in [*norms, "norm"]]
-    return state | {"norms.table": torch.stack(rows, 1)}
+    rows = [_norm_rows(published, norm, config.class_conditional) for norm in [*norms, "norm"]]
+    state["norms.table"] = torch.stack(rows, 1)
+    return state | (_frames_state(published) if config.attends else {})
+
+
+def _frames_state(published: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network over the first frames, and where their features are."""
+    state = {f"condition.axes.{axis}": published[f"cond_pos_embd.emb.d_{axis}"] for axis in range(3)}
+    for name, tensor in published.items():
+        if stem := _STEM.fullmatch(name):
+            layer, kind = stem.groups()
+            state[f"condition.encoder.stem.{layer}.{kind}"] = tensor
+        elif block := _RESNET_BLOCK.fullmatch(name):
+            group, number, layer, kind = block.groups()
+            index = sum(BLOCKS[: int(group) - 1]) + (0 if number is None else 1 + int(number))
+            state[f"condition.encoder.blocks.{index}.{_RESNET_LAYERS[layer]}.{kind}"] = tensor
+    return state
 
 
 def _norm_rows(published: dict[str, Tensor], prefix: str, class_conditional: bool) -> Tensor:

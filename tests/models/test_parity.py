@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clipmill.errors import UserError
 from clipmill.models.export import load_prior, load_vqvae
 from clipmill.models.videogpt import import_videogpt, load_videogpt_prior, load_videogpt_vqvae
+from tests.models.published_frames import NUM_FRAMES, frames_state, given_frames
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "reference"
 
@@ -72,6 +75,28 @@ def test_an_imported_prior_brings_its_tokenizer(kind: str, tmp_path: Path) -> No
     assert (body["tokenizer"]["sha8"] == sha8) == same  # tokens of the one are tokens of the other
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["uncond", "class"])
+def test_a_prior_told_frames_knows_what_the_published_one_does(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "prior.ckpt"
+    # Safe, for the file comes with the project.
+    checkpoint = torch.load(FIXTURES / f"prior_{kind}.ckpt", weights_only=False)
+    args = checkpoint["hyper_parameters"]["args"]
+    args.n_cond_frames = NUM_FRAMES
+    checkpoint["state_dict"] |= frames_state(args)
+    torch.save(checkpoint, path)
+    import_videogpt(path, str(tmp_path / "prior"))
+    prior, _, body, _ = load_prior(str(tmp_path / "prior"))
+    assert body["condition_shape"] == [NUM_FRAMES, 16, 16, 3]
+    given = fixture(f"prior_{kind}_io.pt")
+    codes, label = given["codes"], given["label"]
+    logits = prior(codes, label, given_frames(len(codes), args.resolution))
+    losses = F.cross_entropy(logits.transpose(1, 2), codes.flatten(1), reduction="none")
+    with np.load(Path(__file__).with_name("published_frames.npz")) as published:
+        expected = torch.from_numpy(published[kind]).flatten(1)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("code of a checkpoint ran",)
@@ -82,8 +107,8 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Ca
     good = torch.load(FIXTURES / "vqvae.ckpt", weights_only=False)
     small = {**good["state_dict"], "codebook.N": torch.zeros(3)}
     lacking = {name: value for name, value in good["state_dict"].items() if name != "pre_vq_conv.conv.bias"}
-    frames = torch.load(FIXTURES / "prior_uncond.ckpt", weights_only=False)
-    frames["hyper_parameters"]["args"].n_cond_frames = 2
+    no_frames = torch.load(FIXTURES / "prior_uncond.ckpt", weights_only=False)
+    no_frames["hyper_parameters"]["args"].n_cond_frames = 2
     for content, message in (
         (None, "does not exist"),
         ({"weights": 1}, "cannot be read"),
@@ -91,7 +116,7 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path, capsys: pytest.Ca
         ({**good, "state_dict": small}, "of another size"),
         ({**good, "state_dict": lacking}, "lacks weights"),
         ({**good, "state_dict": {}}, "holds no VQ-VAE"),
-        (frames, "conditioned on 2 frames"),
+        (no_frames, "lacks weights"),
     ):
         if content is not None:
             torch.save(content, path)
