@@ -21,7 +21,7 @@ import av.filter
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from clipmill.video.probe import VideoError, VideoInfo, blame_video, open_video
+from clipmill.video.probe import VideoError, VideoInfo, blame_video, decoded_frames, open_video
 
 __all__ = ["Fit", "is_truncated", "read_frames"]
 
@@ -75,22 +75,13 @@ def _read_pyav(path: str | Path, info: VideoInfo) -> Iterator[tuple[float | None
     with blame_video("cannot decode", path), open_video(path) as container:
         stream = container.streams[info.stream_index]
         stream.codec_context.thread_count = 1
-        frames = _decoded(container, stream)
+        frames = decoded_frames(container, stream)
         if info.interlaced:
             frames = _deinterlaced(frames)
         # AVI stores no presentation times: what FFmpeg guesses of B-frames is out of order. One frame a packet it is.
         times = iter(_packet_times(path, info)) if info.container == "avi" else None
         for frame in frames:
             yield frame.time if times is None else next(times, None), frame
-
-
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """All frames of a stream up to the first damaged packet, of which a decoder would make a frame up."""
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            yield from stream.decode()  # what the decoder holds back for reordering
-            return
-        yield from packet.decode()  # the last packet is empty and does the same
 
 
 def _deinterlaced(frames: Iterator[Any]) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import av
 
-__all__ = ["DecoderChoice", "VideoError", "VideoInfo", "blame_video", "open_video", "probe"]
+__all__ = ["DecoderChoice", "VideoError", "VideoInfo", "blame_video", "decoded_frames", "open_video", "probe"]
 
 DecoderChoice = Literal["auto", "decord", "pyav"]
 
@@ -134,6 +134,15 @@ def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
         return replace(info, decoder="decord" if decoder == "decord" else "pyav")
 
 
+def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """All frames of a stream up to the first damaged packet, of which a decoder would make a frame up."""
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            yield from stream.decode()  # what the decoder holds back for reordering
+            return
+        yield from packet.decode()  # the last packet is empty and does the same
+
+
 def _is_picture(stream: Any) -> bool:
     """Cover art of an audio file is a video stream of one frame."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
@@ -145,7 +154,7 @@ def _describe(container: Any, stream: Any, path: str | Path) -> VideoInfo:
         raise VideoError("no decoder knows the codec of its video stream")
     with blame_video("cannot decode the first frame", path):
         stream.codec_context.thread_count = 1
-        first = next(iter(container.decode(stream)), None)
+        first = next(decoded_frames(container, stream), None)
     if first is None:
         raise VideoError("the video stream holds no frame")
     fps = stream.average_rate or stream.guessed_rate or stream.base_rate

@@ -102,10 +102,15 @@ _FILMS = {
 
 
 def write_film(path: Path, film: Film, seed: int) -> None:
-    """A square that moves over a slope, both given by the seed."""
+    """A square that moves over a slope, both given by the seed: the same bytes each time, so that damage can be done
+    to them once more.
+    """
     width, height = film.size
-    with av.open(str(path), "w", options=dict(film.muxer)) as container:
-        stream = container.add_stream(film.codec, rate=10, options=dict(film.options))
+    options = dict(film.options)
+    if film.codec == "libx264":
+        options["x264-params"] = "mbtree=0"  # its result varies
+    with av.open(str(path), "w", options={"fflags": "+bitexact", **dict(film.muxer)}) as container:
+        stream = container.add_stream(film.codec, rate=10, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, film.pix_fmt
         stream.codec_context.thread_count = 1
         if film.rotation:
@@ -159,7 +164,9 @@ def _good(source: Path, num_plain: int) -> Iterator[Specimen]:
     write_film(source / "good" / "x.mp4", _FILMS["h264"], seed=90)
     (source / "good" / "x.mp4").rename(source / path)
     yield Specimen(path, "good", "clips", num_frames=20)
-    data = _film_bytes(_FILMS["mpeg4"], 92, source)
+    signed = _FILMS["mpeg4"]._replace(muxer=(("fflags", "+autobsf"),))  # not bit-exact: with its writer's name
+    data = _film_bytes(signed, 92, source)
+    assert b"Lavf" in data
     (source / "good" / "title.avi").write_bytes(data.replace(b"Lavf", b"\xc4\xf6\xfc\xdf"))  # no UTF-8
     yield Specimen("good/title.avi", "good", "clips", num_frames=20)
     path = "good/before-zero.mp4"  # an edit list that cuts what lies before zero
@@ -186,7 +193,7 @@ def _bad(source: Path, rng: random.Random) -> Iterator[Specimen]:
     for name, data in _without_index(source).items():
         yield save(name, "missing index", "judged", "^cannot open: Invalid data|^no decoder knows the codec", data)
     for name, cause, data in _huge(source):
-        yield save(name, "16k header", "excluded", cause, data)
+        yield save(name, "promise of gigabytes", "excluded", cause, data)
     yield save("endless.gif", "decoder at work for ever", "excluded", "^CPU time limit reached$", _endless_gif())
     os.mkfifo(source / "bad" / "pipe.mp4")
     yield Specimen("bad/pipe.mp4", "a FIFO that never ends", "unlisted")
@@ -208,7 +215,7 @@ _NO_VIDEO = (
 )
 _DAMAGE = (
     "^cannot (open|decode|decode the first frame): |^the video stream holds no frame$|^no frame could be decoded$|"
-    "^no video stream|^no decoder knows the codec"
+    "^no video stream|^no decoder knows the codec|^memory limit reached$"
 )
 
 Series = Iterator[tuple[str, str, bytes]]
@@ -306,7 +313,7 @@ def _still(muxer: str, codec: str, pixel_format: str, side: int) -> bytes:
 
 
 def _huge(source: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Tiny files whose headers promise large pictures; FFmpeg itself refuses those of 16,384 x 16,384."""
+    """Tiny files that promise large pictures (FFmpeg itself refuses those of 16,384 x 16,384) and large samples."""
     for side, cause in (
         (16000, "^memory limit reached$"),
         (16384, "^cannot decode the first frame: Invalid argument$"),
@@ -319,6 +326,10 @@ def _huge(source: Path) -> Iterator[tuple[str, str, bytes]]:
     small, large = head.pack(b"\xff\xc0", 17, 8, 48, 64), head.pack(b"\xff\xc0", 17, 8, 16384, 16384)
     assert small in jpeg
     yield "huge.avi", "^cannot decode the first frame: Invalid data", jpeg.replace(small, large)
+    mp4 = bytearray(_film_bytes(_FILMS["h264"], 802, source))
+    first_size = mp4.index(b"stsz") + 16  # after the box's name, its version, the size of all and their number
+    mp4[first_size] |= 1 << 5
+    yield "huge-sample.mp4", "^memory limit reached$", bytes(mp4)
 
 
 def _endless_gif() -> bytes:
@@ -366,7 +377,10 @@ class Verdict(NamedTuple):
 
 
 _JUDGE = """
-import sys, av
+import resource, sys, av
+with open("/proc/self/statm") as statm:
+    mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + int(sys.argv[1]), resource.RLIM_INFINITY))
 for path in sys.stdin.read().splitlines():
     count, complaint = 0, ""
     try:
@@ -381,17 +395,22 @@ for path in sys.stdin.read().splitlines():
                         count += len(stream.decode())
                         break
                     count += len(packet.decode())
+    except MemoryError:
+        complaint = "memory limit reached"
     except av.FFmpegError as error:
         complaint = error.strerror
     print(count, complaint, sep="\\t")
 """
 
 
-def judge(paths: list[Path]) -> list[Verdict]:
-    """Decodes files with FFmpeg and nothing else, in a process of its own."""
+def judge(paths: list[Path], memory_bytes: int) -> list[Verdict]:
+    """Decodes files with FFmpeg and nothing else, in a process of its own that may map so many bytes more.
+
+    The limit is the stage's own: a turned bit in an index may ask for gigabytes, and what comes of it (no memory, or
+    the end of the file) depends on how many there are.
+    """
     names = "\n".join(map(str, paths))
-    judged = subprocess.run(
-        [sys.executable, "-c", _JUDGE], input=names, capture_output=True, text=True, check=True, timeout=600
-    )
+    command = [sys.executable, "-c", _JUDGE, str(memory_bytes)]
+    judged = subprocess.run(command, input=names, capture_output=True, text=True, check=True, timeout=600)
     lines = (re.split("\t", line) for line in judged.stdout.splitlines())
     return [Verdict(int(count), complaint) for count, complaint in lines]

@@ -76,7 +76,8 @@ def test_each_bad_file_is_excluded_for_its_true_cause(poisoned: Poisoned) -> Non
 
 def test_a_damaged_file_is_excluded_if_and_only_if_ffmpeg_cannot_read_it(poisoned: Poisoned) -> None:
     judged = poisoned.of("judged")
-    verdicts = judge([poisoned.source / specimen.name for specimen in judged])
+    memory_bytes = poisoned.config.data.memory_bytes_per_video
+    verdicts = judge([poisoned.source / specimen.name for specimen in judged], memory_bytes)
     for specimen, verdict in zip(judged, verdicts, strict=True):
         if verdict.complaint or not verdict.num_frames:
             entry = poisoned.excluded.get(specimen.name, {"cause": "nothing"})

@@ -143,6 +143,17 @@ def test_a_truncated_file_is_short_and_says_so(tmp_path, name, codec):
     assert is_truncated(info, len(frames), frames[0][0], frames[-1][0])
 
 
+def test_frames_before_the_damage_count_though_the_decoder_held_them_back(tmp_path):
+    faststart = {"movflags": "faststart"}
+    path = make_video(tmp_path / "cut.mp4", options={"bf": "3"}, container_options=faststart)
+    with av.open(str(path)) as container:
+        second = [packet for packet in container.demux(video=0) if packet.size][1]
+        end = second.pos + second.size
+    path.write_bytes(path.read_bytes()[: end - 1])
+    frames = list(read_frames(path, probe(path), 64, "stretch"))
+    assert [read_barcode(frame) for _, frame in frames] == [0]
+
+
 def _nothing(path: Path) -> None:
     path.write_bytes(b"")
 
