@@ -26,11 +26,10 @@ from clipmill.evaluation.reconstruction import (
     VQVAE_SCHEMA,
     measure_reconstruction,
     tokenizer_identity,
-    tokenizer_to_judge,
     val_clips,
 )
 from clipmill.lease import Lease
-from clipmill.models.export import load_prior, load_vqvae, require_prior
+from clipmill.models.export import load_prior, load_vqvae, require_prior, require_vqvae_for
 from clipmill.models.provenance import deterministic_device
 from clipmill.progress import bar
 from clipmill.shards.dataset import decode_codes
@@ -57,7 +56,8 @@ def is_finished(config: RunConfig) -> bool:
     """
     if config.evaluate.what == "vqvae":
         clips = val_clips(config)
-        identity = tokenizer_identity(config.evaluate, clips, tokenizer_to_judge(config, clips)[1])
+        _, sha8 = require_vqvae_for(config.tokenizer_url, clips.url, clips.recipe)
+        identity = tokenizer_identity(config.evaluate, clips, sha8)
     else:
         identity = _Inputs.load(config).identity(config)
     found = read_result(config)
@@ -87,7 +87,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
 def _judge_tokenizer(config: RunConfig, lease: Lease) -> dict[str, Any]:
     clips = val_clips(config)
-    tokenizer_to_judge(config, clips)
+    require_vqvae_for(config.tokenizer_url, clips.url, clips.recipe)
     tokenizer, body, sha8 = load_vqvae(config.tokenizer_url)
     device = deterministic_device(config.cluster)  # as tokens are made, so that the same codes come out
     networks, most = Networks.load(config.evaluate, device), config.evaluate.max_clips

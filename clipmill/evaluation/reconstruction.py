@@ -20,7 +20,6 @@ from clipmill.evaluation.gallery import Gallery, GalleryPicker
 from clipmill.evaluation.networks import I3D_FEWEST_FRAMES, Networks, weights_sha256
 from clipmill.evaluation.reader import Reader, num_read
 from clipmill.evaluation.scores import CodeUsage, ReconstructionScores, VideoStatistics
-from clipmill.models.export import require_vqvae
 from clipmill.models.vqvae import VQVAE, to_input, to_pixels
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
@@ -30,7 +29,6 @@ __all__ = [
     "Reconstruction",
     "measure_reconstruction",
     "tokenizer_identity",
-    "tokenizer_to_judge",
     "val_clips",
 ]
 
@@ -56,23 +54,6 @@ def val_clips(config: RunConfig) -> Manifest:
         if num_read(clips, config.evaluate.max_clips) < 2:
             raise UserError(f"FVD needs at least 2 clips of {clips.url}; raise evaluate.max_clips or data.val_fraction")
     return clips
-
-
-def tokenizer_to_judge(config: RunConfig, clips: Manifest) -> tuple[dict[str, Any], str]:
-    """Body and sha8 of the newest tokenizer.
-
-    Raises:
-        UserError: there is none, or it was trained on clips of another size.
-    """
-    body, sha8 = require_vqvae(config.tokenizer_url)
-    for key in ("num_frames", "resolution"):
-        trained, found = body["clip"]["clip"][key], clips.recipe["clip"][key]
-        if trained != found:
-            raise UserError(
-                f"the tokenizer at {config.tokenizer_url} was trained on clips with {key}={trained}, those at "
-                f"{clips.url} have {key}={found}; evaluate it on clips like its own"
-            )
-    return body, sha8
 
 
 def tokenizer_identity(settings: EvaluateConfig, clips: Manifest, tokenizer_sha8: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ __all__ = [
     "read_latest",
     "require_prior",
     "require_vqvae",
+    "require_vqvae_for",
     "save_export",
 ]
 
@@ -128,6 +129,23 @@ def require_vqvae(url: str) -> tuple[dict[str, Any], str]:
     body, sha8 = _require_latest(url, "vqvae", "tokenizer")
     if body["kind"] != "vqvae":
         raise UserError(f"tokenize.tokenizer {url} is a {body['kind']} export; name a tokenizer's")
+    return body, sha8
+
+
+def require_vqvae_for(url: str, clips_url: str, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """As `require_vqvae`, of one that was trained on clips of the size that those of this recipe have.
+
+    Raises:
+        UserError: beside the errors of `require_vqvae`, it was trained on clips of another size.
+    """
+    body, sha8 = require_vqvae(url)
+    for key in ("num_frames", "resolution"):
+        trained, found = body["clip"]["clip"][key], recipe["clip"][key]
+        if trained != found:
+            raise UserError(
+                f"the tokenizer at {url} was trained on clips with {key}={trained}, those at {clips_url} have "
+                f"{key}={found}; train a tokenizer on these clips, or name clips like its own"
+            )
     return body, sha8
 
 

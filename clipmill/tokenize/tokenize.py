@@ -29,7 +29,7 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease
-from clipmill.models.export import load_vqvae, require_vqvae
+from clipmill.models.export import load_vqvae, require_vqvae_for
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
@@ -158,15 +158,8 @@ def _num_clips(tallies: dict[str, Tally]) -> int:
 def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
     """The clips of each split, and the recipe of the tokens to be."""
     clips = {split: Manifest.require(config.folder("clips", split), "clips") for split in SPLITS}
-    body, sha8 = require_vqvae(config.tokenizer_url)
     clip_recipe = clips["train"].recipe
-    for key in ("num_frames", "resolution"):
-        trained, found = body["clip"]["clip"][key], clip_recipe["clip"][key]
-        if trained != found:
-            raise UserError(
-                f"the tokenizer at {config.tokenizer_url} was trained on clips with {key}={trained}, the clips at "
-                f"{config.folder('clips')} have {key}={found}; train a tokenizer on these clips"
-            )
+    body, sha8 = require_vqvae_for(config.tokenizer_url, config.folder("clips"), clip_recipe)
     num_frames = clip_recipe["clip"]["num_frames"]
     if config.tokenize.condition_frames > num_frames:
         raise UserError(

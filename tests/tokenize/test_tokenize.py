@@ -191,7 +191,7 @@ def test_what_is_missing_or_unfit_is_named_before_anything_is_written(clips: Run
     Path(other.root).mkdir()
     Path(other.folder("clips")).symlink_to(clips.folder("clips"))
     export_tokenizer(other, seed=1, num_frames=8)
-    with pytest.raises(UserError, match=r"num_frames=8, the clips .* have num_frames=4"):
+    with pytest.raises(UserError, match=r"num_frames=8, those at .* have num_frames=4"):
         tokenize.is_finished(other)
     assert not Path(other.folder("tokens")).exists()
 
