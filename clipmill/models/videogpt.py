@@ -1,6 +1,8 @@
 """The published VideoGPT checkpoints, as state of our models (names and facts of its public code, MIT licence).
 
-A checkpoint is untrusted input: only tensors, plain containers and ``argparse.Namespace`` are unpickled.
+A checkpoint is untrusted input: only tensors, plain containers and ``argparse.Namespace`` are unpickled (of the classes
+of Lightning that its trainer leaves beside them no more than the names), and no model is built before the file is known
+to hold weights of its size.
 """
 
 from __future__ import annotations
@@ -8,13 +10,13 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipmill.config import PriorModelConfig, VQVAEModelConfig, identity
 from clipmill.errors import UserError
@@ -25,8 +27,12 @@ from clipmill.models.vqvae import VQVAE, codes_shape, latent_shape
 
 __all__ = ["import_videogpt", "load_videogpt_prior", "load_videogpt_vqvae"]
 
+Model = TypeVar("Model", VQVAE, Prior)
+
 PIXEL_VARIANCE = 0.06
 """The published loss divides by this, whatever the data."""
+_UNLIKE_PUBLISHED = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a file without the expected names, shapes and settings leads to, wherever that is noticed."""
 _RESNET_LAYERS = {
     "conv1": "body.0",
     "bnr1": "body.1",
@@ -56,36 +62,41 @@ def import_videogpt(path: Path, folder_url: str) -> tuple[str, str]:
         UserError: the file is no such checkpoint, or one that is not supported. Nothing was written.
     """
     state, args = _read(path)
-    if not _is_prior(state):
-        tokenizer = _vqvae(state, tuple(args.downsample), path)
-        return "vqvae", save_export(folder_url, tokenizer, _vqvae_body(tokenizer, args))
-    prior, tokenizer = _prior(state, args, path)
-    # A tokenizer inside a prior's export is described as in an export of its own, whose name tokens refer to.
-    tokenizer_body = export_body(tokenizer, _vqvae_body(tokenizer, args))
-    body = {
-        "kind": "prior",
-        "model": identity(prior.config),
-        "latent_shape": list(prior.latent_shape),
-        "num_codes": prior.num_codes,
-        "num_classes": args.class_cond_dim if args.class_cond else 0,
-        "classes": [str(number) for number in range(args.class_cond_dim)] if args.class_cond else [],
-        "condition_shape": _condition_shape(args),
-        "tokenizer": tokenizer_body,
-        "identity": {},
-        "step": 0,
-    }
+    with _blame(path):
+        if not _is_prior(state):
+            tokenizer = _vqvae(state, tuple(args.downsample), path)
+            body = _vqvae_body(tokenizer, args)
+        else:
+            prior, tokenizer = _prior(state, args, path)
+            # A tokenizer in a prior's export is described as in an export of its own, whose name tokens refer to.
+            body = _prior_body(prior, args, export_body(tokenizer, _vqvae_body(tokenizer, args)))
+    if body["kind"] == "vqvae":
+        return "vqvae", save_export(folder_url, tokenizer, body)
     return "prior", save_export(folder_url, prior, body, tokenizer=tokenizer)
 
 
 def load_videogpt_vqvae(path: Path) -> VQVAE:
     """The tokenizer of a published VQ-VAE checkpoint, in eval mode; errors as `import_videogpt`."""
     state, args = _read(path)
-    return _vqvae(state, tuple(args.downsample), path)
+    with _blame(path):
+        return _vqvae(state, tuple(args.downsample), path)
 
 
 def load_videogpt_prior(path: Path) -> tuple[Prior, VQVAE]:
     """Prior and tokenizer of a published prior checkpoint, in eval mode; errors as `import_videogpt`."""
-    return _prior(*_read(path), path)
+    state, args = _read(path)
+    with _blame(path):
+        return _prior(state, args, path)
+
+
+class _Inert:
+    """What stands for a class of Lightning: its trainer saves the state of callbacks under their classes."""
+
+    def __new__(cls, *_: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
@@ -93,14 +104,36 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
         raise UserError(f"checkpoint {path} does not exist; name a file that the published VideoGPT code wrote")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        lightning = [name for name in foreign if name.startswith(("pytorch_lightning.", "lightning."))]
+        if refused := sorted(set(foreign) - set(lightning)):
+            raise UserError(
+                f"{path} holds {', '.join(refused)}; files with anything but tensors and settings inside are refused, "
+                "for loading them would run their code"
+            )
+        with torch.serialization.safe_globals([argparse.Namespace, *((_Inert, name) for name in lightning)]):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint["state_dict"], checkpoint["hyper_parameters"]["args"]
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError, TypeError) as error:
+        state, args = checkpoint["state_dict"], checkpoint["hyper_parameters"]["args"]
+        if not isinstance(args, argparse.Namespace):
+            raise TypeError(f"settings of type {type(args).__name__}")
+        for name, tensor in state.items():
+            # One number may claim to be any number of weights.
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{name} has fewer numbers than its shape {tuple(tensor.shape)} says")
+        return state, args
+    except (pickle.UnpicklingError, *_UNLIKE_PUBLISHED) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read as a checkpoint of the published VideoGPT code: {reason}; files with anything but "
-            "tensors and settings inside are refused, for loading them would run their code"
-        ) from error
+        raise UserError(f"{path} cannot be read as a checkpoint of the published VideoGPT code: {reason}") from error
+
+
+@contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    """Turns what settings or weights that do not go together lead to into a UserError."""
+    try:
+        yield
+    except _UNLIKE_PUBLISHED as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path} is unlike the checkpoints of the published VideoGPT code: {reason}") from error
 
 
 def _is_prior(state: dict[str, Tensor]) -> bool:
@@ -110,6 +143,11 @@ def _is_prior(state: dict[str, Tensor]) -> bool:
 def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tuple[Prior, VQVAE]:
     if not _is_prior(state):
         raise UserError(f"{path} is a VQ-VAE's checkpoint, not a prior's")
+    if args.attn_type != "full":
+        raise UserError(
+            f"{path} was trained with attn_type={args.attn_type}, which attends to some blocks of codes alone; only "
+            "priors with attn_type=full can be imported"
+        )
     vqvae_state = {name.removeprefix("vqvae."): tensor for name, tensor in state.items() if name.startswith("vqvae.")}
     # The checkpoint names its VQ-VAE's settings by a path of its author's machine: its own tables tell them.
     size = (args.sequence_length, args.resolution, args.resolution)
@@ -117,9 +155,9 @@ def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tu
     t, h, w = (whole // length for whole, length in zip(size, lengths, strict=True))
     tokenizer = _vqvae(vqvae_state, (t, h, w), path)
     config = PriorModelConfig(
-        hidden_dim=args.hidden_dim,
+        hidden_dim=len(state["fc_in.weight"]),
         num_heads=args.heads,
-        num_layers=args.layers,
+        num_layers=_count(state, "attn_stack.attn_nets."),
         dropout=args.dropout,
         attention_dropout=args.attn_dropout,
         class_conditional=args.class_cond,
@@ -127,9 +165,12 @@ def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tu
     )
     shape = latent_shape(tokenizer.config, args.sequence_length, args.resolution)
     codebook = tokenizer.quantizer.codebook
-    prior = Prior(config, shape, len(codebook), codebook, args.class_cond_dim or 0, _condition_shape(args))
-    _load(prior, lambda: _prior_state(state, config) | {"input.codebook": codebook}, path)
-    return prior.eval(), tokenizer
+    prior = _loaded(
+        lambda: Prior(config, shape, len(codebook), codebook, args.class_cond_dim or 0, _condition_shape(args)),
+        _prior_state(state, config) | {"input.codebook": codebook},
+        path,
+    )
+    return prior, tokenizer
 
 
 def _condition_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
@@ -144,21 +185,30 @@ def _vqvae(state: dict[str, Tensor], downsample: tuple[int, int, int], path: Pat
     num_codes, embedding_dim = state["codebook.embeddings"].shape
     config = VQVAEModelConfig(
         hidden_dim=len(state["encoder.conv_last.conv.weight"]),
-        num_res_layers=len({name.split(".")[2] for name in state if name.startswith("encoder.res_stack.")}) - 1,
+        num_res_layers=_count(state, "encoder.res_stack.") - 1,
         embedding_dim=embedding_dim,
         num_codes=num_codes,
         downsample=downsample,
     )
-    model = VQVAE(config, PIXEL_VARIANCE)
-    _load(model, lambda: _vqvae_state(state, config), path)
+    return _loaded(lambda: VQVAE(config, PIXEL_VARIANCE), _vqvae_state(state, config), path)
+
+
+def _count(state: dict[str, Tensor], prefix: str) -> int:
+    """Of the modules in a list."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def _loaded(make: Callable[[], Model], state: dict[str, Tensor], path: Path) -> Model:
+    """A model with this state, in eval mode."""
+    with torch.device("meta"):
+        expected = make().state_dict()
+    for name in expected.keys() | state.keys():
+        wanted, found = (None if name not in each else tuple(each[name].shape) for each in (expected, state))
+        if wanted != found:
+            raise UserError(f"{path} lacks weights, or has some of another size: {name} is {found}, not {wanted}")
+    model = make()
+    model.load_state_dict(state)
     return model.eval()
-
-
-def _load(model: nn.Module, make_state: Callable[[], dict[str, Tensor]], path: Path) -> None:
-    try:
-        model.load_state_dict(make_state())
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} lacks weights, or has some of another size: {' '.join(str(error).split())}") from error
 
 
 def _vqvae_body(model: VQVAE, args: argparse.Namespace) -> dict[str, Any]:
@@ -169,6 +219,21 @@ def _vqvae_body(model: VQVAE, args: argparse.Namespace) -> dict[str, Any]:
         "num_codes": model.config.num_codes,
         "clip": {"clip": {"num_frames": args.sequence_length, "resolution": args.resolution}},
         "pixel_variance": PIXEL_VARIANCE,
+        "identity": {},
+        "step": 0,
+    }
+
+
+def _prior_body(prior: Prior, args: argparse.Namespace, tokenizer_body: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "prior",
+        "model": identity(prior.config),
+        "latent_shape": list(prior.latent_shape),
+        "num_codes": prior.num_codes,
+        "num_classes": args.class_cond_dim if args.class_cond else 0,
+        "classes": [str(number) for number in range(args.class_cond_dim)] if args.class_cond else [],
+        "condition_shape": _condition_shape(args),
+        "tokenizer": tokenizer_body,
         "identity": {},
         "step": 0,
     }

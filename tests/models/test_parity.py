@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +104,54 @@ class Harmful:
         return print, ("code of a checkpoint ran",)
 
 
+def test_what_lightning_leaves_beside_the_weights_does_no_harm(tmp_path: Path) -> None:
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": name})  # its state is saved under the class
+    state = {"monitor": "val/loss", "best_model_score": torch.tensor(0.5), "dirpath": "lightning_logs"}
+    path = tmp_path / "model.ckpt"
+    with pytest.MonkeyPatch.context() as lightning:
+        for package in ("pytorch_lightning", "pytorch_lightning.callbacks", name):  # where pickle looks for it
+            lightning.setitem(sys.modules, package, types.ModuleType(package))
+        lightning.setattr(sys.modules[name], "ModelCheckpoint", callback, raising=False)
+        torch.save({**changed("vqvae.ckpt"), "callbacks": {callback: state}, "lr_schedulers": [{"step": 3}]}, path)
+    expected = import_videogpt(FIXTURES / "vqvae.ckpt", str(tmp_path / "out"))
+    assert import_videogpt(path, str(tmp_path / "out")) == expected
+
+
+def changed(name: str, **settings: Any) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(FIXTURES / name, weights_only=False)
+    args = vars(checkpoint["hyper_parameters"]["args"])
+    args.update({key: value for key, value in settings.items() if value is not ...})
+    for key in [key for key, value in settings.items() if value is ...]:
+        del args[key]
+    return checkpoint
+
+
 def test_what_is_no_such_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.ckpt"
-    good = torch.load(FIXTURES / "vqvae.ckpt", weights_only=False)
-    small = {**good["state_dict"], "codebook.N": torch.zeros(3)}
-    lacking = {name: value for name, value in good["state_dict"].items() if name != "pre_vq_conv.conv.bias"}
-    no_frames = torch.load(FIXTURES / "prior_uncond.ckpt", weights_only=False)
-    no_frames["hyper_parameters"]["args"].n_cond_frames = 2
+    good = changed("vqvae.ckpt")
+    state = good["state_dict"]
+    small = {**state, "codebook.N": torch.zeros(3)}
+    lacking = {name: value for name, value in state.items() if name != "pre_vq_conv.conv.bias"}
+    endless = {**state, "codebook.embeddings": torch.zeros(1).expand(2**40, 16)}
+    wide = {**state, "encoder.conv_last.conv.weight": torch.zeros(400_000, 1, 1, 1, 1)}
     for content, message in (
         (None, "does not exist"),
         ({"weights": 1}, "cannot be read"),
-        ({**good, "extra": Harmful()}, "cannot be read"),
+        ({**good, "extra": Harmful()}, r"holds .*print; .* refused"),
         ({**good, "state_dict": small}, "of another size"),
-        ({**good, "state_dict": lacking}, "lacks weights"),
+        ({**good, "state_dict": lacking}, r"unlike .*pre_vq_conv\.conv\.bias"),
         ({**good, "state_dict": {}}, "holds no VQ-VAE"),
-        (no_frames, "lacks weights"),
+        ({**good, "state_dict": {**state, "codebook.N": 3}}, "cannot be read"),
+        ({**good, "state_dict": endless}, "codebook.embeddings has fewer numbers"),
+        ({**good, "state_dict": wide}, "of another size"),
+        ({**good, "hyper_parameters": {"args": {"downsample": (4, 4, 4)}}}, "settings of type dict"),
+        (changed("vqvae.ckpt", downsample=...), "unlike .*downsample"),
+        (changed("vqvae.ckpt", downsample=(3, 2, 2)), "unlike .*powers of two"),
+        (changed("prior_uncond.ckpt", n_cond_frames=2), "unlike .*enc_attn"),
+        (changed("prior_uncond.ckpt", heads=7), "unlike .*heads"),
+        (changed("prior_uncond.ckpt", attn_type="sparse"), "attn_type=sparse"),
+        (changed("prior_class.ckpt", class_cond_dim=2**40), "of another size"),
     ):
         if content is not None:
             torch.save(content, path)
