@@ -101,7 +101,8 @@ class CausalAttention(nn.Module):
             cache.keys[:, :, : x.shape[1]] = k
             cache.values[:, :, : x.shape[1]] = v
         grouped = self.num_kv_heads < self.num_heads
-        if grouped and not x.is_cuda:  # on a CPU, grouped heads would materialise the L x L scores
+        # Only CUDA's kernels of half precision know grouped heads: others would materialise the L x L scores.
+        if grouped and not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
             k, v = (heads.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for heads in (k, v))
             grouped = False
         dropout = self.dropout if self.training else 0.0

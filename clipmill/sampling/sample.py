@@ -34,7 +34,7 @@ from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.progress import bar
 from clipmill.sampling.generate import generate
 from clipmill.shards.dataset import ShardDataset, decode_codes
-from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
+from clipmill.shards.format import Sample, UnitWriter, code_dtype, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, committed_units, freeze, read_commit
 
 __all__ = ["folder_url", "is_finished", "run"]
@@ -250,7 +250,7 @@ def _make_batch(
             top_p=settings.top_p,
         )
         video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
-    narrow_codes = codes.cpu().numpy().astype(np.min_scalar_type(prior.num_codes - 1))
+    narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))
     with tempfile.TemporaryDirectory(prefix="clipmill-sample-") as folder:
         writer = UnitWriter(Path(folder), "samples", unit, _SHARD_BYTES)
         for index, name, clip, clip_codes in zip(indices, names, video, narrow_codes, strict=True):

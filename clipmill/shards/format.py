@@ -27,6 +27,7 @@ __all__ = [
     "Part",
     "Sample",
     "UnitWriter",
+    "code_dtype",
     "file_sha256",
     "json_bytes",
     "npy_bytes",
@@ -246,6 +247,11 @@ def read_sample(shard: memoryview, start: int, end: int) -> tuple[str, dict[str,
 def json_bytes(document: Any) -> bytes:
     """A JSON document in its one canonical form: keys sorted, no spaces, ASCII, no NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def code_dtype(num_codes: int) -> np.dtype:
+    """Of stored codes: the narrowest unsigned type, little-endian, that holds 0 ... num_codes - 1."""
+    return np.min_scalar_type(num_codes - 1).newbyteorder("<")
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -1,10 +1,10 @@
 """Stage ``tokenize``: every clip is encoded once, so that training the prior reads a few hundred codes a clip.
 
 Unit n of the clips becomes unit n of the tokens, in each split: ``{key}.codes.npy`` (as narrow as the codebook
-allows, shape t h w) with the clip's own ``{key}.json``, where it has them its ``{key}.actions.npy``, and what else a
-prior is to be told of it: ``{key}.frames.npy``, its first frames, and ``{key}.text.npy``, the embedding of its text. A
-worker loads the tokenizer once, keeps to a fixed number of threads, and forms its batches inside a unit in order, so a
-unit's bytes do not depend on which worker does it.
+allows, shape t h w [codebooks]) with the clip's own ``{key}.json``, where it has them its ``{key}.actions.npy``, and
+what else a prior is to be told of it: ``{key}.frames.npy``, its first frames, and ``{key}.text.npy``, the embedding of
+its text. A worker loads the tokenizer once, keeps to a fixed number of threads, and forms its batches inside a unit in
+order, so a unit's bytes do not depend on which worker does it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipmill import storage
@@ -31,10 +33,11 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_vqvae, require_vqvae_for
 from clipmill.models.provenance import computed_with, deterministic_device
+from clipmill.models.quantizers import codebook_metrics
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
 from clipmill.shards.dataset import ShardDataset, decode_clip
-from clipmill.shards.format import Sample, UnitWriter, npy_bytes, parse_npy
+from clipmill.shards.format import Sample, UnitWriter, code_dtype, npy_bytes, parse_npy
 from clipmill.shards.interop import publish_energon
 from clipmill.shards.manifest import SPLITS, Manifest, commit_unit, committed_units, freeze, read_commits
 
@@ -74,7 +77,8 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         StageFailed: a unit failed at every attempt.
     """
     clips, recipe = _inputs(config)
-    tallies = {split: Tally(recipe["num_codes"]) for split in SPLITS}
+    num_codebooks = math.prod(recipe["latent_shape"][3:])
+    tallies = {split: Tally(recipe["num_codes"], num_codebooks) for split in SPLITS}
     pending = [unit for split in SPLITS for unit in _count_committed(config, clips[split], recipe, tallies[split])]
     began, num_clips_before = time.monotonic(), _num_clips(tallies)
     with bar("tokenize", total=sum(manifest.num_samples for manifest in clips.values()), unit="clips") as progress:
@@ -122,14 +126,15 @@ class Tally:
 
     Attributes:
         num_clips: clips encoded.
-        code_counts: int64 [num_codes], how often each code occurs.
+        code_counts: int64 [M * K], how often each of the K codes of each of the M codebooks occurs.
         versions: of the software that encoded them.
         fields: what clips come with beside codes: in how many of them, and the shapes it has.
     """
 
-    def __init__(self, num_codes: int) -> None:
+    def __init__(self, num_codes: int, num_codebooks: int) -> None:
         self.num_clips = 0
-        self.code_counts = np.zeros(num_codes, np.int64)
+        self.num_codebooks = num_codebooks
+        self.code_counts = np.zeros(num_codebooks * num_codes, np.int64)
         self.versions: list[dict[str, Any]] = []
         self.fields: dict[str, dict[str, Any]] = {}
 
@@ -146,9 +151,9 @@ class Tally:
 
     @property
     def perplexity(self) -> float:
-        """Codes that would carry as much if they were used evenly: exp of the entropy of their frequencies."""
-        frequencies = self.code_counts[self.code_counts > 0] / max(int(self.code_counts.sum()), 1)
-        return float(np.exp(-(frequencies * np.log(frequencies)).sum()))
+        """See `codebook_metrics`."""
+        counts = torch.from_numpy(self.code_counts).double()
+        return codebook_metrics(counts, self.num_codebooks)["codebook_perplexity"].item()
 
 
 def _num_clips(tallies: dict[str, Tally]) -> int:
@@ -241,11 +246,6 @@ def _freeze(
 # ------------------------------------------------------------------------------------------- the worker
 
 
-def code_dtype(num_codes: int) -> np.dtype:
-    """The narrowest unsigned type, little-endian, that holds 0 ... num_codes - 1."""
-    return np.min_scalar_type(num_codes - 1).newbyteorder("<")
-
-
 @dataclass(frozen=True)
 class Encoder:
     """A tokenizer that is ready to work, and what its bytes depend on."""
@@ -261,6 +261,12 @@ class Encoder:
         batch = torch.from_numpy(np.stack(videos)).to(self.device)
         codes = self.model.encode(to_input(batch)).cpu().numpy()
         return codes.astype(code_dtype(self.num_codes))
+
+    def count(self, codes: npt.ArrayLike) -> np.ndarray:
+        """How often each code occurs in codes [..., M] (or [...] of one codebook): int64 [M * K]."""
+        num_codebooks = self.model.config.num_codebooks
+        rows = np.asarray(codes, np.int64).reshape(-1, num_codebooks) + np.arange(num_codebooks) * self.num_codes
+        return np.bincount(rows.reshape(-1), minlength=num_codebooks * self.num_codes)
 
     def versions(self) -> dict[str, Any]:
         """What the codes depend on beside clips and tokenizer."""
@@ -282,7 +288,7 @@ def _tokenize_unit(
     config: RunConfig, lease: Lease, tokenizer: str, encoder: Encoder, clips: dict[str, Manifest], unit: Unit
 ) -> dict[str, Any]:
     """Encodes, packs and commits one unit; returns its commit record without the parts."""
-    counts = np.zeros(encoder.num_codes, np.int64)
+    counts = encoder.count([])  # of none yet
     num_clips = 0
     fields: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="clipmill-tokenize-") as folder:
@@ -299,7 +305,7 @@ def _tokenize_unit(
                     members["text.npy"] = embedding
                 writer.add(Sample(clip["key"], members))
                 _count_fields(fields, members)
-                counts += np.bincount(codes.reshape(-1), minlength=encoder.num_codes)
+                counts += encoder.count(codes)
                 num_clips += 1
         body = {
             "tokenizer": tokenizer,
@@ -316,7 +322,7 @@ def _tokenize_unit(
     return {name: record[name] for name in body}
 
 
-@functools.lru_cache(maxsize=1024)  # the clips of a video come one after the other
+@functools.lru_cache(maxsize=1)  # the clips of a video come one after the other
 def _text_embedding(folder_url: str | None, text: str | None) -> bytes | None:
     """The ``.npy`` that holds the embedding of a text; none where there is no such text or file."""
     if folder_url is None or text is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -19,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from clipmill.config import PriorModelConfig, RunConfig
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import codes_shape
+from clipmill.shards.format import code_dtype
 from clipmill.training.loop import rows_and_accumulation
 from clipmill.training.zero.engine import BUCKET_ELEMENTS
 
@@ -228,7 +228,7 @@ def _condition_shape(config: RunConfig) -> tuple[int, ...] | None:
 
 def _token_bytes(tokens_per_clip: int, num_codes: int) -> int:
     """Bytes of a clip in a token shard: two members of a tar, each with a header and in whole blocks."""
-    codes = 128 + tokens_per_clip * np.min_scalar_type(num_codes - 1).itemsize  # .npy header, codes
+    codes = 128 + tokens_per_clip * code_dtype(num_codes).itemsize  # .npy header, codes
     about = TAR_BLOCK  # of json, rounded up
     return 2 * TAR_BLOCK + math.ceil(codes / TAR_BLOCK) * TAR_BLOCK + about
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from clipmill.cluster import connect
-from clipmill.config import ClusterConfig, RunConfig, identity
+from clipmill.config import ClusterConfig, RunConfig, VQVAEModelConfig, identity
 from clipmill.errors import UserError
 from clipmill.lease import hold
 from clipmill.models.export import load_vqvae, save_export
 from clipmill.models.vqvae import VQVAE, latent_shape, to_input
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
+from clipmill.shards.format import code_dtype
 from clipmill.shards.manifest import SPLITS, Manifest, committed_units, read_commit
 from clipmill.tokenize import tokenize
 from tests.pipeline.corpus import NUM_FRAMES, RESOLUTION, facts_of, files_of, run_config, run_shard, write_corpus
@@ -124,10 +125,18 @@ def test_codes_are_as_narrow_as_the_codebook_allows(finished: tuple[RunConfig, d
     manifest = Manifest.load(config.folder("tokens", "train"), "tokens")
     shard = storage_bytes(config, manifest.shards[0].name)
     assert b"'descr': '<u2'" in shard
-    assert tokenize.code_dtype(256).str == "|u1"
-    assert tokenize.code_dtype(257).str == "<u2"
-    assert tokenize.code_dtype(65_536).str == "<u2"
-    assert tokenize.code_dtype(65_537).str == "<u4"
+    assert [code_dtype(num_codes).str for num_codes in (256, 257, 65_536, 65_537)] == ["|u1", "<u2", "<u2", "<u4"]
+
+
+def test_codes_are_counted_for_each_codebook() -> None:
+    """Two codebooks of four codes, of which each has collapsed to one."""
+    codes = np.tile(np.array([0, 3], np.uint8), (2, 3, 3, 1))
+    model = VQVAE(VQVAEModelConfig(hidden_dim=8, num_codes=4, embedding_dim=4, num_codebooks=2), 0.06)
+    counts = tokenize.Encoder(model, 4, torch.device("cpu"), 1).count(codes)
+    tally = tokenize.Tally(4, 2)
+    tally.add({"num_clips": 2, "code_counts": counts.tolist(), "versions": {}, "fields": {}})
+    assert counts.tolist() == [18, 0, 0, 0, 0, 0, 0, 18]
+    assert tally.perplexity == 1
 
 
 def storage_bytes(config: RunConfig, name: str) -> bytes:
