@@ -47,6 +47,8 @@ __all__ = ["Report", "connect", "is_embedded", "run_workers"]
 
 logger = logging.getLogger(__name__)
 
+COLLECTIVE_TIMEOUT_SECONDS = 7200
+"""A rank that hangs is to be found by those who can name it, long before its peers lose their patience."""
 PEER_GRACE_SECONDS = 30
 """How long a rank that gave up lets the others come to the same end before it has the group torn down."""
 GROUP_START_TIMEOUT_SECONDS = 600
@@ -61,20 +63,27 @@ class Mailbox:
         self._progress: dict[int, dict[str, Any]] = {}
         self._newest: dict[int, tuple[int, int]] = {}
         self._attempts = 0
+        self._begun_group: str | None = None
         self._finished: set[int] = set()
         self._verdict: tuple[str, str] | None = None
         self._controller: ActorHandle | None = None
         self._stop = asyncio.Event()
         self._all_finished = asyncio.Event()
 
-    async def begin(self, rank: int) -> int | None:
-        """A rank starts (again), as attempt number so many; None: a verdict stands or the driver wants to stop."""
+    async def begin(self, rank: int, group: str) -> int | None:
+        """A rank of a new group starts, as attempt number so many; None: a verdict stands or the driver wants to stop.
+
+        Where one rank of a group has begun, a stop lets the others begin too: it would wait for them.
+        """
         self._attempts += 1
         self._finished.discard(rank)
         self._all_finished.clear()
-        if self._verdict is None and self._stop.is_set():
+        if self._verdict is None and self._stop.is_set() and group != self._begun_group:
             self._verdict = ("Interrupted", "stopped before the training began; submit the same command again")
-        return self._attempts if self._verdict is None else None
+        if self._verdict is not None:
+            return None
+        self._begun_group = group
+        return self._attempts
 
     async def put(self, rank: int, number: tuple[int, int], progress: dict[str, Any]) -> None:
         """Keeps the newest progress of a rank, by (attempt, update): async actors may run calls out of order."""
@@ -155,7 +164,8 @@ def _run_rank(task: dict[str, Any]) -> None:
     mailbox, rank = task["mailbox"], ray.train.get_context().get_world_rank()
     torch.set_num_threads(task["num_threads"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    attempt = ray.get(mailbox.begin.remote(rank))
+    group = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # a port of its own each time
+    attempt = ray.get(mailbox.begin.remote(rank, group))
     if attempt is None:
         return
     report = Report(mailbox, rank, attempt)
@@ -287,10 +297,12 @@ class _Fit:
 
         environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(task["num_threads"])}
         if not config.use_gpu:
-            environment["DS_ACCELERATOR"] = "cpu"
+            # Ray shows a worker that asked for none of the GPUs all of them.
+            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         self._trainer = _trainer(ray.train.torch.TorchTrainer, task["mailbox"])(
             # As train_loop_config it would be unpickled, and the stage imported, in Ray Train's controller as well.
             functools.partial(_run_rank, task),
+            torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.training_workers,
                 use_gpu=config.use_gpu,

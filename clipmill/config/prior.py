@@ -84,6 +84,8 @@ class PriorModelConfig(Section):
             raise ValueError(f"hidden_dim {self.hidden_dim} must be a multiple of num_heads {self.num_heads}")
         if self.style == "videogpt" and self.num_kv_heads is not None:
             raise ValueError("num_kv_heads needs style=modern: the published attention has as many keys as queries")
+        if self.style == "videogpt" and self.rope_base != 100.0:
+            raise ValueError("rope_base needs style=modern: the published positions are learned")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.style == "modern" and self.head_dim % 2:

@@ -32,7 +32,7 @@ class SampleConfig(Section):
     name: str = "default"
     """Samples go to ``samples/NAME`` under ``root``."""
     num_samples: Annotated[PositiveInt, FREE] = 64
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_k: PositiveInt | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -102,7 +102,7 @@ class RunConfig(Section):
 
     root: Annotated[str, FREE]
     """URL of the run's folder: ``runs/demo``, ``s3://bucket/runs/bair``."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     data: DataConfig = DataConfig()
     vqvae: VQVAEConfig = VQVAEConfig()
     tokenize: TokenizeConfig = TokenizeConfig()

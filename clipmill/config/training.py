@@ -24,6 +24,16 @@ DATASET_KEYS = frozenset({"clips", "tokens"})
 """Of a training's identity: fingerprints of the data sets."""
 
 
+DEEPSPEED_TWINS = {
+    "train_batch_size": "global_batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "micro_batch",
+    "gradient_clipping": "grad_clip",
+    "zero_optimization.stage": "zero_stage",
+}
+"""Keys of DeepSpeed, and ours that decide them."""
+
+
 class TrainingConfig(Section):
     """What the two training stages share."""
 
@@ -80,7 +90,16 @@ class TrainingConfig(Section):
     wandb_project: Annotated[str | None, FREE] = None
     """Record to this project of Weights & Biases too; needs its package ``wandb``."""
     deepspeed: Annotated[dict[str, Any], FREE] = Field(default_factory=dict)
-    """Merged over the DeepSpeed config that ours becomes, for experts."""
+    """Merged over the DeepSpeed config that ours becomes, for experts; what a key here says is refused there."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _says_nothing_twice(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
+        given = deepspeed | {f"zero_optimization.{key}": 0 for key in deepspeed.get("zero_optimization", {})}
+        for key, ours in DEEPSPEED_TWINS.items():
+            if key in given:
+                raise ValueError(f"deepspeed: {key} is what {ours} says; set that")
+        return deepspeed
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> TrainingConfig:
@@ -135,8 +154,9 @@ class VQVAEModelConfig(Section):
     """Codes of one codebook."""
     num_codebooks: Annotated[int, Field(ge=1, le=8)] = 1
     """Codes of one latent; each has a slice of its channels."""
-    fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = ()
-    """Levels of each channel; their product is num_codes: 4, 4, 4, 4 for 256 codes, 8, 5, 5, 5 for 1,000."""
+    fsq_levels: tuple[Annotated[int, Field(ge=3)], ...] = ()
+    """Levels of each channel; their product is num_codes: 4, 4, 4, 4 for 256 codes, 8, 5, 5, 5 for 1,000. Of two levels
+    the shifted tanh of the paper would reach only one; ``lfq`` is what has two."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
     """Between latents and codes of ``ema``."""
     codebook_start: Literal["rows", "kmeans"] = "rows"
@@ -166,6 +186,12 @@ class VQVAEModelConfig(Section):
             raise ValueError(
                 f"fsq_levels {self.fsq_levels} make {num_codes} codes, not num_codes {self.num_codes}; "
                 "set both, such as fsq_levels=[4,4,4,4] and num_codes=256"
+            )
+        if self.quantizer != "fsq" and self.fsq_levels:
+            raise ValueError(f"fsq_levels has no meaning with quantizer={self.quantizer}; remove it, or set fsq")
+        if self.quantizer != "ema" and (self.distance, self.codebook_start) != ("euclidean", "rows"):
+            raise ValueError(
+                f"distance and codebook_start have no meaning with quantizer={self.quantizer}; remove them"
             )
         if self.quantizer == "lfq" and self.num_codes & (self.num_codes - 1):
             raise ValueError(f"num_codes {self.num_codes} must be a power of two for quantizer lfq, such as 1024")

@@ -39,16 +39,17 @@ class Ledger:
         world: this process among its peers.
         policy: ``stop`` or ``skip``, see ``TrainingConfig.bad_steps``.
         folder_url: the training folder, for its checkpoints.
+        num_skipped: steps left out before.
 
     Attributes:
-        num_skipped: steps left out since this attempt began.
+        num_skipped: steps left out, in all.
     """
 
-    def __init__(self, world: World, policy: str, folder_url: str) -> None:
+    def __init__(self, world: World, policy: str, folder_url: str, num_skipped: int) -> None:
         self._world, self._policy, self._folder_url = world, policy, folder_url
         self._steps: list[_Step] = []
         self._in_a_row = 0
-        self.num_skipped = 0
+        self.num_skipped = num_skipped
 
     def add(self, number: int, keys: list[str], loss: Tensor, norm: Tensor, left_out: Tensor) -> None:
         """Notes a step without looking at it.

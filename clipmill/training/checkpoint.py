@@ -19,12 +19,13 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipmill import storage
-from clipmill.errors import StageFailed, UserError
+from clipmill.errors import StorageUnavailable, UserError
 from clipmill.lease import Lease
 from clipmill.shards.format import file_sha256
 from clipmill.training.world import World
@@ -35,6 +36,8 @@ __all__ = ["Checkpoint", "Saver", "fetch", "list_checkpoints", "newest", "prune"
 SCHEMA = 1
 NODE_WAIT_SECONDS = 1800.0
 """How long rank 0 waits for the slowest node's upload."""
+MOST_FAILED_UPLOADS = 3
+"""In a row: a storage that is away for a while costs checkpoints, not the training."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +79,14 @@ class Saver:
     ) -> None:
         self._world, self._folder_url, self._attempt, self._lease = world, folder_url, attempt, lease
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._nodes = _nodes(world)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._num_failed = 0
 
     def save(self, engine: Engine, step: int, state: dict[str, Any]) -> None:
-        """Stages a checkpoint and starts its upload. Collective; the one before has been committed when it returns.
+        """Stages a checkpoint and starts its upload. Collective; that of the one before has ended when it returns.
+
+        Where that one could not be uploaded the training goes on, with a warning, but for the third time in a row.
 
         Args:
             engine: what to save.
@@ -89,11 +94,20 @@ class Saver:
             state: JSON facts that a resume compares or restores.
 
         Raises:
-            ClipmillError, OSError: the checkpoint before could not be committed.
+            ClipmillError, OSError: the checkpoint before could not be committed, and this one would not fare better.
         """
-        self.finish()
         world = self._world
-        staging = staging_folder(self._folder_url)
+        try:
+            self.finish()
+        except OSError as error:
+            self._num_failed += 1
+            if self._num_failed == MOST_FAILED_UPLOADS:
+                raise
+            if world.rank == 0:
+                logger.warning("the checkpoint before step %d is lost: %s; this one is tried instead", step, error)
+        else:
+            self._num_failed = 0
+        staging = staging_folder(self._folder_url, world.node)
         if world.local_rank == 0:
             shutil.rmtree(staging, ignore_errors=True)  # of a group that was killed while it staged
             staging.mkdir(parents=True)
@@ -124,33 +138,38 @@ class Saver:
         """Uploads this node's files; on rank 0 then commits for all nodes, and prunes."""
         url = storage.join(self._folder_url, "checkpoints", f"step-{step:08d}", self._attempt)
         try:
-            _upload(staging, url, self._nodes.index(self._world.rank))
+            _upload(staging, url, self._world.node)
             if self._world.rank == 0:
-                _commit(url, step, len(self._nodes), self._lease, state)
-                prune(self._folder_url, self._keep_last, self._keep_every, self._lease)
+                _commit(url, step, len(self._world.nodes), self._lease, state)
+                self._prune()
         except Exception as error:  # the training learns of it at its next checkpoint
             self._error = error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
+    def _prune(self) -> None:
+        try:
+            prune(self._folder_url, self._keep_last, self._keep_every, self._lease)
+        except OSError as error:  # the next time removes these too
+            logger.warning("cannot remove old checkpoints of %s: %s", self._folder_url, error)
 
-def staging_folder(folder_url: str) -> Path:
-    """Where the ranks of a node meet: the same path for all of them, another for each user and training folder."""
+
+def staging_folder(folder_url: str, node: int) -> Path:
+    """Where the ranks of a node meet: the same path for all of them, another for each user and training folder.
+
+    Args:
+        folder_url: the training folder.
+        node: number of this node, for those that share their temporary folder.
+    """
     name = hashlib.sha256(folder_url.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}" / f"checkpoint-{name}"
-
-
-def _nodes(world: World) -> list[int]:
-    """The ranks that are first on their machine: rank 0 of node k is at index k."""
-    firsts = [0.0] * world.size
-    firsts[world.rank] = float(world.local_rank == 0)
-    return [rank for rank, first in enumerate(world.sum(firsts)) if first]
+    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}" / f"checkpoint-{name}-{node}"
 
 
 def _upload(staging: Path, url: str, node: int) -> None:
     try:
         files = _publish_files(staging, url)
     except Exception as error:
+        logger.error("cannot upload this node's part of %s: %s", url, error)
         with contextlib.suppress(OSError):  # rank 0 need not wait for this node
             storage.publish_document(storage.join(url, f"node-{node}.failed"), {"cause": str(error)}, SCHEMA)
         raise
@@ -172,10 +191,14 @@ def _commit(url: str, step: int, num_nodes: int, lease: Lease | None, state: dic
     for node in range(num_nodes):
         node_url = storage.join(url, f"node-{node}.done")
         while not storage.exists(node_url):
-            if storage.exists(storage.join(url, f"node-{node}.failed")):
-                raise StageFailed(f"node {node} could not upload its part of {url}; its own log has the cause")
+            failed_url = storage.join(url, f"node-{node}.failed")
+            if storage.exists(failed_url):
+                cause = storage.read_document(failed_url, SCHEMA)["cause"]
+                raise StorageUnavailable(f"node {node} could not upload its part of {url}: {cause}")
             if time.monotonic() > deadline:
-                raise StageFailed(f"node {node} has not uploaded its part of {url} within {NODE_WAIT_SECONDS:.0f} s")
+                raise StorageUnavailable(
+                    f"node {node} has not uploaded its part of {url} within {NODE_WAIT_SECONDS:.0f} s"
+                )
             time.sleep(0.5)
         files += storage.read_document(node_url, SCHEMA)["files"]
     if lease is not None:
@@ -203,13 +226,18 @@ def newest(folder_url: str) -> Checkpoint | None:
     return next(reversed(list_checkpoints(folder_url)), None)
 
 
-def fetch(checkpoint: Checkpoint, folder: Path) -> None:
-    """Brings exactly the committed files into a local folder, each verified.
+def fetch(checkpoint: Checkpoint, folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Brings committed files into a local folder, each verified, and no others.
+
+    Args:
+        checkpoint: which.
+        folder: the local folder.
+        is_wanted: by name; all are without.
 
     Raises:
         UserError: a file is missing or is not the one that was committed.
     """
-    for file in checkpoint.files:
+    for file in filter(lambda file: is_wanted(file["name"]), checkpoint.files):
         path = folder / file["name"]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

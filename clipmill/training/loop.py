@@ -30,7 +30,7 @@ from clipmill.training.checkpoint import Saver
 from clipmill.training.exports import export_checkpoint
 from clipmill.training.inputs import check_cache, describe_batches
 from clipmill.training.means import WeightedMeans
-from clipmill.training.resume import resume
+from clipmill.training.resume import Start, resume
 from clipmill.training.telemetry import Report, Telemetry, require_wandb
 from clipmill.training.throughput import Stopwatch, peak_flops
 from clipmill.training.validation import Validation, validate
@@ -105,16 +105,16 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         "offload": config.offload,
         "rows": rows * world.size,
     }
-    first_step, dataset_since = resume(
+    start = resume(
         engine,
         config,
         job.folder_url,
         state,
         is_restart=num_restarts > 0,
         batch_statistics=job.batch_statistics,
-        probe=lambda: _probe(job, engine),
+        probe=lambda: _probe(job, engine, on_batch=lambda: None),
     )
-    state["dataset_since"] = dataset_since
+    state["dataset_since"] = start.dataset_since
     saver = Saver(world, job.folder_url, attempt, lease, keep_last=config.keep_last, keep_every=config.keep_every)
     watchdog = Watchdog(world, config.hang_seconds)
     telemetry = None
@@ -122,7 +122,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         telemetry = Telemetry(job.folder_url, attempt, config.steps, report, config.wandb_project)
     try:
         with _without_collector():
-            _run_steps(job, engine, first_step, state, saver, watchdog, report, telemetry, stopwatch)
+            _run_steps(job, engine, start, state, saver, watchdog, report, telemetry, stopwatch)
     finally:
         watchdog.close()
         saver.join()
@@ -135,7 +135,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
 def _run_steps(
     job: Job,
     engine: Engine,
-    first_step: int,
+    start: Start,
     state: dict[str, Any],
     saver: Saver,
     watchdog: Watchdog,
@@ -144,7 +144,7 @@ def _run_steps(
     stopwatch: Stopwatch,
 ) -> None:
     config, world = job.config, engine.world
-    if first_step >= config.steps:
+    if start.step >= config.steps:
         return
     batches = train_batches(
         job.train,
@@ -153,13 +153,13 @@ def _run_steps(
         micro_batch=config.micro_batch,
         rank=world.rank,
         world_size=world.size,
-        first_step=first_step - state["dataset_since"],
+        first_step=start.step - start.dataset_since,
         num_workers=config.loader_workers,
         augment=job.augment,
     )
-    ledger = Ledger(world, config.bad_steps, job.folder_url)
+    ledger = Ledger(world, config.bad_steps, job.folder_url, start.skipped_steps)
     stopwatch.reset()
-    for step in range(first_step, config.steps):
+    for step in range(start.step, config.steps):
         waiting_since = time.perf_counter()
         micro_batches = next(batches)
         waited_seconds = time.perf_counter() - waiting_since
@@ -176,16 +176,16 @@ def _run_steps(
             facts = means.fetch(world)
             ledger.look()  # before a checkpoint could be made of it
             facts |= {"grad_norm": engine.grad_norm.item(), "lr": learning_rate(config, step)} | stopwatch.facts()
+            stopwatch.reset()  # recording takes time too, of the next window
             if config.bad_steps == "skip":
                 facts["skipped_steps"] = ledger.num_skipped
             if telemetry is not None:
                 telemetry.log(done, "train", facts)
-            stopwatch.reset()
         elif telemetry is not None:
             telemetry.progress(done)
         if last or done % config.val_every == 0:
-            with watchdog.paused(), engine.averaged():
-                result = _validate(job, engine, config.val_clips)
+            with engine.averaged():
+                result = _validate(job, engine, config.val_clips, watchdog.advance)
             if telemetry is not None and result.scores:
                 telemetry.log(done, "val", result.scores)
                 if result.picture is not None:
@@ -194,8 +194,12 @@ def _run_steps(
         if save:
             if telemetry is not None:
                 telemetry.upload()
+            moving = {
+                "probe_loss": _probe(job, engine, watchdog.advance),
+                "usual_norm": engine.usual_norm,
+                "skipped_steps": ledger.num_skipped,
+            }
             with watchdog.paused():
-                moving = {"probe_loss": _probe(job, engine), "usual_norm": engine.usual_norm}
                 saver.save(engine, done, state | moving)
                 if stop or last:
                     saver.finish()
@@ -223,7 +227,7 @@ def _seed(*key: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def _validate(job: Job, engine: Engine, max_clips: int) -> Validation:
+def _validate(job: Job, engine: Engine, max_clips: int, on_batch: Callable[[], None]) -> Validation:
     return validate(
         engine,
         job.val,
@@ -231,12 +235,13 @@ def _validate(job: Job, engine: Engine, max_clips: int) -> Validation:
         rows=rows_and_accumulation(job.config, engine.world.size)[0],
         max_clips=max_clips,
         score_counts=job.score_counts,
+        on_batch=on_batch,
     )
 
 
-def _probe(job: Job, engine: Engine) -> float | None:
+def _probe(job: Job, engine: Engine, on_batch: Callable[[], None]) -> float | None:
     """Loss on the same few clips, of the weights themselves."""
-    return _validate(job, engine, PROBE_CLIPS).scores.get("loss")
+    return _validate(job, engine, PROBE_CLIPS, on_batch).scores.get("loss")
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ class WeightedMeans:
         return self._sums[name]
 
     def fetch(self, world: World) -> dict[str, float]:
-        """The means over all ranks' clips. Collective; waits for the device."""
+        """The means over all ranks' clips, none if no rank added any. Collective; waits for the device."""
+        if not self._sums:
+            return {}
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name].float() for name in names]).tolist()
         totals = dict(zip(names, world.sum(sums), strict=True))

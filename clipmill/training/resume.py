@@ -6,20 +6,32 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from clipmill.config import TrainingConfig, refused_changes
 from clipmill.errors import StageFailed, UserError
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Checkpoint
 from clipmill.training.zero.engine import Engine
+from clipmill.training.zero.partitions import owner
 
-__all__ = ["resume"]
+__all__ = ["Start", "resume"]
 
 CONTINUITY = 1e-3
 """Largest relative change of the loss on the same clips; mixed-up weights change it far more, bfloat16 less."""
 
 logger = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """Where a training goes on."""
+
+    step: int = 0
+    """Steps done."""
+    dataset_since: int = 0
+    """After how many of them this data set began: its loader counts from there."""
+    skipped_steps: int = 0
+    """Steps left out among them."""
 
 
 def resume(
@@ -31,7 +43,7 @@ def resume(
     is_restart: bool,
     batch_statistics: bool,
     probe: Callable[[], float | None],
-) -> tuple[int, int]:
+) -> Start:
     """Restores the checkpoint that ``config.resume`` asks for. Collective.
 
     Args:
@@ -44,26 +56,25 @@ def resume(
         batch_statistics: the model normalises over these rows, so another number of them is another training.
         probe: loss on a few clips that are always the same; none where there are none.
 
-    Returns:
-        The number of steps done, and after how many of them this data set began: its loader counts from there.
-
     Raises:
-        UserError: the checkpoint belongs to another configuration or data set, or there is none where one is asked for.
+        UserError: the checkpoint belongs to another configuration or data set, there is none where one is asked for, or
+            that has all its steps behind it.
         StageFailed: the converted weights give another loss.
     """
     world = engine.world
     wish = "auto" if is_restart and config.resume == "never" else config.resume
-    found = world.from_rank_zero(lambda: _find(wish, folder_url))
+    found = world.from_rank_zero(lambda: _find(wish, folder_url, config.steps))
     if found is None:
-        return 0, 0
+        return Start()
     _compare(found, state, batch_statistics, config.accept_new_dataset)
     # With another offload DeepSpeed would clip as the checkpoint did: as well as `Guard`, or not at all. Checkpoints of
     # before this was recorded clipped in DeepSpeed.
     same_layout = all(found.state.get(key) == state[key] for key in ("world_size", "zero_stage", "offload"))
-    folder = checkpoint.staging_folder(folder_url)
+    folder = checkpoint.staging_folder(folder_url, world.node)
     if world.local_rank == 0:  # once a node
         shutil.rmtree(folder, ignore_errors=True)
-        checkpoint.fetch(found, folder)
+        local_ranks = range(world.rank, world.rank + world.local_size)
+        checkpoint.fetch(found, folder, lambda name: not same_layout or owner(name) in (None, *local_ranks))
     world.barrier()
     if same_layout:
         engine.load(folder)
@@ -73,14 +84,15 @@ def resume(
     world.barrier()
     if world.local_rank == 0:
         shutil.rmtree(folder)
-    if not same_layout:
+    dataset_since = _dataset_since(found, state["identity"], is_first=world.rank == 0)
+    if not same_layout and dataset_since < found.step:  # the loss that was recorded is of clips of that data set
         _check_continuity(found, probe())
     if world.rank == 0:
         how = (
             "" if same_layout else " converted from {world_size} ranks at ZeRO stage {zero_stage}".format(**found.state)
         )
         logger.info("resumed from step %d (%s)%s", found.step, found.url, how)
-    return found.step, _dataset_since(found, state["identity"], is_first=world.rank == 0)
+    return Start(found.step, dataset_since, found.state.get("skipped_steps", 0))
 
 
 def _dataset_since(found: Checkpoint, identity: dict[str, Any], is_first: bool) -> int:
@@ -91,7 +103,7 @@ def _dataset_since(found: Checkpoint, identity: dict[str, Any], is_first: bool) 
     return found.step
 
 
-def _find(wish: str, folder_url: str) -> Checkpoint | None:
+def _find(wish: str, folder_url: str, steps: int) -> Checkpoint | None:
     own = checkpoint.newest(folder_url)
     if wish == "never" and own is not None:
         raise UserError(
@@ -103,6 +115,11 @@ def _find(wish: str, folder_url: str) -> Checkpoint | None:
     found = checkpoint.newest(wish)
     if found is None:
         raise UserError(f"training.resume names {wish}, which holds no committed checkpoint; name a training folder")
+    if found.step >= steps:
+        raise UserError(
+            f"training.resume names {wish}, whose checkpoint has {found.step} steps behind it, and training.steps is "
+            f"{steps}; raise training.steps to go on from there"
+        )
     return found
 
 

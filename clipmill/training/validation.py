@@ -37,6 +37,7 @@ def validate(
     rows: int,
     max_clips: int,
     score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None,
+    on_batch: Callable[[], None],
 ) -> Validation:
     """Evaluates the first clips of a data set with the weights that are in place. Collective.
 
@@ -47,6 +48,7 @@ def validate(
         rows: clips of a batch.
         max_clips: how many clips.
         score_counts: see `Job`.
+        on_batch: called after each batch.
     """
     num_clips = min(max_clips, len(dataset))
     if num_clips == 0:
@@ -66,6 +68,7 @@ def validate(
         for name in [name for name, value in metrics.items() if value.dim()]:
             counts[name] = metrics.pop(name).double() + counts.get(name, 0)
         means.add(batch["weight"].sum(), {"loss": loss, **metrics})
+        on_batch()
     totals = {name: torch.tensor(world.sum(value.tolist())) for name, value in counts.items()}
     return Validation(means.fetch(world) | (score_counts(totals) if score_counts else {}), picture)
 

@@ -85,6 +85,7 @@ class Watchdog:
             while hangs and not findings and time.monotonic() < deadline:
                 if self._ended.wait(0.1):
                     return
+                hangs = self._progress == seen and not self._paused  # it may go on while its peers are asked
             if hangs:
                 culprits = findings[0] if findings else "rank 0 does not answer"
                 logger.error("no step for %g s on rank %d: %s; ending it", self._hang_seconds, self._rank, culprits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import os
 import socket
@@ -13,7 +14,9 @@ import torch.distributed as dist
 
 __all__ = ["World", "join_world"]
 
-CONTROL_TIMEOUT_SECONDS = 7200.0
+TIMEOUT_SECONDS = 7200.0
+"""Of every collective. Peers wait in one while rank 0 waits for the slowest node's upload, which must run out of
+patience first, as must the watchdog, who names the rank that all wait for: NCCL's own ten minutes would name nobody."""
 
 
 class World:
@@ -22,6 +25,8 @@ class World:
     Attributes:
         rank: index of this process among ``size``.
         local_rank: index among the ``local_size`` processes of this machine.
+        nodes: the ranks that are first on their machine.
+        node: which of these is this machine's.
         device: where the model lives.
     """
 
@@ -30,11 +35,13 @@ class World:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device("cuda", self.local_rank) if _has_cuda() else torch.device("cpu")
         # Control messages go over gloo: on NCCL even one integer would wait for the GPU's stream.
-        # Peers wait in it while rank 0 waits for the slowest node's upload, which must run out of patience first.
-        patience = datetime.timedelta(seconds=CONTROL_TIMEOUT_SECONDS)
-        self._control = dist.new_group(backend="gloo", timeout=patience) if self.size > 1 else None
+        self._control = dist.new_group(backend="gloo", timeout=_patience()) if self.size > 1 else None
+        firsts = [0.0] * self.size
+        firsts[self.rank] = float(self.local_rank == 0)
+        self.nodes = [rank for rank, first in enumerate(self.sum(firsts)) if first]
+        self.node = bisect.bisect_right(self.nodes, self.rank) - 1
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -93,7 +100,7 @@ class World:
 
 def join_world() -> World:
     """Joins the process group of Ray Train or torchrun, or makes one of a single process."""
-    cuda = torch.cuda.is_available()
+    cuda = _has_cuda()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:  # DeepSpeed would look for MPI unless all five are set
@@ -102,8 +109,17 @@ def join_world() -> World:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     is_ours = not dist.is_initialized()
     if is_ours:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_patience())
     return World(is_ours=is_ours)
+
+
+def _has_cuda() -> bool:
+    """Whether to compute on a GPU, as DeepSpeed will decide too."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def _patience() -> datetime.timedelta:
+    return datetime.timedelta(seconds=TIMEOUT_SECONDS)
 
 
 def _free_port() -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from clipmill.cluster import Report, connect, is_embedded, run_workers
+from clipmill.cluster.launch import Mailbox
 from clipmill.config import ClusterConfig
 from clipmill.errors import StageFailed, UserError
 
@@ -40,7 +42,7 @@ def train_sum(folder: str, report: Report) -> None:
     torch.distributed.barrier()
     assert not first_attempt
     assert int(os.environ["MASTER_PORT"]) > 0
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "OMP_NUM_THREADS")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     report.update({"sum": -1.0})
     report.update({"sum": total.item(), "threads": torch.get_num_threads(), **{k: os.environ[k] for k in names}})
 
@@ -49,7 +51,8 @@ def train_sum(folder: str, report: Report) -> None:
 def test_ranks_share_a_process_group_and_a_killed_one_restarts_it(tmp_path: Path) -> None:
     progress = run(train_sum, str(tmp_path), workers=2, max_failures=1)
     newest = {update["RANK"]: update for update in progress if update["sum"] > 0}
-    same = {"sum": 3.0, "threads": 1, "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    no_gpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    same = {"sum": 3.0, "threads": 1, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **no_gpu}
     assert newest == {rank: {"RANK": rank, "LOCAL_RANK": rank, **same} for rank in ("0", "1")}
 
 
@@ -216,6 +219,16 @@ def test_embedded_unless_an_address_is_given(monkeypatch: pytest.MonkeyPatch) ->
     assert not is_embedded(ClusterConfig(address="10.0.0.1:6379"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert not is_embedded(ClusterConfig())
+
+
+def test_a_stop_never_parts_a_group_of_ranks() -> None:
+    async def begin_and_stop() -> list[int | None]:
+        mailbox = Mailbox(num_ranks=2)
+        first = await mailbox.begin(0, "host:1")
+        await mailbox.request_stop()
+        return [first, await mailbox.begin(1, "host:1"), await mailbox.begin(0, "host:2")]
+
+    assert asyncio.run(begin_and_stop()) == [1, 2, None]
 
 
 def test_importing_the_package_does_not_import_ray() -> None:

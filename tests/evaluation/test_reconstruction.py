@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "ema": {"downsample": (1, 4, 4)},
     "codebooks": {"downsample": (1, 4, 4), "num_codebooks": 4},
     "causal": {"causal": True, "norm": "group"},
-    "fsq": {"downsample": (1, 4, 4), "quantizer": "fsq", "fsq_levels": (4, 2, 2)},
+    "fsq": {"downsample": (1, 4, 4), "quantizer": "fsq", "fsq_levels": (4, 4)},
     "lfq": {"downsample": (1, 4, 4), "quantizer": "lfq"},
     "causal-lfq-codebooks": {"causal": True, "norm": "group", "quantizer": "lfq", "num_codebooks": 2},
 }

@@ -201,6 +201,9 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"quantizer": "fsq", "fsq_levels": (8, 8), "num_codes": 256}, "make 64 codes"),
         ({"quantizer": "lfq", "num_codes": 100}, "power of two"),
         ({"num_codebooks": 3}, "multiple of num_codebooks"),
+        ({"quantizer": "fsq", "fsq_levels": (2, 8), "num_codes": 16}, "greater than or equal to 3"),
+        ({"fsq_levels": (4, 4)}, "fsq_levels has no meaning with quantizer=ema"),
+        ({"quantizer": "lfq", "codebook_start": "kmeans"}, "have no meaning with quantizer=lfq"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(**changes)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from clipmill import storage
-from clipmill.errors import UserError
-from clipmill.training.checkpoint import SCHEMA, fetch, list_checkpoints, prune
+from clipmill.errors import StorageUnavailable, UserError
+from clipmill.training.checkpoint import MOST_FAILED_UPLOADS, SCHEMA, Saver, fetch, list_checkpoints, prune
+from clipmill.training.world import World
+from clipmill.training.zero.partitions import owner
 
 
 def commit(root: Path, step: int, attempt: str, contents: dict[str, bytes]) -> str:
@@ -70,3 +72,49 @@ def test_pruning_keeps_milestones(tmp_path):
         commit(tmp_path, step, "000001-0000", {"x": b"x"})
     prune(str(tmp_path), keep_last=1, keep_every=20, lease=None)
     assert [found.step for found in list_checkpoints(str(tmp_path))] == [20, 40, 50]
+
+
+def test_a_node_fetches_what_its_own_ranks_load():
+    names = ["state/zero_pp_rank_11_mp_rank_00_optim_states.pt", "state/bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt"]
+    names += ["state/zero_pp_rank_0_mp_rank_00_model_states.pt", "state/mp_rank_00_model_states.pt"]
+    assert [owner(name) for name in names] == [11, 3, 0, None]
+
+
+class Lonely(World):
+    """The only process."""
+
+    def __init__(self) -> None:
+        self.rank, self.local_rank, self.size, self.node, self.nodes = 0, 0, 1, 0, [0]
+        self._control = None
+
+
+class TinyEngine:
+    def save(self, folder: Path) -> None:
+        (folder / "weights.pt").write_bytes(b"weights")
+
+
+def test_uploads_that_fail_now_and_then_cost_checkpoints_and_not_the_run(tmp_path, monkeypatch, caplog):
+    away = False
+    publish_file = storage.publish_file
+
+    def publish(path: Path, url: str) -> None:
+        if away:
+            raise StorageUnavailable("bucket: quota exceeded")
+        publish_file(path, url)
+
+    monkeypatch.setattr(storage, "publish_file", publish)
+    saver = Saver(Lonely(), str(tmp_path), "000001-0000", None, keep_last=9, keep_every=None)
+    for step in range(1, 8):
+        away = step % 3 > 0  # two of three fail
+        saver.save(TinyEngine(), step, {})
+        saver.join()
+    assert [found.step for found in list_checkpoints(str(tmp_path))] == [3, 6]
+    assert "the checkpoint before step 3 is lost: bucket: quota exceeded" in caplog.text
+    away = True
+    for step in range(8, 7 + MOST_FAILED_UPLOADS):
+        saver.save(TinyEngine(), step, {})
+    with pytest.raises(StorageUnavailable, match="quota"):  # that of step 7 failed too
+        saver.save(TinyEngine(), 20, {})
+    saver.save(TinyEngine(), 21, {})
+    with pytest.raises(StorageUnavailable, match="quota"):
+        saver.finish()

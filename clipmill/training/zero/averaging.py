@@ -66,8 +66,9 @@ class Averages:
         """
         states = optimizer_states(self._engine)
         for master in masters(self._engine):
-            if state := states.get(master):  # none before the first step
-                state.setdefault(AVERAGE, master.detach().clone())
+            state = states.get(master)
+            if state and AVERAGE not in state:  # there is none before the first step
+                state[AVERAGE] = master.detach().clone()
         for current, average in self._pairs():
             average.lerp_(current, (weight * applied).to(average.device, non_blocking=True))
 

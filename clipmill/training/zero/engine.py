@@ -121,16 +121,19 @@ class Engine:
                 spike_factor=config.spike_factor,
             )
         num_parameters = sum(parameter.numel() for parameter in objective.parameters())
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=objective,
-            optimizer=optimizer,
-            config=deepspeed_config(config, rows, accumulation, world.size, num_parameters),
-            dist_init_required=False,
-        )
+        document = deepspeed_config(config, rows, accumulation, world.size, num_parameters)
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=objective, optimizer=optimizer, config=document, dist_init_required=False
+            )
+        except ValueError as error:
+            if not config.deepspeed:
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"DeepSpeed refuses training.deepspeed={config.deepspeed}: {reason}") from error
         self._averages = Averages(self.deepspeed, averages) if averages else None
         if config.compile:
-            # Block by block: they are alike, so that one compilation serves all, and the gradients of the last blocks
-            # go between ranks while the first still compute theirs.
+            # Block by block: they are alike, so that one compilation serves all.
             for block in cast(Any, objective).model.blocks:
                 block.compile()
 

@@ -7,12 +7,21 @@ state of DeepSpeed: tests/training/test_resume.py and zero/test_stages.py go thr
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["masters", "optimizer_states", "refresh_weights"]
+__all__ = ["masters", "optimizer_states", "owner", "refresh_weights"]
+
+_PART = re.compile(r"(?:.*[/_])?zero_pp_rank_(\d+)_[^/]*")
+
+
+def owner(file_name: str) -> int | None:
+    """The rank whose part of a checkpoint a file is: the only one that loads it. None: every rank loads it."""
+    found = _PART.fullmatch(file_name)
+    return None if found is None else int(found[1])
 
 
 def masters(engine: Any) -> list[Tensor]:

@@ -23,6 +23,13 @@ def test_expert_settings_are_merged_over_the_derived_document():
     assert (document["train_batch_size"], document["gradient_accumulation_steps"], document["extra"]) == (24, 2, 1)
 
 
+@pytest.mark.parametrize("key", ["gradient_clipping", "train_batch_size", "zero_optimization.stage"])
+def test_expert_settings_must_not_say_what_ours_say(key):
+    section, _, name = key.rpartition(".")
+    with pytest.raises(ValueError, match=f"deepspeed: {key} is what"):
+        TrainingConfig(deepspeed={section: {name: 1}} if section else {name: 1})
+
+
 def test_the_learning_rate_warms_up_then_follows_a_cosine_to_its_floor():
     config = TrainingConfig(steps=110, lr=1.0, warmup_steps=10, min_lr_share=0.1)
     assert learning_rate(config, 0) == pytest.approx(0.1)
