@@ -268,7 +268,7 @@ class Loop:
             batch_statistics=False,
             export=lambda weights, step: "",
         )
-        rows, accumulation = loop.rows_and_accumulation(training, world.size)
+        rows, accumulation = training.rows_and_accumulation(world.size)
         self._engine = Engine(self._job.objective, training, world, rows, accumulation)
         self._numbers = iter(range(training.steps))
         self._batches: Iterator[list[dict[str, Any]]] = train_batches(

@@ -92,6 +92,12 @@ class TrainingConfig(Section):
     deepspeed: Annotated[dict[str, Any], FREE] = Field(default_factory=dict)
     """Merged over the DeepSpeed config that ours becomes, for experts; what a key here says is refused there."""
 
+    def rows_and_accumulation(self, world_size: int) -> tuple[int, int]:
+        """Clips of a rank's micro-batch, and micro-batches a step; what exceeds the rank's share is padding."""
+        share = math.ceil(self.global_batch / world_size)
+        accumulation = math.ceil(share / (self.micro_batch or share))
+        return math.ceil(share / accumulation), accumulation
+
     @field_validator("deepspeed")
     @classmethod
     def _says_nothing_twice(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from clipmill.config import PriorModelConfig, RunConfig
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import codes_shape
 from clipmill.shards.format import code_dtype
-from clipmill.training.loop import rows_and_accumulation
+from clipmill.training.throughput import prior_flops_per_token
 from clipmill.training.zero.engine import BUCKET_ELEMENTS
 
-__all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "flops_per_token", "model_state_bytes", "saved_bytes"]
+__all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "model_state_bytes", "saved_bytes"]
 
 FLOAT = 4
 LIVE_ELEMENTS = 1_000_000_000
@@ -30,8 +30,6 @@ LIVE_ELEMENTS = 1_000_000_000
 TAR_BLOCK = 512
 COMPILED_SHARE = 0.8
 """Of what blocks keep, compiled ones keep so much: in bfloat16 on an H100 0.79 (preset 100m) and 0.80 (1b)."""
-_LOOKED_UP = {"input.embedding", "norms.table"}
-"""Parameters of which a token takes rows: no arithmetic."""
 SECONDS_PER_DAY = 86_400
 
 
@@ -92,12 +90,12 @@ def estimate(
     clip, model = config.data.clip, config.prior.model
     shape = codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)
     tokens = math.prod(shape)
-    rows, accumulation = rows_and_accumulation(config.prior.training, num_gpus)
+    rows, accumulation = config.prior.training.rows_and_accumulation(num_gpus)
     with FakeTensorMode():
         prior = _build(config, model, shape)
         num_parameters = sum(parameter.numel() for parameter in prior.parameters())
         largest_block = max(sum(parameter.numel() for parameter in block.parameters()) for block in prior.blocks)
-        flops = flops_per_token(prior)
+        flops = prior_flops_per_token(prior)
     states = tuple(
         model_state_bytes(num_parameters, stage, num_gpus, largest_block, accumulation) for stage in range(4)
     )
@@ -117,15 +115,6 @@ def estimate(
         checkpoint_bytes=checkpoint_bytes,
         upload_seconds=checkpoint_bytes / num_nodes / (upload_mb_per_second * 1e6),
     )
-
-
-def flops_per_token(prior: Prior) -> float:
-    """Floating-point operations of a token, forward and backward, without what checkpointing repeats."""
-    multiplied = [p for name, p in prior.named_parameters() if p.dim() > 1 and name not in _LOOKED_UP]
-    in_products = sum(parameter.numel() for parameter in multiplied)
-    in_products -= (prior.input.num_codebooks - 1) * prior.num_codes * prior.config.hidden_dim  # logits of the others
-    # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
-    return 6 * in_products + 6 * prior.config.num_layers * prior.config.hidden_dim * prior.num_positions
 
 
 def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_block: int, accumulation: int) -> Memory:

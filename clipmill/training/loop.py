@@ -38,7 +38,7 @@ from clipmill.training.watchdog import Watchdog
 from clipmill.training.world import World
 from clipmill.training.zero.engine import Engine
 
-__all__ = ["Job", "average_weight", "fit", "learning_rate", "rows_and_accumulation"]
+__all__ = ["Job", "average_weight", "fit", "learning_rate"]
 
 PROBE_CLIPS = 32
 """Whose loss a checkpoint records, so that a conversion to another world size can show that it gives the same."""
@@ -94,7 +94,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
     if world.rank == 0:
         describe_batches(job.train, config, world.size)
     world.from_rank_zero(lambda: require_wandb(config.wandb_project))
-    rows, accumulation = rows_and_accumulation(config, world.size)
+    rows, accumulation = config.rows_and_accumulation(world.size)
     stopwatch = Stopwatch(job.tokens_per_clip, _peak_share_per_clip(job, world))
     engine = Engine(job.objective, config, world, rows, accumulation)
     attempt, num_restarts = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
@@ -232,7 +232,7 @@ def _validate(job: Job, engine: Engine, max_clips: int, on_batch: Callable[[], N
         engine,
         job.val,
         job.prepare,
-        rows=rows_and_accumulation(job.config, engine.world.size)[0],
+        rows=job.config.rows_and_accumulation(engine.world.size)[0],
         max_clips=max_clips,
         score_counts=job.score_counts,
         on_batch=on_batch,
@@ -286,13 +286,6 @@ def average_weight(config: TrainingConfig, step: int) -> float:
     At first the average follows a tenth of the run so far, so that it forgets the start: it begins as the weights.
     """
     return 0.0 if config.weights_ema is None else max(1 - config.weights_ema, 10 / (10 + step))
-
-
-def rows_and_accumulation(config: TrainingConfig, world_size: int) -> tuple[int, int]:
-    """Clips of a rank's micro-batch, and micro-batches a step. Their product may exceed the share: padding fills up."""
-    share = math.ceil(config.global_batch / world_size)
-    accumulation = math.ceil(share / (config.micro_batch or share))
-    return math.ceil(share / accumulation), accumulation
 
 
 def _claim_attempt(folder_url: str, lease: Lease | None) -> tuple[str, int]:

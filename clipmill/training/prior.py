@@ -17,11 +17,11 @@ from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 from clipmill.shards.dataset import decode_codes
 from clipmill.shards.manifest import Manifest
-from clipmill.training.estimate import flops_per_token
 from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests
 from clipmill.training.loop import Job, fit
 from clipmill.training.telemetry import Report, summarise
+from clipmill.training.throughput import prior_flops_per_token
 from clipmill.training.world import join_world
 
 __all__ = ["export", "folder_url", "is_finished", "summary", "train"]
@@ -76,7 +76,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         return prepared
 
     tokens_per_clip = math.prod(inputs.recipe["latent_shape"])
-    flops = flops_per_token(model) * tokens_per_clip  # before ZeRO takes the parameters apart
+    flops = prior_flops_per_token(model) * tokens_per_clip  # before ZeRO takes the parameters apart
     clip = inputs.recipe["clip"]["clip"]
     values_per_clip = clip["num_frames"] * clip["resolution"] ** 2 * 3
     job = Job(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Stopwatch", "peak_flops"]
+from clipmill.config import VQVAEModelConfig
+from clipmill.models.prior import Prior
+from clipmill.models.vqvae import VQVAE
+
+__all__ = ["Stopwatch", "peak_flops", "prior_flops_per_token", "vqvae_flops_per_clip"]
 
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # Dense, without sparsity, as NVIDIA's data sheets give them. Longer names first: the first that fits counts.
@@ -22,6 +29,11 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
 }
 
 
+_LOOKED_UP = {"input.embedding", "norms.table"}
+"""Parameters of which a token takes rows: no arithmetic."""
+_OF_CONDITION = re.compile(r"condition\.|blocks\.\d+\.cross\.kv\.")
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Most floating-point operations a second of one device; none of one that is not known.
 
@@ -34,6 +46,31 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         if all(word in words for word in name.split()):
             return peaks[precision] * 1e12
     return None
+
+
+def prior_flops_per_token(prior: Prior) -> float:
+    """Floating-point operations of a token, forward and backward, without what checkpointing repeats.
+
+    Nor what a condition takes, which goes by its own length: a prior that is told something uses more of a device than
+    follows from this.
+    """
+    config = prior.config
+    in_products = sum(
+        parameter.numel()
+        for name, parameter in prior.named_parameters()
+        if parameter.dim() > 1 and name not in _LOOKED_UP and not _OF_CONDITION.match(name)
+    )
+    in_products -= (prior.input.num_codebooks - 1) * prior.num_codes * config.hidden_dim  # logits of the others
+    # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
+    return 6 * in_products + 6 * config.num_layers * config.hidden_dim * prior.num_positions
+
+
+def vqvae_flops_per_clip(config: VQVAEModelConfig, num_frames: int, resolution: int) -> float:
+    """Floating-point operations of one clip, forward and backward, counted on tensors without memory."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = VQVAE(config, pixel_variance=1.0).eval()  # a step in eval mode talks to no other rank
+        model(torch.zeros(1, 3, num_frames, resolution, resolution)).loss.backward()
+    return counter.get_total_flops()
 
 
 class Stopwatch:

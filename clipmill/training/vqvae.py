@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from clipmill.config import RunConfig, identity
 from clipmill.errors import UserError
@@ -22,11 +20,12 @@ from clipmill.shards.manifest import Manifest
 from clipmill.shards.mix import NUM_SLOTS
 from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, slots_of
-from clipmill.training.loop import Job, fit, rows_and_accumulation
+from clipmill.training.loop import Job, fit
 from clipmill.training.telemetry import Report, summarise
+from clipmill.training.throughput import vqvae_flops_per_clip
 from clipmill.training.world import join_world
 
-__all__ = ["export", "flops_per_clip", "folder_url", "is_finished", "summary", "train"]
+__all__ = ["export", "folder_url", "is_finished", "summary", "train"]
 
 
 def folder_url(config: RunConfig) -> str:
@@ -55,7 +54,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     """
     training = config.vqvae.training
     world = join_world()
-    rows, accumulation = rows_and_accumulation(training, world.size)
+    rows, accumulation = training.rows_and_accumulation(world.size)
     if rows * accumulation * world.size != training.global_batch:
         usable = [size for size in range(1, training.global_batch + 1) if training.global_batch % size == 0]
         raise UserError(
@@ -65,6 +64,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         )
     clips = _clips(config)
     clip = clips[0].recipe["clip"]
+    side = training.random_crop or clip["resolution"]
     torch.manual_seed(config.seed)  # of the initial weights
     model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
     objective = VQVAEObjective(model)
@@ -80,7 +80,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         batch_statistics=True,
         export=lambda weights, step: _export(config, clips, weights, step, "float32"),
         score_counts=objective.score_counts,
-        flops_per_clip=lambda: flops_per_clip(config, clip["num_frames"], training.random_crop or clip["resolution"]),
+        flops_per_clip=lambda: vqvae_flops_per_clip(config.vqvae.model, clip["num_frames"], side),
         augment=_augmentation(config),
     )
     fit(job, world, lease, report)
@@ -103,14 +103,6 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
     clips = _clips(config)
     found = find_checkpoint(folder_url(config), step, _identity(config, clips), config.vqvae.training)
     return export_checkpoint(found, lambda weights, step: _export(config, clips, weights, step, dtype))
-
-
-def flops_per_clip(config: RunConfig, num_frames: int, resolution: int) -> float:
-    """Floating-point operations of one clip, forward and backward, counted on tensors without memory."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model = VQVAE(config.vqvae.model, pixel_variance=1.0).eval()  # a step in eval mode talks to no other rank
-        model(torch.zeros(1, 3, num_frames, resolution, resolution)).loss.backward()
-    return counter.get_total_flops()
 
 
 def summary(config: RunConfig) -> dict[str, Any]:

@@ -4,12 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipmill.config import PriorModelConfig
+from clipmill.config import PriorModelConfig, VQVAEModelConfig
 from clipmill.models.prior import Prior
-from clipmill.training.estimate import flops_per_token
-from clipmill.training.throughput import peak_flops
-from clipmill.training.vqvae import flops_per_clip
-from tests.evaluation.toy_run import toy_config
+from clipmill.training.throughput import peak_flops, prior_flops_per_token, vqvae_flops_per_clip
 
 
 @pytest.mark.parametrize(
@@ -39,13 +36,19 @@ def test_the_formula_of_a_prior_is_what_its_step_computes():
     with FlopCounterMode(display=False) as counter:
         prior.loss(codes).mean().backward()
     # The counter takes attention for full, and the first layer's input needs no gradient.
-    assert flops_per_token(prior) * codes.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert prior_flops_per_token(prior) * codes.numel() == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
-def test_the_count_of_a_tokenizer_grows_with_its_clips(tmp_path):
-    config = toy_config(tmp_path / "run")
-    clip = config.data.clip
-    once = flops_per_clip(config, clip.num_frames, clip.resolution)
+def test_the_count_of_a_tokenizer_grows_with_its_clips():
+    config = VQVAEModelConfig(hidden_dim=16, num_res_layers=1)
+    once = vqvae_flops_per_clip(config, 4, 16)
     assert once > 0
-    twice = flops_per_clip(config, 2 * clip.num_frames, clip.resolution)
-    assert twice == pytest.approx(2 * once, rel=0.1)  # attention along time grows faster
+    assert vqvae_flops_per_clip(config, 8, 16) == pytest.approx(2 * once, rel=0.1)  # attention in time grows faster
+
+
+def test_frames_that_a_prior_is_told_of_are_no_work_of_its_tokens():
+    sizes = {"hidden_dim": 48, "num_heads": 4, "num_layers": 2}
+    untold = Prior(PriorModelConfig(**sizes), (2, 4, 4), 64, torch.zeros(64, 8))
+    told = Prior(PriorModelConfig(condition="frames", **sizes), (2, 4, 4), 64, torch.zeros(64, 8), 0, (1, 16, 16, 3))
+    more = prior_flops_per_token(told) / prior_flops_per_token(untold)
+    assert 1 < more < 2  # queries and outputs of the cross-attention; the network over frames has 34 M weights
