@@ -208,22 +208,32 @@ def _commit(url: str, step: int, num_nodes: int, lease: Lease | None, state: dic
 
 def list_checkpoints(folder_url: str) -> list[Checkpoint]:
     """The committed checkpoints of a training folder, oldest first; of one step the newest attempt last."""
-    found = []
-    checkpoints_url = storage.join(folder_url, "checkpoints")
-    for step_name in storage.list_folders(checkpoints_url):
-        for attempt in storage.list_folders(storage.join(checkpoints_url, step_name)):
-            url = storage.join(checkpoints_url, step_name, attempt)
-            try:
-                document = storage.read_document(storage.join(url, "COMMITTED"), SCHEMA)
-            except FileNotFoundError:  # its writers were killed, or still are at it
-                continue
-            found.append(Checkpoint(url, document["step"], tuple(document["files"]), document["state"]))
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.url))
+    return [found for step_name in _step_names(folder_url) for found in _of_step(folder_url, step_name)]
 
 
 def newest(folder_url: str) -> Checkpoint | None:
     """The checkpoint to resume from, if there is one."""
-    return next(reversed(list_checkpoints(folder_url)), None)
+    for step_name in reversed(_step_names(folder_url)):  # a record lists all files of all ranks: read no more than one
+        if found := _of_step(folder_url, step_name):
+            return found[-1]
+    return None
+
+
+def _step_names(folder_url: str) -> list[str]:
+    return sorted(storage.list_folders(storage.join(folder_url, "checkpoints")))
+
+
+def _of_step(folder_url: str, step_name: str) -> list[Checkpoint]:
+    found = []
+    step_url = storage.join(folder_url, "checkpoints", step_name)
+    for attempt in sorted(storage.list_folders(step_url)):
+        url = storage.join(step_url, attempt)
+        try:
+            document = storage.read_document(storage.join(url, "COMMITTED"), SCHEMA)
+        except FileNotFoundError:  # its writers were killed, or still are at it
+            continue
+        found.append(Checkpoint(url, document["step"], tuple(document["files"]), document["state"]))
+    return found
 
 
 def fetch(checkpoint: Checkpoint, folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> None:
