@@ -22,18 +22,69 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CodeTables", "baseline_scores"]
+__all__ = ["CodeTables", "PairCounts", "baseline_scores"]
 
 _UNIGRAM_GRID = (0.001, 0.01, 0.1, 0.5, 1.0, 10.0)
 _BIGRAM_GRID = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e6)
 
 
+_Run = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Pairs in ascending order, each once, and how often they occur."""
+
+
+class PairCounts:
+    """How often one code follows another, batch by batch: of the pairs that occur, not a table of all.
+
+    M codebooks of K codes; a pair is the number (m K + before) K + after. Memory: 16 bytes for each different pair, and
+    as much again while pairs are being added.
+    """
+
+    def __init__(self, num_codes: int, num_codebooks: int = 1) -> None:
+        self._num_codes, self._num_codebooks = num_codes, num_codebooks
+        self._runs: list[_Run] = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+        """Each more than twice as long as the next: a new one is merged with few, and n pairs cost about n log n."""
+
+    def update(self, before: NDArray[np.int64], after: NDArray[np.int64]) -> None:
+        """Counts pairs: int64 [..., M] each, below K."""
+        pairs = (np.arange(self._num_codebooks) * self._num_codes + before) * self._num_codes + after
+        run = np.unique(pairs, return_counts=True)
+        while self._runs and len(self._runs[-1][0]) <= 2 * len(run[0]):
+            run = _merge(self._runs.pop(), run)
+        self._runs.append(run)
+
+    def found(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The different pairs in ascending order, and how often each occurs: both int64 [N]."""
+        while len(self._runs) > 1:
+            self._runs.append(_merge(self._runs.pop(), self._runs.pop()))
+        return self._runs[0]
+
+    def counts_of(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How often these different pairs occur: int64 [n]."""
+        known, counts = self.found()
+        _, here, there = np.intersect1d(pairs, known, assume_unique=True, return_indices=True)
+        found = np.zeros(len(pairs), np.int64)
+        found[here] = counts[there]
+        return found
+
+    def context_counts(self) -> NDArray[np.int64]:
+        """How often each code comes before another: int64 [M * K]."""
+        pairs, counts = self.found()
+        contexts = np.zeros(self._num_codebooks * self._num_codes, np.int64)
+        np.add.at(contexts, pairs // self._num_codes, counts)
+        return contexts
+
+
+def _merge(one: _Run, other: _Run) -> _Run:
+    pairs, counts = (np.concatenate(parts) for parts in zip(one, other, strict=True))
+    order = np.argsort(pairs, kind="stable")
+    pairs, counts = pairs[order], counts[order]
+    first = np.flatnonzero(np.diff(pairs, prepend=-1))
+    return pairs[first], np.add.reduceat(counts, first)
+
+
 @dataclass
 class CodeTables:
-    """Counts of codes and of pairs of codes, batch by batch.
-
-    M codebooks of K codes. Memory: two int64 tables [M, K, K] (64 MiB together for one codebook of 2,048).
-    """
+    """Counts of codes and of pairs of codes, batch by batch, of M codebooks of K codes."""
 
     num_codes: int
     num_codebooks: int = 1
@@ -44,28 +95,26 @@ class CodeTables:
     """[M, K]: occurrences in the first latent frame, where no earlier one exists."""
     first_code: NDArray[np.int64] = field(init=False)
     """[M, K]: occurrences at the first place of a clip."""
-    temporal: NDArray[np.int64] = field(init=False)
-    """[M, K, K]: row = code one latent frame earlier at the same place, column = code."""
-    raster: NDArray[np.int64] = field(init=False)
-    """[M, K, K]: row = code at the place just before in raster order, column = code."""
+    temporal: PairCounts = field(init=False)
+    """Of the code one latent frame earlier at the same place, and the code."""
+    raster: PairCounts = field(init=False)
+    """Of the code at the place just before in raster order, and the code."""
 
     def __post_init__(self) -> None:
-        singles, pairs = (self.num_codebooks, self.num_codes), (self.num_codebooks, self.num_codes, self.num_codes)
+        singles = (self.num_codebooks, self.num_codes)
         self.unigram, self.first_frame, self.first_code = (np.zeros(singles, np.int64) for _ in range(3))
-        self.temporal, self.raster = (np.zeros(pairs, np.int64) for _ in range(2))
+        self.temporal, self.raster = (PairCounts(self.num_codes, self.num_codebooks) for _ in range(2))
 
     def update(self, codes: NDArray[np.integer]) -> None:
         """Counts the codes of clips: integers [B, t, h, w] or, of several codebooks, [B, t, h, w, M], below K."""
         codes = codes.astype(np.int64).reshape(*codes.shape[:4], self.num_codebooks)
+        row = codes.reshape(len(codes), -1, self.num_codebooks)
         self.num_clips += len(codes)
-        for book in range(self.num_codebooks):
-            own = codes[..., book]
-            row = own.reshape(len(own), -1)
-            self.unigram[book] += np.bincount(own.reshape(-1), minlength=self.num_codes)
-            self.first_frame[book] += np.bincount(own[:, 0].reshape(-1), minlength=self.num_codes)
-            self.first_code[book] += np.bincount(row[:, 0], minlength=self.num_codes)
-            np.add.at(self.temporal[book], (own[:, :-1].reshape(-1), own[:, 1:].reshape(-1)), 1)
-            np.add.at(self.raster[book], (row[:, :-1].reshape(-1), row[:, 1:].reshape(-1)), 1)
+        for counts, seen in ((self.unigram, row), (self.first_frame, codes[:, 0]), (self.first_code, row[:, 0])):
+            for book in range(self.num_codebooks):
+                counts[book] += np.bincount(seen[..., book].reshape(-1), minlength=self.num_codes)
+        self.temporal.update(codes[:, :-1], codes[:, 1:])
+        self.raster.update(row[:, :-1], row[:, 1:])
 
     @property
     def num_tokens(self) -> int:
@@ -107,17 +156,17 @@ def _unigram_nats(train: CodeTables, val: CodeTables, weight: float) -> float:
 
 
 def _best_bigram(
-    train_pairs: NDArray[np.int64],
-    val_pairs: NDArray[np.int64],
+    train_pairs: PairCounts,
+    val_pairs: PairCounts,
     val_without_context: NDArray[np.int64],
     log_unigram: NDArray[np.float64],
 ) -> tuple[float, float]:
     """The smoothing weight of the grid with the lowest validation cross-entropy, and that cross-entropy in nats."""
-    book, before, after = np.nonzero(val_pairs)
-    occurrences = val_pairs[book, before, after]
-    pair_counts = train_pairs[book, before, after]
-    context_counts = train_pairs.sum(axis=2)[book, before]
-    prior_shares = np.exp(log_unigram)[book, after]
+    pairs, occurrences = val_pairs.found()
+    context, after = np.divmod(pairs, log_unigram.shape[1])  # context: m K + before
+    pair_counts = train_pairs.counts_of(pairs)
+    context_counts = train_pairs.context_counts()[context]
+    prior_shares = np.exp(log_unigram)[context // log_unigram.shape[1], after]
     nats_without_context = -float((val_without_context * log_unigram).sum())
     num_tokens = int(occurrences.sum() + val_without_context.sum())
 

@@ -121,7 +121,9 @@ def _judge_all(config: RunConfig, lease: Lease) -> dict[str, Any]:
         tables = CodeTables(val_tables.num_codes, val_tables.num_codebooks)
         for batch in reader.read(inputs.train_tokens, decode_codes, most_for_tables):
             tables.update(batch["codes"])
-        samples, features = describe_samples(reader, networks, inputs.samples, most, found.statistics, val_tables)
+        samples, features = describe_samples(
+            reader, networks, inputs.samples, most, found.statistics, val_tables.unigram
+        )
     metrics = {
         "identity": inputs.identity(config),
         **found.numbers,

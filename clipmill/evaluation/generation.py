@@ -16,7 +16,7 @@ from clipmill.evaluation.distances import FeatureStatistics, frechet_distance, i
 from clipmill.evaluation.networks import Networks
 from clipmill.evaluation.reader import Reader
 from clipmill.evaluation.reconstruction import Reconstruction
-from clipmill.evaluation.scores import VideoStatistics
+from clipmill.evaluation.scores import CodeUsage, VideoStatistics
 from clipmill.models.conditioning import condition_of
 from clipmill.models.prior import Prior
 from clipmill.shards.dataset import decode_clip, decode_codes
@@ -104,7 +104,7 @@ def describe_samples(
     samples: Manifest,
     most: int | None,
     real: VideoStatistics,
-    val_tables: CodeTables,
+    val_counts: NDArray[np.int64],
 ) -> tuple[dict[str, Any], FeatureStatistics | None]:
     """What the samples look like beside the real clips, and their I3D features if there are weights.
 
@@ -114,18 +114,19 @@ def describe_samples(
         samples: with their codes.
         most: samples to read; none: all.
         real: of the real clips.
-        val_tables: of their codes.
+        val_counts: [M, K], how often each of K codes of M codebooks occurs in theirs.
 
     Raises:
         UserError: a network is not what its key says.
     """
-    statistics, tables = VideoStatistics(), CodeTables(val_tables.num_codes, val_tables.num_codebooks)
+    num_codebooks, num_codes = val_counts.shape
+    statistics, usage = VideoStatistics(), CodeUsage(num_codes, num_codebooks)
     features: FeatureStatistics | None = None
     probabilities: list[NDArray[np.float64]] = []
     per_class: Counter[str] = Counter()
     for batch in reader.read(samples, _decode_sample, most):
         statistics.update(batch["video"])
-        tables.update(batch["codes"])
+        usage.update(batch["codes"])
         per_class.update(label for label in batch["label"] if label is not None)
         if networks.i3d is not None:
             seen = FeatureStatistics.of(networks.i3d.features(batch["video"]))
@@ -133,7 +134,7 @@ def describe_samples(
         if networks.c3d is not None:
             probabilities.append(networks.c3d.probabilities(batch["video"]))
     made, target = statistics.result(), real.result()
-    shares = [counted.unigram / counted.num_tokens for counted in (tables, val_tables)]
+    shares = [counts / counts.sum() for counts in (usage.counts, val_counts)]
     described = {
         "count": statistics.num_clips,
         "per_class": dict(sorted(per_class.items())),

@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from clipmill.evaluation.baselines import CodeTables, baseline_scores
+from clipmill.evaluation.baselines import CodeTables, PairCounts, baseline_scores
+
+SINGLES = ("unigram", "first_frame", "first_code")
+PAIRS = ("temporal", "raster")
 
 
 def tables(codes: np.ndarray, num_codes: int) -> CodeTables:
@@ -14,14 +17,22 @@ def tables(codes: np.ndarray, num_codes: int) -> CodeTables:
     return counted
 
 
+def dense(pairs: PairCounts, num_codes: int, num_codebooks: int = 1) -> np.ndarray:
+    """The counts as [M, K, K]: rows are the codes before."""
+    table = np.zeros(num_codebooks * num_codes**2, np.int64)
+    found, counts = pairs.found()
+    table[found] = counts
+    return table.reshape(num_codebooks, num_codes, num_codes)
+
+
 def test_counts_of_one_small_clip():
     # t = 2, h = 1, w = 2:  frame 0: 0 1   frame 1: 0 2
     counted = tables(np.array([[[[0, 1]], [[0, 2]]]]), 3)
     assert counted.unigram.tolist() == [[2, 1, 1]]
     assert counted.first_frame.tolist() == [[1, 1, 0]]
     assert counted.first_code.tolist() == [[1, 0, 0]]
-    assert counted.temporal.tolist() == [[[1, 0, 0], [0, 0, 1], [0, 0, 0]]]
-    assert counted.raster.tolist() == [[[0, 1, 1], [1, 0, 0], [0, 0, 0]]]
+    assert dense(counted.temporal, 3).tolist() == [[[1, 0, 0], [0, 0, 1], [0, 0, 0]]]
+    assert dense(counted.raster, 3).tolist() == [[[0, 1, 1], [1, 0, 0], [0, 0, 0]]]
     assert (counted.num_clips, counted.num_tokens) == (1, 4)
 
 
@@ -31,8 +42,10 @@ def test_each_codebook_has_tables_of_its_own():
     both.update(codes)
     for book in range(2):
         one = tables(codes[..., book], 4)
-        for name in ("unigram", "first_frame", "first_code", "temporal", "raster"):
+        for name in SINGLES:
             assert np.array_equal(getattr(both, name)[book], getattr(one, name)[0])
+        for name in PAIRS:
+            assert np.array_equal(dense(getattr(both, name), 4, 2)[book], dense(getattr(one, name), 4)[0])
     assert both.num_tokens == codes.size
     # Of a codebook that says all (always 2) and one that says nothing, the mean.
     codes[..., 1] = 2
@@ -44,12 +57,35 @@ def test_each_codebook_has_tables_of_its_own():
 
 
 def test_batches_add_up_to_the_tables_of_everything():
-    codes = np.random.default_rng(0).integers(0, 5, (6, 3, 2, 2))
-    parts, whole = tables(codes[:1], 5), tables(codes, 5)
-    parts.update(codes[1:])
+    codes = np.random.default_rng(0).integers(0, 50, (60, 3, 2, 2))
+    parts, whole = CodeTables(50), tables(codes, 50)
+    for part in np.split(codes, [1, 20, 22, 23, 50]):  # longer and shorter ones after each other
+        parts.update(part)
     assert parts.num_clips == whole.num_clips
-    for name in ("unigram", "first_frame", "first_code", "temporal", "raster"):
+    for name in SINGLES:
         assert np.array_equal(getattr(parts, name), getattr(whole, name))
+    for name in PAIRS:
+        for ours, theirs in zip(getattr(parts, name).found(), getattr(whole, name).found(), strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+def test_a_codebook_whose_pairs_no_memory_holds():
+    num_codes = 2**18  # a table of all pairs: 512 GiB
+    generator = np.random.default_rng(4)
+    first = generator.integers(0, num_codes, (200, 1, 4, 4))
+    followed = np.concatenate([first, num_codes - 1 - first], axis=1)  # each code names the next one
+    counted = CodeTables(num_codes)
+    for batch in np.split(followed, 10):
+        counted.update(batch)
+    pairs, counts = counted.temporal.found()
+    assert np.array_equal(pairs, np.unique(first * num_codes + num_codes - 1 - first))
+    assert counts.sum() == first.size
+    scores = baseline_scores(counted, counted)
+    # A code's own pair stands once or more often among its counts, and next to nothing is smoothed away.
+    assert scores["smoothing"]["temporal_bigram"] == 0.01
+    weight = scores["smoothing"]["unigram"]
+    without_context = np.log(counted.unigram[0][first] + weight) - np.log(followed.size + weight * num_codes)
+    assert scores["temporal_bigram_nats"] == pytest.approx(-without_context.mean() / 2, abs=0.01)
 
 
 def test_hand_computed_cross_entropies():
