@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,7 +37,8 @@ from clipmill.shards.manifest import Manifest
 
 __all__ = ["METRICS_SCHEMA", "folder_url", "is_finished", "read_result", "run"]
 
-METRICS_SCHEMA = 2
+METRICS_SCHEMA = 3
+"""3: of a limited number of clips those of an even spread. 2: the tokenizer by itself, all Frechet distances."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,23 @@ def is_finished(config: RunConfig) -> bool:
     return found is not None and found["identity"] == identity
 
 
-def read_result(config: RunConfig) -> dict[str, Any] | None:
-    """What ``evaluate.what`` has left on disk; none: nothing yet."""
-    name, schema = ("vqvae.json", VQVAE_SCHEMA) if config.evaluate.what == "vqvae" else ("metrics.json", METRICS_SCHEMA)
+def read_result(config: RunConfig, what: Literal["all", "vqvae"] | None = None) -> dict[str, Any] | None:
+    """What an evaluation has left on disk; none: nothing yet, or only what an older clipmill measured otherwise.
+
+    Args:
+        config: of the run.
+        what: of which kind; none: that of ``evaluate.what``.
+
+    Raises:
+        UserError: it is damaged, or was written by a newer clipmill.
+    """
+    is_of_tokenizer = (what or config.evaluate.what) == "vqvae"
+    name, schema = ("vqvae.json", VQVAE_SCHEMA) if is_of_tokenizer else ("metrics.json", METRICS_SCHEMA)
     try:
-        return storage.read_document(storage.join(folder_url(config), name), schema)
+        result = storage.read_document(storage.join(folder_url(config), name), schema)
     except FileNotFoundError:
         return None
+    return result if result["schema"] == schema else None
 
 
 def run(config: RunConfig, lease: Lease) -> dict[str, Any]:

@@ -32,7 +32,8 @@ __all__ = [
     "val_clips",
 ]
 
-VQVAE_SCHEMA = 1
+VQVAE_SCHEMA = 2
+"""2: of a limited number of clips those of an even spread."""
 
 
 def val_clips(config: RunConfig) -> Manifest:

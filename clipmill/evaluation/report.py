@@ -20,10 +20,9 @@ from clipmill import storage
 from clipmill.config import RunConfig, fingerprint
 from clipmill.errors import UserError
 from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
-from clipmill.evaluation.evaluate import METRICS_SCHEMA
+from clipmill.evaluation.evaluate import read_result
 from clipmill.evaluation.film import FRAMES_PER_SECOND, Film
 from clipmill.evaluation.gallery import Gallery, clips_per_class
-from clipmill.evaluation.reconstruction import VQVAE_SCHEMA
 from clipmill.evaluation.table import circumstances, fvd_rows, short, tokenizer_rows
 from clipmill.lease import Lease
 from clipmill.metrics import read_metrics
@@ -140,10 +139,8 @@ def _config_text(config: RunConfig) -> str:
 
 
 def _render(config: RunConfig) -> str:
-    vqvae = _document(config.folder("evaluation", "vqvae.json"), VQVAE_SCHEMA)
-    metrics = _document(config.folder("evaluation", "metrics.json"), METRICS_SCHEMA)
-    if vqvae is None or (metrics is not None and metrics["schema"] < METRICS_SCHEMA):
-        metrics = None  # of an older clipmill, which measured less: the page asks for a new evaluation
+    vqvae = read_result(config, "vqvae")  # none of an older clipmill: the page asks for a new evaluation
+    metrics = read_result(config, "all") if vqvae else None
     judged = metrics or vqvae
     manifests = {split: _manifest(config.folder("clips", split), "clips") for split in SPLITS}
     samples = _manifest(config.folder("samples", config.sample.name), "samples")

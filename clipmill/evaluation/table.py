@@ -31,7 +31,7 @@ def circumstances(result: dict[str, Any]) -> str:
         rate = f"{short(lowest)} to {short(highest)} fps"
     number = short(clips["num_clips"])
     if clips["num_clips"] < clips["num_clips_in_split"]:
-        number = f"the first {number} of {short(clips['num_clips_in_split'])}"
+        number = f"{number} of {short(clips['num_clips_in_split'])}"
     return (
         f"{number} clips of the split {clips['split']}, {clips['num_frames']} frames of "
         f"{clips['resolution']} x {clips['resolution']} at {rate}, fitted by {clips['fit'] or 'an unknown rule'}"

@@ -307,9 +307,10 @@ def eval_batches(
     max_samples: int | None = None,
     num_workers: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The first samples of a data set in stored order, each once: rank r takes the r-th of W contiguous parts.
+    """Samples of a data set in stored order, each once: rank r takes the r-th of W contiguous parts.
 
-    Of a mix, the first ones of each data set, one data set after the other.
+    Of more than are wanted, those of an even spread (`clipmill.shards.places.spread`); of a mix, of a spread over each
+    data set, one data set after the other.
 
     Args:
         dataset: what to read.

@@ -10,7 +10,7 @@ import numpy as np
 from clipmill.shards.mix import Mix
 from clipmill.shards.order import Order, locate_stored, part_rows, rank_rows
 
-__all__ = ["EvalPlaces", "Rows", "TrainPlaces"]
+__all__ = ["EvalPlaces", "Rows", "TrainPlaces", "spread"]
 
 BLOCK_ROWS = 4096
 """Rows that are located together: for a few of them numpy's calls cost more than the numbers."""
@@ -76,8 +76,25 @@ class TrainPlaces:
         return Rows(positions, shards.reshape(positions.shape), rows.reshape(positions.shape), self._weight)
 
 
+def spread(index: np.ndarray, num_taken: np.ndarray | int, num_samples: np.ndarray | int) -> np.ndarray:
+    """Where the i-th of n samples that are taken of N is: i N div n, an even spread; all in order where n = N.
+
+    The clips of a video lie next to each other: the first n would be of few videos.
+
+    Args:
+        index: i, int64 [rows], from 0 to n - 1.
+        num_taken: n, from 1 to N; one for each row or for all.
+        num_samples: N; one for each row or for all.
+
+    Returns:
+        Numbers in stored order, int64 [rows], all different.
+    """
+    # i N itself would leave int64 where three billion samples are all taken.
+    return index * (num_samples // num_taken) + index * (num_samples % num_taken) // num_taken
+
+
 class EvalPlaces:
-    """The first samples of one data set, or of several one after the other, in stored order; each rank has a part.
+    """An even spread over one data set, or over several one after the other, in stored order; each rank has a part.
 
     Args:
         counts: int64 [num_shards], samples of each shard.
@@ -92,6 +109,7 @@ class EvalPlaces:
         self, counts: np.ndarray, sizes: np.ndarray, taken: np.ndarray, rank: int, world_size: int, batch_size: int
     ) -> None:
         self._shard_ends = np.cumsum(counts)
+        self._sizes, self._taken = sizes, taken
         self._first_stored = np.cumsum(sizes) - sizes
         self._taken_ends = np.cumsum(taken)
         self._num_samples = int(np.sum(taken))
@@ -105,5 +123,5 @@ class EvalPlaces:
         index = self._rank * self._share + picked
         weight = filled * (index < self._num_samples)
         part, offset = locate_stored(self._taken_ends, np.minimum(index, self._num_samples - 1))
-        stored = self._first_stored[part] + offset
+        stored = self._first_stored[part] + spread(offset, self._taken[part], self._sizes[part])
         return Rows(stored, *locate_stored(self._shard_ends, stored), weight.astype(np.float32))

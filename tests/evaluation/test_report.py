@@ -20,6 +20,7 @@ from clipmill.errors import UserError
 from clipmill.evaluation import evaluate, report
 from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
 from clipmill.evaluation.film import Film
+from clipmill.evaluation.reconstruction import VQVAE_SCHEMA
 from clipmill.shards.manifest import Manifest
 from clipmill.video import decode_mp4
 from tests.evaluation.toy_run import CLASSES, Unleased, toy_config, write_tokenizer
@@ -167,6 +168,12 @@ def test_numbers_of_an_older_clipmill_are_asked_for_again(config: RunConfig):
     storage.publish_document(url, metrics, evaluate.METRICS_SCHEMA - 1)
     page, _ = write(config)
     assert "Prior and samples: not there yet" in page.text
+    url = config.folder("evaluation", "vqvae.json")
+    numbers = storage.read_document(url, VQVAE_SCHEMA)
+    del numbers["schema"]
+    storage.publish_document(url, numbers, VQVAE_SCHEMA - 1)
+    page, _ = write(config)
+    assert "run clipmill evaluate --what vqvae" in page.text
 
 
 def test_samples_show_before_anything_is_evaluated(config: RunConfig):

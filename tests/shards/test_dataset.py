@@ -180,10 +180,18 @@ def test_evaluation_reads_in_order_and_once(dataset, world_size, max_samples):
         list(eval_batches(dataset, batch_size=4, rank=rank, world_size=world_size, max_samples=max_samples))
         for rank in range(world_size)
     ]
-    assert [key for rank in ranks for batch in rank for key in keys_of(batch)] == KEYS[:max_samples]
+    num_read = min(len(KEYS), max_samples or len(KEYS))
+    expected = [KEYS[number * len(KEYS) // num_read] for number in range(num_read)]
+    assert [key for rank in ranks for batch in rank for key in keys_of(batch)] == expected
     assert len({len(rank) for rank in ranks}) == 1
     assert len({len(batch["key"]) for rank in ranks for batch in rank}) == 1
     assert len(ranks[0][0]["key"]) <= 4
+
+
+def test_a_limited_evaluation_sees_every_video(dataset):
+    batches = eval_batches(dataset, batch_size=4, rank=0, world_size=1, max_samples=8)
+    videos = [key.partition("_")[0] for batch in batches for key in keys_of(batch)]
+    assert set(videos) == {key.partition("_")[0] for key in KEYS}
 
 
 def test_evaluation_of_nothing_yields_nothing(dataset, tmp_path):

@@ -99,7 +99,9 @@ def test_evaluation_goes_through_one_data_set_after_the_other(tmp_path, world_si
     ]
     shares = {None: (20, 0, 13), 1000: (20, 0, 13), 10: (5, 0, 3), 3: (1, 0, 1)}[max_samples]
     assert keys == [
-        part[index]["key"] for part, share in zip(mixed.parts, shares, strict=True) for index in range(share)
+        part[index * len(part) // share]["key"]
+        for part, share in zip(mixed.parts, shares, strict=True)
+        for index in range(share)
     ]
 
 
