@@ -24,9 +24,9 @@ from clipmill.errors import ClipmillError
 from clipmill.shards.cache import OpenShard, ShardCache
 from clipmill.shards.format import parse_npy, read_sample
 from clipmill.shards.manifest import Manifest
-from clipmill.shards.mix import NUM_SLOTS, Mix, apportion
+from clipmill.shards.mix import NUM_SLOTS, Mix
 from clipmill.shards.order import Order, locate_stored, num_streams
-from clipmill.shards.places import EvalPlaces, Rows, TrainPlaces
+from clipmill.shards.places import EvalPlaces, Rows, TrainPlaces, shares
 from clipmill.shards.workers import load_batches
 
 __all__ = [
@@ -317,7 +317,8 @@ def eval_batches(
         batch_size: rows of each batch, if a rank's part has as many.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
-        max_samples: how many to read over all ranks, at most; of a mix, each data set its share. None: all.
+        max_samples: how many to read over all ranks, at most; of a mix, each data set its share, and what one is short
+            of from the others. None: all.
         num_workers: processes that read and decode; 0: this one does.
 
     Yields:
@@ -327,7 +328,7 @@ def eval_batches(
         UserError: a shard is missing or damaged.
     """
     sizes = np.array([len(part) for part in dataset.parts])
-    taken = sizes if max_samples is None else np.minimum(sizes, apportion(max_samples, dataset.slots))
+    taken = sizes if max_samples is None else shares(max_samples, sizes, dataset.slots)
     places = EvalPlaces(dataset.counts, sizes, taken, rank, world_size, batch_size)
     return load_batches(_Batches(dataset, places), range(places.num_batches), num_workers)
 

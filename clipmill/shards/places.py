@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipmill.shards.mix import Mix
+from clipmill.shards.mix import Mix, apportion
 from clipmill.shards.order import Order, locate_stored, part_rows, rank_rows
 
-__all__ = ["EvalPlaces", "Rows", "TrainPlaces", "spread"]
+__all__ = ["EvalPlaces", "Rows", "TrainPlaces", "shares", "spread"]
 
 BLOCK_ROWS = 4096
 """Rows that are located together: for a few of them numpy's calls cost more than the numbers."""
@@ -74,6 +74,24 @@ class TrainPlaces:
         positions = batches[:, self._picked]
         shards, rows = self._order.locate(positions.ravel())
         return Rows(positions, shards.reshape(positions.shape), rows.reshape(positions.shape), self._weight)
+
+
+def shares(max_samples: int, sizes: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """How many samples of each data set are read: by weight, and what one has too few of (or none) the others give.
+
+    Args:
+        max_samples: of all data sets together; fewer only where there are fewer.
+        sizes: int64 [num data sets], samples of each data set.
+        slots: int64 [num data sets], their weights, all above 0.
+
+    Returns:
+        int64 [num data sets].
+    """
+    taken = np.zeros_like(sizes)
+    while missing := min(max_samples, int(sizes.sum())) - int(taken.sum()):
+        weights = np.where(taken < sizes, slots, 0)
+        taken = np.minimum(taken + apportion(missing, weights), sizes)
+    return taken
 
 
 def spread(index: np.ndarray, num_taken: np.ndarray | int, num_samples: np.ndarray | int) -> np.ndarray:
