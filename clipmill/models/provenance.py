@@ -9,6 +9,7 @@ import torch
 
 import clipmill
 from clipmill.config import ClusterConfig
+from clipmill.errors import UserError
 
 __all__ = ["computed_with", "deterministic_device"]
 
@@ -28,7 +29,17 @@ def computed_with(device: torch.device) -> dict[str, Any]:
 
 
 def deterministic_device(config: ClusterConfig) -> torch.device:
-    """Sets this process up so that a model gives the same bytes again, and names the device to compute on."""
+    """Sets this process up so that a model gives the same bytes again, and names the device to compute on.
+
+    Raises:
+        UserError: ``cluster.use_gpu`` is set, and there is no GPU here.
+    """
+    if config.use_gpu and not torch.cuda.is_available():
+        raise UserError(
+            f"cluster.use_gpu=true, but torch {torch.__version__} finds no GPU on {platform.node()}; submit `clipmill "
+            "evaluate`, which computes in its own process, to a node with a GPU (entrypoint_num_gpus: 1), install a "
+            "torch for CUDA, or set cluster.use_gpu=false"
+        )
     torch.set_num_threads(config.fanout_cpus)  # sums are split over threads: their number is part of the bytes
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False

@@ -289,6 +289,16 @@ def test_the_inception_score_is_of_sixteen_frames(config: RunConfig):
         evaluate.is_finished(asking(config, is_weights="absent.pt"))
 
 
+@pytest.mark.parametrize("what", ["vqvae", "all"])
+def test_a_driver_without_the_gpu_is_told_so(config: RunConfig, what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shutil.rmtree(Path(config.root, "evaluation"))
+    on_gpu = config.model_copy(update={"cluster": config.cluster.model_copy(update={"use_gpu": True})})
+    with pytest.raises(UserError, match=r"cluster\.use_gpu=true, but .* finds no GPU"):
+        run(asking(on_gpu, what=what))
+    assert not Path(config.root, "evaluation").exists()
+
+
 @pytest.mark.parametrize(
     ("missing", "stage"),
     [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 import webdataset
 
@@ -80,6 +81,19 @@ def test_samples_are_what_the_prior_alone_makes(root: Path):
     here = toy_config(root, name="here")
     make_samples(here)
     assert shard_bytes(here) == shard_bytes(config)  # whichever process makes them, and under any name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a worker finds its GPU")
+def test_a_worker_without_the_gpu_that_ray_promised_ends_the_stage_in_one_line(root: Path):
+    cluster = ClusterConfig(use_gpu=True)
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, object_store_memory=100 * 2**20)
+    try:
+        with pytest.raises(UserError, match=r"cluster\.use_gpu=true, but .* finds no GPU") as caught:
+            run(toy_config(root).model_copy(update={"cluster": cluster}))
+    finally:
+        ray.shutdown()
+    assert "\n" not in str(caught.value)
+    assert not (root / "samples").exists()
 
 
 def test_plain_webdataset_reads_samples(root: Path):
