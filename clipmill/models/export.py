@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from clipmill import storage
-from clipmill.config import PriorModelConfig, VQVAEModelConfig, fingerprint
+from clipmill.config import PriorModelConfig, Section, VQVAEModelConfig, fingerprint
 from clipmill.errors import UserError
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
@@ -30,6 +31,7 @@ __all__ = [
     "export_body",
     "load_prior",
     "load_vqvae",
+    "model_config",
     "read_latest",
     "require_prior",
     "require_vqvae",
@@ -38,10 +40,12 @@ __all__ = [
 ]
 
 SCHEMA = 1
+NAMES = {"vqvae": "tokenizer", "prior": "prior"}
 TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
 Dtype = Literal["float32", "bfloat16"]
 """Of the weights in an export. Whatever it is, they are loaded as float32, and buffers (codebook, statistics) and a
 prior's tokenizer are float32: codes mean the same pixels."""
+ModelConfig = TypeVar("ModelConfig", bound=Section)
 
 
 def save_export(
@@ -112,9 +116,10 @@ def require_prior(url: str) -> tuple[dict[str, Any], str]:
     """Body and sha8 of the newest prior of a training folder, without its weights.
 
     Raises:
-        UserError: there is none, it is damaged, or was written by a newer clipmill.
+        UserError: there is none, it is an export of another kind, damaged, or written by a newer clipmill.
     """
-    return _require_latest(url, "prior", "prior")
+    _, body = _require_export(url, "prior")
+    return body, body["sha8"]
 
 
 def require_vqvae(url: str) -> tuple[dict[str, Any], str]:
@@ -126,10 +131,8 @@ def require_vqvae(url: str) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: there is none, it is an export of another kind, damaged, or written by a newer clipmill.
     """
-    body, sha8 = _require_latest(url, "vqvae", "tokenizer")
-    if body["kind"] != "vqvae":
-        raise UserError(f"tokenize.tokenizer {url} is a {body['kind']} export; name a tokenizer's")
-    return body, sha8
+    _, body = _require_export(url, "vqvae")
+    return body, body["sha8"]
 
 
 def require_vqvae_for(url: str, clips_url: str, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -149,11 +152,24 @@ def require_vqvae_for(url: str, clips_url: str, recipe: Mapping[str, Any]) -> tu
     return body, sha8
 
 
-def _require_latest(url: str, kind: str, name: str) -> tuple[dict[str, Any], str]:
-    latest = read_latest(url)
-    if latest is None:
-        raise UserError(f"no {name} at {url}; run `clipmill {TRAINING_COMMAND[kind]}` with this config first")
-    return latest
+def model_config(body: Mapping[str, Any], section: type[ModelConfig]) -> ModelConfig:
+    """The settings of an exported model.
+
+    Args:
+        body: of the export.
+        section: what they are: `VQVAEModelConfig` or `PriorModelConfig`.
+
+    Raises:
+        UserError: they are none that this clipmill knows.
+    """
+    try:
+        return section.model_validate(body["model"])
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, ('model', *each['loc'])))}: {each['msg']}" for each in error.errors()]
+        raise UserError(
+            f"the {NAMES[body['kind']]} of exports/{body['sha8']} has settings that this clipmill does not take "
+            f"({'; '.join(problems)}); use the clipmill that wrote it, or train or import it again with this one"
+        ) from error
 
 
 def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:
@@ -166,7 +182,7 @@ def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:
         The model, the body, the sha8.
 
     Raises:
-        UserError: no export there, of another kind, damaged, or written by a newer clipmill.
+        UserError: no export there, of another kind, damaged, or of a clipmill that this one cannot read.
     """
     body, tensors = _read(url, "vqvae")
     return _build_vqvae(body, tensors), body, body["sha8"]
@@ -185,12 +201,12 @@ def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
         The prior, the tokenizer, the body, the sha8.
 
     Raises:
-        UserError: no export there, of another kind, damaged, or written by a newer clipmill.
+        UserError: no export there, of another kind, damaged, or of a clipmill that this one cannot read.
     """
     body, tensors = _read(url, "prior")
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
     tokenizer = {name.removeprefix("tokenizer."): tensors[name] for name in tensors.keys() - own.keys()}
-    config = PriorModelConfig.model_validate(body["model"])
+    config = model_config(body, PriorModelConfig)
     shape = body.get("condition_shape")
     prior = Prior(
         config,
@@ -205,7 +221,7 @@ def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
 
 
 def _build_vqvae(body: dict[str, Any], tensors: dict[str, Tensor]) -> VQVAE:
-    model = VQVAE(VQVAEModelConfig.model_validate(body["model"]), body["pixel_variance"])
+    model = VQVAE(model_config(body, VQVAEModelConfig), body["pixel_variance"])
     model.load_state_dict(tensors)
     # Kernels lie as the features do, or every call would copy them: 4 % of an encoding on a CPU.
     nn.utils.convert_conv3d_weight_memory_format(model, torch.channels_last_3d)
@@ -245,17 +261,23 @@ def _read_body(export_url: str) -> dict[str, Any]:
     return body
 
 
-def _read(url: str, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Body and verified tensors of an export of one kind."""
+def _require_export(url: str, kind: str) -> tuple[str, dict[str, Any]]:
+    """Folder and body of the export of one kind that ``url`` means."""
     export_url = _export_url(url)
     if export_url is None:
-        raise UserError(f"no {kind} export at {url}; run `clipmill {TRAINING_COMMAND[kind]}` with this config first")
+        raise UserError(f"no {NAMES[kind]} at {url}; run `clipmill {TRAINING_COMMAND[kind]}` with this config first")
     body = _read_body(export_url)
     if body["kind"] != kind:
         raise UserError(
-            f"{export_url} is an export of a {body['kind']}, not of a {kind}; name a folder that "
-            f"`clipmill {TRAINING_COMMAND[kind]}` wrote"
+            f"{export_url} is an export of a {body['kind']}, not of a {kind}; name a folder (root, tokenize.tokenizer) "
+            f"with one that `clipmill {TRAINING_COMMAND[kind]}` or `clipmill import-videogpt` wrote"
         )
+    return export_url, body
+
+
+def _read(url: str, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Body and verified tensors of an export of one kind."""
+    export_url, body = _require_export(url, kind)
     weights_url = storage.join(export_url, "model.safetensors")
     try:
         weights = storage.read_bytes(weights_url)

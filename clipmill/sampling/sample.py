@@ -27,7 +27,7 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import PriorModelConfig, RunConfig, SampleConfig, changed_keys, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
-from clipmill.models.export import load_prior, require_prior
+from clipmill.models.export import load_prior, model_config, require_prior
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
@@ -130,9 +130,10 @@ def _given(config: RunConfig, body: dict[str, Any]) -> Manifest | None:
 
     Raises:
         UserError: it is not there, another tokenizer's, or comes without what the prior is to be told; more first
-            latents are given than leave something to make; or the prior was not trained for guidance.
+            latents are given than leave something to make; the prior was not trained for guidance, or has settings
+            that this clipmill does not know.
     """
-    settings, model = config.sample, PriorModelConfig.model_validate(body["model"])
+    settings, model = config.sample, model_config(body, PriorModelConfig)
     if settings.guidance != 1 and not model.label_dropout:
         raise UserError(
             f"sample.guidance={settings.guidance} needs a prior trained with prior.model.label_dropout above 0; set "

@@ -9,7 +9,7 @@ import torch
 
 from clipmill.config import PriorModelConfig, VQVAEModelConfig, identity
 from clipmill.errors import UserError
-from clipmill.models.export import load_prior, load_vqvae, read_latest, save_export
+from clipmill.models.export import load_prior, load_vqvae, read_latest, require_prior, require_vqvae, save_export
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 
@@ -17,10 +17,10 @@ VQVAE_CONFIG = VQVAEModelConfig(hidden_dim=8, num_res_layers=1, embedding_dim=4,
 PRIOR_CONFIG = PriorModelConfig(hidden_dim=12, num_heads=2, num_layers=1, class_conditional=True)
 
 
-def save_vqvae(folder: Path, model: VQVAE, step: int = 7) -> str:
+def save_vqvae(folder: Path, model: VQVAE, step: int = 7, **settings: object) -> str:
     body = {
         "kind": "vqvae",
-        "model": identity(VQVAE_CONFIG),
+        "model": identity(VQVAE_CONFIG) | settings,
         "latent_shape": [2, 4, 4],
         "num_codes": 16,
         "pixel_variance": 0.05,
@@ -29,10 +29,10 @@ def save_vqvae(folder: Path, model: VQVAE, step: int = 7) -> str:
     return save_export(str(folder), model, body)
 
 
-def save_prior(folder: Path, prior: Prior, tokenizer: VQVAE, tokenizer_body: dict[str, Any]) -> str:
+def save_prior(folder: Path, prior: Prior, tokenizer: VQVAE, tokenizer_body: dict[str, Any], **settings: object) -> str:
     body = {
         "kind": "prior",
-        "model": identity(PRIOR_CONFIG),
+        "model": identity(PRIOR_CONFIG) | settings,
         "latent_shape": [2, 4, 4],
         "num_codes": 16,
         "num_classes": 3,
@@ -152,3 +152,33 @@ def test_what_the_user_can_mend_says_so(tmp_path: Path) -> None:
     document.unlink()
     with pytest.raises(UserError, match=r"model.json is missing"):
         load_vqvae(str(tmp_path))
+
+
+def test_an_export_of_the_other_kind_is_refused_by_whoever_asks(tmp_path: Path) -> None:
+    tokenizer = trained_vqvae()
+    save_vqvae(tmp_path / "vqvae", tokenizer)
+    prior = Prior(PRIOR_CONFIG, (2, 4, 4), 16, tokenizer.quantizer.codebook, num_classes=3)
+    save_prior(tmp_path / "prior", prior, tokenizer, load_vqvae(str(tmp_path / "vqvae"))[1])
+    for ask in (require_prior, load_prior):
+        with pytest.raises(UserError, match=r"vqvae/exports/\w{8} is an export of a vqvae, not of a prior; "):
+            ask(str(tmp_path / "vqvae"))
+    for ask in (require_vqvae, load_vqvae):
+        with pytest.raises(UserError, match=r"prior/exports/\w{8} is an export of a prior, not of a vqvae; "):
+            ask(str(tmp_path / "prior"))
+
+
+def test_settings_of_another_clipmill_are_named(tmp_path: Path) -> None:
+    tokenizer = trained_vqvae()
+    sha8 = save_vqvae(tmp_path / "vqvae", tokenizer, window=8)
+    named = rf"the tokenizer of exports/{sha8} has settings .*\(model\.window: Extra inputs .*\); use the clipmill"
+    with pytest.raises(UserError, match=named) as caught:
+        load_vqvae(str(tmp_path / "vqvae"))
+    assert "\n" not in str(caught.value)
+    prior = Prior(PRIOR_CONFIG, (2, 4, 4), 16, tokenizer.quantizer.codebook, num_classes=3)
+    body, _ = require_vqvae(str(tmp_path / "vqvae"))
+    save_prior(tmp_path / "prior", prior, tokenizer, body)
+    with pytest.raises(UserError, match=named):  # the tokenizer inside it
+        load_prior(str(tmp_path / "prior"))
+    sha8 = save_prior(tmp_path / "prior", prior, tokenizer, body, num_heads="two", style="new")
+    with pytest.raises(UserError, match=rf"the prior of exports/{sha8} .*model\.style: .*; model\.num_heads: .*"):
+        load_prior(str(tmp_path / "prior"))

@@ -14,7 +14,7 @@ from clipmill import storage
 from clipmill.cluster import connect
 from clipmill.config import ClusterConfig, RunConfig
 from clipmill.errors import UserError
-from clipmill.models.export import load_prior
+from clipmill.models.export import load_prior, save_export
 from clipmill.models.vqvae import to_pixels
 from clipmill.sampling import sample
 from clipmill.sampling.generate import generate
@@ -211,6 +211,22 @@ def test_mistakes_are_refused_before_anything_is_written(root: Path, tmp_path: P
     with pytest.raises(UserError, match=r"sideways: the prior knows down, left, up"):
         run(toy_config(root, classes=["up", "sideways"]))
     assert not (root / "samples").exists()
+
+
+def test_an_export_that_is_no_prior_of_this_clipmill_is_refused_before_anything_is_written(root: Path, tmp_path: Path):
+    prior, tokenizer, body, _ = load_prior(str(root / "prior"))
+    newer, other = ({name: each[name] for name in each.keys() - {"sha8"}} for each in (body, body["tokenizer"]))
+    newer["model"] = newer["model"] | {"window": 8}
+    save_export(str(tmp_path / "newer" / "prior"), prior, newer, tokenizer)
+    save_export(str(tmp_path / "other" / "prior"), tokenizer, other)
+    for name, message in (
+        ("newer", r"the prior of exports/\w{8} has settings .*model\.window"),
+        ("other", r"other/prior/exports/\w{8} is an export of a vqvae, not of a prior"),
+    ):
+        for ask in (sample.is_finished, run):
+            with pytest.raises(UserError, match=message):
+                ask(toy_config(tmp_path / name))
+        assert not (tmp_path / name / "samples").exists()
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 1}, {"batch_size": 2}, {"top_k": 4}])
