@@ -29,7 +29,7 @@ from clipmill.evaluation.reconstruction import (
     val_clips,
 )
 from clipmill.lease import Lease
-from clipmill.models.export import load_prior, load_vqvae, require_prior, require_vqvae_for
+from clipmill.models.export import load_prior, load_vqvae, require_condition, require_prior, require_vqvae_for
 from clipmill.models.provenance import deterministic_device
 from clipmill.progress import bar
 from clipmill.shards.dataset import decode_codes
@@ -52,8 +52,8 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the numbers on disk were measured on exactly what is there now.
 
     Raises:
-        UserError: a stage before this one has not run, its data belong to another tokenizer, or a network's weights
-            are not there or do not fit the clips.
+        UserError: a stage before this one has not run, its data belong to another tokenizer, the tokens come without
+            what the prior is to be told, or a network's weights are not there or do not fit the clips.
     """
     if config.evaluate.what == "vqvae":
         clips = val_clips(config)
@@ -216,6 +216,8 @@ class _Inputs:
             raise UserError(
                 f"the tokens at {val_tokens.url} are of other clips than {clips.url}; run `clipmill tokenize`"
             )
+        advice = "remove these tokens and tokenize again as for the prior's training"
+        require_condition(body, val_tokens.url, val_tokens.num_samples, val_tokens.facts, advice)
         if samples.recipe["prior"] != prior_sha8:
             raise UserError(
                 f"the samples at {samples.url} were made by prior {samples.recipe['prior']}, the newest is "

@@ -33,6 +33,7 @@ __all__ = [
     "load_vqvae",
     "model_config",
     "read_latest",
+    "require_condition",
     "require_prior",
     "require_vqvae",
     "require_vqvae_for",
@@ -170,6 +171,32 @@ def model_config(body: Mapping[str, Any], section: type[ModelConfig]) -> ModelCo
             f"the {NAMES[body['kind']]} of exports/{body['sha8']} has settings that this clipmill does not take "
             f"({'; '.join(problems)}); use the clipmill that wrote it, or train or import it again with this one"
         ) from error
+
+
+def require_condition(
+    body: Mapping[str, Any], tokens_url: str, num_clips: int, facts: Mapping[str, Any], advice: str
+) -> None:
+    """Refuses token samples that come without what a prior is to be told of each, or with it in another shape.
+
+    Args:
+        body: of the prior's export.
+        tokens_url: where the samples are.
+        num_clips: how many there are.
+        facts: of their manifest.
+        advice: what to do where they do not fit.
+
+    Raises:
+        UserError: they do not fit, or the prior has settings that this clipmill does not know.
+    """
+    condition = model_config(body, PriorModelConfig).condition
+    if condition is None:
+        return
+    found = facts.get("fields", {}).get(condition, {"clips": 0, "shapes": []})
+    if found["clips"] < num_clips or found["shapes"] != [list(body["condition_shape"])]:
+        raise UserError(
+            f"the prior wants {condition} of shape {body['condition_shape']}; of the {num_clips} clips at {tokens_url} "
+            f"{found['clips']} have some, of shapes {found['shapes']}; {advice}"
+        )
 
 
 def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:

@@ -27,7 +27,7 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import PriorModelConfig, RunConfig, SampleConfig, changed_keys, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
-from clipmill.models.export import load_prior, model_config, require_prior
+from clipmill.models.export import load_prior, model_config, require_condition, require_prior
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
@@ -158,13 +158,7 @@ def _given(config: RunConfig, body: dict[str, Any]) -> Manifest | None:
         )
     if manifest.num_samples == 0:
         raise UserError(f"sample.given {url} is empty; name tokens of at least one clip")
-    if model.condition is not None:
-        found = manifest.facts.get("fields", {}).get(model.condition, {"clips": 0, "shapes": []})
-        if found["clips"] < manifest.num_samples or found["shapes"] != [list(body["condition_shape"])]:
-            raise UserError(
-                f"the prior wants {model.condition} of shape {body['condition_shape']}; of the {manifest.num_samples} "
-                f"clips at {url} {found['clips']} have some, of shapes {found['shapes']}; set sample.given to others"
-            )
+    require_condition(body, url, manifest.num_samples, manifest.facts, "set sample.given to others")
     return manifest
 
 

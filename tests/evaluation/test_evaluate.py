@@ -332,6 +332,24 @@ def test_tokens_of_another_tokenizer_are_refused(config: RunConfig, tmp_path: Pa
         evaluate.is_finished(config)
 
 
+def test_tokens_without_what_the_prior_is_told_are_refused(tmp_path: Path):
+    config = toy_config(tmp_path / "run")
+    model = config.prior.model.model_copy(update={"condition": "actions", "style": "modern"})
+    config = config.model_copy(update={"prior": config.prior.model_copy(update={"model": model})})
+    write_run(config, tmp_path / "scratch")
+    make_samples(config)
+    assert not evaluate.is_finished(config)
+    shutil.rmtree(Path(config.root, "tokens", "val"))
+    clips = Manifest.load(config.folder("clips", "val"), "clips")
+    write_tokens(config, clips, tmp_path / "other", num_actions=4)
+    message = (
+        r"wants actions of shape \[8, 2\]; of the 7 clips at .*tokens/val 7 have some, of shapes \[\[4, 2\]\]; remove"
+    )
+    for ask in (evaluate.is_finished, run):
+        with pytest.raises(UserError, match=message):
+            ask(config)
+
+
 def test_samples_of_another_prior_are_refused(config: RunConfig):
     torch.manual_seed(6)
     write_prior(config, Manifest.load(config.folder("tokens", "train"), "tokens"))

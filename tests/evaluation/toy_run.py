@@ -110,7 +110,7 @@ def write_tokenizer(config: RunConfig, clips: Manifest) -> str:
     return save_export(config.folder("vqvae"), model, body)
 
 
-def write_tokens(config: RunConfig, clips: Manifest, folder: Path) -> Manifest:
+def write_tokens(config: RunConfig, clips: Manifest, folder: Path, num_actions: int = 8) -> Manifest:
     folder.mkdir(parents=True)
     model, body, sha8 = load_vqvae(config.folder("vqvae"))
     split = clips.url.rpartition("/")[2]
@@ -122,7 +122,7 @@ def write_tokens(config: RunConfig, clips: Manifest, folder: Path) -> Manifest:
         members = {
             "codes.npy": npy_bytes(codes[0].numpy().astype(np.uint8)),
             "json": json_bytes({"label": CLASSES[number % 3]}),
-            "actions.npy": npy_bytes(np.full((8, 2), number, np.float32)),
+            "actions.npy": npy_bytes(np.full((num_actions, 2), number, np.float32)),
         }
         writer.add(Sample(f"{number:016x}_000000", members))
     url = config.folder("tokens", split)
@@ -134,7 +134,7 @@ def write_tokens(config: RunConfig, clips: Manifest, folder: Path) -> Manifest:
         "latent_shape": body["latent_shape"],
         "clip": clips.recipe,
     }
-    shapes: dict[str, list[int]] = {"label": [], "actions": [8, 2]}
+    shapes: dict[str, list[int]] = {"label": [], "actions": [num_actions, 2]}
     fields = {name: {"clips": clips.num_samples, "shapes": [shape]} for name, shape in shapes.items()}
     return freeze(url, "tokens", [0], recipe, {"classes": CLASSES, "clips": clips.fingerprint, "fields": fields})
 

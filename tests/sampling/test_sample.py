@@ -20,7 +20,15 @@ from clipmill.sampling import sample
 from clipmill.sampling.generate import generate
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
-from tests.evaluation.toy_run import CLASSES, Unleased, make_samples, toy_config, write_prior, write_run
+from tests.evaluation.toy_run import (
+    CLASSES,
+    Unleased,
+    make_samples,
+    toy_config,
+    write_prior,
+    write_run,
+    write_tokens,
+)
 
 
 @pytest.fixture
@@ -191,6 +199,18 @@ def test_conditions_and_first_latents_come_from_clips(tmp_path: Path):
         guidance=1.5,
     )
     assert np.array_equal(codes.numpy(), np.stack([samples[index]["codes"] for index in range(3)]))
+
+
+def test_conditions_of_another_shape_are_refused(tmp_path: Path):
+    config = with_model(toy_config(tmp_path / "run"), condition="actions", style="modern")
+    write_run(config, tmp_path / "scratch")
+    assert not sample.is_finished(config)
+    shutil.rmtree(Path(config.root, "tokens", "val"))
+    write_tokens(config, Manifest.load(config.folder("clips", "val"), "clips"), tmp_path / "other", num_actions=4)
+    with pytest.raises(
+        UserError, match=r"actions of shape \[8, 2\]; .*shapes \[\[4, 2\]\]; set sample\.given to others"
+    ):
+        sample.is_finished(config)
 
 
 def test_missing_conditions_are_refused_before_anything_is_written(root: Path, tmp_path: Path):
