@@ -38,7 +38,7 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["METRICS_SCHEMA", "folder_url", "is_finished", "read_result", "run"]
 
 METRICS_SCHEMA = 3
-"""3: of a limited number of clips those of an even spread. 2: the tokenizer by itself, all Frechet distances."""
+"""3: of a limited number of clips those of as many videos. 2: the tokenizer by itself, all Frechet distances."""
 
 logger = logging.getLogger(__name__)
 

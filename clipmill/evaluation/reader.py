@@ -29,38 +29,22 @@ class Reader:
         self._done = 0
 
     def read(self, manifest: Manifest, decode: Decode, most: int | None) -> Iterator[dict[str, Any]]:
-        """At most so many samples of a data set: an even spread, or the first ones where classes come in turn.
+        """At most so many samples of a data set (none: all), as `eval_batches` picks them.
 
         Args:
             manifest: of the data set.
             decode: makes fields of a sample's members.
-            most: samples to read; none: all.
+            most: samples to read.
 
         Yields:
             Batches: numpy arrays [B, ...], lists of B of what is no array.
         """
-        remaining = num_read(manifest, most)
-        batches = eval_batches(
-            ShardDataset(manifest, decode),
-            batch_size=self._batch_size,
-            rank=0,
-            world_size=1,
-            max_samples=None if _classes_come_in_turn(manifest) else most,
-        )
-        while remaining:
-            batch = next(batches)
-            rows = np.flatnonzero(batch["weight"].numpy() > 0)[:remaining]
+        dataset = ShardDataset(manifest, decode)
+        for batch in eval_batches(dataset, batch_size=self._batch_size, rank=0, world_size=1, max_samples=most):
+            rows = np.flatnonzero(batch["weight"].numpy() > 0)
             yield {
                 name: values.numpy()[rows] if isinstance(values, torch.Tensor) else [values[row] for row in rows]
                 for name, values in batch.items()
             }
-            remaining -= len(rows)
             self._done += len(rows)
             self._progress.update(self._done)
-
-
-def _classes_come_in_turn(manifest: Manifest) -> bool:
-    """Whether sample i is of class i mod L: of every L-th sample all would be of one class."""
-    if manifest.kind != "samples":
-        return False
-    return "given" not in manifest.recipe or manifest.recipe["sample"]["classes"] is not None

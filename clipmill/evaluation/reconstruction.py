@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 VQVAE_SCHEMA = 2
-"""2: of a limited number of clips those of an even spread."""
+"""2: of a limited number of clips those of as many videos."""
 
 
 def val_clips(config: RunConfig) -> Manifest:

@@ -309,8 +309,8 @@ def eval_batches(
 ) -> Iterator[dict[str, Any]]:
     """Samples of a data set in stored order, each once: rank r takes the r-th of W contiguous parts.
 
-    Of more than are wanted, those of an even spread (`clipmill.shards.places.spread`); of a mix, of a spread over each
-    data set, one data set after the other.
+    Of more than are wanted, about one of each video from the first on: more videos than the first ones are of, out of
+    few shards all the same. Of a mix that holds for each data set, and they come one after the other.
 
     Args:
         dataset: what to read.
@@ -329,7 +329,9 @@ def eval_batches(
     """
     sizes = np.array([len(part) for part in dataset.parts])
     taken = sizes if max_samples is None else shares(max_samples, sizes, dataset.slots)
-    places = EvalPlaces(dataset.counts, sizes, taken, rank, world_size, batch_size)
+    clips_per_video = np.array([part.manifest.clips_per_video for part in dataset.parts])
+    spans = np.minimum(sizes, np.ceil(taken * clips_per_video).astype(np.int64))
+    places = EvalPlaces(dataset.counts, sizes, spans, taken, rank, world_size, batch_size)
     return load_batches(_Batches(dataset, places), range(places.num_batches), num_workers)
 
 

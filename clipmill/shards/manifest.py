@@ -89,6 +89,12 @@ class Manifest:
         """Samples of each shard: int64 [num_shards]."""
         return np.array([shard.samples for shard in self.shards], np.int64)
 
+    @property
+    def clips_per_video(self) -> float:
+        """How many samples on average are of one video, and lie next to each other; 1 where that is not known."""
+        num_videos = self.facts.get("num_videos")
+        return max(1.0, self.num_samples / num_videos) if num_videos else 1.0
+
     @staticmethod
     def load(url: str, kind: Kind | None = None) -> Manifest:
         """Reads ``manifest.json`` of a data set folder that is to hold ``kind``; None: whatever it holds.

@@ -97,8 +97,6 @@ def shares(max_samples: int, sizes: np.ndarray, slots: np.ndarray) -> np.ndarray
 def spread(index: np.ndarray, num_taken: np.ndarray | int, num_samples: np.ndarray | int) -> np.ndarray:
     """Where the i-th of n samples that are taken of N is: i N div n, an even spread; all in order where n = N.
 
-    The clips of a video lie next to each other: the first n would be of few videos.
-
     Args:
         index: i, int64 [rows], from 0 to n - 1.
         num_taken: n, from 1 to N; one for each row or for all.
@@ -112,11 +110,12 @@ def spread(index: np.ndarray, num_taken: np.ndarray | int, num_samples: np.ndarr
 
 
 class EvalPlaces:
-    """An even spread over one data set, or over several one after the other, in stored order; each rank has a part.
+    """Samples spread over the first ones of one data set, or of several one after the other; each rank has a part.
 
     Args:
         counts: int64 [num_shards], samples of each shard.
         sizes: int64 [num data sets], samples of each data set.
+        spans: int64 [num data sets], over how many first samples of each those that are read are spread.
         taken: int64 [num data sets], how many of each are read.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
@@ -124,10 +123,17 @@ class EvalPlaces:
     """
 
     def __init__(
-        self, counts: np.ndarray, sizes: np.ndarray, taken: np.ndarray, rank: int, world_size: int, batch_size: int
+        self,
+        counts: np.ndarray,
+        sizes: np.ndarray,
+        spans: np.ndarray,
+        taken: np.ndarray,
+        rank: int,
+        world_size: int,
+        batch_size: int,
     ) -> None:
         self._shard_ends = np.cumsum(counts)
-        self._sizes, self._taken = sizes, taken
+        self._spans, self._taken = spans, taken
         self._first_stored = np.cumsum(sizes) - sizes
         self._taken_ends = np.cumsum(taken)
         self._num_samples = int(np.sum(taken))
@@ -141,5 +147,5 @@ class EvalPlaces:
         index = self._rank * self._share + picked
         weight = filled * (index < self._num_samples)
         part, offset = locate_stored(self._taken_ends, np.minimum(index, self._num_samples - 1))
-        stored = self._first_stored[part] + spread(offset, self._taken[part], self._sizes[part])
+        stored = self._first_stored[part] + spread(offset, self._taken[part], self._spans[part])
         return Rows(stored, *locate_stored(self._shard_ends, stored), weight.astype(np.float32))

@@ -125,8 +125,8 @@ def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingCon
     streams = streams_of_parts(batch, dataset.slots)
     for part, slots, part_streams in zip(dataset.parts, dataset.slots.tolist(), streams, strict=True):
         share = batch * slots / NUM_SLOTS
-        if num_videos := part.manifest.facts.get("num_videos"):
-            clips_per_video = max(1.0, part.manifest.num_samples / num_videos)
+        if part.manifest.facts.get("num_videos"):
+            clips_per_video = part.manifest.clips_per_video
             pairs = same_video_pairs(share, part_streams, training.shuffle_window, clips_per_video)
             logger.info(
                 "%s: expected same-video pairs a batch: P C(G/P, 2) (c - 1)/(w - 1) = %.3g, %.2g %% of its rows "

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from clipmill.evaluation.baselines import CodeTables, baseline_scores
 from clipmill.evaluation.distances import FeatureStatistics, frechet_distance, inception_score
 from clipmill.evaluation.gallery import Gallery, clips_per_class
 from clipmill.evaluation.networks import Network
-from clipmill.evaluation.reader import Reader
 from clipmill.evaluation.table import circumstances, fvd_rows
 from clipmill.models.export import load_prior
 from clipmill.models.vqvae import to_input, to_pixels
-from clipmill.progress import bar
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
 from tests.evaluation.networks import TinyC3D, TinyI3D, TinyLPIPS, save
@@ -175,9 +172,16 @@ def test_metrics_say_what_they_were_measured_on(config: RunConfig):
     assert not evaluate.is_finished(config)
 
 
-def test_a_limited_evaluation_is_of_an_even_spread(config: RunConfig):
+def test_a_limited_evaluation_reads_the_same_clips_for_every_number(config: RunConfig):
+    for split, num_videos in (("val", 2), ("train", 1)):  # of its 7 and 9 clips
+        for kind in ("clips", "tokens"):
+            url = config.folder(kind, split, "manifest.json")
+            document = storage.read_document(url, 99)
+            schema = document.pop("schema")
+            document["facts"]["num_videos"] = num_videos
+            storage.publish_document(url, document, schema)
     run(asking(config, max_clips=4, max_train_clips=4))
-    spread = [0, 1, 3, 5]  # of 7
+    spread = [0, 1, 3, 5]
     gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
     assert np.array_equal(gallery.real, np.stack([clip_pixels("val", number) for number in spread]))
     metrics = read_metrics(config)
@@ -188,27 +192,9 @@ def test_a_limited_evaluation_is_of_an_even_spread(config: RunConfig):
         nats = prior.loss(codes, labels).mean().item()
     assert metrics["prior"]["val_nats_per_token"] == pytest.approx(nats, rel=1e-5)
     train, val = CodeTables(16), CodeTables(16)
-    train.update(codes_of(config, "train")[[0, 2, 4, 6]])  # of 9
+    train.update(codes_of(config, "train")[[0, 2, 4, 6]])
     val.update(codes.numpy())
     assert baseline_scores(train, val).items() <= metrics["prior"].items()
-
-
-def test_of_samples_that_take_classes_in_turn_the_first_ones_are_read(config: RunConfig):
-    run(asking(config, max_clips=2))
-    assert read_metrics(config)["samples"]["per_class"] == {"down": 1, "left": 1}  # 0 and 3 are of one class
-
-
-def test_samples_that_go_on_from_clips_are_spread_as_the_clips_are(config: RunConfig):
-    samples = Manifest.load(config.folder("samples", "default"), "samples")
-
-    def indices(**settings: object) -> list[int]:
-        recipe = samples.recipe | {"given": "abc", "sample": samples.recipe["sample"] | settings}
-        with bar("test", total=6, unit="samples") as progress:
-            batches = Reader(2, progress).read(replace(samples, recipe=recipe), decode_clip, 3)
-            return [meta["index"] for batch in batches for meta in batch["meta"]]
-
-    assert indices(classes=None) == [0, 2, 4]
-    assert indices(classes=["up", "down"]) == [0, 1, 2]
 
 
 def test_numbers_of_an_older_clipmill_are_measured_again(config: RunConfig):
