@@ -29,6 +29,7 @@ from clipmill.models.vqvae import VQVAE
 __all__ = [
     "Dtype",
     "export_body",
+    "exported_steps",
     "load_prior",
     "load_vqvae",
     "model_config",
@@ -111,6 +112,18 @@ def read_latest(url: str) -> tuple[dict[str, Any], str] | None:
         return None
     body = _read_body(export_url)
     return body, body["sha8"]
+
+
+def exported_steps(folder_url: str) -> list[int]:
+    """Steps that the exports of a training folder had behind them, in no order.
+
+    Raises:
+        UserError: one is damaged or was written by a newer clipmill.
+    """
+    exports_url = storage.join(folder_url, "exports")
+    names = storage.list_folders(exports_url)
+    whole = [name for name in names if storage.exists(storage.join(exports_url, name, "model.json"))]
+    return [_read_body(storage.join(exports_url, name))["step"] for name in whole]
 
 
 def require_prior(url: str) -> tuple[dict[str, Any], str]:

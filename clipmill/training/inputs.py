@@ -10,7 +10,7 @@ import numpy as np
 from clipmill import storage
 from clipmill.config import RunConfig, TrainingConfig, refused_changes
 from clipmill.errors import UserError
-from clipmill.models.export import read_latest
+from clipmill.models.export import exported_steps, read_latest
 from clipmill.shards.cache import needed_cache_bytes
 from clipmill.shards.dataset import Decode, MixedDataset, ShardDataset
 from clipmill.shards.manifest import Kind, Manifest
@@ -142,7 +142,9 @@ def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingCon
 
 
 def finished_step(folder_url: str, identity: dict[str, Any], training: TrainingConfig) -> int:
-    """Steps of the newest export of a training folder, 0 without one.
+    """Steps behind the latest export of a training folder, 0 without one.
+
+    Behind the newest checkpoint, if that has been exported too and somebody has made an earlier one the latest since.
 
     Raises:
         UserError: the export or the newest checkpoint was trained with other identity keys or on other data.
@@ -154,4 +156,8 @@ def finished_step(folder_url: str, identity: dict[str, Any], training: TrainingC
     for known in trained + unfinished:
         if changes := refused_changes(known, identity, training.accept_new_dataset):
             raise UserError(f"{folder_url} has other settings: {', '.join(changes)}; restore them or take another root")
-    return int(latest[0]["step"]) if latest else 0
+    if latest is None:
+        return 0
+    if newest is not None and newest.step in exported_steps(folder_url):
+        return newest.step
+    return int(latest[0]["step"])

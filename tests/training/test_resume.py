@@ -76,6 +76,7 @@ def test_averaged_weights_resume_exactly_at_zero_stage_3_and_are_exported(worksp
     earlier = prior.export(config, STEPS - CHECKPOINT_EVERY, "float32")
     older, _, body, sha8 = load_prior(str(root / "prior"))
     assert (sha8, body["step"]) == (earlier, STEPS - CHECKPOINT_EVERY)
+    assert prior.is_finished(config)  # to run it again does not undo that choice
     assert not torch.equal(older.head.weight, weights.head.weight)
     run([*stage_command(workspace, root, "export", 3, average), "--dtype", "bfloat16"], tmp_path / "log.txt", 1)
     narrow, _, body, _ = load_prior(str(root / "prior"))
