@@ -145,7 +145,7 @@ class EMACodebook(nn.Module):
                     self._initialise(candidates, learned)
                 codes = self._nearest(learned)
                 rows = table_rows(codes, self.num_codes)
-                chosen = F.embedding(rows, self.codebook)
+                chosen = F.embedding(rows, self._table())
                 counts = count_codes(rows, weight, self.codebook)
                 metrics = {}
                 if self.training:
@@ -159,7 +159,11 @@ class EMACodebook(nn.Module):
 
     def embed(self, codes: Tensor) -> Tensor:
         """Embeddings float32 [..., D] of codes int64 [..., M]."""
-        return F.embedding(table_rows(codes, self.num_codes), self.codebook).flatten(-2)
+        return F.embedding(table_rows(codes, self.num_codes), self._table()).flatten(-2)
+
+    def _table(self) -> Tensor:
+        """The embeddings of all codes [M * K, D / M]; averages of several steps get their length back."""
+        return self._normalised(self.codebook)
 
     def _normalised(self, rows: Tensor) -> Tensor:
         """Rows [..., D / M] at the length that cosine distance wants; unchanged without it."""
@@ -167,7 +171,7 @@ class EMACodebook(nn.Module):
 
     def _nearest(self, parts: Tensor) -> Tensor:
         """Codes int64 [N, M] of parts [N, M, D / M]."""
-        tables = self.codebook.chunk(self.num_codebooks)
+        tables = self._table().chunk(self.num_codebooks)
         return torch.stack([nearest_codes(part, table) for part, table in zip(parts.unbind(1), tables, strict=True)], 1)
 
     def _gather(self, counts: Tensor, weighted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -169,6 +169,10 @@ def test_cosine_distance_ignores_length() -> None:
     assert torch.equal(quantizer.eval()(rows).codes, quantizer(rows * 7).codes)
     similarity = torch.nn.functional.normalize(rows) @ quantizer.codebook.T
     assert torch.equal(quantizer(rows).codes[:, 0], similarity.argmax(1))
+    before = quantizer(rows)
+    quantizer.codebook *= torch.rand(8, 1) + 0.5  # as averages of codebooks are no longer of one length
+    assert torch.equal(quantizer(rows).codes, before.codes)
+    torch.testing.assert_close(quantizer.embed(before.codes), before.latents)
 
 
 def test_clusters_are_a_better_start_than_rows() -> None:
