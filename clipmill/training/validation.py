@@ -39,7 +39,7 @@ def validate(
     score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None,
     on_batch: Callable[[], None],
 ) -> Validation:
-    """Evaluates the first clips of a data set with the weights that are in place. Collective.
+    """Evaluates clips of a data set (see `eval_batches`) with the weights that are in place. Collective.
 
     Args:
         engine: in training.
