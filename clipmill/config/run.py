@@ -76,7 +76,9 @@ class EvaluateConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where the work runs. Nothing here changes what is written."""
+    """Where the work runs. Nothing here is part of an identity; the device and its threads can change last digits, and
+    so are recorded beside what was computed (``computed_with``).
+    """
 
     address: Annotated[str | None, FREE] = None
     """Address of a running Ray cluster; none: ``RAY_ADDRESS``, else an embedded Ray."""
@@ -87,12 +89,13 @@ class ClusterConfig(Section):
     fanout_workers: Annotated[PositiveInt | None, FREE] = None
     """Workers of shard, tokenize and sample; none: as many as the cluster's CPUs (or GPUs) hold."""
     fanout_cpus: Annotated[PositiveInt, FREE] = 1
-    """CPUs, and so threads, of one such worker."""
+    """CPUs, and so threads, of one such worker: sums are split over them, so bytes of samples depend on it."""
     training_workers: Annotated[PositiveInt, FREE] = 1
     training_cpus: Annotated[PositiveInt | None, FREE] = None
     """CPUs of one training worker; none: its even share of the cluster."""
     use_gpu: Annotated[bool, FREE] = False
-    """Give each training, tokenize and sample worker one GPU."""
+    """Give each training, tokenize and sample worker one GPU, and evaluate on one; without, all of them compute on the
+    CPU. A training under torchrun or in this process takes the GPUs it sees."""
     max_failures: Annotated[int, Field(ge=0), FREE] = 3
     """How often a failed unit or a failed group of training workers is tried again."""
 
