@@ -202,7 +202,7 @@ def _loaded(make: Callable[[], Model], state: dict[str, Tensor], path: Path) -> 
     """A model with this state, in eval mode."""
     with torch.device("meta"):
         expected = make().state_dict()
-    for name in expected.keys() | state.keys():
+    for name in sorted(expected.keys() | state.keys()):
         wanted, found = (None if name not in each else tuple(each[name].shape) for each in (expected, state))
         if wanted != found:
             raise UserError(f"{path} lacks weights, or has some of another size: {name} is {found}, not {wanted}")
