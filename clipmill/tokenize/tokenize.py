@@ -33,7 +33,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_vqvae, require_vqvae_for
 from clipmill.models.provenance import computed_with, deterministic_device
-from clipmill.models.quantizers import codebook_metrics
+from clipmill.models.quantizers import codebook_metrics, table_rows
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
 from clipmill.shards.dataset import ShardDataset, decode_clip
@@ -265,8 +265,8 @@ class Encoder:
     def count(self, codes: npt.ArrayLike) -> np.ndarray:
         """How often each code occurs in codes [..., M] (or [...] of one codebook): int64 [M * K]."""
         num_codebooks = self.model.config.num_codebooks
-        rows = np.asarray(codes, np.int64).reshape(-1, num_codebooks) + np.arange(num_codebooks) * self.num_codes
-        return np.bincount(rows.reshape(-1), minlength=num_codebooks * self.num_codes)
+        rows = table_rows(torch.from_numpy(np.asarray(codes, np.int64)).view(-1, num_codebooks), self.num_codes)
+        return torch.bincount(rows.flatten(), minlength=num_codebooks * self.num_codes).numpy()
 
     def versions(self) -> dict[str, Any]:
         """What the codes depend on beside clips and tokenizer."""

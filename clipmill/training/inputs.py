@@ -158,6 +158,7 @@ def finished_step(folder_url: str, identity: dict[str, Any], training: TrainingC
             raise UserError(f"{folder_url} has other settings: {', '.join(changes)}; restore them or take another root")
     if latest is None:
         return 0
-    if newest is not None and newest.step in exported_steps(folder_url):
+    step = int(latest[0]["step"])
+    if newest is not None and newest.step > step and newest.step in exported_steps(folder_url):
         return newest.step
-    return int(latest[0]["step"])
+    return step
