@@ -72,8 +72,8 @@ def _add_listed(config: RunConfig, plan: Plan | None) -> bool:
     ids, keep, ambiguous = tell_apart(
         listing.bases, listing.content, lambda row: listing.table["url"][row].as_py(), elders
     )
-    # Split by the unrefined hash: a look-alike that is added later must not move its elder.
-    is_val = np.fromiter((_share(config.seed, base) < config.data.val_fraction for base in _ints(listing.bases)), bool)
+    # Split by an unrefined hash: a look-alike that is added later must not move its elder.
+    is_val = np.fromiter((_share(config.seed, one) < config.data.val_fraction for one in _ints(listing.groups)), bool)
     is_val = np.where(listing.splits == NO_SPLIT, is_val, listing.splits == SPLITS.index("val"))
     num_duplicates = max(int(len(keep) - keep.sum()) - num_known_duplicates, 0)
     rows = np.flatnonzero(keep & ~elders.holds(ids))
@@ -173,9 +173,9 @@ def _write_rows(
             writer.write_table(pa.table(columns, schema))
 
 
-def _share(seed: int, base: int) -> float:
-    """A number in [0, 1) that decides the split, independent of the order."""
-    return hash64(f"split:{seed}:{base:016x}") / 2**64
+def _share(seed: int, group: int) -> float:
+    """A number in [0, 1) that decides the split of a group, independent of the order."""
+    return hash64(f"split:{seed}:{group:016x}") / 2**64
 
 
 def _ints(numbers: np.ndarray) -> Iterator[int]:

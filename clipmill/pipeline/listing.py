@@ -40,6 +40,9 @@ SOURCE_COLUMNS: dict[str, pa.DataType] = {
     "text": _TEXT,
     "member": _TEXT,
     "metadata": _TEXT,
+    "start_seconds": pa.float64(),
+    "end_seconds": pa.float64(),
+    "fault": _TEXT,
 }
 _MD5 = re.compile("[0-9a-f]{32}")
 """The etag of an object that was put whole: it covers the content. Others (of multipart uploads, of encrypted
@@ -53,51 +56,97 @@ class Listing:
     Attributes:
         table: `SOURCE_COLUMNS` of each video.
         bases: uint64[n], the hash of each identity.
-        splits: int8[n], the split that the source gives each (its index in `SPLITS`), or `NO_SPLIT`.
+        groups: uint64[n], the hash of each group: a function of it decides the split.
+        splits: int8[n], the split that the source gives each or its group (index in `SPLITS`), or `NO_SPLIT`.
         base_url: the folder that relative URLs are relative to.
     """
 
     table: pa.Table
     bases: np.ndarray
+    groups: np.ndarray
     splits: np.ndarray
     base_url: str
 
     def content(self, row: int) -> str:
         """What tells two videos of equal identity apart: a hash of the whole file, which is read for it."""
-        name, num_bytes, etag, member = (self.table[c][row].as_py() for c in ("url", "bytes", "etag", "member"))
-        url = storage.resolve(self.base_url, name)
-        if etag is not None and _MD5.fullmatch(etag):
-            return f"{num_bytes}:{etag}:{member}"
+        (video,) = self.table.slice(row, 1).to_pylist()
+        part = ":".join(str(video[column]) for column in ("member", "start_seconds", "end_seconds"))
+        if video["fault"] is not None:
+            return f"fault:{part}"
+        url = storage.resolve(self.base_url, video["url"])
+        if video["etag"] is not None and _MD5.fullmatch(video["etag"]):
+            return f"{video['bytes']}:{video['etag']}:{part}"
         try:
-            return f"{_whole_sha256(url)}:{member}"
+            return f"{_whole_sha256(url)}:{part}"
         except FileNotFoundError:
-            return f"missing:{name}"
+            return f"missing:{video['url']}:{part}"
 
 
 def list_source(source: SourceConfig) -> Listing:
     """Lists a source once, in a stream.
 
     Raises:
-        UserError: the source is missing, empty or unreadable.
+        UserError: the source is missing, empty or unreadable, or puts videos of one group into different splits.
     """
     identified = _identified(list_videos(source), base_url(source))
     schema = pa.schema(SOURCE_COLUMNS)
-    hashes, splits = [np.empty(0, np.uint64)], [np.empty(0, np.int8)]
+    bases, groups, splits = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)], [np.empty(0, np.int8)]
     chunks: dict[str, list[pa.Array]] = {field.name: [pa.array([], field.type)] for field in schema}
     while batch := list(islice(identified, BATCH_ROWS)):
-        hashes.append(np.array([hash64(video_identity) for _, video_identity in batch], np.uint64))
         listed = [video for video, _ in batch]
+        hashes = [_hashes(*one) for one in batch]
+        bases.append(np.array([base for base, _ in hashes], np.uint64))
+        groups.append(np.array([group for _, group in hashes], np.uint64))
         splits.append(np.array([SPLITS.index(v.split) if v.split else NO_SPLIT for v in listed], np.int8))
         for name, kind in SOURCE_COLUMNS.items():
             attribute = "name" if name == "url" else name
             chunks[name].append(pa.array([getattr(video, attribute) for video in listed], kind))
     # One after the other, each freed before the next: the listing is never in memory twice.
     table = pa.table([pa.concat_arrays(chunks.pop(name)) for name in SOURCE_COLUMNS], schema)
-    return Listing(table, np.concatenate(hashes), np.concatenate(splits), base_url(source))
+    listing = Listing(table, np.concatenate(bases), np.concatenate(groups), np.concatenate(splits), base_url(source))
+    _spread_splits(listing)
+    return listing
+
+
+def _hashes(video: SourceVideo, identity: str) -> tuple[int, int]:
+    """Of the video's identity (that of its file, with the span where it has one) and of its group."""
+    whole = hash64(identity)
+    group = whole if video.group is None else hash64(video.group)
+    if video.start_seconds is None and video.end_seconds is None:
+        return whole, group
+    return hash64(f"{identity}:{video.start_seconds}:{video.end_seconds}"), group
+
+
+def _spread_splits(listing: Listing) -> None:
+    """Gives all videos of a group the split that the source gives some of them.
+
+    Raises:
+        UserError: the source gives them different ones.
+    """
+    given = np.flatnonzero(listing.splits != NO_SPLIT)
+    if not len(given):
+        return
+    groups, firsts = np.unique(listing.groups[given], return_index=True)
+    firsts = given[firsts]
+    places = np.searchsorted(groups, listing.groups).clip(max=len(groups) - 1)
+    is_given = groups[places] == listing.groups
+    differs = np.flatnonzero(
+        is_given & (listing.splits != NO_SPLIT) & (listing.splits != listing.splits[firsts[places]])
+    )
+    if len(differs):
+        one, other = firsts[places[differs[0]]], differs[0]
+        (first, first_split), (second, second_split) = (
+            (listing.table["url"][row].as_py(), SPLITS[listing.splits[row]]) for row in (int(one), int(other))
+        )
+        raise UserError(
+            f"{first} and {second} are of one group, but the source puts the one into {first_split} and the other into "
+            f"{second_split} ({len(differs)} videos differ so from the first of their group); give each group one split"
+        )
+    listing.splits[is_given] = listing.splits[firsts[places[is_given]]]
 
 
 def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[SourceVideo, str]]:
-    """Videos with their identities; a file that vanished after the listing is left out."""
+    """Videos with the identities of their files; a file that vanished after the listing is skipped."""
     for video in videos:
         url = storage.resolve(base, video.name)
         try:
@@ -172,8 +221,13 @@ def tell_apart(
     in_doubt[:-1] |= equal
     ambiguous = set()
     for base, group in groupby(by_hash[in_doubt].tolist(), key=lambda row: int(bases[row])):
-        contents: dict[str, list[int]] = {}
+        by_url: dict[str, int] = {}
         for row in group:
+            keep[row] = by_url.setdefault(url(row), row) == row  # the same file again: nothing to read
+        if len(by_url) == 1 and base not in elders.ambiguous:
+            continue
+        contents: dict[str, list[int]] = {}
+        for row in by_url.values():
             contents.setdefault(content(row), []).append(row)
         for rows in contents.values():
             keep[rows[1:]] = False

@@ -2,8 +2,10 @@
 
 A video's *identity* is what its storage says about its content without reading all of it: etag and size in a
 bucket, size and a hash of the first and last 64 KiB on a disk. Its id is a hash of the identity, and so are
-its place in the order (a unit holds unrelated videos) and, where the source itself has no splits, its split (more
-videos never move a video from ``train`` to ``val``). Moving or renaming a corpus changes nothing.
+its place in the order (a unit holds unrelated videos). A video may be a span of its file: then the span is part of its
+identity. Where the source itself has no splits, a hash of the video's *group* (its origin; by default the identity of
+its file) decides: videos of one group are in one split, and more videos never move a video from ``train`` to ``val``.
+Moving or renaming a corpus changes nothing.
 
 Files under ``clips/plan``, all written before the first unit is worked on:
 
@@ -11,7 +13,8 @@ Files under ``clips/plan``, all written before the first unit is worked on:
     One generation (`generation.py` makes them): what one listing had that no earlier one had, or the quarantined videos
     that are tried again. One row a video, sorted by split, unit, ordinal: split, unit, ordinal, id, url (relative to
     the source, or absolute), bytes, etag, label, actions, text, member (which video of the file, where it holds
-    several), metadata (JSON).
+    several), metadata (JSON), start_seconds and end_seconds (the span of the file), fault (why the source cannot give
+    the video).
 ``plan.json``
     Written last: ``generations`` [{kind, file, sha256, videos, bytes, units: {split: count}, duplicates,
     ambiguous}] and ``identity``, the configuration it was made with. Units of a split are numbered through all
@@ -47,7 +50,7 @@ __all__ = [
     "read_plan_document",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 
 GenerationKind = Literal["listed", "retried"]
 """``listed``: videos that no earlier generation has. ``retried``: quarantined ones of earlier generations."""
@@ -76,6 +79,9 @@ class PlannedVideo:
         text: its caption, or none.
         member: which video of the file it is, where that holds several, or none.
         metadata: JSON object of what else its source knows about it, or none.
+        start_seconds: where it begins in its file, counted from the file's first frame; None: at that frame.
+        end_seconds: where it ends; None: with the file.
+        fault: why its source cannot give it; None where it can.
     """
 
     id: str
@@ -87,11 +93,27 @@ class PlannedVideo:
     text: str | None
     member: str | None
     metadata: str | None
+    start_seconds: float | None
+    end_seconds: float | None
+    fault: str | None
+
+    @property
+    def span(self) -> tuple[float | None, float | None] | None:
+        """(start, end) in seconds; None: the whole file."""
+        span = self.start_seconds, self.end_seconds
+        return None if span == (None, None) else span
 
     @property
     def name(self) -> str:
-        """What messages and clips call it: its URL, and its place in the file where that holds several."""
-        return self.url if self.member is None else f"{self.url}#{self.member}"
+        """Name in messages and clips: the URL, with the member and the span after ``#``.
+
+        A span is written as a temporal media fragment (``one.mp4#t=1.5,3``; https://www.w3.org/TR/media-frags).
+        """
+        parts = [] if self.member is None else [self.member]
+        if self.span is not None:
+            start, end = ("" if bound is None else np.format_float_positional(bound, trim="-") for bound in self.span)
+            parts.append(f"t={start},{end}" if end else f"t={start}")
+        return "#".join([self.url, "&".join(parts)]) if parts else self.url
 
 
 @dataclass(frozen=True, repr=False)
@@ -187,9 +209,13 @@ def read_plan_document(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the run has no plan yet.
-        UserError: it was made with other settings.
+        UserError: it was made with other settings, or by an earlier clipmill.
     """
     document = storage.read_document(config.folder("clips", "plan", "plan.json"), SCHEMA)
+    if document["schema"] < SCHEMA:
+        raise UserError(
+            f"the clips in {config.folder('clips')} were planned by an earlier clipmill; choose another root"
+        )
     changed = changed_keys(document["identity"], _identity_of(config))
     if changed:
         raise UserError(

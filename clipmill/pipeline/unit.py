@@ -129,10 +129,14 @@ def _shard_video(
         OSError, DecoderLost: the environment failed.
     """
     data = config.data
+    if video.fault is not None:
+        raise ExcludedVideo("list", video.fault)
     path, actions = fetch_video(data, video, folder)
-    encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
+    options: dict[str, Any] = {"encode": (data.format, data.quality), "key": f"{config.seed}:{video.id}"}
+    if video.span is not None:
+        options["span"] = video.span
     try:
-        for clip in decoder.clips(path, data.clip, data.decoder, encode=encode, key=key):
+        for clip in decoder.clips(path, data.clip, data.decoder, **options):
             outcome = _finished(decoder)
             if actions is not None and clip.ordinal == 0:
                 _check_rows(len(actions), outcome.num_needed_frames)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.generation import cut_units, make_plan
+from clipmill.pipeline.generation import cut_units, extend_plan, make_plan
 from clipmill.pipeline.plan import Plan, load_plan
-from clipmill.pipeline.sources.record import EDGE_BYTES
+from clipmill.pipeline.sources.record import EDGE_BYTES, SourceVideo
 
 
 def fill(source, names, sizes=None):
@@ -152,9 +153,10 @@ def test_the_columns_on_disk(tmp_path):
     fill(tmp_path / "source", ["a/one.mp4"])
     plan = make_plan(config_for(tmp_path))
     table = pq.read_table(tmp_path / "run" / "clips" / "plan" / "gen-0000.parquet")
-    assert table.column_names == (
-        ["split", "unit", "ordinal", "id", "url", "bytes", "etag", "label", "actions", "text", "member", "metadata"]
-    )
+    assert table.column_names == [
+        *("split", "unit", "ordinal", "id", "url", "bytes", "etag", "label", "actions", "text", "member", "metadata"),
+        *("start_seconds", "end_seconds", "fault"),
+    ]
     (row,) = table.to_pylist()
     assert row["url"] == "a/one.mp4"
     assert row["bytes"] == 128
@@ -183,3 +185,110 @@ def test_units_are_consecutive_and_bounded(sizes, num_train, unit_bytes):
             following = rows[-1] + 1
             if following < len(numbers):
                 assert held[rows].sum() + held[following] > unit_bytes
+
+
+# ------------------------------------------------------------------------------------ spans and groups
+
+
+def listed(monkeypatch, videos):
+    """The plan's listing is these videos, whatever the source's type."""
+    monkeypatch.setattr("clipmill.pipeline.listing.list_videos", lambda source: iter(videos))
+
+
+def splits_of(plan):
+    return {video.name: split for split, _, video in rows_of(plan)}
+
+
+def spans_of(name, etag, count, **keys):
+    """``count`` spans of two seconds, one after the other."""
+    return [SourceVideo(name, 10, etag, start_seconds=2.0 * i, end_seconds=2.0 * i + 2, **keys) for i in range(count)]
+
+
+def test_a_span_is_a_video_of_its_own_and_named_as_a_media_fragment(tmp_path, monkeypatch):
+    spans = [
+        SourceVideo("s3://b/a.mp4", 10, "tag", start_seconds=1.5, end_seconds=3.0),
+        SourceVideo("s3://b/a.mp4", 10, "tag", start_seconds=1e-7, text="again"),
+        SourceVideo("s3://b/a.mp4", 10, "tag", end_seconds=20.0),
+        SourceVideo("s3://b/a.mp4", 10, "tag", end_seconds=20.0, text="the same"),
+        SourceVideo("s3://b/a.mp4", 10, "tag"),
+        SourceVideo("s3://b/a.tar", 10, "tag", member="x", start_seconds=4.0, identity="x"),
+    ]
+    listed(monkeypatch, spans)
+    plan = make_plan(config_for(tmp_path))
+    videos = {video.name: video for _, _, video in rows_of(plan)}
+    assert videos.keys() == {
+        "s3://b/a.mp4",
+        "s3://b/a.mp4#t=1.5,3",
+        "s3://b/a.mp4#t=0.0000001",
+        "s3://b/a.mp4#t=,20",
+        "s3://b/a.tar#x&t=4",
+    }
+    assert plan.num_duplicates == 1
+    assert len({video.id for video in videos.values()}) == 5
+    assert videos["s3://b/a.mp4#t=1.5,3"].span == (1.5, 3.0)
+    assert videos["s3://b/a.mp4#t=,20"].span == (None, 20.0)
+    assert videos["s3://b/a.mp4"].span is None
+    assert videos["s3://b/a.mp4#t=,20"].text is None  # of equal rows the first counts
+
+
+def test_spans_of_one_file_are_in_one_split_which_is_that_of_the_whole_file(tmp_path, monkeypatch):
+    files = [(f"s3://b/{number}.mp4", f"tag{number}") for number in range(30)]
+    listed(monkeypatch, [span for name, etag in files for span in spans_of(name, etag, 4)])
+    splits = splits_of(make_plan(config_for(tmp_path)))
+    listed(monkeypatch, [SourceVideo(name, 10, etag) for name, etag in files])
+    whole = splits_of(make_plan(config_for(tmp_path, "run2")))
+    assert len(splits) == 120
+    assert {(name.split("#")[0], split) for name, split in splits.items()} == set(whole.items())
+    assert set(whole.values()) == {"train", "val"}
+
+
+def test_an_extension_keeps_groups_together(tmp_path, monkeypatch):
+    first = [SourceVideo(f"s3://b/{i}.mp4", 10, f"tag{i}", group=f"take{i % 20}") for i in range(40)]
+    more = [SourceVideo(f"s3://b/{i}.mp4", 10, f"tag{i}", group=f"take{i % 20}") for i in range(40, 80)]
+    config = config_for(tmp_path)
+    listed(monkeypatch, first)
+    make_plan(config)
+    listed(monkeypatch, [*more, *first])
+    assert extend_plan(config, load_plan(config))
+    splits = splits_of(load_plan(config))
+    assert len(splits) == 80
+    by_take = {}
+    for name, split in splits.items():
+        by_take.setdefault(int(name[7:-4]) % 20, set()).add(split)
+    assert {len(found) for found in by_take.values()} == {1}
+    assert set.union(*by_take.values()) == {"train", "val"}
+
+
+def test_a_split_that_the_source_gives_one_video_holds_for_its_group(tmp_path, monkeypatch):
+    groups = [spans_of(f"s3://b/{i}.mp4", f"tag{i}", 3) for i in range(20)]
+    given = [[spans[0], replace(spans[1], split="val"), spans[2]] for spans in groups]
+    listed(
+        monkeypatch, [*(span for spans in given for span in spans), SourceVideo("s3://b/x.mp4", 1, "x", split="train")]
+    )
+    splits = splits_of(make_plan(config_for(tmp_path)))
+    assert splits.pop("s3://b/x.mp4") == "train"
+    assert set(splits.values()) == {"val"}
+
+
+def test_a_group_in_two_splits_is_the_users_mistake(tmp_path, monkeypatch):
+    videos = [
+        SourceVideo("s3://b/a.mp4", 10, "a", group="one", split="train"),
+        SourceVideo("s3://b/b.mp4", 10, "b", split="val"),
+        SourceVideo("s3://b/c.mp4", 10, "c", group="one", split="val"),
+    ]
+    listed(monkeypatch, videos)
+    with pytest.raises(
+        UserError, match=r"a\.mp4 and s3://b/c\.mp4 are of one group, .* into train and the other into val"
+    ):
+        make_plan(config_for(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_an_earlier_schema_is_refused(tmp_path):
+    fill(tmp_path / "source", ["one.mp4"])
+    config = config_for(tmp_path)
+    make_plan(config)
+    path = tmp_path / "run" / "clips" / "plan" / "plan.json"
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
+    with pytest.raises(UserError, match="planned by an earlier clipmill; choose another root"):
+        load_plan(config)

@@ -42,6 +42,7 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
                         split=_split(path),
                         member=f"{number}@{offset}/{camera}",
                         identity=f"{identity}:{offset}:{camera}",
+                        group=f"{identity}:{offset}",  # two views of one scene
                     )
 
 

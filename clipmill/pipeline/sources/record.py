@@ -28,10 +28,17 @@ class SourceVideo:
         label: name of its class, or none.
         actions: name of the file with its actions, or none.
         text: its caption, or none.
-        split: where the source itself says which split the video belongs to; none: a hash decides.
+        split: the split that the source itself gives the video; None: a hash of its group decides.
         member: which video of the file it is, where a file holds several. Its source type reads it.
         metadata: JSON object of what else the source knows about it, or none.
-        identity: what tells the video from others; none: `file_identity` of its file.
+        identity: what tells the file, or its member, from others; None: `file_identity` of its file. A span is added by
+            the listing.
+        start_seconds: where the video begins in its file, counted from the file's first frame; None: at that frame.
+        end_seconds: where it ends; None: with the file.
+        group: its origin. Videos of one group are always in the same split. None: its identity without the span, so
+            that the spans of one file are a group.
+        fault: why the source cannot give this video, in one line; None where it can. The stage excludes the video with
+            that cause.
     """
 
     name: str
@@ -44,6 +51,10 @@ class SourceVideo:
     member: str | None = None
     metadata: str | None = None
     identity: str | None = None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    group: str | None = None
+    fault: str | None = None
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ def test_both_cameras_are_listed_by_record(tmp_path: Path) -> None:
     videos = list(list_videos(SourceConfig.model_validate(source(tmp_path, camera="both"))))
     assert [(video.name, video.split) for video in videos] == [(TEST, "val")] * 4 + [(TRAIN, "train")] * 6
     assert len({video.identity for video in videos}) == 10
+    assert [video.group for video in videos[::2]] == [video.group for video in videos[1::2]]  # one scene, one split
+    assert len({video.group for video in videos}) == 5
     assert [video.member.partition("/")[2] for video in videos[:2]] == ["image_main", "image_aux1"]
     (only,) = {video.member.partition("/")[2] for video in list_videos(SourceConfig.model_validate(source(tmp_path)))}
     assert only == "image_aux1"
