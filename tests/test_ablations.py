@@ -20,7 +20,7 @@ def overlaid(base: str, overlay: str) -> RunConfig:
 
 def shape(config: RunConfig) -> tuple[int, ...]:
     clip = config.data.clip
-    return codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)
+    return codes_shape(config.vqvae.model, clip.num_frames, clip.size)
 
 
 def leaves(values: dict, prefix: str = "") -> dict[str, object]:

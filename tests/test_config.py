@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clipmill.config import RunConfig, changed_keys, fingerprint, identity, load_config
+from clipmill.config import ClipConfig, RunConfig, changed_keys, fingerprint, frame_size, identity, load_config
 from clipmill.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -35,6 +35,12 @@ def test_files_merge_left_to_right_and_assignments_win(tmp_path):
         ("sample.name=a/b", "plain folder name"),
         ("no_equals_sign", "write section.key=value"),
         ("seed=[", "seed"),
+        ("data.clip.resolution=[36]", "data.clip.resolution: Value error, must be a number of pixels such as 64, or"),
+        ("data.clip.resolution=[36,64,3]", "or [height, width] such as [36, 64] (got [36, 64, 3])"),
+        ("data.clip.resolution=[36,0]", "data.clip.resolution"),
+        ("data.clip.resolution=wide", "data.clip.resolution"),
+        ("data.clip.resolution=[36,63]", "clip.resolution=(36, 63) must be even in both axes for format=mp4"),
+        ("data.clip.resolution=33", "use even numbers or format=npy"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_that_names_it(assignment, expected):
@@ -42,6 +48,19 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it(assignment, expected):
         load_config([], ["root=here", assignment])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_resolution_is_a_square_or_height_and_width(tmp_path):
+    wide = load_config([], ["root=here", "data.clip.resolution=[36,64]"]).data.clip
+    assert (wide.resolution, wide.size) == ((36, 64), (36, 64))
+    square = load_config([], ["root=here", "data.clip.resolution=[48,48]"]).data.clip
+    assert (square.resolution, square.size) == (48, (48, 48))
+    assert [frame_size(identity(clip)["resolution"]) for clip in (wide, square)] == [(36, 64), (48, 48)]
+    assert fingerprint(identity(square)) == fingerprint(identity(ClipConfig(resolution=48)))
+    file = tmp_path / "wide.yaml"
+    file.write_text("root: here\ndata: {format: npy, clip: {resolution: [35, 63]}}\n")
+    assert load_config([file]).data.clip.size == (35, 63)
+    assert load_config([file], ["data.clip.resolution=32"]).data.clip.size == (32, 32)
 
 
 def test_a_missing_root_and_a_missing_file_say_what_to_do(tmp_path):

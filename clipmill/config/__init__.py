@@ -10,7 +10,7 @@ Free keys (batch size of a fan-out stage, logging, number of steps, learning rat
 
 from __future__ import annotations
 
-from clipmill.config.data import ClipConfig, DataConfig, MixPart
+from clipmill.config.data import ClipConfig, DataConfig, MixPart, frame_size
 from clipmill.config.load import load_config
 from clipmill.config.prior import PRESETS, PriorModelConfig
 from clipmill.config.run import ClusterConfig, EvaluateConfig, RunConfig, SampleConfig, TokenizeConfig
@@ -47,6 +47,7 @@ __all__ = [
     "VQVAETrainingConfig",
     "changed_keys",
     "fingerprint",
+    "frame_size",
     "identity",
     "load_config",
     "refused_changes",

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from clipmill.config.section import FREE, PositiveInt, Section
 from clipmill.config.source import SourceConfig
 
-__all__ = ["ClipConfig", "DataConfig", "MixPart"]
+__all__ = ["ClipConfig", "DataConfig", "MixPart", "Resolution", "frame_size"]
 
+
+def frame_size(resolution: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width in pixels of a resolution, as a config or a recipe states it: ``64`` or ``[36, 64]``."""
+    if isinstance(resolution, int):
+        return resolution, resolution
+    height, width = resolution
+    return height, width
+
+
+def _one_form(value: Any) -> Any:
+    """The same size has one form, or two configs of it would differ in identity: an equal pair becomes a number."""
+    pair = value if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2 or not all(type(pixels) is int and pixels > 0 for pixels in pair):
+        raise ValueError("must be a number of pixels such as 64, or [height, width] such as [36, 64]")
+    height, width = pair
+    return height if height == width else (height, width)
+
+
+Resolution = Annotated[int | tuple[int, int], BeforeValidator(_one_form)]
+"""Pixels of a square's side, or (height, width)."""
 
 GreyLevels = Annotated[float, Field(ge=0, le=255)]
 """Of 8-bit colour channels."""
@@ -36,10 +57,11 @@ class ClipConfig(Section):
     """Clips whose consecutive frames differ by less, mean absolute, are left out. 1 leaves out still pictures."""
     reject_black: GreyLevels | None = None
     """Clips of which no frame is brighter on average are left out. 10 leaves out black ones."""
-    resolution: PositiveInt = 64
-    """Height and width of a clip in pixels."""
+    resolution: Resolution = 64
+    """Size of a clip in pixels: ``64`` for 64 x 64, ``[36, 64]`` for height 36 and width 64."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """``crop``: resize the shorter side, centre crop. ``pad``: resize the longer side, pad with black."""
+    """How a video of another shape becomes a clip of this size. ``crop``: scale it until it covers the clip, crop the
+    centre. ``pad``: scale it until it fits inside, pad with black. ``stretch``: scale height and width separately."""
     views_per_clip: PositiveInt = 1
     """More than one: each clip is stored so many times, cut at random places out of frames an eighth larger."""
     flip_views: bool = True
@@ -52,6 +74,11 @@ class ClipConfig(Section):
         if self.views_per_clip > 1 and self.fit != "crop":
             raise ValueError("views_per_clip above 1 cuts random crops; it needs fit=crop")
         return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a clip in pixels."""
+        return frame_size(self.resolution)
 
     @property
     def span(self) -> int:
@@ -104,6 +131,15 @@ class DataConfig(Section):
     max_failed_videos: Annotated[int, Field(ge=0), FREE] = 10
     max_failed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.05
     """The stage stops when more than max(max_failed_videos, max_failed_share of those finished) failed."""
+
+    @model_validator(mode="after")
+    def _colour_halves(self) -> Self:
+        if self.format == "mp4" and any(pixels % 2 for pixels in self.clip.size):
+            raise ValueError(
+                f"clip.resolution={self.clip.resolution} must be even in both axes for format=mp4 (h264 stores colour "
+                "at half the resolution); use even numbers or format=npy"
+            )
+        return self
 
     @property
     def quality(self) -> int | None:

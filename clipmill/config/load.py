@@ -66,7 +66,8 @@ def _explain(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             problems.append(f"{key} is required (add {key}=VALUE)")
         else:
-            problems.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+            given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"  # a whole section
+            problems.append(f"{key}: {problem['msg']}{given}")
     return "config: " + "; ".join(problems)
 
 

@@ -150,9 +150,9 @@ def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tu
         )
     vqvae_state = {name.removeprefix("vqvae."): tensor for name, tensor in state.items() if name.startswith("vqvae.")}
     # The checkpoint names its VQ-VAE's settings by a path of its author's machine: its own tables tell them.
-    size = (args.sequence_length, args.resolution, args.resolution)
+    size = (args.resolution, args.resolution)  # the published code knows squares only
     lengths = [len(state[f"attn_stack.pos_embd.emb.d_{axis}"]) for axis in range(3)]
-    t, h, w = (whole // length for whole, length in zip(size, lengths, strict=True))
+    t, h, w = (whole // length for whole, length in zip((args.sequence_length, *size), lengths, strict=True))
     tokenizer = _vqvae(vqvae_state, (t, h, w), path)
     config = PriorModelConfig(
         hidden_dim=len(state["fc_in.weight"]),
@@ -163,7 +163,7 @@ def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tu
         class_conditional=args.class_cond,
         condition="frames" if args.n_cond_frames else None,
     )
-    shape = latent_shape(tokenizer.config, args.sequence_length, args.resolution)
+    shape = latent_shape(tokenizer.config, args.sequence_length, size)
     codebook = tokenizer.quantizer.codebook
     prior = _loaded(
         lambda: Prior(config, shape, len(codebook), codebook, args.class_cond_dim or 0, _condition_shape(args)),
@@ -215,7 +215,7 @@ def _vqvae_body(model: VQVAE, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "kind": "vqvae",
         "model": identity(model.config),
-        "latent_shape": list(codes_shape(model.config, args.sequence_length, args.resolution)),
+        "latent_shape": list(codes_shape(model.config, args.sequence_length, (args.resolution, args.resolution))),
         "num_codes": model.config.num_codes,
         "clip": {"clip": {"num_frames": args.sequence_length, "resolution": args.resolution}},
         "pixel_variance": PIXEL_VARIANCE,

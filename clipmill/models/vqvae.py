@@ -40,27 +40,32 @@ def to_pixels(video: Tensor) -> Tensor:
     return ((video.float() + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
 
 
-def latent_shape(config: VQVAEModelConfig, num_frames: int, resolution: int) -> tuple[int, int, int]:
+def latent_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
     """Shape (t, h, w) of a clip's latents.
+
+    Args:
+        config: of the tokenizer.
+        num_frames: T.
+        size: (H, W) in pixels.
 
     Raises:
         UserError: the clip's frames or pixels do not divide by the downsampling.
     """
     first = 1 if config.causal else 0  # a causal model gives the first frame a latent frame of its own
-    size = (num_frames - first, resolution, resolution)
-    if any(length % factor for length, factor in zip(size, config.downsample, strict=True)):
+    lengths = (num_frames - first, *size)
+    if any(length % factor for length, factor in zip(lengths, config.downsample, strict=True)):
         rule = f" (causal: 1 + a multiple of {config.downsample[0]} frames)" if config.causal else ""
         raise UserError(
-            f"clips of {num_frames} frames at {resolution}x{resolution} do not divide by vqvae.model.downsample "
+            f"clips of {num_frames} frames of {size[0]} x {size[1]} pixels do not divide by vqvae.model.downsample "
             f"{config.downsample}{rule}; change it, or data.clip.num_frames and data.clip.resolution"
         )
-    t, h, w = (length // factor for length, factor in zip(size, config.downsample, strict=True))
+    t, h, w = (length // factor for length, factor in zip(lengths, config.downsample, strict=True))
     return first + t, h, w
 
 
-def codes_shape(config: VQVAEModelConfig, num_frames: int, resolution: int) -> tuple[int, ...]:
-    """Shape (t, h, w) or, with several codebooks, (t, h, w, M) of a clip's codes; errors as `latent_shape`."""
-    shape = latent_shape(config, num_frames, resolution)
+def codes_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]) -> tuple[int, ...]:
+    """Shape (t, h, w) or, with several codebooks, (t, h, w, M) of a clip's codes; arguments as `latent_shape`."""
+    shape = latent_shape(config, num_frames, size)
     return shape if config.num_codebooks == 1 else (*shape, config.num_codebooks)
 
 

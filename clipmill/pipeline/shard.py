@@ -18,7 +18,7 @@ from typing import Any, overload
 from clipmill import storage
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import DataConfig, RunConfig, identity
-from clipmill.errors import StageFailed, UserError
+from clipmill.errors import StageFailed
 from clipmill.lease import Lease
 from clipmill.pipeline.generation import extend_plan, make_plan, retry_videos
 from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_plan_document
@@ -47,7 +47,6 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         UserError: the source is missing or empty, or ``clips`` was planned with other settings. Nothing was written.
         StageFailed: too many videos failed, none made a clip, or a unit failed at every attempt.
     """
-    _check_resolution(config.data)
     try:
         plan = load_plan(config)
     except FileNotFoundError:
@@ -75,7 +74,6 @@ def is_finished(config: RunConfig) -> bool:
     Raises:
         UserError: without a plan, the source is missing or empty; with one, it was made with other settings.
     """
-    _check_resolution(config.data)
     try:
         document = read_plan_document(config)
     except FileNotFoundError:
@@ -117,14 +115,6 @@ def plan_more(config: RunConfig, kind: GenerationKind) -> bool:
     if not added:
         logger.info("%s", nothing)
     return added or not is_finished(config)
-
-
-def _check_resolution(data: DataConfig) -> None:
-    if data.format == "mp4" and data.clip.resolution % 2:
-        raise UserError(
-            f"data.clip.resolution={data.clip.resolution} must be even for data.format=mp4 (h264 stores colour at half "
-            "the resolution); use an even number or data.format=npy"
-        )
 
 
 # ------------------------------------------------------------------------------------------ the driver

@@ -88,7 +88,7 @@ def estimate(
         UserError: the clips do not divide by the tokenizer's downsampling.
     """
     clip, model = config.data.clip, config.prior.model
-    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)
+    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
     tokens = math.prod(shape)
     rows, accumulation = config.prior.training.rows_and_accumulation(num_gpus)
     with FakeTensorMode():
@@ -149,7 +149,7 @@ def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float) ->
     All blocks are alike: two runs, of one block and of two, tell what a block keeps and what the rest does.
     """
     model, clip = config.prior.model, config.data.clip
-    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)
+    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
     bfloat16 = config.prior.training.precision == "bfloat16"
     with FakeTensorMode():
         one, two = (_kept(config, model.model_copy(update={"num_layers": n}), shape, rows, bfloat16) for n in (1, 2))
@@ -207,7 +207,7 @@ def _condition_shape(config: RunConfig) -> tuple[int, ...] | None:
     """The condition's, if the config says it; else of a usual one (8 numbers an action, CLIP's 77 x 768 for a text)."""
     clip = config.data.clip
     shapes = {
-        "frames": (max(1, config.tokenize.condition_frames), clip.resolution, clip.resolution, 3),
+        "frames": (max(1, config.tokenize.condition_frames), *clip.size, 3),
         "actions": (clip.num_frames, 8),
         "text": (77, 768),
     }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipmill.config import RunConfig, identity
+from clipmill.config import RunConfig, frame_size, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import Dtype, save_export
@@ -161,7 +161,7 @@ def _identity(config: RunConfig, clips: list[Manifest]) -> dict[str, Any]:
 
 def _codes_shape(config: RunConfig, clips: list[Manifest]) -> tuple[int, ...]:
     clip = clips[0].recipe["clip"]
-    return codes_shape(config.vqvae.model, clip["num_frames"], clip["resolution"])
+    return codes_shape(config.vqvae.model, clip["num_frames"], frame_size(clip["resolution"]))
 
 
 def _pixel_variance(config: RunConfig, clips: list[Manifest]) -> float:

@@ -271,7 +271,7 @@ class Decoder:
         data = os.pread(self._spool.fileno(), num_bytes, offset)
         if len(data) != num_bytes:
             raise DecoderLost(f"the spool file holds {len(data)} of {num_bytes} bytes of a clip")
-        shape = (clip.num_frames, clip.resolution, clip.resolution, 3)
+        shape = (clip.num_frames, *clip.size, 3)
         message["frame_numbers"] = tuple(message["frame_numbers"])
         if message["view"] is not None:
             number, place = message["view"]

@@ -100,7 +100,7 @@ def write_tokenizer(config: RunConfig, clips: Manifest) -> str:
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
-        "latent_shape": list(codes_shape(config.vqvae.model, clip.num_frames, clip.resolution)),
+        "latent_shape": list(codes_shape(config.vqvae.model, clip.num_frames, clip.size)),
         "num_codes": config.vqvae.model.num_codes,
         "clip": clips.recipe,
         "pixel_variance": 0.08,

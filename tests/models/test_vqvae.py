@@ -38,7 +38,7 @@ def test_shapes_for_any_downsampling(downsample: tuple[int, int, int], axial_att
     model = tiny(downsample=downsample, axial_attention=axial_attention).eval()
     video = clips()
     codes = model.encode(video)
-    assert codes.shape == (2, *latent_shape(model.config, 8, 16))
+    assert codes.shape == (2, *latent_shape(model.config, 8, (16, 16)))
     assert codes.dtype == torch.int64
     reconstruction = model.decode(codes)
     assert reconstruction.shape == video.shape
@@ -56,7 +56,7 @@ def test_halvings_multiply_to_the_downsampling(powers: tuple[int, int, int]) -> 
 
 def test_sizes_that_do_not_fit_are_user_errors() -> None:
     with pytest.raises(UserError, match="do not divide"):
-        latent_shape(VQVAEModelConfig(), 15, 64)
+        latent_shape(VQVAEModelConfig(), 15, (64, 64))
     with pytest.raises(UserError, match="compresses nothing"):
         tiny(downsample=(1, 1, 1))
     with pytest.raises(UserError, match="multiple of 2"):
@@ -148,7 +148,7 @@ def test_it_learns(changes: dict[str, object]) -> None:
         losses.append(output.metrics["recon_mse"].item())
     assert losses[-1] < 0.25 * losses[0]
     codes = model.eval().encode(video)
-    assert codes.shape == (2, *codes_shape(model.config, 8, 16))
+    assert codes.shape == (2, *codes_shape(model.config, 8, (16, 16)))
     torch.testing.assert_close(model.decode(codes), model(video).reconstruction)
 
 
@@ -186,7 +186,7 @@ def test_a_causal_model_never_looks_ahead(norm: str, downsample: tuple[int, int,
         assert torch.equal(start, codes[:, :latents])
         torch.testing.assert_close(model.decode(start), whole[:, :, :frames])
     with pytest.raises(UserError, match=r"1 \+ a multiple of"):
-        latent_shape(model.config, 1 + 3 * step, 15)
+        latent_shape(model.config, 1 + 3 * step, (15, 15))
 
 
 def test_group_norm_needs_no_other_clip() -> None:

@@ -178,14 +178,6 @@ def test_nothing_is_written_for_a_source_without_videos(tmp_path: Path, make: An
     assert not (tmp_path / "run").exists()
 
 
-def test_odd_sizes_need_the_lossless_format(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "source", 1, with_bad=False)
-    clip = {"num_frames": 4, "resolution": 33}
-    with pytest.raises(UserError, match="must be even"):
-        shard.is_finished(run_config(tmp_path / "run", tmp_path / "source", clip=clip))
-    assert not shard.is_finished(run_config(tmp_path / "run", tmp_path / "source", clip=clip, format="npy"))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("CLIPMILL_VIDEOS"), reason="CLIPMILL_VIDEOS names no folder of real videos")
 def test_real_footage_stays_within_the_budget(embedded: None, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def export_tokenizer(config: RunConfig, seed: int, **clip: int) -> str:
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
-        "latent_shape": list(latent_shape(config.vqvae.model, NUM_FRAMES, RESOLUTION)),
+        "latent_shape": list(latent_shape(config.vqvae.model, NUM_FRAMES, (RESOLUTION, RESOLUTION))),
         "num_codes": config.vqvae.model.num_codes,
         "clip": {**recipe, "clip": {**recipe["clip"], **clip}},
         "pixel_variance": 0.05,
