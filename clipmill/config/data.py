@@ -57,6 +57,18 @@ class ClipConfig(Section):
     """Clips whose consecutive frames differ by less, mean absolute, are left out. 1 leaves out still pictures."""
     reject_black: GreyLevels | None = None
     """Clips of which no frame is brighter on average are left out. 10 leaves out black ones."""
+    min_seconds: Annotated[float, Field(ge=0)] | None = None
+    """Skips videos that are shorter; a span of a file counts as a video."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Skips videos that are longer."""
+    min_height: PositiveInt | None = None
+    """Skips videos that a player shows with fewer rows of pixels."""
+    min_width: PositiveInt | None = None
+    """Skips videos that a player shows with fewer columns of pixels."""
+    min_fps: Annotated[float, Field(gt=0)] | None = None
+    """Skips videos with fewer frames per second."""
+    max_fps: Annotated[float, Field(gt=0)] | None = None
+    """Skips videos with more frames per second."""
     resolution: Resolution = 64
     """Size of a clip in pixels: ``64`` for 64 x 64, ``[36, 64]`` for height 36 and width 64."""
     fit: Literal["crop", "pad", "stretch"] = "crop"

@@ -98,10 +98,9 @@ class PlannedVideo:
     fault: str | None
 
     @property
-    def span(self) -> tuple[float | None, float | None] | None:
-        """(start, end) in seconds; None: the whole file."""
-        span = self.start_seconds, self.end_seconds
-        return None if span == (None, None) else span
+    def span(self) -> tuple[float | None, float | None]:
+        """(start, end) in seconds; (None, None) is the whole file."""
+        return self.start_seconds, self.end_seconds
 
     @property
     def name(self) -> str:
@@ -110,7 +109,7 @@ class PlannedVideo:
         A span is written as a temporal media fragment (``one.mp4#t=1.5,3``; https://www.w3.org/TR/media-frags).
         """
         parts = [] if self.member is None else [self.member]
-        if self.span is not None:
+        if self.span != (None, None):
             start, end = ("" if bound is None else np.format_float_positional(bound, trim="-") for bound in self.span)
             parts.append(f"t={start},{end}" if end else f"t={start}")
         return "#".join([self.url, "&".join(parts)]) if parts else self.url

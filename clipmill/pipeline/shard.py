@@ -206,7 +206,8 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
         raise StageFailed(
             f"the split train has no clip: of {counts.num_videos} videos {counts.num_short} are shorter than "
             f"{config.data.clip.span} frames and {counts.num_excluded} failed (see quarantine.jsonl in "
-            f"{folder_url(config)}); {counts.num_static} static and {counts.num_black} black clips were rejected. "
+            f"{folder_url(config)}); {counts.num_static} static and {counts.num_black} black clips were rejected; "
+            f"{counts.num_filtered} videos break a bound such as data.clip.min_seconds. "
             "Shorten data.clip.num_frames or lower data.val_fraction, with another root"
         )
     if not tally.splits["val"].num_clips:
@@ -229,6 +230,9 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "num_static_clips": counts.num_static,
             "num_black_clips": counts.num_black,
             "num_truncated": counts.num_truncated,
+            "num_filtered": counts.num_filtered,
+            "num_damaged_frames": counts.num_damaged_frames,
+            "num_joins": counts.num_joins,
             "num_with_actions": counts.num_with_actions,
             "num_duplicates": plan.num_duplicates,
             "exclusions": counts.num_excluded,
@@ -245,6 +249,9 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "static_clips": counts.num_static,
             "black_clips": counts.num_black,
             "truncated": counts.num_truncated,
+            "filtered": counts.num_filtered,
+            "damaged_frames": counts.num_damaged_frames,
+            "joins": counts.num_joins,
             "with_actions": counts.num_with_actions,
             "failed": counts.num_excluded,
         }

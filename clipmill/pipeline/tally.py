@@ -40,6 +40,9 @@ class SplitCounts:
     num_static: int = 0
     num_black: int = 0
     num_truncated: int = 0
+    num_filtered: int = 0
+    num_damaged_frames: int = 0
+    num_joins: int = 0
     num_with_actions: int = 0
     num_excluded: int = 0
     num_values: int = 0

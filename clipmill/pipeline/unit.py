@@ -97,6 +97,9 @@ def digest(record: dict[str, Any]) -> dict[str, Any]:
             "num_static": sum(video["static"] for video in record["videos"]),
             "num_black": sum(video["black"] for video in record["videos"]),
             "num_truncated": sum(video["truncated"] for video in record["videos"]),
+            "num_filtered": sum(video["filtered"] is not None for video in record["videos"]),
+            "num_damaged_frames": sum(video["damaged_frames"] for video in record["videos"]),
+            "num_joins": sum(video["joins"] for video in record["videos"]),
             "num_with_actions": sum(video["actions"] for video in record["videos"]),
             "num_excluded": len(record["exclusions"]),
             **record["pixels"],
@@ -132,11 +135,9 @@ def _shard_video(
     if video.fault is not None:
         raise ExcludedVideo("list", video.fault)
     path, actions = fetch_video(data, video, folder)
-    options: dict[str, Any] = {"encode": (data.format, data.quality), "key": f"{config.seed}:{video.id}"}
-    if video.span is not None:
-        options["span"] = video.span
+    encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
     try:
-        for clip in decoder.clips(path, data.clip, data.decoder, **options):
+        for clip in decoder.clips(path, data.clip, data.decoder, encode=encode, key=key, span=video.span):
             outcome = _finished(decoder)
             if actions is not None and clip.ordinal == 0:
                 _check_rows(len(actions), outcome.num_needed_frames)
@@ -162,6 +163,9 @@ def _shard_video(
         "static": outcome.num_static,
         "black": outcome.num_black,
         "truncated": outcome.truncated,
+        "filtered": outcome.filtered,
+        "damaged_frames": outcome.damaged_frames,
+        "joins": outcome.joins,
         "actions": actions is not None,
         "num_frames": outcome.num_frames,
         "info": asdict(outcome.info),

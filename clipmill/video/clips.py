@@ -2,7 +2,7 @@
 
 Shapes: a frame is uint8 [H, W, 3], RGB; a clip is uint8 [T, H, W, 3].
 
-All in one pass over the frames, in order: scenes, then the frame rate, then clips, of which some may be rejected.
+One pass over the frames, in order, finds scenes, resamples to the frame rate, cuts clips and rejects some of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+
+from clipmill.video.reading import Reading
 
 __all__ = ["ClipCutter", "ClipFrames", "ClipRule"]
 
@@ -51,12 +53,14 @@ class ClipFrames:
         ordinal: its number among the clips of the video that were not rejected.
         frame_numbers: of its frames in the video, in presentation order; a number repeats where ``fps`` is above the
             video's own.
-        start_seconds: presentation time of its first frame.
-        end_seconds: presentation time at which its last frame ends.
+        frame_seconds: presentation time in the video of each of these frames.
+        start_seconds: time from which its first frame is shown.
+        end_seconds: time at which its last frame ends.
     """
 
     ordinal: int
     frame_numbers: tuple[int, ...]
+    frame_seconds: tuple[float, ...]
     start_seconds: float
     end_seconds: float
     frames: np.ndarray
@@ -64,7 +68,10 @@ class ClipFrames:
 
 class _Frame(NamedTuple):
     number: int
+    own_time: float
+    """When the video shows the frame."""
     time: float
+    """When the clip shows it: the same, unless the video is resampled."""
     pixels: np.ndarray
     begins_scene: bool
 
@@ -86,16 +93,18 @@ class ClipCutter:
         self._rule, self._fps = rule, fps
         self.num_static = self.num_black = self.num_kept = 0
 
-    def cut(self, frames: Iterable[tuple[float, np.ndarray]]) -> Iterator[ClipFrames]:
+    def cut(self, frames: Iterable[tuple[float, np.ndarray]], reading: Reading | None = None) -> Iterator[ClipFrames]:
         """Complete clips that start at frames 0, step, 2 * step, ... of each scene.
 
         Stops reading after ``rule.max_clips``. Holds the frames that one clip spans, so clips may overlap.
 
         Args:
             frames: (presentation time in seconds, pixels) of every frame, in presentation order.
+            reading: says, of each frame as it comes, its number and whether it begins a scene. None counts all frames
+                as one scene.
         """
         rule = self._rule
-        timeline = _scenes(frames, rule.scene_cut)
+        timeline = _scenes(frames, rule.scene_cut, reading)
         if rule.fps is not None:
             timeline = _resample(timeline, rule.fps, 1 / self._fps)
         recent: deque[_Frame] = deque(maxlen=rule.span)
@@ -126,6 +135,7 @@ class ClipCutter:
         return ClipFrames(
             ordinal=self.num_kept,
             frame_numbers=tuple(frame.number for frame in frames),
+            frame_seconds=tuple(frame.own_time for frame in frames),
             start_seconds=frames[0].time,
             end_seconds=frames[-1].time + 1 / (self._rule.fps or self._fps),
             frames=np.stack([frame.pixels for frame in frames]),
@@ -142,16 +152,25 @@ class ClipCutter:
         return False
 
 
-def _scenes(frames: Iterable[tuple[float, np.ndarray]], scene_cut: float | None) -> Iterator[_Frame]:
-    """Numbers the frames, and marks where a scene begins: the first frame, and those unlike the one before.
+def _scenes(
+    frames: Iterable[tuple[float, np.ndarray]], scene_cut: float | None, reading: Reading | None
+) -> Iterator[_Frame]:
+    """Numbers the frames, and marks where a scene begins.
 
-    The threshold looks at neighbours at the video's own rate, at which motion changes little.
+    A scene begins at the first frame, where ``reading`` says so, after a gap, and at a frame unlike the one before. The
+    threshold compares neighbours at the video's own rate, at which motion changes little.
     """
-    before: np.ndarray | None = None
-    for number, (time, pixels) in enumerate(frames):
-        begins = before is None or (scene_cut is not None and _difference(before, pixels) > scene_cut)
-        yield _Frame(number, time, pixels, begins)
-        before = pixels
+    before: tuple[float, np.ndarray] | None = None
+    for index, (time, pixels) in enumerate(frames):
+        number = index if reading is None else reading.number
+        begins = (
+            before is None
+            or (reading is not None and number in reading.scene_starts)
+            or time - before[0] > _LONGEST_FRAME_SECONDS
+            or (scene_cut is not None and _difference(before[1], pixels) > scene_cut)
+        )
+        yield _Frame(number, time, time, pixels, begins)
+        before = time, pixels
 
 
 def _resample(frames: Iterable[_Frame], fps: float, frame_seconds: float) -> Iterator[_Frame]:
@@ -170,14 +189,13 @@ def _resample(frames: Iterable[_Frame], fps: float, frame_seconds: float) -> Ite
         nonlocal tick
         assert shown is not None
         while start + tick / fps < until - _SAME_TIME_SECONDS:
-            yield _Frame(shown.number, start + tick / fps, shown.pixels, begins_scene=tick == 0)
+            yield shown._replace(time=start + tick / fps, begins_scene=tick == 0)
             tick += 1
 
     for frame in frames:
-        begins = frame.begins_scene or shown is None or frame.time - shown.time > _LONGEST_FRAME_SECONDS
         if shown is not None:
-            yield from hold(min(frame.time, shown.time + frame_seconds) if begins else frame.time)
-        if begins:
+            yield from hold(min(frame.time, shown.time + frame_seconds) if frame.begins_scene else frame.time)
+        if frame.begins_scene:
             start, tick = frame.time, 0
         shown = frame
     if shown is not None:

@@ -1,9 +1,11 @@
-"""A cheap look at a video file: what it is, and who reads it.
+"""A cheap look at a video file: what it is, and which decoder reads it.
 
-Cheap: the header and one frame. The frame is needed because some containers state rotation and size only there.
-``auto`` is PyAV: it was measured frame by frame against what was written (``docs/formats.md`` has the table), and with
-one resizer for all it is quicker than decord at every size from 64 x 48 to 1920 x 1080 (``benchmarks/shard.py``).
-decord fails for some files, and skips and repeats frames of others silently: it reads where it is asked for.
+The look costs the header, the first frame and the times of some packets. The frame is needed because some containers
+state size and orientation only there; the times because not every container states a frame rate.
+
+``auto`` is PyAV. It was compared frame by frame with what was written (``docs/formats.md`` has the table), and with one
+resizer for both decoders it is faster than decord at every size from 64 x 48 to 1920 x 1080 (``benchmarks/shard.py``).
+decord refuses some files, and silently skips and repeats frames of others. It reads only where it is asked for.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import av
 
-__all__ = ["DecoderChoice", "VideoError", "VideoInfo", "blame_video", "decoded_frames", "open_video", "probe"]
+from clipmill.video.geometry import Geometry, Orientation, orientation_of, sample_aspect
+from clipmill.video.rate import NUM_TIMED_PACKETS, frame_rate
+
+__all__ = ["DecoderChoice", "VideoError", "VideoInfo", "blame_video", "open_video", "probe"]
 
 DecoderChoice = Literal["auto", "decord", "pyav"]
 
@@ -50,15 +55,18 @@ class VideoInfo:
         container: ffmpeg's name of the format (``mov,mp4,m4a,3gp,3g2,mj2``).
         codec: such as ``h264``.
         pixel_format: such as ``yuv420p``.
-        width: pixels as stored, before rotation.
-        height: pixels as stored, before rotation.
-        rotation: degrees counter-clockwise, a multiple of 90, by which frames must be turned for display.
+        width: of the first frame, pixels as stored.
+        height: of the first frame, pixels as stored.
+        rotation: degrees counter-clockwise, a multiple of 90, by which the first frame is turned for display.
         fps: average frames per second.
-        duration_seconds: of the video stream where the container says it, else of the file.
+        duration_seconds: from the first frame to the end of the last one, of the video stream where the container says
+            it, else of the file; None where neither does.
         container_frames: number of frames by the container's index; None where it has none.
         stream_index: the stream that both decoders read.
         decoder: the decoder that reads it.
         interlaced: frames weave two moments; PyAV's are deinterlaced.
+        mirrored: the first frame is mirrored left to right before it is turned.
+        sample_aspect: width of the first frame's pixels divided by their height.
     """
 
     container: str
@@ -73,6 +81,13 @@ class VideoInfo:
     stream_index: int
     decoder: Literal["decord", "pyav"]
     interlaced: bool = False
+    mirrored: bool = False
+    sample_aspect: float = 1.0
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the first frame is shown."""
+        return Geometry(self.width, self.height, self.sample_aspect, Orientation.of(self.rotation, self.mirrored))
 
 
 @contextmanager
@@ -130,17 +145,9 @@ def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
             raise VideoError(f"no video stream (found: {', '.join(kinds) or 'nothing'})")
         best = container.streams.best("video")
         stream = best if best in streams else streams[0]
-        info = _describe(container, stream, path)
-        return replace(info, decoder="decord" if decoder == "decord" else "pyav")
-
-
-def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
-    """All frames of a stream up to the first damaged packet, of which a decoder would make a frame up."""
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            yield from stream.decode()  # what the decoder holds back for reordering
-            return
-        yield from packet.decode()  # the last packet is empty and does the same
+        if stream.codec_context is None:
+            raise VideoError("no decoder knows the codec of its video stream")
+        return _describe(container, stream, path, decoder)
 
 
 def _is_picture(stream: Any) -> bool:
@@ -148,40 +155,65 @@ def _is_picture(stream: Any) -> bool:
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
-def _describe(container: Any, stream: Any, path: str | Path) -> VideoInfo:
+def _describe(container: Any, stream: Any, path: str | Path, decoder: DecoderChoice) -> VideoInfo:
     """The facts of one stream; decodes its first frame."""
-    if stream.codec_context is None:
-        raise VideoError("no decoder knows the codec of its video stream")
+    context = stream.codec_context
+    context.thread_count = 1
+    codec_aspect = context.sample_aspect_ratio
     with blame_video("cannot decode the first frame", path):
-        stream.codec_context.thread_count = 1
-        first = next(decoded_frames(container, stream), None)
-    if first is None:
-        raise VideoError("the video stream holds no frame")
-    fps = stream.average_rate or stream.guessed_rate or stream.base_rate
-    if not fps:
-        raise VideoError("the container states no frame rate")
+        first, packets = _look_in(container, stream)
+    orientation = orientation_of(first)
     return VideoInfo(
         container=container.format.name,
-        codec=stream.codec_context.codec.canonical_name,
+        codec=context.codec.canonical_name,
         pixel_format=first.format.name,
         width=first.width,
         height=first.height,
-        rotation=round(first.rotation / 90) * 90 % 360,
-        fps=float(fps),
+        rotation=orientation.rotation,
+        fps=frame_rate(container, stream, packets),
         duration_seconds=_duration_seconds(container, stream),
         container_frames=stream.frames or None,
         stream_index=stream.index,
-        decoder="pyav",
+        # decord turns frames by itself, and does not mirror them as players do.
+        decoder="decord" if decoder == "decord" and not orientation.mirrors else "pyav",
         interlaced=bool(first.interlaced_frame),
+        mirrored=orientation.mirrors,
+        sample_aspect=sample_aspect(stream, codec_aspect),
     )
+
+
+def _look_in(container: Any, stream: Any) -> tuple[Any, list[Any]]:
+    """The first frame that can be decoded, and the (pts, dts) of the first packets, in ticks.
+
+    Raises:
+        VideoError: there is no such frame.
+    """
+    first, times, cause = None, [], "the video stream holds no frame"
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard:
+            times.append((packet.pts, packet.dts))
+        if first is None:
+            try:
+                first = next(iter(packet.decode()), None)
+            except av.FFmpegError as error:  # damage at the start costs frames, not the video
+                cause = f"cannot decode the first frame: {error.strerror}"
+        elif len(times) >= NUM_TIMED_PACKETS:
+            break
+    if first is None:
+        raise VideoError(cause)
+    return first, times
 
 
 def _duration_seconds(container: Any, stream: Any) -> float | None:
     """The stream's own duration, else Matroska's tag of it, else the file's."""
+    seconds = None if container.duration is None else container.duration / av.time_base
+    counts_from_zero = container.format.name.startswith("matroska")
     if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    try:
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except (KeyError, ValueError):
-        return None if container.duration is None else container.duration / av.time_base
+        seconds, counts_from_zero = float(stream.duration * stream.time_base), False
+    elif (tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))) is not None:
+        hours, minutes, rest = tag.groups()
+        seconds = int(hours) * 3600 + int(minutes) * 60 + float(rest)
+    if seconds is None or not counts_from_zero or stream.start_time is None:
+        return seconds
+    # Matroska counts to the end of the file from time zero, wherever the first frame lies.
+    return seconds - max(0.0, float(stream.start_time * stream.time_base))

@@ -34,7 +34,9 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from clipmill.video.clips import ClipRule
+from clipmill.video.filters import VideoFilter
 from clipmill.video.probe import DecoderChoice, VideoInfo
+from clipmill.video.reading import Span
 from clipmill.video.views import View
 
 if TYPE_CHECKING:  # the child needs no pydantic
@@ -102,9 +104,10 @@ class Clip:
 
     Attributes:
         ordinal: number of the clip within its video.
-        frame_numbers: of its frames in the video, in presentation order.
-        start_seconds: presentation time of its first frame.
-        end_seconds: presentation time at which its last frame ends.
+        frame_numbers: of its frames in the video, in presentation order. Whole frames of the span count, from 0.
+        frame_seconds: presentation time of each of these frames, from the first frame of the file.
+        start_seconds: time from which its first frame is shown.
+        end_seconds: time at which its last frame ends.
         fps: frames per second of the clip as it is stored.
         view: number of the view of this clip, and where it was cut; none where there is one view, the centre.
         data: an h264 mp4 file or a jpgs member (``bytes``), or uint8 [T, H, W, 3] where the format is ``npy``.
@@ -117,6 +120,7 @@ class Clip:
 
     ordinal: int
     frame_numbers: tuple[int, ...]
+    frame_seconds: tuple[float, ...]
     start_seconds: float
     end_seconds: float
     fps: float
@@ -134,11 +138,14 @@ class Outcome:
 
     Attributes:
         info: what the probe found, with the decoder that was used in the end.
-        num_frames: frames that the decoder delivered.
+        num_frames: whole frames that the decoder delivered.
+        damaged_frames: frames that were dropped: damaged, or before a key frame.
+        joins: places where recordings were joined.
         num_clips: clips that the clip rule made of them, each view counted.
         truncated: the file ends well before the duration or the frame count that it declares (False where
             ``max_clips_per_video`` ended the reading early).
         short: the video, or each of its scenes, has fewer frames than one clip spans.
+        filtered: the key of ``data.clip`` whose bound the video breaks (``min_seconds``); it then gives no clip.
         num_static: clips rejected because nothing moves in them.
         num_black: clips rejected because they are dark throughout.
         num_needed_frames: number of the last frame of any clip, plus one.
@@ -147,9 +154,12 @@ class Outcome:
 
     info: VideoInfo
     num_frames: int
+    damaged_frames: int
+    joins: int
     num_clips: int
     truncated: bool
     short: bool
+    filtered: str | None
     num_static: int
     num_black: int
     num_needed_frames: int
@@ -192,6 +202,7 @@ class Decoder:
         *,
         encode: Encoding = ("mp4", 16),
         key: str = "",
+        span: Span = (None, None),
     ) -> Iterator[Clip]:
         """Decodes a local file once, in order, and yields its clips.
 
@@ -201,6 +212,7 @@ class Decoder:
             decoder: which decoder to use; ``auto``: by the probe.
             encode: format and quality.
             key: of everything random about this video: its views, and which of its clips are measured.
+            span: the part of the file that is the video, in seconds from the file's first frame.
 
         Raises:
             BadVideo: the video's fault.
@@ -220,7 +232,9 @@ class Decoder:
         request = {
             "path": os.path.abspath(path),
             "rule": rule,
-            "resolution": clip.resolution,
+            "filter": [getattr(clip, name) for name in VideoFilter._fields],
+            "span": span,
+            "size": clip.size,
             "fit": clip.fit,
             "decoder": decoder,
             "rgb_first": decoder == "decord",  # also of PyAV where it takes over: one data set, one way to the pixels
@@ -231,6 +245,8 @@ class Decoder:
         }
         messages, attempts = self._decode(request)
         done = messages.pop()
+        if done["filtered"] is not None:  # a duration that no header states is known at the end only
+            messages = []
         info = VideoInfo(**done.pop("info"))
         self.outcome = Outcome(info=info, num_clips=len(messages), attempts=attempts, **done)
         for message in messages:
@@ -273,6 +289,7 @@ class Decoder:
             raise DecoderLost(f"the spool file holds {len(data)} of {num_bytes} bytes of a clip")
         shape = (clip.num_frames, *clip.size, 3)
         message["frame_numbers"] = tuple(message["frame_numbers"])
+        message["frame_seconds"] = tuple(message["frame_seconds"])
         if message["view"] is not None:
             number, place = message["view"]
             message["view"] = number, View(*place)

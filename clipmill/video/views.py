@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["View", "draw_view", "roomy", "take_view"]
+__all__ = ["View", "draw_view", "take_view", "view_frame_size"]
 
 
 class View(NamedTuple):
-    """A square of a clip's frames.
+    """A part of a clip's frames, of the size of a clip.
 
     Attributes:
-        top: first row of the square.
+        top: first row of the part.
         left: first column.
         height: of the frames that it was cut from.
         width: of these frames.
@@ -28,24 +28,25 @@ class View(NamedTuple):
     flipped: bool
 
 
-def roomy(resolution: int) -> int:
-    """Shorter side, in pixels, of the frames that views are cut from: an eighth of it is room to move (256 for 224)."""
-    return round(resolution * 8 / 7)
+def view_frame_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that the frames must cover from which views of ``size`` are cut: 8/7 of it, as 256 for 224."""
+    height, width = (round(side * 8 / 7) for side in size)
+    return height, width
 
 
-def draw_view(key: str, height: int, width: int, resolution: int, *, may_flip: bool) -> View:
-    """The view of a key: its place is uniform over all places, and one of two is mirrored."""
+def draw_view(key: str, height: int, width: int, size: tuple[int, int], *, may_flip: bool) -> View:
+    """The view of a key, in frames of ``height`` x ``width``: each place is equally likely, one of two is mirrored."""
     draws = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=24).digest(), "<u8").tolist()
     return View(
-        top=draws[0] % (height - resolution + 1),
-        left=draws[1] % (width - resolution + 1),
+        top=draws[0] % (height - size[0] + 1),
+        left=draws[1] % (width - size[1] + 1),
         height=height,
         width=width,
         flipped=may_flip and bool(draws[2] % 2),
     )
 
 
-def take_view(clip: np.ndarray, view: View, resolution: int) -> np.ndarray:
-    """uint8 [T, height, width, 3] -> [T, resolution, resolution, 3], contiguous."""
-    square = clip[:, view.top : view.top + resolution, view.left : view.left + resolution]
-    return np.ascontiguousarray(square[:, :, ::-1] if view.flipped else square)
+def take_view(clip: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [T, view.height, view.width, 3] -> [T, *size, 3], contiguous."""
+    part = clip[:, view.top : view.top + size[0], view.left : view.left + size[1]]
+    return np.ascontiguousarray(part[:, :, ::-1] if view.flipped else part)

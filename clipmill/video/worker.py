@@ -17,17 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from clipmill.video.clips import ClipCutter, ClipRule
+from clipmill.video.clips import ClipCutter, ClipFrames, ClipRule
 from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.encode import decode_mp4, encode_mp4
+from clipmill.video.filters import VideoFilter
 from clipmill.video.jpgs import decode_jpgs, encode_jpgs
-from clipmill.video.probe import VideoError, probe
-from clipmill.video.views import draw_view, roomy, take_view
+from clipmill.video.probe import VideoError, VideoInfo, probe
+from clipmill.video.reading import Reading, Span, span_seconds
+from clipmill.video.views import draw_view, take_view, view_frame_size
 
 __all__ = ["is_measured", "serve"]
 
 Say = Callable[[dict[str, Any]], None]
 """Sends one message to the parent."""
+
+Timed = tuple[float, np.ndarray]
+"""(presentation time in seconds, uint8 [H, W, 3])."""
 
 _ENCODERS: dict[str, Callable[[np.ndarray, float, Any], bytes]] = {
     "mp4": encode_mp4,
@@ -39,6 +44,11 @@ _DECODERS = {"mp4": decode_mp4, "jpgs": decode_jpgs}
 _PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1
 
+_PIXELS_PER_CPU_SECOND = 20e6
+"""Decoded and resized by one core at the slowest: 4K HEVC of 10 bits takes a third of this time."""
+_LONGEST_CPU_SECONDS = 48 * 3600
+"""A damaged header may state any duration."""
+
 
 def serve() -> None:
     """Answers requests on stdin until it closes. Arguments: spool descriptor, parent's pid, bytes, CPU seconds."""
@@ -48,8 +58,6 @@ def serve() -> None:
     # Decoders print to stdout: the messages get a descriptor of their own, and stdout becomes stderr.
     messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import decord  # noqa: F401  loaded before the memory limit counts
-
     _limit_memory(memory_bytes)
 
     def say(message: dict[str, Any]) -> None:
@@ -59,7 +67,7 @@ def serve() -> None:
     say({"kind": "ready"})
     for line in sys.stdin:
         _limit_cpu(cpu_seconds)
-        _answer(json.loads(line), spool, say)
+        _answer({**json.loads(line), "cpu_seconds": cpu_seconds}, spool, say)
 
 
 def _answer(request: dict[str, Any], spool: int, say: Say) -> None:
@@ -78,59 +86,113 @@ def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
     """Puts the clips of a video into the spool file and says where they are."""
     info = probe(request["path"], request["decoder"])
     say({"kind": "decoder", "name": info.decoder})
-    rule, resolution, num_views = ClipRule(*request["rule"]), request["resolution"], request["views"]
-    side = resolution if num_views == 1 else roomy(resolution)
-    timed_frames = read_frames(
-        request["path"], info, side, request["fit"], whole=num_views > 1, rgb_first=request["rgb_first"]
-    )
-    frames = _CountedFrames(timed_frames, say)
-    cutter = ClipCutter(rule, info.fps)
-    clip_fps = rule.fps or info.fps / rule.frame_stride
-    codec, quality = request["encode"]
-    end = num_needed_frames = 0
-    for clip in cutter.cut(frames):
-        num_needed_frames = max(num_needed_frames, clip.frame_numbers[-1] + 1)
-        for number in range(num_views):
-            key = f"{request['key']}:{clip.ordinal}:{number}"
-            view = None
-            pixels = clip.frames
-            if num_views > 1:
-                height, width = pixels.shape[1:3]
-                view = draw_view(key, height, width, resolution, may_flip=request["flip"])
-                pixels = take_view(pixels, view, resolution)
-            data = _ENCODERS[codec](pixels, clip_fps, quality)
-            _write_all(spool, data, end)
-            say(
-                {
-                    "kind": "clip",
-                    "ordinal": clip.ordinal,
-                    "frame_numbers": clip.frame_numbers,
-                    "start_seconds": clip.start_seconds,
-                    "end_seconds": clip.end_seconds,
-                    "fps": clip_fps,
-                    "view": None if view is None else (number, view),
-                    "offset": end,
-                    "num_bytes": len(data),
-                    "squared_error": _squared_error(codec, data, pixels) if is_measured(key) else None,
-                    **_moments(pixels),
-                }
-            )
-            end += len(data)
-    if not frames.count:
-        raise VideoError("no frame could be decoded")
+    span: Span = tuple(request["span"])
+    seconds = span_seconds(info, span)
+    _limit_cpu(max(request["cpu_seconds"], _slowest_seconds(info, seconds)))
+    rule, video_filter = ClipRule(*request["rule"]), VideoFilter(*request["filter"])
+    cutter, reading = ClipCutter(rule, info.fps), Reading()
+    writer = _ClipWriter(request, rule.fps or info.fps / rule.frame_stride, spool, say)
+    filtered = video_filter.refuses(info, seconds)
+    if filtered is None:
+        frames = read_frames(
+            request["path"],
+            info,
+            writer.frame_size,
+            request["fit"],
+            whole=writer.num_views > 1,
+            rgb_first=request["rgb_first"],
+            span=span,
+            reading=reading,
+        )
+        for clip in cutter.cut(_with_signs_of_life(frames, say), reading):
+            writer.write(clip)
+        if not reading.num_frames:
+            raise VideoError(_why_no_frame(reading, span))
+        if seconds is None:
+            filtered = video_filter.refuses(info, reading.last_seconds - reading.first_seconds + 1 / info.fps)
     say(
         {
             "kind": "done",
             "info": asdict(info),
-            "num_frames": frames.count,
-            "truncated": cutter.num_kept != rule.max_clips
-            and is_truncated(info, frames.count, frames.first_seconds, frames.last_seconds),
-            "short": cutter.is_short,
+            "num_frames": reading.num_frames,
+            "damaged_frames": reading.damaged_frames,
+            "joins": reading.joins,
+            "truncated": filtered is None
+            and cutter.num_kept != rule.max_clips
+            and is_truncated(info, reading.num_frames, reading.first_seconds, reading.last_seconds, span),
+            "short": filtered is None and cutter.is_short,
+            "filtered": filtered,
             "num_static": cutter.num_static,
             "num_black": cutter.num_black,
-            "num_needed_frames": num_needed_frames,
+            "num_needed_frames": writer.num_needed_frames,
         }
     )
+
+
+def _slowest_seconds(info: VideoInfo, seconds: float | None) -> float:
+    """Processor time in which even a slow codec decodes a video of this size and duration; 0 if unknown."""
+    num_pixels = info.width * info.height * info.fps * (seconds or 0.0)
+    return min(num_pixels / _PIXELS_PER_CPU_SECOND, _LONGEST_CPU_SECONDS)
+
+
+def _why_no_frame(reading: Reading, span: Span) -> str:
+    if reading.damaged_frames:
+        cause = "" if reading.cause is None else f": {reading.cause}"
+        return f"all {reading.damaged_frames} frames are damaged or lie before a key frame{cause}"
+    if span != (None, None):
+        start, end = ("" if bound is None else f"{bound:g}" for bound in span)
+        return f"no frame is shown in the span {start}..{end} s"
+    return f"no frame could be decoded{'' if reading.cause is None else f': {reading.cause}'}"
+
+
+class _ClipWriter:
+    """Encodes the views of a video's clips into the spool file, one behind the other, and says where they are.
+
+    Attributes:
+        num_views: of each clip.
+        frame_size: (height, width) that frames are to have.
+        num_needed_frames: number of the last frame of any clip, plus one.
+    """
+
+    def __init__(self, request: dict[str, Any], fps: float, spool: int, say: Say):
+        self._size: tuple[int, int] = tuple(request["size"])
+        self._codec, self._quality = request["encode"]
+        self._key, self._may_flip, self._fps = request["key"], request["flip"], fps
+        self._spool, self._say = spool, say
+        self._end = 0
+        self.num_views: int = request["views"]
+        self.frame_size = self._size if self.num_views == 1 else view_frame_size(self._size)
+        self.num_needed_frames = 0
+
+    def write(self, clip: ClipFrames) -> None:
+        """Writes all views of a clip."""
+        self.num_needed_frames = max(self.num_needed_frames, clip.frame_numbers[-1] + 1)
+        for number in range(self.num_views):
+            key = f"{self._key}:{clip.ordinal}:{number}"
+            view, pixels = None, clip.frames
+            if self.num_views > 1:
+                height, width = pixels.shape[1:3]
+                view = draw_view(key, height, width, self._size, may_flip=self._may_flip)
+                pixels = take_view(pixels, view, self._size)
+            data = _ENCODERS[self._codec](pixels, self._fps, self._quality)
+            _write_all(self._spool, data, self._end)
+            self._say(
+                {
+                    "kind": "clip",
+                    "ordinal": clip.ordinal,
+                    "frame_numbers": clip.frame_numbers,
+                    "frame_seconds": clip.frame_seconds,
+                    "start_seconds": clip.start_seconds,
+                    "end_seconds": clip.end_seconds,
+                    "fps": self._fps,
+                    "view": None if view is None else (number, view),
+                    "offset": self._end,
+                    "num_bytes": len(data),
+                    "squared_error": _squared_error(self._codec, data, pixels) if is_measured(key) else None,
+                    **_moments(pixels),
+                }
+            )
+            self._end += len(data)
 
 
 def _moments(pixels: np.ndarray) -> dict[str, int]:
@@ -151,27 +213,15 @@ def _squared_error(codec: str, data: bytes, pixels: np.ndarray) -> int | None:
     return int(error @ error)
 
 
-class _CountedFrames:
-    """Passes frames on, counts them, and tells the parent now and then that there is progress."""
-
-    def __init__(self, frames: Iterator[tuple[float, np.ndarray]], say: Say):
-        self.count = 0
-        self.first_seconds = self.last_seconds = 0.0
-        self._frames = frames
-        self._say = say
-        self._said_at = 0.0
-
-    def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
-        for timed_frame in self._frames:
-            self.last_seconds = timed_frame[0]
-            if not self.count:
-                self.first_seconds = self.last_seconds
-            self.count += 1
-            now = time.monotonic()
-            if now - self._said_at > _SECONDS_BETWEEN_SIGNS_OF_LIFE:
-                self._say({"kind": "progress", "num_frames": self.count})
-                self._said_at = now
-            yield timed_frame
+def _with_signs_of_life(frames: Iterator[Timed], say: Say) -> Iterator[Timed]:
+    """Passes frames on, and tells the parent now and then that there is progress."""
+    said_at = 0.0
+    for timed_frame in frames:
+        now = time.monotonic()
+        if now - said_at > _SECONDS_BETWEEN_SIGNS_OF_LIFE:
+            say({"kind": "progress"})
+            said_at = now
+        yield timed_frame
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

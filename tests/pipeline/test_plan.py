@@ -227,7 +227,7 @@ def test_a_span_is_a_video_of_its_own_and_named_as_a_media_fragment(tmp_path, mo
     assert len({video.id for video in videos.values()}) == 5
     assert videos["s3://b/a.mp4#t=1.5,3"].span == (1.5, 3.0)
     assert videos["s3://b/a.mp4#t=,20"].span == (None, 20.0)
-    assert videos["s3://b/a.mp4"].span is None
+    assert videos["s3://b/a.mp4"].span == (None, None)
     assert videos["s3://b/a.mp4#t=,20"].text is None  # of equal rows the first counts
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from clipmill.video.decode import fitted_size, is_truncated, read_frames
+from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.probe import VideoError, VideoInfo, probe
+from clipmill.video.reading import Reading
 from tests.video.conftest import barcode, make_edited, make_sound, make_video, read_barcode
 
 SHARED_VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
@@ -212,20 +211,13 @@ def test_fits_keep_the_centre(tmp_path, size, fit):
     np.testing.assert_allclose(filled.mean(axis=0), 15.5, atol=0.5)
 
 
-@given(width=st.integers(1, 5000), height=st.integers(1, 5000), resolution=st.integers(1, 512))
-def test_fitted_sizes_touch_the_square_on_the_right_side(width, height, resolution):
-    assert min(fitted_size(width, height, resolution, "crop")) == resolution
-    assert max(fitted_size(width, height, resolution, "pad")) == resolution
-
-
 def test_the_resizer_leaves_frames_of_the_right_size_alone(tmp_path):
     path = make_video(tmp_path / "same.mkv", "ffv1", size=(64, 64), num_frames=2, pix_fmt="bgr0")
     for number, (_, frame) in enumerate(read_frames(path, probe(path), 64, "crop")):
         np.testing.assert_array_equal(frame, barcode(number, 64, 64))
 
 
-REAL_VIDEOS = {  # frames that ffmpeg counts; None: damaged
-    "decord__corrupted.mp4": None,
+REAL_VIDEOS = {  # frames that ffmpeg counts
     "decord__flipping_a_pancake.mkv": 310,
     "decord__video_90.mov": 3,
     "energon__sync_test.avi": 1891,
@@ -238,19 +230,29 @@ REAL_VIDEOS = {  # frames that ffmpeg counts; None: damaged
 }
 
 
-@pytest.mark.skipif(not SHARED_VIDEOS.is_dir(), reason=f"no real footage at {SHARED_VIDEOS}")
+needs_footage = pytest.mark.skipif(not SHARED_VIDEOS.is_dir(), reason=f"no real footage at {SHARED_VIDEOS}")
+
+
+@needs_footage
 @pytest.mark.parametrize(("name", "num_frames"), REAL_VIDEOS.items())
 def test_real_footage(name, num_frames):
     path = SHARED_VIDEOS / name
-    info = probe(path)
-    if num_frames is None:
-        with pytest.raises(VideoError, match="cannot decode"):
-            list(read_frames(path, info, 64, "crop"))
-        return
-    frames = list(read_frames(path, info, 64, "crop"))
+    info, reading = probe(path), Reading()
+    frames = list(read_frames(path, info, 64, "crop", reading=reading))
     assert len(frames) == num_frames
     assert not is_truncated(info, num_frames, frames[0][0], frames[-1][0])
     assert all(late > early for (early, _), (late, _) in itertools.pairwise(frames))
+    assert (reading.damaged_frames, reading.joins, reading.scene_starts) == (0, 0, set())
+
+
+@needs_footage
+def test_damaged_footage_gives_the_frames_before_the_damage():
+    path = SHARED_VIDEOS / "decord__corrupted.mp4"
+    info, reading = probe(path), Reading()
+    frames = list(read_frames(path, info, 64, "crop", reading=reading))
+    assert len(frames) + reading.damaged_frames == info.container_frames == 50
+    assert reading.damaged_frames > 0
+    assert is_truncated(info, len(frames), frames[0][0], frames[-1][0])
 
 
 def test_truncation_takes_the_smaller_claim():
@@ -259,6 +261,7 @@ def test_truncation_takes_the_smaller_claim():
     assert not is_truncated(info, 97, 0.0, 9.6)
     assert not is_truncated(info, 100, 20.0, 29.9)
     assert is_truncated(info, 90, 0.0, 8.9)
+    assert is_truncated(info, 50, 20.0, 24.9)  # the time before the first frame covers nothing
     sparse = dataclasses.replace(info, container_frames=None)  # 100 frames in 30 s, at an average of 10 by its header
     assert not is_truncated(sparse, 100, 0.0, 29.7)
     assert is_truncated(sparse, 100, 0.0, 9.9)

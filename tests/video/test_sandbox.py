@@ -136,15 +136,58 @@ def test_a_bad_file_is_bad_twice(tmp_path, decoder, make, cause):
 def test_pyav_has_the_last_word(tmp_path, decoder):
     path = make_video(tmp_path / "broken.mkv", "mjpeg", pix_fmt="yuvj420p", num_frames=60)
     with av.open(str(path)) as container:
-        position, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][30]
-    data = bytearray(path.read_bytes())
-    data[position + 6 : position + size - 2] = bytes(size - 8)
-    path.write_bytes(data)
-    with pytest.raises(BadVideo, match=r"^cannot decode: Invalid data") as caught:
-        list(decoder.clips(path, CLIP, "decord"))
-    attempts = caught.value.attempts
-    assert [attempt.split(":")[0] for attempt in attempts] == ["decord", "decord", "pyav"]
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+
+    def ruin(packets):
+        data = bytearray(path.read_bytes())
+        for position, size in packets:
+            data[position + 6 : position + size - 2] = bytes(size - 8)
+        path.write_bytes(data)
+
+    ruin(places[30:31])
+    clips = list(decoder.clips(path, CLIP, "decord"))
+    assert decoder.outcome.info.decoder == "pyav"
+    assert (decoder.outcome.num_frames, decoder.outcome.damaged_frames) == (59, 1)
+    assert not any(clip.frame_numbers[0] <= 30 <= clip.frame_numbers[-1] for clip in clips)
+    attempts = decoder.outcome.attempts
+    assert [attempt.split(":")[0] for attempt in attempts] == ["decord", "decord"]
     assert attempts[0] == attempts[1]  # no time of day in it
+    ruin(places)
+    with pytest.raises(BadVideo, match="cannot decode the first frame: Invalid data"):
+        list(decoder.clips(path, CLIP))
+
+
+def test_a_span_gives_the_clips_of_its_frames(tmp_path, decoder):
+    path = make_video(tmp_path / "long.mp4", num_frames=100, options={"g": "10"})
+    whole = [clip.data for clip in decoder.clips(path, CLIP, encode=("npy", None))]
+    clips = list(decoder.clips(path, CLIP, encode=("npy", None), span=(3.5, 7.0)))
+    assert decoder.outcome.num_frames == 35
+    assert [clip.frame_numbers[0] for clip in clips] == [0, 5, 10, 15, 20]
+    assert [clip.start_seconds for clip in clips] == [3.5, 4.0, 4.5, 5.0, 5.5]
+    assert clips[0].frame_seconds == pytest.approx([3.5 + 0.2 * index for index in range(8)])
+    np.testing.assert_array_equal([clip.data for clip in clips], whole[7:12])
+    with pytest.raises(BadVideo, match=r"no frame is shown in the span 20\.\.30 s"):
+        list(decoder.clips(path, CLIP, span=(20.0, 30.0)))
+
+
+def test_filters_skip_videos_by_duration_size_and_rate(tmp_path, decoder):
+    path = make_video(tmp_path / "four_seconds.mp4")
+    for bounds, broken in [
+        (
+            {"min_seconds": 4.0, "max_seconds": 4.0, "min_height": 64, "min_width": 96, "min_fps": 10, "max_fps": 10},
+            None,
+        ),
+        ({"min_seconds": 4.1}, "min_seconds"),
+        ({"max_seconds": 3.9}, "max_seconds"),
+        ({"min_height": 65}, "min_height"),
+        ({"min_width": 97}, "min_width"),
+        ({"min_fps": 11}, "min_fps"),
+        ({"max_fps": 9}, "max_fps"),
+    ]:
+        clips = list(decoder.clips(path, CLIP.model_copy(update=bounds)))
+        assert decoder.outcome.filtered == broken
+        assert bool(clips) == (broken is None)
+        assert not decoder.outcome.short
 
 
 def test_a_missing_file_is_the_environments_fault(tmp_path, decoder):

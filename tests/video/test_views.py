@@ -7,26 +7,26 @@ import pytest
 
 from clipmill.config import ClipConfig
 from clipmill.video import Decoder, Limits
-from clipmill.video.views import draw_view, roomy, take_view
+from clipmill.video.views import draw_view, take_view, view_frame_size
 from tests.video.conftest import make_video
 
 VIEWS = ClipConfig(num_frames=4, resolution=28, views_per_clip=3)
 
 
 def test_places_are_uniform_and_half_of_the_views_are_mirrored():
-    views = [draw_view(f"seed:video:{n}", 34, 36, 32, may_flip=True) for n in range(4500)]
+    views = [draw_view(f"seed:video:{n}", 34, 36, (32, 32), may_flip=True) for n in range(4500)]
     places = Counter((view.top, view.left) for view in views)
     assert set(places) == {(top, left) for top in range(3) for left in range(5)}
     assert all(abs(number - 300) < 90 for number in places.values())  # five standard deviations
     assert abs(sum(view.flipped for view in views) - 2250) < 170
-    assert not any(draw_view(f"{n}", 34, 36, 32, may_flip=False).flipped for n in range(50))
+    assert not any(draw_view(f"{n}", 34, 36, (32, 32), may_flip=False).flipped for n in range(50))
 
 
 def test_a_view_is_the_same_square_of_every_frame():
     clip = np.random.default_rng(0).integers(0, 256, (3, 9, 12, 3), np.uint8)
-    view = draw_view("key", 9, 12, 8, may_flip=False)._replace(top=1, left=2)
-    np.testing.assert_array_equal(take_view(clip, view, 8), clip[:, 1:9, 2:10])
-    np.testing.assert_array_equal(take_view(clip, view._replace(flipped=True), 8), clip[:, 1:9, 9:1:-1])
+    view = draw_view("key", 9, 12, (8, 8), may_flip=False)._replace(top=1, left=2)
+    np.testing.assert_array_equal(take_view(clip, view, (8, 8)), clip[:, 1:9, 2:10])
+    np.testing.assert_array_equal(take_view(clip, view._replace(flipped=True), (8, 8)), clip[:, 1:9, 9:1:-1])
 
 
 def decoded(path, key, clip=VIEWS):
@@ -39,7 +39,8 @@ def test_views_are_squares_of_the_whole_frames_a_function_of_their_key(tmp_path,
     path = make_video(tmp_path / "turned.mp4", num_frames=12, size=(96, 64), rotation=rotation)
     clips = decoded(path, "0:a")
     assert [(clip.ordinal, clip.view[0]) for clip in clips] == [(c, v) for c in range(3) for v in range(3)]
-    short, long = roomy(28), roomy(28) * 96 // 64
+    short, _ = view_frame_size((28, 28))
+    long = short * 96 // 64
     assert {(clip.view[1].height, clip.view[1].width) for clip in clips} == {
         (long, short) if rotation else (short, long)
     }

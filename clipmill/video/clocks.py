@@ -1,0 +1,122 @@
+"""The time of each frame in seconds from the first one, whatever clock its container has."""
+
+from __future__ import annotations
+
+import heapq
+from fractions import Fraction
+from typing import Any
+
+import av
+
+from clipmill.video.damage import Packet
+
+__all__ = ["Clock", "make_clock"]
+
+_JOIN_SECONDS = 10.0
+"""Where a transport stream's clock leaps further, two recordings were joined (ffmpeg's own threshold)."""
+
+_STEP_BACK_SECONDS = 1.0
+"""A smaller step back is a damaged time; a larger one is a clock that begins anew."""
+
+_SHORTEST_GIF_DELAY, _USUAL_GIF_DELAY = Fraction(15, 1000), Fraction(1, 10)
+"""Browsers show a GIF frame with a delay below the first for the second, in seconds."""
+
+
+class Clock:
+    """Times of frames in seconds from the first one, by their presentation times.
+
+    Args:
+        time_base: seconds in a tick, a fraction: whole numbers of ticks give equal times on each path.
+        fps: average frames per second.
+        zero: ticks of the file's first frame; None: the first frame that is asked for.
+        is_broken_up: the clock of such a container may begin anew anywhere, as in transport streams.
+    """
+
+    def __init__(self, time_base: Any, fps: float, zero: int | None, is_broken_up: bool):
+        self._time_base, self._frame_seconds = time_base, 1 / fps
+        self._zero, self._is_broken_up = zero, is_broken_up
+        self._seconds: float | None = None
+
+    def sent(self, packet: Packet) -> None:
+        """A packet goes to the decoder."""
+
+    def ticks(self, frame: Any, packet: Packet) -> int | None:
+        """When a frame is shown, by the container; None where that does not say."""
+        return frame.pts
+
+    def time(self, frame: Any, packet: Packet) -> tuple[float, bool]:
+        """(time of the next frame in presentation order, whether the clock began anew before it)."""
+        ticks = self.ticks(frame, packet)
+        if self._zero is None:
+            self._zero = ticks
+        before = self._seconds
+        seconds = None if ticks is None or self._zero is None else float((ticks - self._zero) * self._time_base)
+        joined = False
+        if before is not None:
+            follows = before + self._frame_seconds
+            if seconds is None:
+                seconds = follows
+            elif seconds < before - _STEP_BACK_SECONDS or (self._is_broken_up and seconds > before + _JOIN_SECONDS):
+                assert self._zero is not None
+                assert ticks is not None
+                self._zero = ticks - round(follows / self._time_base)
+                seconds, joined = follows, True
+            elif seconds <= before:  # rounding, or a damaged time
+                seconds = follows
+        self._seconds = seconds or 0.0
+        return self._seconds, joined
+
+
+class _FrameCounter(Clock):
+    """AVI states no presentation times, and FFmpeg's guesses for B-frames are out of order: one frame a packet.
+
+    The n-th frame shown takes the n-th place among the packets. A packet without a frame would shift all that follow,
+    so each key frame takes its own place.
+    """
+
+    def __init__(self, time_base: Any, fps: float, zero: int | None):
+        super().__init__(time_base, fps, zero, is_broken_up=False)
+        self._places: list[int] = []
+
+    def sent(self, packet: Packet) -> None:
+        """Its place is now free to take."""
+        if packet.dts is not None:
+            heapq.heappush(self._places, packet.dts)
+
+    def ticks(self, frame: Any, packet: Packet) -> int | None:
+        """The first place that is free."""
+        if frame.key_frame and packet.dts is not None:
+            while self._places and self._places[0] < packet.dts:
+                heapq.heappop(self._places)
+        return heapq.heappop(self._places) if self._places else None
+
+
+class _GifClock(Clock):
+    """GIF frames follow each other after the delays that browsers make of the stated ones."""
+
+    def __init__(self, time_base: Any, fps: float):
+        super().__init__(time_base, fps, 0, is_broken_up=False)
+        self._next = 0
+
+    def ticks(self, frame: Any, packet: Packet) -> int | None:
+        """Where the frame before ends."""
+        ticks = self._next
+        delay = (frame.duration or 0) * self._time_base
+        self._next += round((_USUAL_GIF_DELAY if delay < _SHORTEST_GIF_DELAY else delay) / self._time_base)
+        return ticks
+
+
+def make_clock(container: Any, stream: Any, fps: float, zero: int | None) -> Clock:
+    """The clock of a stream.
+
+    Args:
+        container: of PyAV.
+        stream: of PyAV.
+        fps: average frames per second: the distance of frames that no time tells apart.
+        zero: ticks of the file's first frame; None: of the first frame that is asked for.
+    """
+    if container.format.name == "avi":
+        return _FrameCounter(stream.time_base, fps, zero)
+    if container.format.name == "gif":
+        return _GifClock(stream.time_base, fps)
+    return Clock(stream.time_base, fps, zero, bool(container.format.flags & av.format.Flags.ts_discont.value))

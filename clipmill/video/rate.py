@@ -1,0 +1,85 @@
+"""The frame rate of a video, by its timestamps where its container states none.
+
+FFmpeg guesses a rate for such files: 1000 frames per second for Matroska, or twice the true rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+__all__ = ["NUM_TIMED_PACKETS", "frame_rate", "rate_of_times"]
+
+NUM_TIMED_PACKETS = 128
+"""Packets whose times are looked at: few seconds of most videos, little of their files."""
+
+_NUM_REORDERED = 16
+"""B-frames come at most this many packets late: the last times of a list of packets may have gaps."""
+
+_PAUSE = 4
+"""A step longer than this multiple of the median is a pause; it says nothing about the rate."""
+
+_TOLERANCE = 0.02
+
+
+def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, int | None]]) -> float:
+    """Average frames per second of a stream.
+
+    The stated rate holds where an index of all frames gives it, or where the timestamps agree with it. Otherwise the
+    rate of the timestamps holds.
+
+    Args:
+        container: of PyAV.
+        stream: of PyAV.
+        times: (pts, dts) of its first packets in ticks, in the order of the file.
+    """
+    stated = stream.average_rate or stream.guessed_rate
+    # AVI numbers its frames and has no times; MP4 and MOV average over the index.
+    if stated and (container.format.name == "avi" or (container.format.name.startswith("mov") and stream.frames > 1)):
+        return float(stated)
+    measured = rate_of_times(_complete(times))
+    if measured is None:
+        return float(stated) if stated else 1.0
+    lower, upper = (float(limit / stream.time_base) for limit in measured)
+    if stated and lower * (1 - _TOLERANCE) <= stated <= upper * (1 + _TOLERANCE):
+        return float(stated)
+    return _usual_rate(lower, upper)
+
+
+def _complete(times: Sequence[tuple[int | None, int | None]]) -> list[int]:
+    """Presentation times in order, up to where the packets that were looked at hold all of them."""
+    ordered = sorted({pts for pts, _ in times if pts is not None})
+    if len(times) < NUM_TIMED_PACKETS:
+        return ordered
+    return ordered[: -min(_NUM_REORDERED, len(ordered) // 2)]
+
+
+def rate_of_times(times: Sequence[int]) -> tuple[Fraction, Fraction] | None:
+    """Frames per tick: the least and the greatest rate that the times, each rounded to a tick, allow.
+
+    Args:
+        times: of frames in ticks, ascending, without repetition.
+
+    Returns:
+        None for fewer than two frames.
+    """
+    steps = [late - early for early, late in pairwise(times)]
+    if not steps:
+        return None
+    usual = median(steps)
+    kept = [step for step in steps if step <= _PAUSE * usual]
+    error = 1 + len(steps) - len(kept)
+    return Fraction(len(kept), sum(kept) + error), Fraction(len(kept), max(sum(kept) - error, 1))
+
+
+def _usual_rate(lower: float, upper: float) -> float:
+    """The whole or NTSC rate (24000 / 1001 and so on) within the limits, else their mean."""
+    middle = (lower + upper) / 2
+    for divisor in (1.0, 1.001):
+        rate = round(middle * divisor) / divisor
+        if lower <= rate <= upper:
+            return rate
+    return middle
