@@ -46,7 +46,7 @@ def main() -> None:
 def measure_plan(root: str, num_videos: int) -> dict[str, float]:
     """Plans a listing, loads the plan as a resumed run does, and extends it by what has not been there."""
     config = _config(root, unit_bytes=256 * 2**20)
-    listing.list_videos = lambda _: _listed(num_videos)
+    listing.list_videos = lambda *_: _listed(num_videos)
     began = time.monotonic()
     generation.make_plan(config)
     seconds = time.monotonic() - began
@@ -55,7 +55,7 @@ def measure_plan(root: str, num_videos: int) -> dict[str, float]:
     began = time.monotonic()
     plan = load_plan(config)
     load_seconds = time.monotonic() - began
-    listing.list_videos = lambda _: _listed(num_videos + num_videos // 100)
+    listing.list_videos = lambda *_: _listed(num_videos + num_videos // 100)
     began = time.monotonic()
     generation.extend_plan(config, plan)
     extend_seconds = time.monotonic() - began
@@ -75,7 +75,7 @@ def measure_plan(root: str, num_videos: int) -> dict[str, float]:
 def measure_resume(root: str, num_units: int) -> dict[str, float]:
     """Decides what is left to do, where so many units are committed: first from the records, then from the tally."""
     config = _config(root, unit_bytes=1)
-    listing.list_videos = lambda _: _listed(num_units)
+    listing.list_videos = lambda *_: _listed(num_units)
     plan = generation.make_plan(config)
     with ThreadPoolExecutor(PUT_THREADS) as writers:
         for split in ("train", "val"):

@@ -1,9 +1,13 @@
-"""The only door to storage: local folders and buckets through one small set of whole-object operations.
+r"""The only door to storage: local folders and buckets through one small set of whole-object operations.
 
 A URL is a local path (``runs/demo``) or an fsspec URL (``s3://bucket/runs/bair``). Objects appear whole or
 not at all: a local file is written beside its target, synced, renamed, and its folder synced; a bucket
 object is one put of a finished local file. Nothing is ever streamed into its final name, because fsspec
 publishes a partial object when an exception leaves ``with fs.open(url, "wb")``.
+
+A file name on a disk is bytes, and not always UTF-8, which all our formats are. Each byte that is not appears in a URL
+as ``\x`` and two hex digits (``caf\xe9.mp4``); a backslash that could be mistaken for such a start appears as
+``\x5c``. `local_path` turns a URL back into the name on the disk.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,7 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from clipmill import bucket
 from clipmill.errors import UserError
@@ -42,6 +47,7 @@ __all__ = [
     "publish_file",
     "read_bytes",
     "read_document",
+    "read_start",
     "remove",
     "remove_tree",
     "resolve",
@@ -75,17 +81,43 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The path of a local URL."""
+    """The path of a local URL, as it is on the disk."""
     if not is_local(url):
         raise ValueError(f"{url} is not local")
-    return Path(url.removeprefix("file://"))
+    return Path(_unescape(_file_url_path(url)))
 
 
 def absolute(url: str) -> str:
     """The URL without trailing slash, local ones as absolute paths (workers start in other folders)."""
     if is_local(url):
-        return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+        return _escape_bytes(os.path.abspath(os.path.expanduser(_file_url_path(url))))
     return url.rstrip("/")
+
+
+def _file_url_path(url: str) -> str:
+    """The path of a ``file://`` URL, in which ``%20`` is a space (RFC 8089); another local URL is its path."""
+    if not url.startswith("file://"):
+        return url
+    return unquote(url.removeprefix("file://").removeprefix("localhost"), errors="surrogateescape")
+
+
+_ESCAPE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
+"""Of a byte that is not UTF-8, or of a backslash, in a name."""
+
+
+def _escape(name: str) -> str:
+    """A name from the disk as a part of a URL."""
+    return _escape_bytes(_ESCAPE.sub(r"\\x5cx\1", name))
+
+
+def _unescape(name: str) -> str:
+    """The name on the disk."""
+    return _ESCAPE.sub(lambda found: "\\" if found[1] == "5c" else chr(0xDC00 + int(found[1], 16)), name)
+
+
+def _escape_bytes(name: str) -> str:
+    """Without the surrogates by which Python represents bytes that are not UTF-8."""
+    return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
 
 
 def join(url: str, *names: str) -> str:
@@ -118,6 +150,18 @@ def read_bytes(url: str) -> bytes:
         return local_path(url).read_bytes()
     # With more than one reader s3fs asks for the size first: documents are small, one request is enough.
     return bucket.call(url, lambda filesystem, path: filesystem.cat_file(path, max_concurrency=1))
+
+
+def read_start(url: str, num_bytes: int) -> bytes:
+    """The first bytes of the object, all if it has fewer.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if is_local(url):
+        with local_path(url).open("rb") as file:
+            return file.read(num_bytes)
+    return bucket.call(url, lambda filesystem, path: filesystem.cat_file(path, start=0, end=num_bytes))
 
 
 def open_to_read(url: str, block_bytes: int = 2**16) -> BinaryIO:
@@ -175,7 +219,7 @@ def _children(url: str) -> list[tuple[Entry, bool]]:
         folder, infos = bucket.call(url, lambda filesystem, path: (path, filesystem.ls(path, detail=True)))
     except FileNotFoundError:
         return []
-    entries = [(_entry(info, folder), info["type"] == "directory") for info in infos]
+    entries = [(_entry(info, folder), info["type"] == "directory") for info in infos if not _is_marker(info)]
     return sorted((item for item in entries if item[0].name), key=lambda item: item[0].name)
 
 
@@ -187,14 +231,20 @@ def _local_children(folder: Path) -> list[tuple[Entry, bool]]:
             for item in found:
                 if item.is_symlink() and not os.path.exists(item.path):
                     continue
+                name = _escape(item.name)
                 if item.is_dir():
-                    children.append((Entry(item.name, 0, None, None), True))
+                    children.append((Entry(name, 0, None, None), True))
                 elif item.is_file():
                     stat = item.stat()
-                    children.append((Entry(item.name, stat.st_size, None, stat.st_mtime), False))
+                    children.append((Entry(name, stat.st_size, None, stat.st_mtime), False))
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(children, key=lambda child: child[0].name)
+
+
+def _is_marker(info: dict[str, Any]) -> bool:
+    """Whether an object stands for a folder, as consoles (``clips/``) and Hadoop (``clips_$folder$``) create them."""
+    return info["type"] == "file" and (info["name"].endswith("/") or info["name"].endswith("_$folder$"))
 
 
 def _entry(info: dict[str, Any], folder: str) -> Entry:
@@ -216,7 +266,8 @@ def walk(url: str) -> Iterator[Entry]:
         return
     folder, found = bucket.call(url, lambda filesystem, path: (path, filesystem.find(path, detail=True)))
     for name in sorted(found):
-        yield _entry(found[name], folder)
+        if not _is_marker(found[name]):
+            yield _entry(found[name], folder)
 
 
 def _local_walk(folder: Path, prefix: str, above: tuple[os.stat_result, ...] = ()) -> Iterator[Entry]:
@@ -229,7 +280,7 @@ def _local_walk(folder: Path, prefix: str, above: tuple[os.stat_result, ...] = (
     for child, is_folder in children:
         name = prefix + child.name
         if is_folder:
-            yield from _local_walk(folder / child.name, name + "/", (*above, here))
+            yield from _local_walk(folder / _unescape(child.name), name + "/", (*above, here))
         else:
             yield Entry(name, child.bytes, None, child.modified)
 

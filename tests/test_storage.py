@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipmill import storage
 from clipmill.errors import UserError
@@ -106,3 +109,42 @@ def test_remove_and_remove_tree_accept_what_is_not_there(tmp_path):
     storage.remove_tree(str(tmp_path / "a"))
     storage.remove_tree(str(tmp_path / "a"))
     assert not storage.exists(str(tmp_path / "a"))
+
+
+@given(
+    name=st.binary(min_size=1, max_size=30).filter(
+        lambda name: not set(name) & set(b"\0/") and name not in (b".", b"..")
+    )
+)
+def test_every_name_on_a_disk_has_a_url_of_its_own(name):
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(name)
+        (entry,) = storage.walk(folder)
+        assert entry.name.encode()  # is Unicode
+        assert storage.read_bytes(storage.join(folder, entry.name)) == name
+        assert storage.read_start(storage.resolve(folder, entry.name), 3) == name[:3]
+        if name.isascii() and b"\\x" not in name:
+            assert entry.name == name.decode()
+
+
+def test_names_that_look_like_escaped_ones_are_told_from_them(tmp_path):
+    names = [b"caf\xe9", b"caf\\xe9", b"caf\\x5cxe9", b"caf\\x5c\xe9"]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(name)
+    found = {
+        entry.name: storage.read_bytes(storage.join(str(tmp_path), entry.name)) for entry in storage.walk(str(tmp_path))
+    }
+    assert sorted(found.values()) == sorted(names)
+    assert found["caf\\xe9"] == b"caf\xe9"
+
+
+def test_file_urls_are_percent_encoded(tmp_path):
+    (tmp_path / "sp ace.mp4").write_bytes(b"1")
+    (tmp_path / "per%20cent.mp4").write_bytes(b"2")
+    url = tmp_path.as_uri()
+    assert storage.read_bytes(storage.resolve("/elsewhere", f"{url}/sp%20ace.mp4")) == b"1"
+    assert storage.read_bytes(f"{url}/per%2520cent.mp4") == b"2"
+    assert storage.read_bytes(f"file://localhost{tmp_path}/sp%20ace.mp4") == b"1"
+    assert storage.read_bytes(storage.resolve(str(tmp_path), "per%20cent.mp4")) == b"2"

@@ -81,6 +81,11 @@ def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
     if storage.is_local(url):
         path = storage.local_path(url)
         path.stat()
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:  # decoders take names in UTF-8 only
+            copy.symlink_to(path)
+            return copy
         return path
     storage.fetch(url, copy)
     return copy

@@ -31,6 +31,10 @@ _OWN_COLUMNS = ("split", "unit", "ordinal", "id")
 """Of `PLAN_COLUMNS`, those that a generation decides; the others come from the source."""
 
 
+_ENDINGS_KEPT = 100
+"""Of other files, the endings that ``plan.json`` keeps."""
+
+
 def make_plan(config: RunConfig) -> Plan:
     """Lists the source once and publishes the plan.
 
@@ -80,7 +84,11 @@ def _add_listed(config: RunConfig, plan: Plan | None) -> bool:
     if plan is not None and not len(rows):
         return False
     order = rows[np.lexsort((ids[rows], is_val[rows]))]
-    facts = {"duplicates": num_duplicates, "ambiguous": sorted(f"{base:016x}" for base in ambiguous)}
+    facts = {
+        "duplicates": num_duplicates,
+        "ambiguous": sorted(f"{base:016x}" for base in ambiguous),
+        "other_files": dict(listing.others.most_common(_ENDINGS_KEPT)),
+    }
     _publish(config, plan, "listed", listing.table, order, is_val[order], ids[order], facts)
     return True
 

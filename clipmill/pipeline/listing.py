@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -18,7 +19,7 @@ import pyarrow as pa
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.sources import base_url, list_videos
+from clipmill.pipeline.sources import base_url, describe_files, list_videos
 from clipmill.pipeline.sources.record import SourceVideo, file_identity
 from clipmill.shards.format import file_sha256
 from clipmill.shards.manifest import SPLITS
@@ -59,6 +60,7 @@ class Listing:
         groups: uint64[n], the hash of each group: a function of it decides the split.
         splits: int8[n], the split that the source gives each or its group (index in `SPLITS`), or `NO_SPLIT`.
         base_url: the folder that relative URLs are relative to.
+        others: files of a folder that are no videos, by the ending of their names.
     """
 
     table: pa.Table
@@ -66,6 +68,7 @@ class Listing:
     groups: np.ndarray
     splits: np.ndarray
     base_url: str
+    others: Counter[str]
 
     def content(self, row: int) -> str:
         """What tells two videos of equal identity apart: a hash of the whole file, which is read for it."""
@@ -88,7 +91,9 @@ def list_source(source: SourceConfig) -> Listing:
     Raises:
         UserError: the source is missing, empty or unreadable, or puts videos of one group into different splits.
     """
-    identified = _identified(list_videos(source), base_url(source))
+    others: Counter[str] = Counter()
+    base = base_url(source)
+    identified = _identified(list_videos(source, others), base)
     schema = pa.schema(SOURCE_COLUMNS)
     bases, groups, splits = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)], [np.empty(0, np.int8)]
     chunks: dict[str, list[pa.Array]] = {field.name: [pa.array([], field.type)] for field in schema}
@@ -103,7 +108,9 @@ def list_source(source: SourceConfig) -> Listing:
             chunks[name].append(pa.array([getattr(video, attribute) for video in listed], kind))
     # One after the other, each freed before the next: the listing is never in memory twice.
     table = pa.table([pa.concat_arrays(chunks.pop(name)) for name in SOURCE_COLUMNS], schema)
-    listing = Listing(table, np.concatenate(bases), np.concatenate(groups), np.concatenate(splits), base_url(source))
+    if others:
+        logger.info("skipped what is no video: %s", describe_files(others))
+    listing = Listing(table, np.concatenate(bases), np.concatenate(groups), np.concatenate(splits), base, others)
     _spread_splits(listing)
     return listing
 

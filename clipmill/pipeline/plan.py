@@ -17,9 +17,9 @@ Files under ``clips/plan``, all written before the first unit is worked on:
     the video).
 ``plan.json``
     Written last: ``generations`` [{kind, file, sha256, videos, bytes, units: {split: count}, duplicates,
-    ambiguous}] and ``identity``, the configuration it was made with. Units of a split are numbered through all
-    generations. ``ambiguous``: hashes of identities behind which that listing found different contents (16 hex digits
-    each).
+    ambiguous, other_files}] and ``identity``, the configuration it was made with. Units of a split are numbered through
+    all generations. ``ambiguous``: hashes of identities behind which that listing found different contents (16 hex
+    digits each). ``other_files``: files of the folder that are no videos, {ending: count}.
 """
 
 from __future__ import annotations
@@ -149,6 +149,11 @@ class Plan:
     def num_duplicates(self) -> int:
         """Listed files that hold the same video as an earlier one."""
         return sum(generation["duplicates"] for generation in self.document["generations"])
+
+    @property
+    def other_files(self) -> dict[str, int]:
+        """Files of the source's folder that are no videos, by ending, when it was listed last."""
+        return next(g["other_files"] for g in reversed(self.document["generations"]) if g["kind"] == "listed")
 
     def num_units(self, split: str) -> int:
         """Units of a split, numbered from 0."""

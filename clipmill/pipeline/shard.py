@@ -260,6 +260,7 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
     return {
         **totals,
         "duplicates": plan.num_duplicates,
+        "other_files": plan.other_files,
         "classes": len(tally.labels),
         "psnr": _psnr(tally.total("squared_error"), tally.total("num_measured_values")),
         "measured_clips": tally.total("num_measured_clips"),

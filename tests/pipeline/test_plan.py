@@ -192,7 +192,7 @@ def test_units_are_consecutive_and_bounded(sizes, num_train, unit_bytes):
 
 def listed(monkeypatch, videos):
     """The plan's listing is these videos, whatever the source's type."""
-    monkeypatch.setattr("clipmill.pipeline.listing.list_videos", lambda source: iter(videos))
+    monkeypatch.setattr("clipmill.pipeline.listing.list_videos", lambda source, others: iter(videos))
 
 
 def splits_of(plan):

@@ -58,6 +58,15 @@ def test_objects_and_listings(bucket_url: str, tmp_path: Path) -> None:
     assert list(storage.walk(bucket_url)) == []
 
 
+def test_objects_that_stand_for_folders_are_no_files(bucket_url: str) -> None:
+    client = botocore.session.get_session().create_client("s3")
+    for key in ("a/", "a/one.mp4", "a/two.mp4/", "a/two.mp4/deep.mp4", "a/three.mp4_$folder$", "a/_SUCCESS"):
+        client.put_object(Bucket=bucket_url.removeprefix("s3://"), Key=key, Body=b"")
+    assert [entry.name for entry in storage.walk(bucket_url)] == ["a/_SUCCESS", "a/one.mp4", "a/two.mp4/deep.mp4"]
+    assert [entry.name for entry in storage.list_folder(f"{bucket_url}/a")] == ["_SUCCESS", "one.mp4"]
+    assert storage.list_folders(f"{bucket_url}/a") == ["two.mp4"]
+
+
 def test_of_many_creators_one_wins(bucket_url: str) -> None:
     url = f"{bucket_url}/one.json"
     barrier = threading.Barrier(8)

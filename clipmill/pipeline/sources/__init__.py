@@ -7,7 +7,8 @@ many videos without a codec, of which the plan knows the place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 from clipmill import storage
 from clipmill.config import SourceConfig
@@ -15,46 +16,68 @@ from clipmill.errors import UserError
 from clipmill.pipeline.sources import bair, folder, hdf5, table, tgif, ucf101
 from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo
 
-__all__ = ["base_url", "check_source", "is_gone", "list_videos", "read_array"]
+__all__ = ["base_url", "check_source", "describe_files", "is_gone", "list_videos", "read_array"]
 
 _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
-    "folder": folder.list_videos,
     "table": table.list_videos,
     "hdf5": hdf5.list_videos,
+}
+_WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]] = {
+    "folder": folder.list_videos,
     "bair": bair.list_videos,
     "ucf101": ucf101.list_videos,
     "tgif": tgif.list_videos,
 }
+"""Source types that search a folder, and count what else lies there."""
 
 _FILES = {"table": "the list of videos (.csv, .tsv, .parquet or .jsonl)", "hdf5": "the HDF5 file"}
 """Source types whose URL is a file, and which."""
 
+_ENDINGS_NAMED = 10
 
-def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
+
+def list_videos(source: SourceConfig, others: Counter[str] | None = None) -> Iterator[SourceVideo]:
     """Lists the videos of a source.
+
+    Args:
+        source: to list.
+        others: counts the files of a folder that are no videos, by the ending of their names (``.txt``).
 
     Raises:
         UserError: the source does not exist, may not be read, is not what its type says, or holds no video.
     """
     url = _existing_source(source)
     num_videos = 0
+    others = Counter() if others is None else others
+    walk = _WALKS.get(source.type)
     try:
-        for video in _LISTINGS[source.type](source):
+        for video in _LISTINGS[source.type](source) if walk is None else walk(source, others):
             num_videos += 1
             yield video
     except PermissionError as error:
         raise UserError(f"data.source.url {url} cannot be listed ({error}); check its permissions") from error
     if not num_videos:
-        raise UserError(f"data.source.url {url} holds no video{_wanted(source)}")
+        found = f"; it holds {describe_files(others)}" if others else ""
+        raise UserError(f"data.source.url {url} holds no video{_wanted(source)}{found}; name another {_kind(source)}")
+
+
+def describe_files(others: Mapping[str, int]) -> str:
+    """Files by ending, the most frequent first: ``12 .txt, 3 .json, 1 without an ending``."""
+    ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    texts = [f"{count:,} {suffix or 'without an ending'}" for suffix, count in ordered[:_ENDINGS_NAMED]]
+    if rest := sum(count for _, count in ordered[_ENDINGS_NAMED:]):
+        texts.append(f"{rest:,} with other endings")
+    return ", ".join(texts)
 
 
 def _wanted(source: SourceConfig) -> str:
-    if source.type == "bair":
-        return " (files ending in tfrecords); name the folder that holds train and test"
+    return {"bair": " (files ending in tfrecords)", "tgif": " (files ending in gif)"}.get(source.type, "")
+
+
+def _kind(source: SourceConfig) -> str:
     if source.type in _FILES:
-        return "; name another file"
-    endings = ", ".join(sorted(suffix.removeprefix(".") for suffix in folder.VIDEO_SUFFIXES))
-    return f" (files ending in {endings}); name another folder"
+        return "file"
+    return "folder that holds train and test" if source.type == "bair" else "folder"
 
 
 def check_source(source: SourceConfig) -> None:

@@ -7,6 +7,7 @@ A record is a video of two cameras: ``{i}/image_main/encoded`` and ``{i}/image_a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -25,11 +26,14 @@ _SUFFIXES = frozenset((".tfrecords", ".tfrecord"))
 _FRAME_SHAPE = (64, 64, 3)
 
 
-def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
-    """The records of all files: ``train`` stays train, ``test`` becomes val. Reads the records' headers only."""
+def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
+    """The records of all files: ``train`` stays train, ``test`` becomes val. Reads the records' headers only.
+
+    ``others`` counts the other files by ending.
+    """
     cameras = ("image_main", "image_aux1") if source.camera == "both" else (source.camera,)
     base = storage.absolute(source.url)
-    for path, entry in walk_files(base, _SUFFIXES):
+    for path, entry in walk_files(base, _SUFFIXES, others):
         url = storage.join(base, entry.name)
         identity = file_identity(url, entry.bytes, entry.etag)
         with storage.open_to_read(url) as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -26,8 +27,10 @@ _SPLITS: dict[str, Literal["train", "val"]] = {"train": "train", "val": "val", "
 logger = logging.getLogger(__name__)
 
 
-def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
+def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
     """The GIFs that have a caption: the first is the text, all are in the metadata.
+
+    ``others`` counts the other files by ending.
 
     Raises:
         UserError: a list is missing or holds something else, or none of its GIFs is there.
@@ -36,7 +39,7 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
     captions = _read_captions(storage.resolve(base, source.captions))
     splits = None if source.split_files is None else _read_splits(storage.resolve(base, source.split_files))
     num_listed, num_left_out = len(captions), 0
-    for path, entry in walk_files(base, _SUFFIXES):
+    for path, entry in walk_files(base, _SUFFIXES, others):
         texts = captions.pop(path.name, None)
         if texts is None or (splits is not None and path.name not in splits):
             num_left_out += 1

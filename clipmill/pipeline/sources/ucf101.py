@@ -7,21 +7,25 @@ Files are matched by class folder and name, wherever below ``data.source.url`` t
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.sources.folder import VIDEO_SUFFIXES, walk_files
+from clipmill.pipeline.sources.folder import walk_files
 from clipmill.pipeline.sources.record import SourceVideo
+from clipmill.video.kinds import VIDEO_SUFFIXES
 
 __all__ = ["list_videos"]
 
 logger = logging.getLogger(__name__)
 
 
-def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
+def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
     """The videos of one official split, labelled with their class folder; ``test`` becomes val.
+
+    ``others`` counts the other files by ending.
 
     Raises:
         UserError: a list is missing, or names a video that is not there.
@@ -30,7 +34,7 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
     folder = storage.resolve(base, source.split_files or "ucfTrainTestlist")
     unseen_train, unseen_val = (_read_list(folder, kind, source.split_number) for kind in ("train", "test"))
     num_unlisted = 0
-    for path, entry in walk_files(base, VIDEO_SUFFIXES):
+    for path, entry in walk_files(base, VIDEO_SUFFIXES, others):
         name = "/".join(path.parts[-2:])
         if name in unseen_train:
             unseen_train.remove(name)

@@ -1,0 +1,136 @@
+"""Which files are videos: by the ending of their name, else by their first bytes.
+
+The endings are those that FFmpeg's demuxers and muxers of video formats claim, and a few in common use that none
+claims. Some claimed endings mostly name other things (``.png``, ``.ogg``, ``.dat``): there the first bytes decide, as
+they do where a name has no ending. Endings of audio, single pictures, text, playlists, and raw pixels (nothing in such
+a file states their size) are no videos; ``tests/video/test_kinds.py`` names them all.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import PurePosixPath
+
+__all__ = ["HEAD_BYTES", "SNIFFED_SUFFIXES", "VIDEO_SUFFIXES", "is_video_head", "suffix_of"]
+
+HEAD_BYTES = 16 * 2**10
+"""Bytes that `is_video_head` wants of a file: colour profiles may precede the chunk that makes a PNG an animation."""
+
+_CONTAINERS = (
+    "mp4 m4v mov qt 3gp 3g2 f4v ismv mj2 psp mkv mk3d webm avi divx amv asf wmv flv kux ts m2t m2ts mts tp trp "
+    "mpg mpeg mpe m2p vob dvd mxf gxf nut ogv ogm rm rmvb ivr wtv ty ty+ swf dv gif apng ivf y4m"
+)
+_STREAMS = (
+    "h261 h263 h264 264 h26l avc h265 265 hevc h266 266 vvc obu avs2 avs3 cavs vc2 vc1 rcv m1v m2v mjpeg mjpg apv evc "
+    "dnxhd dnxhr"
+)
+_CAMERAS = "dav ifv lvf mxg viv"
+_GAMES = "bik smk fli flc roq bmv cdg cdxl xl cpk flm imx ipu mods moflex mvi pdv sga usm xmv yop"
+
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in " ".join((_CONTAINERS, _STREAMS, _CAMERAS, _GAMES)).split())
+"""Endings, in lower case, that make a file a video."""
+
+_DOUBTFUL = "png webp avif heic heif ogg ism dat avs drc dif ser v vb son cgi"
+
+SNIFFED_SUFFIXES = frozenset(("", *(f".{name}" for name in _DOUBTFUL.split())))
+"""Endings, in lower case, where the first bytes decide. The empty one: names without an ending."""
+
+_SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+-]{1,12}|\.26[456]|\.302|\.722")
+"""An ending has a letter: ``take.0001`` has none."""
+
+_MAGICS = (
+    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+    b"FLV\x01",
+    b"GIF87a",
+    b"GIF89a",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF
+    b"\x00\x00\x01\xba",  # MPEG program stream
+    b"\x00\x00\x01\xb3",  # MPEG-1, MPEG-2
+    b"\x00\x00\x01\xb0",  # MPEG-4 part 2, Chinese AVS
+    b"\x00\x00\x00\x01\x09",  # H.264: access unit delimiter, parameters
+    b"\x00\x00\x00\x01\x27",
+    b"\x00\x00\x00\x01\x67",
+    b"\x00\x00\x00\x01\x40",  # HEVC: parameters, access unit delimiter
+    b"\x00\x00\x00\x01\x46",
+    b"\x06\x0e\x2b\x34\x02\x05\x01\x01\x0d\x01\x02",  # MXF
+    b"\x00\x00\x00\x00\x01\xbc",  # GXF
+    b"\x1f\x07\x00",  # DV
+    b"nut/multimedia container\0",
+    b"YUV4MPEG2 ",
+    b"DKIF",  # IVF
+    b".RMF",  # RealMedia
+    b"BBCD\0",  # Dirac
+    b"LUCAM-RECORDER",  # SER, of telescopes
+    b"luo ",  # surveillance recorders: .dat, .v, .cgi
+    b"\x00\x00\x01\xa5",
+    b"MJPG",
+)
+_RIFF_FORMS = (b"AVI ", b"AMV ", b"CDXA")
+_OGG_VIDEO = (b"\x80theora", b"\x01video\0", b"BBCD\0", b"OVP80\x01", b"\x80daala")
+"""First bytes of a video stream's first packet: Theora, OGM, Dirac, VP8, Daala."""
+
+_BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp", b"sidx", b"moof", b"uuid")
+"""Boxes that may open a QuickTime or MP4 file instead of ``ftyp``."""
+_NO_VIDEO_BRANDS = (b"M4A ", b"M4B ", b"M4P ", b"avif", b"heic", b"heix", b"mif1", b"miaf", b"crx ", b"jpx ", b"jp2 ")
+"""Brands of audio and single pictures; picture sequences have brands of their own (``avis``, ``msf1``, ``hevc``)."""
+
+_TS_PACKETS = ((0, 188), (4, 192), (0, 204))
+"""(offset of the first sync byte, packet size) of MPEG transport streams: plain, of Blu-ray, with error correction."""
+
+
+def suffix_of(name: str) -> str:
+    """The ending of a file's name in lower case (``.mp4``); empty where it has none.
+
+    An ending has at most 12 letters, digits or ``_+-``, among them a letter (but for those of raw streams, ``.264``).
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix if _SUFFIX.fullmatch(suffix) else ""
+
+
+def is_video_head(head: bytes) -> bool:
+    """Whether a file that begins with these bytes (`HEAD_BYTES` or all) is a video.
+
+    A picture with one frame is none, as far as its first bytes say (a GIF's do not).
+    """
+    if head.startswith(_MAGICS):
+        return True
+    if head.startswith(b"RIFF"):
+        return head[8:12] in _RIFF_FORMS or _is_animated_webp(head)
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _is_animated_png(head)
+    if head.startswith(b"SIFF"):
+        return head[8:12] == b"VBV1"
+    if head.startswith(b"OggS"):
+        return any(mark in head for mark in _OGG_VIDEO)
+    return _is_bmff(head) or any(_is_transport_stream(head, *packets) for packets in _TS_PACKETS)
+
+
+def _is_bmff(head: bytes) -> bool:
+    """QuickTime and its heirs: boxes of (size, kind, content)."""
+    kind = head[4:8]
+    if kind == b"ftyp":
+        return head[8:12] not in _NO_VIDEO_BRANDS
+    return kind in _BOXES and head[0] == 0  # of text that has such a word there, no byte is zero
+
+
+def _is_transport_stream(head: bytes, first: int, packet_bytes: int) -> bool:
+    """Whether every packet begins with the sync byte; three are enough to know."""
+    syncs = head[first::packet_bytes][:16]
+    return len(syncs) > 2 and set(syncs) == {0x47}
+
+
+def _is_animated_webp(head: bytes) -> bool:
+    """The extended header's flags say so (https://developers.google.com/speed/webp/docs/riff_container)."""
+    return head[8:16] == b"WEBPVP8X" and len(head) > 20 and bool(head[20] & 0x02)
+
+
+def _is_animated_png(head: bytes) -> bool:
+    """An ``acTL`` chunk before the image data makes a PNG an animation (https://www.w3.org/TR/png-3)."""
+    position = 8
+    while position + 8 <= len(head):
+        num_bytes, kind = struct.unpack_from(">I4s", head, position)
+        if kind in (b"acTL", b"IDAT"):
+            return kind == b"acTL"
+        position += 12 + num_bytes
+    return False
