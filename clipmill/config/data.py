@@ -120,13 +120,13 @@ class DataConfig(Section):
     """What the training stages read; empty: this run's own data. A training's identity has the data sets' fingerprints
     and shares."""
     clip: ClipConfig = ClipConfig()
-    format: Literal["mp4", "npy", "jpgs"] = "mp4"
-    """``mp4``: h264, small. ``npy``: lossless uint8 [num_frames, height, width, 3]. ``jpgs``: a JPEG file for each
-    frame."""
+    format: Literal["mp4", "npy", "mjpeg"] = "mp4"
+    """``mp4``: h264, small. ``npy``: lossless uint8 [num_frames, height, width, 3]. ``mjpeg``: a JPEG file for each
+    frame, in Matroska (``.mkv``)."""
     crf: Annotated[int, Field(ge=0, le=51)] = 16
     """Constant rate factor of the h264 clips: lower is better and larger."""
     jpeg_quality: Annotated[int, Field(ge=1, le=95)] = 95
-    """Of the ``jpgs`` clips: higher is better and larger."""
+    """libjpeg quality of the ``mjpeg`` clips: higher is better and larger."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
     """``auto``: PyAV, right for more files and quicker. ``decord``: PyAV takes over where decord fails."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -154,6 +154,11 @@ class DataConfig(Section):
         return self
 
     @property
+    def clip_suffix(self) -> str:
+        """How the name of a clip's member ends: ``mp4``, ``npy`` or ``mkv``."""
+        return "mkv" if self.format == "mjpeg" else self.format
+
+    @property
     def quality(self) -> int | None:
         """``crf`` or ``jpeg_quality``, whichever the format has; None where it is lossless."""
-        return {"mp4": self.crf, "jpgs": self.jpeg_quality}.get(self.format)
+        return {"mp4": self.crf, "mjpeg": self.jpeg_quality}.get(self.format)

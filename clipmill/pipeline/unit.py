@@ -190,7 +190,7 @@ def _sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarr
         number, view = clip.view
         key, crop = f"{key}_v{number}", {"crop": "random", "view": {"number": number, **view._asdict()}}
     members = {
-        data.format: clip.data if isinstance(clip.data, bytes) else npy_bytes(clip.data),
+        data.clip_suffix: clip.data if isinstance(clip.data, bytes) else npy_bytes(clip.data),
         "json": json_bytes(
             {
                 "source": video.name,

@@ -67,10 +67,10 @@ def decode_clip(members: dict[str, memoryview]) -> dict[str, Any]:
         from clipmill.video import decode_mp4  # here alone: a prior trains on a machine without codecs
 
         video = decode_mp4(bytes(members["mp4"]))
-    elif "jpgs" in members:
-        from clipmill.video import decode_jpgs  # here alone, as above
+    elif "mkv" in members:
+        from clipmill.video import decode_mjpeg  # here alone, as above
 
-        video = decode_jpgs(members["jpgs"])
+        video = decode_mjpeg(members["mkv"])
     else:
         video = parse_npy(members["npy"])
     meta = _parse_json(members["json"])

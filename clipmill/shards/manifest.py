@@ -39,7 +39,7 @@ __all__ = [
     "read_commits",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 """Of commit records and manifests."""
 SPLITS = ("train", "val")
 """The data sets, side by side in one folder, of a stage that keeps what is trained on apart from what judges it."""

@@ -179,7 +179,7 @@ def _check_samples(path: Path, index_path: Path, num_samples: int, deep: bool) -
 
 def _check_members(members: dict[str, memoryview]) -> list[tuple[str, str]]:
     """The members of a sample that cannot be decoded, each with the cause."""
-    from clipmill.video import decode_jpgs, decode_mp4  # here alone: a check without ``deep`` needs no codecs
+    from clipmill.video import decode_mjpeg, decode_mp4  # here alone: a check without ``deep`` needs no codecs
 
     causes = []
     for member, content in members.items():
@@ -190,8 +190,8 @@ def _check_members(members: dict[str, memoryview]) -> list[tuple[str, str]]:
                 parse_npy(content)
             elif member == "mp4":
                 decode_mp4(bytes(content))
-            elif member == "jpgs":
-                decode_jpgs(content)
+            elif member == "mkv":
+                decode_mjpeg(content)
         except Exception as error:  # decoders raise what they like
             causes.append((member, f"cannot be decoded: {error}"))
     return causes

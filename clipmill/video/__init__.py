@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clipmill.video.encode import decode_mp4, encode_mp4, write_raw_video
-from clipmill.video.jpgs import decode_jpgs, encode_jpgs
+from clipmill.video.mjpeg import decode_mjpeg, encode_mjpeg
 from clipmill.video.probe import VideoError, VideoInfo, probe
 from clipmill.video.sandbox import BadVideo, Clip, Decoder, DecoderLost, Limits, Outcome
 
@@ -16,9 +16,9 @@ __all__ = [
     "Outcome",
     "VideoError",
     "VideoInfo",
-    "decode_jpgs",
+    "decode_mjpeg",
     "decode_mp4",
-    "encode_jpgs",
+    "encode_mjpeg",
     "encode_mp4",
     "probe",
     "write_raw_video",

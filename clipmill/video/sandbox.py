@@ -5,7 +5,7 @@ stopped then. One child decodes, cuts and encodes (so that pixels never cross a 
 
     with Decoder(Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)) as decoder:
         for clip in decoder.clips(path, config.data.clip, "auto", encode=("mp4", 16)):
-            ...                # clip.data: bytes of an mp4 or jpgs member, or uint8 [T, H, W, 3]
+            ...                # clip.data: bytes of an mp4 or mkv member, or uint8 [T, H, W, 3]
         decoder.outcome        # what became of the video
 
 A video is all or nothing: the first clip appears once the whole video has been decoded, so a bad video has delivered
@@ -44,8 +44,8 @@ if TYPE_CHECKING:  # the child needs no pydantic
 
 __all__ = ["BadVideo", "Clip", "Decoder", "DecoderLost", "Encoding", "Limits", "Outcome"]
 
-Encoding = tuple[Literal["mp4", "npy", "jpgs"], int | None]
-"""Format of the clips and its quality: the constant rate factor of mp4, libjpeg's quality of jpgs, none of npy."""
+Encoding = tuple[Literal["mp4", "npy", "mjpeg"], int | None]
+"""Format of the clips and its quality: mp4's constant rate factor, libjpeg's quality of mjpeg; None for npy."""
 
 _START_SECONDS = 300
 """A busy machine may take long to start an interpreter."""
@@ -110,7 +110,7 @@ class Clip:
         end_seconds: time at which its last frame ends.
         fps: frames per second of the clip as it is stored.
         view: number of the view of this clip, and where it was cut; none where there is one view, the centre.
-        data: an h264 mp4 file or a jpgs member (``bytes``), or uint8 [T, H, W, 3] where the format is ``npy``.
+        data: an h264 mp4 file or an MJPEG mkv file (``bytes``), or uint8 [T, H, W, 3] where the format is ``npy``.
         pixel_sum: exact sum of its uint8 values before encoding.
         pixel_square_sum: exact sum of their squares.
         num_values: T * H * W * 3.

@@ -21,7 +21,7 @@ from clipmill.video.clips import ClipCutter, ClipFrames, ClipRule
 from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.encode import decode_mp4, encode_mp4
 from clipmill.video.filters import VideoFilter
-from clipmill.video.jpgs import decode_jpgs, encode_jpgs
+from clipmill.video.mjpeg import decode_mjpeg, encode_mjpeg
 from clipmill.video.probe import VideoError, VideoInfo, probe
 from clipmill.video.reading import Reading, Span, span_seconds
 from clipmill.video.views import draw_view, take_view, view_frame_size
@@ -36,10 +36,10 @@ Timed = tuple[float, np.ndarray]
 
 _ENCODERS: dict[str, Callable[[np.ndarray, float, Any], bytes]] = {
     "mp4": encode_mp4,
-    "jpgs": lambda frames, _, quality: encode_jpgs(frames, quality),
+    "mjpeg": encode_mjpeg,
     "npy": lambda frames, _, __: frames.tobytes(),
 }
-_DECODERS = {"mp4": decode_mp4, "jpgs": decode_jpgs}
+_DECODERS = {"mp4": decode_mp4, "mjpeg": decode_mjpeg}
 
 _PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1

@@ -116,7 +116,7 @@ def test_actions_follow_the_frames_that_a_frame_rate_chooses(tmp_path: Path) -> 
     assert {(document["fps"], document["frame_stride"]) for document in described} == {(5, None)}
 
 
-@pytest.mark.parametrize("form", ["mp4", "jpgs", "npy"])
+@pytest.mark.parametrize("form", ["mp4", "mjpeg", "npy"])
 def test_the_loss_of_encodingis_measured_on_some_clips(tmp_path: Path, form: str) -> None:
     write_corpus(tmp_path / "source", 1, with_bad=False)
     clip = {"num_frames": 2, "clip_stride": 1, "resolution": 32}
@@ -146,7 +146,9 @@ def test_each_view_is_a_sample_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "one.mp4").write_bytes(video_bytes(1, 8))
     config, unit = one_unit(
-        tmp_path, format="jpgs", clip={"num_frames": 4, "resolution": 32, "views_per_clip": 2, "max_clips_per_video": 2}
+        tmp_path,
+        format="mjpeg",
+        clip={"num_frames": 4, "resolution": 32, "views_per_clip": 2, "max_clips_per_video": 2},
     )
     assert shard(config, unit)["counts"]["num_clips"] == 4
     samples = samples_of(config)

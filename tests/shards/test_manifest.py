@@ -115,7 +115,7 @@ def test_what_this_version_cannot_trust_is_refused(dataset):
         Manifest.load(url, "clips")
     document = json.loads(path.read_text())
     for change, message in [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 3}, "schema 3"),
         ({"num_codes": 1, "recipe": {"num_codes": 1}}, "damaged"),
         ({"shards": document["shards"][1:]}, "damaged"),
         ({"shards": [{**document["shards"][0], "samples": 6}, *document["shards"][1:]]}, "damaged"),

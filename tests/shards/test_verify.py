@@ -65,15 +65,15 @@ def test_what_was_written_wrong_is_found_behind_right_hashes(tmp_path):
     video = encode_mp4(np.zeros((4, 16, 16, 3), np.uint8), 10.0, 20)
     writer = UnitWriter(tmp_path, "clips", 0, 2**20)
     writer.add(Sample("good", {"mp4": video, "json": json_bytes({})}))
-    writer.add(Sample("bad", {"mp4": video[:50], "json": b"{", "actions.npy": b"no array", "jpgs": b"none"}))
+    writer.add(Sample("bad", {"mp4": video[:50], "json": b"{", "actions.npy": b"no array", "mkv": b"none"}))
     commit_unit(str(url), 0, writer.finish(), {})
     freeze(str(url), "clips", [0], {}, {})
     assert verify(str(url), deep=False).problems == []
     problems = verify(str(url), deep=True).problems
     assert [problem.split(" cannot")[0].split(": ")[1] for problem in problems] == [
         "bad.actions.npy",
-        "bad.jpgs",
         "bad.json",
+        "bad.mkv",
         "bad.mp4",
     ]
 
