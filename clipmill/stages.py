@@ -180,7 +180,7 @@ def _publish_config(config: RunConfig, folder_url: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "ray", "deepspeed", "webdataset", "av", "decord", "numpy")
+    names = ("torch", "ray", "deepspeed", "webdataset", "av", "decord", "decord2", "numpy")
     versions = {"clipmill": __version__, "python": platform.python_version()}
     for name in names:
         try:

@@ -28,6 +28,7 @@ from clipmill.pipeline.unit import FIRST_VIDEOS, make_worker
 from clipmill.progress import bar
 from clipmill.shards.interop import publish_energon
 from clipmill.shards.manifest import SPLITS, Manifest, freeze
+from clipmill.video import decord_version
 
 __all__ = ["folder_url", "is_finished", "plan_more", "run"]
 
@@ -72,8 +73,18 @@ def is_finished(config: RunConfig) -> bool:
     """Whether both splits are frozen at the newest generation of the plan.
 
     Raises:
-        UserError: without a plan, the source is missing or empty; with one, it was made with other settings.
+        UserError: without a plan, the source is missing or empty; with one, it was made with other settings; or the
+            decoder is not installed.
     """
+    if _is_frozen(config):
+        return True
+    if config.data.decoder == "decord":
+        decord_version()
+    return False
+
+
+def _is_frozen(config: RunConfig) -> bool:
+    """Whether both splits are frozen at the newest generation of the plan."""
     try:
         document = read_plan_document(config)
     except FileNotFoundError:

@@ -28,7 +28,7 @@ from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo, Unit
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import commit_unit
-from clipmill.video import BadVideo, Clip, Decoder, Limits, Outcome
+from clipmill.video import BadVideo, Clip, Decoder, Limits, Outcome, decord_version
 
 __all__ = ["FIRST_VIDEOS", "digest", "make_worker"]
 
@@ -39,6 +39,8 @@ FIRST_VIDEOS = 20
 def make_worker(config: RunConfig, lease: Lease, allowed_failures: int) -> Callable[[Unit], dict[str, Any]]:
     """Runs once in each actor; the function that it returns keeps one decoding child from unit to unit."""
     data = config.data
+    if data.decoder == "decord":
+        decord_version()  # raises where it is not installed, which is no fault of the videos
     decoder = Decoder(Limits(data.cpu_seconds_per_video, data.memory_bytes_per_video, data.no_progress_seconds))
     return functools.partial(_shard_unit, config, lease, allowed_failures, decoder)
 
@@ -73,7 +75,7 @@ def _shard_unit(config: RunConfig, lease: Lease, allowed_failures: int, decoder:
             "num_short": sum(video["short"] for video in videos),
             "pixels": pixels,
             "encoding": encoding,
-            "versions": _versions(),
+            "versions": _versions(config.data.decoder),
         }
         parts = writer.finish()
         lease.check()
@@ -218,12 +220,12 @@ def _scrub(text: str, path: Path, name: str) -> str:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def _versions(decoder: str) -> dict[str, str]:
     """What the bytes of a unit depend on beside the plan."""
     return {
         "clipmill": clipmill.__version__,
         "av": metadata.version("av"),  # its wheel holds FFmpeg and libx264
-        "decord": metadata.version("decord"),
+        **(decord_version() if decoder == "decord" else {}),
         "pillow": metadata.version("pillow"),  # its wheel holds libjpeg-turbo
         "cpu": f"{platform.machine()} {_vector_instructions()}",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clipmill.video.decord_package import decord_version
 from clipmill.video.encode import decode_mp4, encode_mp4, write_raw_video
 from clipmill.video.mjpeg import decode_mjpeg, encode_mjpeg
 from clipmill.video.probe import VideoError, VideoInfo, probe
@@ -18,6 +19,7 @@ __all__ = [
     "VideoInfo",
     "decode_mjpeg",
     "decode_mp4",
+    "decord_version",
     "encode_mjpeg",
     "encode_mp4",
     "probe",

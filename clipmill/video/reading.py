@@ -311,10 +311,7 @@ def _deinterlacer(frame: Any) -> Any:
 
 def _read_decord(path: str | Path, info: VideoInfo) -> Iterator[Picture]:
     """All frames by decord, which tells no damage apart: it fails, or repeats the last good frame."""
-    try:
-        import decord  # here: it maps an FFmpeg of its own, which no other decoder needs
-    except ImportError as error:
-        raise VideoError("data.decoder=decord needs the package decord, which is not installed") from error
+    import decord  # here: it maps an FFmpeg of its own, which no other decoder needs
 
     decord.logging.set_level(decord.logging.ERROR)
     with blame_video("cannot decode", path):

@@ -20,6 +20,7 @@ from clipmill.pipeline import shard
 from clipmill.pipeline.inspect import inspect
 from clipmill.pipeline.plan import load_plan
 from clipmill.shards.manifest import Manifest
+from clipmill.stages import run_stage
 from tests.pipeline.corpus import CLASSES, facts_of, files_of, num_clips_of, run_config, run_shard, write_corpus
 
 NUM_VIDEOS = 12
@@ -185,3 +186,14 @@ def test_real_footage_stays_within_the_budget(embedded: None, tmp_path: Path) ->
     summary = run_shard(config)
     assert summary["videos"] >= 20
     assert summary["failed"] <= 2
+
+
+def test_without_decord_its_decoder_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "source", 1)
+    config = run_config(tmp_path / "run", tmp_path / "source", decoder="decord")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(UserError, match="needs the package decord"):
+        run_stage("shard", config)
+    assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +14,17 @@ import numpy as np
 import pytest
 
 from clipmill.config import RunConfig
-from clipmill.errors import StageFailed
+from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease, hold
 from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.plan import Unit
 from clipmill.pipeline.unit import make_worker
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import committed_units, read_commit
-from clipmill.video import encode_mp4
+from clipmill.video import decord_version, encode_mp4
 from clipmill.video.worker import is_measured
 from tests.pipeline.corpus import run_config, video_bytes, write_corpus
+from tests.video.conftest import needs_decord
 
 
 def one_unit(tmp_path: Path, **data: Any) -> tuple[RunConfig, Unit]:
@@ -268,5 +270,20 @@ def test_the_commit_tells_all_about_the_unit(tmp_path: Path) -> None:
     assert (good["info"]["codec"], good["info"]["width"], good["info"]["height"]) == ("h264", 64, 48)
     assert good["num_frames"] == 11
     assert {exclusion["url"] for exclusion in record["exclusions"]} == {"up/broken.mp4", "up/readme.mp4"}
-    assert record["versions"].keys() == {"clipmill", "av", "decord", "pillow", "cpu"}
+    assert record["versions"].keys() == {"clipmill", "av", "pillow", "cpu"}
     assert str(tmp_path) not in json.dumps(record)
+
+
+@needs_decord
+def test_the_commit_names_the_decord_that_was_asked_for(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "source", 1, with_bad=False)
+    config, unit = one_unit(tmp_path, decoder="decord")
+    assert decord_version().items() <= shard(config, unit)["versions"].items()
+
+
+def test_a_node_without_decord_blames_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "source", 1, with_bad=False)
+    config, unit = one_unit(tmp_path, decoder="decord")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(UserError, match="needs the package decord"):
+        shard(config, unit)

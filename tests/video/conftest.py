@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+
+needs_decord = pytest.mark.skipif(find_spec("decord") is None, reason="decord (decord2 on aarch64) is not installed")
 
 NUM_BITS = 8
 

@@ -12,7 +12,7 @@ import pytest
 from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.probe import VideoError, VideoInfo, probe
 from clipmill.video.reading import Reading
-from tests.video.conftest import barcode, make_edited, make_sound, make_video, read_barcode
+from tests.video.conftest import barcode, make_edited, make_sound, make_video, needs_decord, read_barcode
 
 SHARED_VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
 
@@ -51,6 +51,7 @@ def test_every_frame_comes_once_and_in_order(tmp_path, name, codec, options, dec
     np.testing.assert_allclose(np.diff(times), 1 / options.get("fps", 10), atol=0.011)
 
 
+@needs_decord
 @pytest.mark.parametrize("case", [c for c in CONTAINERS if c[3] == "decord"], ids=lambda case: case[0])
 def test_where_decord_was_asked_for_pixels_and_times_do_not_depend_on_who_reads(tmp_path, case):
     name, codec, options, _ = case
@@ -65,7 +66,7 @@ def test_where_decord_was_asked_for_pixels_and_times_do_not_depend_on_who_reads(
 
 
 @pytest.mark.parametrize("rotation", [90, -90, 180])
-@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+@pytest.mark.parametrize("decoder", [pytest.param("decord", marks=needs_decord), "pyav"])
 def test_rotation_is_undone_once_by_either_decoder(tmp_path, rotation, decoder):
     path = make_video(tmp_path / "turned.mp4", size=(96, 64), rotation=rotation)
     info = probe(path, decoder)

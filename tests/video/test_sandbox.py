@@ -16,7 +16,7 @@ import pytest
 from clipmill.config import ClipConfig
 from clipmill.video import BadVideo, Decoder, DecoderLost, Limits, decode_mp4, probe
 from clipmill.video.decode import read_frames
-from tests.video.conftest import make_sound, make_video
+from tests.video.conftest import make_sound, make_video, needs_decord
 
 LIMITS = Limits(cpu_seconds=60, memory_bytes=2 * 2**30, no_progress_seconds=30)
 CLIP = ClipConfig(num_frames=8, frame_stride=2, clip_stride=5, resolution=32, fit="stretch")
@@ -133,6 +133,7 @@ def test_a_bad_file_is_bad_twice(tmp_path, decoder, make, cause):
     assert list(decoder.clips(make_video(tmp_path / "good.mp4"), CLIP))
 
 
+@needs_decord
 def test_pyav_has_the_last_word(tmp_path, decoder):
     path = make_video(tmp_path / "broken.mkv", "mjpeg", pix_fmt="yuvj420p", num_frames=60)
     with av.open(str(path)) as container:
