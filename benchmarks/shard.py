@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -215,14 +216,15 @@ def measure_case(case: Case, paths: list[Path], rounds: int) -> dict[str, object
     with Decoder(LIMITS) as decoder:
         ways: dict[str, Callable[[], int]] = {
             "stage": lambda: stage(decoder, paths, case),
-            "decord": lambda: bare_decord(paths, case),
             "pyav": lambda: bare_pyav(paths, case),
         }
+        if find_spec("decord") is not None:
+            ways["decord"] = lambda: bare_decord(paths, case)
         seconds = interleaved(ways, num_clips, rounds)
         seconds["ffmpeg"] = timed(lambda: ffmpeg_calls(paths[:2], case), num_clips * 2 // len(paths))
         two_videos = interleaved({"stage": lambda: stage(decoder, paths[:2], case)}, num_clips * 2 // len(paths), 3)
     num_video_frames = len(paths) * case.num_video_frames
-    bare = {clock: min(seconds[name][clock] for name in ("decord", "pyav")) for clock in ("wall", "cpu")}
+    bare = {clock: min(seconds[name][clock] for name in ways.keys() - {"stage"}) for clock in ("wall", "cpu")}
     return {
         "frames_per_second": {name: num_video_frames / seconds[name]["wall"] for name in ways},
         "stage_over_bare": seconds["stage"]["wall"] / bare["wall"],

@@ -128,7 +128,8 @@ class DataConfig(Section):
     jpeg_quality: Annotated[int, Field(ge=1, le=95)] = 95
     """libjpeg quality of the ``mjpeg`` clips: higher is better and larger."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """``auto``: PyAV, right for more files and quicker. ``decord``: PyAV takes over where decord fails."""
+    """``auto``: PyAV, right for more files and quicker. ``decord``: PyAV takes over where decord fails; needs
+    the package decord, on aarch64 decord2."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the videos in the split ``val``, chosen by a hash of each video's identity."""
     unit_bytes: PositiveInt = 256 * 2**20
