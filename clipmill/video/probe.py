@@ -204,10 +204,14 @@ def _look_in(container: Any, stream: Any) -> tuple[Any, list[Any]]:
     return first, times
 
 
+_DURATION_FROM_ZERO = ("matroska,webm", "nut", "asf", "flv")
+"""Containers whose duration counts from time zero, wherever the first frame lies."""
+
+
 def _duration_seconds(container: Any, stream: Any) -> float | None:
     """The stream's own duration, else Matroska's tag of it, else the file's."""
     seconds = None if container.duration is None else container.duration / av.time_base
-    counts_from_zero = container.format.name.startswith("matroska")
+    counts_from_zero = container.format.name in _DURATION_FROM_ZERO
     if stream.duration is not None:
         seconds, counts_from_zero = float(stream.duration * stream.time_base), False
     elif (tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))) is not None:
@@ -215,5 +219,5 @@ def _duration_seconds(container: Any, stream: Any) -> float | None:
         seconds = int(hours) * 3600 + int(minutes) * 60 + float(rest)
     if seconds is None or not counts_from_zero or stream.start_time is None:
         return seconds
-    # Matroska counts to the end of the file from time zero, wherever the first frame lies.
-    return seconds - max(0.0, float(stream.start_time * stream.time_base))
+    start = max(0.0, float(stream.start_time * stream.time_base))
+    return seconds - start if start < seconds else seconds
