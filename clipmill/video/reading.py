@@ -153,10 +153,13 @@ class _Decoding:
         self._first_packet = first_packet
         self._clock = make_clock(container, stream, info.fps, zero)
         self._damage: DamageFilter[Picture] = DamageFilter(
-            1 / (info.fps * float(stream.time_base)), flags_early=info.container == "mpegts"
+            1 / (info.fps * float(stream.time_base)),
+            flags_early=info.container == "mpegts",
+            fails_late=info.codec == "av1",
         )
         self._log = ErrorLog(container, stream)
         self._num_frames = 0
+        self._failed: set[int] = set()  # packets that count as a lost frame
 
     def __iter__(self) -> Iterator[Picture]:
         for packet in self._demux():
@@ -176,6 +179,8 @@ class _Decoding:
     def _take(self, frame: Any) -> None:
         """Tells the time of the next frame in presentation order, and has its damage judged."""
         packet: Packet = frame.opaque
+        if packet.number in self._failed:  # the decoder made a frame of it all the same
+            self._count_lost(packet, -1)
         seconds, started_over = self._clock.time(frame, packet)
         if started_over:
             self._reading.joins += 1
@@ -200,9 +205,8 @@ class _Decoding:
         except EOFError:  # drained
             return []
         except av.FFmpegError as error:  # the following packets can be decoded all the same
-            self._num_frames += 1
-            self._reading.damaged_frames += 1
             self._reading.cause = self._reading.cause or error.strerror
+            self._count_lost(packet, 1)
             self._damage.failed(packet)
             return []
         if self._log.has_grown(packet, is_decoded=True):
@@ -211,6 +215,12 @@ class _Decoding:
             self._damage.cut(packet)
         packet.sample_aspect = sample_aspect(self._stream, self._codec_aspect)
         return frames
+
+    def _count_lost(self, packet: Packet, change: int) -> None:
+        """Counts a packet as a frame that nobody will see, or no longer."""
+        (self._failed.add if change > 0 else self._failed.discard)(packet.number)
+        self._num_frames += change
+        self._reading.damaged_frames += change
 
     def _demux(self) -> Iterator[tuple[Any, Packet]]:
         """All packets from the first that is needed on, also those behind a damaged part of the file."""
