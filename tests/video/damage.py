@@ -42,6 +42,8 @@ class Case:
         return self.note or self.codec
 
 
+FINE = {"flags": "+qscale", "global_quality": "708"}
+"""Quantizer 6, of the encoders that have quantizers."""
 X265 = {"preset": "ultrafast", "x265-params": "log-level=none:keyint=12"}
 CASES = [
     Case("h264.mp4", "libx264", {"bf": "2", "g": "12"}, note="h264"),
@@ -49,16 +51,16 @@ CASES = [
     Case("h264.ts", "libx264", {"bf": "2", "g": "12", "x264-params": "open-gop=1"}, note="h264, open GOP"),
     Case("hevc.mp4", "libx265", X265, note="hevc"),
     Case("hash.mp4", "libx265", {**X265, "x265-params": X265["x265-params"] + ":hash=1"}, note="hevc with checksums"),
-    Case("xvid.avi", "mpeg4", {"bf": "2", "qscale": "6", "flags": "+qscale"}, note="mpeg-4 (XVID)"),
-    Case("msmpeg4.avi", "msmpeg4", {"flags": "+qscale", "global_quality": "708"}, note="msmpeg4"),
-    Case("mpeg2.mpg", "mpeg2video", {"bf": "2"}, note="mpeg-2"),
-    Case("mpeg1.mpg", "mpeg1video", {"bf": "2"}, note="mpeg-1"),
-    Case("mjpeg.avi", "mjpeg", {}, "yuvj420p", "mjpeg"),
+    Case("xvid.avi", "mpeg4", {**FINE, "bf": "2"}, note="mpeg-4 (XVID)"),
+    Case("msmpeg4.avi", "msmpeg4", FINE, note="msmpeg4"),
+    Case("mpeg2.mpg", "mpeg2video", {**FINE, "bf": "2"}, note="mpeg-2"),
+    Case("mpeg1.mpg", "mpeg1video", {**FINE, "bf": "2"}, note="mpeg-1"),
+    Case("mjpeg.avi", "mjpeg", FINE, "yuvj420p", "mjpeg"),
     Case("vp8.webm", "libvpx", {"g": "12", "b": "400000"}, note="vp8"),
     Case("vp9.webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}, note="vp9"),
     Case("av1.mkv", "libsvtav1", {"g": "12", "preset": "10"}, note="av1"),
-    Case("flv1.flv", "flv", {}, note="flv1"),
-    Case("wmv2.wmv", "wmv2", {}, note="wmv2"),
+    Case("flv1.flv", "flv", FINE, note="flv1"),
+    Case("wmv2.wmv", "wmv2", FINE, note="wmv2"),
     Case("gif.gif", "gif", {}, "rgb8", "gif"),
     Case("prores.mov", "prores_ks", {}, "yuv422p10le", "prores"),
     Case("ffv1.mkv", "ffv1", {"level": "3", "slicecrc": "1"}, note="ffv1 with checksums"),
