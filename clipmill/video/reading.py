@@ -1,4 +1,4 @@
-"""The whole frames of a video, strictly in order, with their times: by PyAV, or by decord where that is asked for.
+"""The whole frames of a video, strictly in order, with their times: by PyAV, Pillow, or decord where it is asked for.
 
 Why strictly in order: seeking silently delivers wrong frames for several codecs, in both decoders; reading everything
 and taking every n-th frame never does.
@@ -20,10 +20,12 @@ import av
 import av.filter
 import numpy as np
 
+from clipmill.video.animated import read_animation
 from clipmill.video.clocks import make_clock
 from clipmill.video.damage import DamageFilter, ErrorLog, Packet, detect_damage
+from clipmill.video.faults import VideoError, blame_video
 from clipmill.video.geometry import Geometry, orientation_of, sample_aspect
-from clipmill.video.probe import VideoError, VideoInfo, blame_video, open_video
+from clipmill.video.probe import VideoInfo, open_video
 
 __all__ = ["Picture", "Reading", "Span", "span_seconds", "whole_frames"]
 
@@ -97,7 +99,10 @@ def whole_frames(path: str | Path, info: VideoInfo, span: Span, reading: Reading
     Raises:
         VideoError: the file cannot be decoded at all.
     """
-    pictures = _read_decord(path, info) if info.decoder == "decord" else _read_pyav(path, info, span, reading)
+    if info.decoder == "pyav":
+        pictures = _read_pyav(path, info, span, reading)
+    else:
+        pictures = (_read_decord if info.decoder == "decord" else _read_pillow)(path, info)
     start, end = span
     geometry: Geometry | None = None
     first_number = 0
@@ -316,7 +321,14 @@ def _deinterlacer(frame: Any) -> Any:
     return graph
 
 
-# ------------------------------------------------------------------------------------------------------- decord
+# ---------------------------------------------------------------------------------------- the other two decoders
+
+
+def _read_pillow(path: str | Path, info: VideoInfo) -> Iterator[Picture]:
+    """All frames of an animated WebP or PNG."""
+    frames, _ = read_animation(path)
+    for number, (seconds, pixels) in enumerate(frames):
+        yield Picture(number, av.VideoFrame.from_ndarray(pixels, format="rgb24"), seconds, info.geometry, False)
 
 
 def _read_decord(path: str | Path, info: VideoInfo) -> Iterator[Picture]:

@@ -19,7 +19,8 @@ import av
 import numpy as np
 
 from clipmill.video.decode import read_frames
-from clipmill.video.probe import VideoError, probe
+from clipmill.video.faults import VideoError
+from clipmill.video.probe import probe
 from clipmill.video.reading import Reading
 
 NUM_FILES = 40
