@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
+import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -255,6 +257,24 @@ def test_damaged_footage_gives_the_frames_before_the_damage():
     assert len(frames) + reading.damaged_frames == info.container_frames == 50
     assert reading.damaged_frames > 0
     assert is_truncated(info, len(frames), frames[0][0], frames[-1][0])
+
+
+@needs_footage
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg on this machine")
+@pytest.mark.parametrize("name", REAL_VIDEOS)
+def test_real_footage_is_within_a_grey_level_of_ffmpegs(name):
+    path = SHARED_VIDEOS / name
+    info = probe(path)
+    frames = np.stack([frame for _, frame in read_frames(path, info, 64, "crop", whole=True)])
+    height, width = frames.shape[1:3]
+    scale = f"scale={width}:{height}:flags=area+accurate_rnd+full_chroma_int+full_chroma_inp+bitexact"
+    command = ["ffmpeg", "-v", "error", "-i", str(path), "-map", f"0:{info.stream_index}", "-fps_mode", "passthrough"]
+    command += ["-vf", scale, "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    output = subprocess.run(command, capture_output=True, check=True).stdout
+    theirs = np.frombuffer(output, np.uint8).reshape(-1, height, width, 3)
+    assert len(theirs) == len(frames)
+    assert np.abs(frames.astype(int) - theirs).mean(axis=(1, 2, 3)).max() < 1
 
 
 def test_truncation_takes_the_smaller_claim():
