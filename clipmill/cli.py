@@ -128,6 +128,21 @@ def demo(assignments: Assignments = None, config: ConfigFiles = None) -> None:
     _print_table(run, stages.run_all(run))
 
 
+@app.command("moving-mnist")
+def moving_mnist(
+    digits: Annotated[
+        Path, typer.Argument(help="MNIST's train-images-idx3-ubyte (.gz), or .npy or .npz.", show_default=False)
+    ],
+    out: Annotated[str, typer.Argument(help="The .npy file to write: uint8 [20, N, 64, 64].", show_default=False)],
+    videos: Annotated[int, typer.Option("--videos", min=1, help="In the file.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the digits and how they move.")] = 0,
+) -> None:
+    """Make Moving MNIST: two digits that bounce, in the published file's layout."""
+    from clipmill.moving_mnist import generate, read_digits
+
+    generate(read_digits(digits), out, num_videos=videos, seed=seed)
+
+
 def _print_table(run: RunConfig, summaries: dict[str, dict[str, Any] | None]) -> None:
     table = Table("stage", "seconds", "result", title=f"run {run.root}")
     for name, summary in summaries.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from clipmill.config.section import FREE, Section
 
@@ -27,10 +27,10 @@ class TableColumns(Section):
 class SourceConfig(Section):
     """Where the raw videos are: ``docs/sources.md`` shows each type. Keys of another type are refused."""
 
-    type: Literal["folder", "table", "hdf5", "bair", "ucf101", "tgif"] = "folder"
+    type: Literal["folder", "table", "webdataset", "lerobot", "arrays", "hdf5", "bair", "ucf101", "tgif"] = "folder"
     url: Annotated[str, FREE] = ""
-    """Folder or bucket prefix, searched recursively; ``table``, ``hdf5``: the file. Free: a moved corpus is the same
-    corpus."""
+    """Folder or bucket prefix, searched recursively; ``table``, ``hdf5``: the file; ``webdataset``, ``arrays``: either.
+    Free: a moved corpus is the same corpus."""
     label: Literal["parent_folder", "none"] = "parent_folder"
     """``folder``: ``parent_folder``: the name of the folder that holds the file, none for files directly under
     ``url``."""
@@ -38,9 +38,22 @@ class SourceConfig(Section):
     """``folder``: ``.actions.npy``: where ``x.actions.npy`` lies beside ``x.mp4``, it holds the video's actions,
     float32 [num_frames, action_dim]; its clips carry theirs. A video without such a file has none."""
     columns: TableColumns = TableColumns()
-    """``table``."""
+    """``table``. ``webdataset``: ``label`` and ``text`` (default ``caption``, where there is no ``txt``) name keys of
+    the ``json`` members."""
+    actions: tuple[str, ...] | None = None
+    """``lerobot``: columns whose values, side by side, are the actions of a frame, such as ``[action,
+    observation.state]``. ``arrays``: arrays of the ``.npz`` files. None: ``action`` where there is one; an empty list:
+    no actions."""
+    cameras: tuple[str, ...] = ()
+    """``lerobot``: keys of the cameras, such as ``[observation.images.top]``; empty: all but depth maps."""
+    axes: str | None = None
+    """``arrays``: a letter for each axis: N videos, T frames, H rows, W columns, C channels. ``TNHW`` is Moving MNIST's
+    layout. None: ``THW``, ``THWC`` or ``NTHWC`` where the shape leaves no doubt."""
+    array_key: str | None = None
+    """``arrays``: the array of an ``.npz`` file that holds the videos; None: the only one of three or more axes beside
+    ``actions``."""
     array_fps: Annotated[float, Field(gt=0, le=1000)] = 10.0
-    """``hdf5``, ``bair``: frames per second, which these files do not state."""
+    """``arrays``, ``hdf5``, ``bair``: frames per second, which these files do not state."""
     camera: Literal["image_main", "image_aux1", "both"] = "image_aux1"
     """``bair``: ``image_aux1`` is the one of the published comparisons; ``both``: two videos a record."""
     split_number: Literal[1, 2, 3] = 1
@@ -50,6 +63,18 @@ class SourceConfig(Section):
     ``ucfTrainTestlist``. ``tgif``: folder of ``train.txt``, ``val.txt``, ``test.txt``; none: a hash decides."""
     captions: str = "tgif-v1.0.tsv"
     """``tgif``: the list of URLs and captions, relative to ``url`` or absolute."""
+
+    @field_validator("actions", "cameras", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
+    @field_validator("axes")
+    @classmethod
+    def _are_axes(cls, axes: str | None) -> str | None:
+        if axes is not None and not (set("THW") <= set(axes) <= set("NTHWC") and len(set(axes)) == len(axes)):
+            raise ValueError(f"axes={axes} must hold T, H and W, and may hold N and C, each once (such as TNHW)")
+        return axes
 
     @model_validator(mode="after")
     def _refuse_keys_of_other_types(self) -> Self:
@@ -63,8 +88,12 @@ class SourceConfig(Section):
 _TYPES_OF_KEY = {
     "label": ("folder",),
     "actions_suffix": ("folder",),
-    "columns": ("table",),
-    "array_fps": ("hdf5", "bair"),
+    "columns": ("table", "webdataset"),
+    "actions": ("lerobot", "arrays"),
+    "cameras": ("lerobot",),
+    "axes": ("arrays",),
+    "array_key": ("arrays",),
+    "array_fps": ("arrays", "hdf5", "bair"),
     "camera": ("bair",),
     "split_number": ("ucf101",),
     "split_files": ("ucf101", "tgif"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ import numpy as np
 from clipmill import storage
 from clipmill.config import DataConfig
 from clipmill.pipeline.plan import PlannedVideo
-from clipmill.pipeline.sources import base_url, is_gone, read_array
+from clipmill.pipeline.sources import base_url, extract, is_gone, read_array
+from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import write_raw_video
 
@@ -39,17 +41,30 @@ class LocalVideo(NamedTuple):
     actions: np.ndarray | None
 
 
-def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path) -> LocalVideo:
+def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFiles) -> LocalVideo:
     """Brings a video to this machine.
 
+    Args:
+        data: names the source.
+        video: which video.
+        folder: for files of this video alone.
+        kept: local copies that the next videos may need too.
+
     Raises:
-        ExcludedVideo: it is missing, damaged or has changed since it was planned, or its actions are bad.
+        ExcludedVideo: its source cannot give it, it is missing, damaged or has changed since it was planned, or its
+            actions are bad.
         OSError: the environment failed.
     """
+    if video.fault is not None:
+        raise ExcludedVideo("list", video.fault)
     try:
         if video.member is not None:
-            return _extract(data, video, folder / "video.nut")
-        path = _local_copy(data, video.url, folder / f"video{PurePosixPath(video.url).suffix}")
+            return _extract(data, video, folder, kept)
+        name = f"video{PurePosixPath(video.url).suffix}"
+        if video.span is None:
+            path = _local_copy(data, video.url, folder / name)
+        else:  # the next videos are other spans of this file
+            path = kept.get(video.url, name, partial(_local_copy, data, video.url))
     except FileNotFoundError as error:
         if is_gone(data.source):
             raise OSError(f"the source {storage.absolute(data.source.url)} is empty or gone") from error
@@ -59,14 +74,18 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path) -> LocalVid
     return LocalVideo(path, _read_actions(data, video, folder))
 
 
-def _extract(data: DataConfig, video: PlannedVideo, path: Path) -> LocalVideo:
-    """A video that its source stores as an array, as a file without compression: from here on it is like any other."""
+def _extract(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFiles) -> LocalVideo:
+    """A video of a file of several as a file of its own; one without a codec is written without compression."""
     url = storage.resolve(base_url(data.source), video.url)
     assert video.member is not None
     try:
-        array = read_array(data.source, url, video.member, video.bytes)
+        path = extract(data.source, url, video.member, video.bytes, folder)
+        if path is not None:
+            return LocalVideo(path, None)
+        array = read_array(data.source, url, video.member, video.bytes, kept)
     except DamagedVideo as damaged:
         raise ExcludedVideo("fetch", str(damaged)) from damaged
+    path = folder / "video.nut"
     write_raw_video(path, array.frames, data.source.array_fps)
     return LocalVideo(path, array.actions)
 

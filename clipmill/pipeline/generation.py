@@ -83,7 +83,7 @@ def _add_listed(config: RunConfig, plan: Plan | None) -> bool:
     rows = np.flatnonzero(keep & ~elders.holds(ids))
     if plan is not None and not len(rows):
         return False
-    order = rows[np.lexsort((ids[rows], is_val[rows]))]
+    order = rows[np.lexsort((ids[rows], listing.places[rows], is_val[rows]))]
     facts = {
         "duplicates": num_duplicates,
         "ambiguous": sorted(f"{base:016x}" for base in ambiguous),

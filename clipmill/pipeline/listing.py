@@ -58,6 +58,8 @@ class Listing:
         table: `SOURCE_COLUMNS` of each video.
         bases: uint64[n], the hash of each identity.
         groups: uint64[n], the hash of each group: a function of it decides the split.
+        places: uint64[n], the hash that orders the plan: of each identity, or of the file where videos share one that
+            must be fetched whole.
         splits: int8[n], the split that the source gives each or its group (index in `SPLITS`), or `NO_SPLIT`.
         base_url: the folder that relative URLs are relative to.
         others: files of a folder that are no videos, by the ending of their names.
@@ -66,6 +68,7 @@ class Listing:
     table: pa.Table
     bases: np.ndarray
     groups: np.ndarray
+    places: np.ndarray
     splits: np.ndarray
     base_url: str
     others: Counter[str]
@@ -95,33 +98,32 @@ def list_source(source: SourceConfig) -> Listing:
     base = base_url(source)
     identified = _identified(list_videos(source, others), base)
     schema = pa.schema(SOURCE_COLUMNS)
-    bases, groups, splits = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)], [np.empty(0, np.int8)]
+    hashes, splits = [np.empty((0, 3), np.uint64)], [np.empty(0, np.int8)]
     chunks: dict[str, list[pa.Array]] = {field.name: [pa.array([], field.type)] for field in schema}
     while batch := list(islice(identified, BATCH_ROWS)):
         listed = [video for video, _ in batch]
-        hashes = [_hashes(*one) for one in batch]
-        bases.append(np.array([base for base, _ in hashes], np.uint64))
-        groups.append(np.array([group for _, group in hashes], np.uint64))
+        hashes.append(np.array([_hashes(*one) for one in batch], np.uint64))
         splits.append(np.array([SPLITS.index(v.split) if v.split else NO_SPLIT for v in listed], np.int8))
         for name, kind in SOURCE_COLUMNS.items():
             attribute = "name" if name == "url" else name
             chunks[name].append(pa.array([getattr(video, attribute) for video in listed], kind))
+    bases, groups, places = np.concatenate(hashes).T.copy()
     # One after the other, each freed before the next: the listing is never in memory twice.
     table = pa.table([pa.concat_arrays(chunks.pop(name)) for name in SOURCE_COLUMNS], schema)
     if others:
         logger.info("skipped what is no video: %s", describe_files(others))
-    listing = Listing(table, np.concatenate(bases), np.concatenate(groups), np.concatenate(splits), base, others)
+    listing = Listing(table, bases, groups, places, np.concatenate(splits), base, others)
     _spread_splits(listing)
     return listing
 
 
-def _hashes(video: SourceVideo, identity: str) -> tuple[int, int]:
-    """Of the video's identity (that of its file, with the span where it has one) and of its group."""
+def _hashes(video: SourceVideo, identity: str) -> tuple[int, int, int]:
+    """Of the video's identity (that of its file, with the span where it has one), of its group, and of its place."""
     whole = hash64(identity)
     group = whole if video.group is None else hash64(video.group)
-    if video.start_seconds is None and video.end_seconds is None:
-        return whole, group
-    return hash64(f"{identity}:{video.start_seconds}:{video.end_seconds}"), group
+    is_span = video.start_seconds is not None or video.end_seconds is not None
+    base = hash64(f"{identity}:{video.start_seconds}:{video.end_seconds}") if is_span else whole
+    return base, group, whole if video.together is None else hash64(video.together)
 
 
 def _spread_splits(listing: Listing) -> None:

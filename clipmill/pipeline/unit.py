@@ -24,8 +24,9 @@ import numpy as np
 import clipmill
 from clipmill.config import DataConfig, RunConfig
 from clipmill.lease import Lease
-from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
+from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo, Unit
+from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import commit_unit
 from clipmill.video import BadVideo, Clip, Decoder, Limits, Outcome, decord_version
@@ -57,13 +58,14 @@ def _shard_unit(config: RunConfig, lease: Lease, allowed_failures: int, decoder:
     pixels = {"num_values": 0, "pixel_sum": 0, "pixel_square_sum": 0}
     encoding = {"num_measured_clips": 0, "num_measured_values": 0, "squared_error": 0}
     with tempfile.TemporaryDirectory(prefix="clipmill-shard-") as folder:
-        finished = Path(folder, "finished")
+        finished, kept = Path(folder, "finished"), KeptFiles(Path(folder, "kept"))
         finished.mkdir()
         writer = UnitWriter(finished, "clips", unit.number, config.data.shard_bytes)
         for tried, video in enumerate(unit.videos, start=1):
             try:
                 with tempfile.TemporaryDirectory(dir=folder) as copies:
-                    videos.append(_shard_video(config, video, decoder, writer, Path(copies), pixels, encoding))
+                    fetched = fetch_video(config.data, video, Path(copies), kept)
+                    videos.append(_shard_video(config, video, fetched, decoder, writer, pixels, encoding))
             except ExcludedVideo as excluded:
                 exclusions.append({"id": video.id, "url": video.name, **excluded.document})
                 if len(exclusions) > allowed_failures or FIRST_VIDEOS <= tried == len(exclusions):
@@ -118,9 +120,9 @@ def digest(record: dict[str, Any]) -> dict[str, Any]:
 def _shard_video(
     config: RunConfig,
     video: PlannedVideo,
+    fetched: LocalVideo,
     decoder: Decoder,
     writer: UnitWriter,
-    folder: Path,
     pixels: dict[str, int],
     encoding: dict[str, int],
 ) -> dict[str, Any]:
@@ -134,9 +136,7 @@ def _shard_video(
         OSError, DecoderLost: the environment failed.
     """
     data = config.data
-    if video.fault is not None:
-        raise ExcludedVideo("list", video.fault)
-    path, actions = fetch_video(data, video, folder)
+    path, actions = fetched
     encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
     try:
         for clip in decoder.clips(path, data.clip, data.decoder, encode=encode, key=key, span=video.span):

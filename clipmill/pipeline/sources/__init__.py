@@ -1,22 +1,23 @@
 """Where raw videos come from: one streaming listing a source type, in a stable order, no video opened.
 
-``folder``, ``table`` (a list of URLs), ``hdf5`` (VideoGPT's arrays), ``bair`` (TFRecords), ``ucf101``, ``tgif``:
-``docs/sources.md`` shows each. The first kind of source names files; files of the second kind (`read_array`) hold
-many videos without a codec, of which the plan knows the place.
+``docs/sources.md`` shows each type. Some sources name files. Files of others hold many videos, of which the plan knows
+the place: without a codec (`read_array`), as a file in a tar (`extract`), or as a span.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.sources import bair, folder, hdf5, table, tgif, ucf101
+from clipmill.pipeline.sources import arrays, bair, folder, hdf5, table, tgif, ucf101, webdataset
+from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo
 
-__all__ = ["base_url", "check_source", "describe_files", "is_gone", "list_videos", "read_array"]
+__all__ = ["base_url", "check_source", "describe_files", "extract", "is_gone", "list_videos", "read_array"]
 
 _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
     "table": table.list_videos,
@@ -24,6 +25,8 @@ _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
 }
 _WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]] = {
     "folder": folder.list_videos,
+    "webdataset": webdataset.list_videos,
+    "arrays": arrays.list_videos,
     "bair": bair.list_videos,
     "ucf101": ucf101.list_videos,
     "tgif": tgif.list_videos,
@@ -32,6 +35,9 @@ _WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]]
 
 _FILES = {"table": "the list of videos (.csv, .tsv, .parquet or .jsonl)", "hdf5": "the HDF5 file"}
 """Source types whose URL is a file, and which."""
+
+_FILES_OR_FOLDERS = {"webdataset": webdataset.SUFFIXES, "arrays": arrays.SUFFIXES}
+"""Source types whose URL is a folder or, with one of these endings, a file."""
 
 _ENDINGS_NAMED = 10
 
@@ -71,11 +77,17 @@ def describe_files(others: Mapping[str, int]) -> str:
 
 
 def _wanted(source: SourceConfig) -> str:
-    return {"bair": " (files ending in tfrecords)", "tgif": " (files ending in gif)"}.get(source.type, "")
+    wanted = {
+        "webdataset": " (in files ending in tar)",
+        "arrays": " (in files ending in npy or npz)",
+        "bair": " (files ending in tfrecords)",
+        "tgif": " (files ending in gif)",
+    }
+    return wanted.get(source.type, "")
 
 
 def _kind(source: SourceConfig) -> str:
-    if source.type in _FILES:
+    if _is_file(source):
         return "file"
     return "folder that holds train and test" if source.type == "bair" else "folder"
 
@@ -88,9 +100,15 @@ def check_source(source: SourceConfig) -> None:
                 return
 
 
+def _is_file(source: SourceConfig) -> bool:
+    """Whether the source's URL names a file rather than a folder."""
+    suffixes = _FILES_OR_FOLDERS.get(source.type, frozenset())
+    return source.type in _FILES or PurePosixPath(storage.absolute(source.url)).suffix.lower() in suffixes
+
+
 def _existing_source(source: SourceConfig) -> str:
-    is_file = source.type in _FILES
-    what = _FILES.get(source.type, "the folder that holds the videos")
+    is_file = _is_file(source)
+    what = _FILES.get(source.type, "the file that holds the videos" if is_file else "the folder that holds the videos")
     if not source.url:
         raise UserError(f"data.source.url is empty; set it to {what}" + ("" if is_file else " (or a bucket prefix)"))
     url = storage.absolute(source.url)
@@ -107,25 +125,26 @@ def _existing_source(source: SourceConfig) -> str:
 def base_url(source: SourceConfig) -> str:
     """The folder that the names of a source's files are relative to."""
     url = storage.absolute(source.url)
-    return url.rsplit("/", 1)[0] if source.type in _FILES else url
+    return url.rsplit("/", 1)[0] if _is_file(source) else url
 
 
 def is_gone(source: SourceConfig) -> bool:
     """Whether there is nothing at all where the source was: an unmounted disk is no fault of its videos."""
     url = storage.absolute(source.url)
-    if source.type in _FILES:
+    if _is_file(source):
         return not storage.exists(url)
     return next(storage.walk(url), None) is None
 
 
-def read_array(source: SourceConfig, url: str, member: str, num_bytes: int) -> ArrayVideo:
-    """Reads one video out of a file of several.
+def read_array(source: SourceConfig, url: str, member: str, num_bytes: int, kept: KeptFiles) -> ArrayVideo:
+    """Reads one video without a codec out of a file of several.
 
     Args:
         source: what lists it.
         url: of the file.
         member: of the listed video.
         num_bytes: of the listed video.
+        kept: local copies of files that can only be read whole.
 
     Raises:
         DamagedVideo: that part of the file is damaged, or was changed since the listing.
@@ -133,5 +152,24 @@ def read_array(source: SourceConfig, url: str, member: str, num_bytes: int) -> A
     """
     if source.type == "bair":
         return bair.read_array(url, member, num_bytes)
+    if source.type == "arrays":
+        return arrays.read_array(source, url, member, num_bytes, kept)
     assert source.type == "hdf5", source.type
     return hdf5.read_array(url, member, num_bytes)
+
+
+def extract(source: SourceConfig, url: str, member: str, num_bytes: int, folder: Path) -> Path | None:
+    """Copies a video that is a file in a file; None: videos of this source are not stored so.
+
+    Args:
+        source: what lists it.
+        url: of the file.
+        member: of the listed video.
+        num_bytes: of the listed video.
+        folder: local, for the copy.
+
+    Raises:
+        DamagedVideo: the file was changed since the listing.
+        FileNotFoundError: the file is missing.
+    """
+    return webdataset.extract(url, member, num_bytes, folder) if source.type == "webdataset" else None

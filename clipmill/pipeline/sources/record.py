@@ -39,6 +39,8 @@ class SourceVideo:
             that the spans of one file are a group.
         fault: why the source cannot give this video, in one line; None where it can. The stage excludes the video with
             that cause.
+        together: identity of a file that must be fetched whole for this video, though it holds others: they follow each
+            other in the plan. None: the file, for a span; else any order is as good.
     """
 
     name: str
@@ -55,6 +57,7 @@ class SourceVideo:
     end_seconds: float | None = None
     group: str | None = None
     fault: str | None = None
+    together: str | None = None
 
 
 @dataclass(frozen=True)

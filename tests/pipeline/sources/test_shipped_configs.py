@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from clipmill.config import load_config
+from clipmill.moving_mnist import generate
 from clipmill.shards.dataset import ShardDataset, decode_clip
 from clipmill.shards.manifest import Manifest
 from clipmill.stages import run_stage
 from tests.pipeline.sources.fixtures import write_bair, write_tgif, write_ucf101
+from tests.test_moving_mnist import draw_digits
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -22,6 +24,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
         ("bair", lambda folder: write_bair(folder, num_frames=18), {"train": 3, "val": 2}, 64),
         ("ucf101", lambda folder: write_ucf101(folder, num_frames=18), {"train": 4, "val": 2}, 128),
         ("tgif", lambda folder: write_tgif(folder, num_frames=18, splits=True), {"train": 4, "val": 2}, 128),
+        ("moving-mnist", lambda file: generate(draw_digits(), str(file), num_videos=16), {"train": 14, "val": 2}, 64),
     ],
 )
 def test_a_shipped_config_shards_its_data_set(
@@ -32,8 +35,9 @@ def test_a_shipped_config_shards_its_data_set(
     num_clips: dict[str, int],
     resolution: int,
 ) -> None:
-    write(tmp_path / "data")
-    keys = [f"root={tmp_path / 'run'}", f"data.source.url={tmp_path / 'data'}", "cluster.num_cpus=2"]
+    data = tmp_path / ("data.npy" if name == "moving-mnist" else "data")
+    write(data)
+    keys = [f"root={tmp_path / 'run'}", f"data.source.url={data}", "cluster.num_cpus=2"]
     if name == "tgif":
         keys.append("data.source.split_files=splits")
     config = load_config([CONFIGS / f"{name}.yaml"], keys)

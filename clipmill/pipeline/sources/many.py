@@ -1,0 +1,79 @@
+"""What sources of files that each hold many videos share: finding the files, listing several at once, keeping one."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from clipmill import storage
+from clipmill.pipeline.sources.folder import walk_files
+from clipmill.pipeline.sources.record import SourceVideo
+
+__all__ = ["KeptFiles", "find_files", "list_each"]
+
+_FILES_AT_ONCE = 16
+
+
+def find_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> tuple[str, Iterator[storage.Entry]]:
+    """The files with one of these endings (any case) below a folder, or the one file that the URL names.
+
+    Args:
+        url: absolute.
+        suffixes: in lower case.
+        others: counts the other files of a folder by ending.
+
+    Returns:
+        The folder that their names are relative to, and the files.
+    """
+    if PurePosixPath(url).suffix.lower() in suffixes:
+        return url.rsplit("/", 1)[0], iter([storage.stat(url)])
+    return url, (entry for _, entry in walk_files(url, suffixes, others))
+
+
+def list_each(
+    base: str, files: Iterable[storage.Entry], list_one: Callable[[storage.Entry], Iterable[SourceVideo]]
+) -> Iterator[SourceVideo]:
+    """The videos of each file, in the order of the files; in a bucket several files are read at once."""
+    if storage.is_local(base):
+        for file in files:
+            yield from list_one(file)
+        return
+    files = iter(files)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        while batch := list(islice(files, _FILES_AT_ONCE)):
+            for videos in pool.map(lambda file: list(list_one(file)), batch):
+                yield from videos
+
+
+class KeptFiles:
+    """Local copies of what one source file holds, kept until another file is asked for.
+
+    Videos of one file follow each other in a unit, so that each file is brought here once and the disk holds one.
+    Nothing but time depends on that order.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Keeps them in ``folder``, which is emptied for each new file."""
+        self._folder = folder
+        self._url: str | None = None
+        self._paths: dict[str, Path] = {}
+
+    def get(self, url: str, part: str, make: Callable[[Path], Path]) -> Path:
+        """The local copy of a part of a file.
+
+        Args:
+            url: of the file.
+            part: which part; the copy has its suffix.
+            make: writes the copy where it is not here yet, and returns its path, or that of an original that is local.
+        """
+        if url != self._url:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(parents=True)
+            self._url, self._paths = url, {}
+        if part not in self._paths:
+            self._paths[part] = make(self._folder / f"{len(self._paths)}{PurePosixPath(part).suffix}")
+        return self._paths[part]

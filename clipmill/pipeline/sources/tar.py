@@ -1,0 +1,220 @@
+"""Where the members of a tar lie: a reader of headers that believes none of them.
+
+Formats: ustar, GNU (long names, sizes in base 256) and PAX (POSIX.1-2001). Every number of a header is checked against
+the file before it is used, so that no header makes the reader loop, wait or leave the file. Links, folders, devices and
+sparse files are passed over. Python's `tarfile` reads such headers too, but seeks wherever they say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+__all__ = ["DamagedTar", "Member", "index_members", "is_header_of"]
+
+BLOCK_BYTES = 512
+_EXTENSION_BYTES = 2**20
+"""Longest long name or PAX record that is read: names of files are shorter than 64 KiB everywhere."""
+_SIZE_DIGITS = 19
+"""Of the largest size that a file system could have."""
+
+_REGULAR = b"0\x007"
+_EXTENSIONS = b"LKxg"
+"""Long name, long link, PAX records of the next member, PAX records of all that follow."""
+_WITHOUT_DATA = b"123456"
+"""Links, devices, folders and FIFOs; some writers state a size for them, and write no data."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar.
+
+    Attributes:
+        name: in the tar, with ``/``.
+        offset: of its header, which lies right before the data.
+        bytes: of the data.
+    """
+
+    name: str
+    offset: int
+    bytes: int
+
+    @property
+    def data_offset(self) -> int:
+        """Where the data begins."""
+        return self.offset + BLOCK_BYTES
+
+
+class DamagedTar(Exception):
+    """The members from a byte on cannot be found: the message says why, in one line.
+
+    Attributes:
+        offset: of that byte.
+        name: of the member that is cut there; empty where it is not known.
+    """
+
+    def __init__(self, offset: int, cause: str, name: str = "") -> None:
+        super().__init__(cause)
+        self.offset, self.name = offset, name
+
+
+class _Header(NamedTuple):
+    name: bytes
+    size: int
+    kind: bytes
+    is_extended: bool
+    """Whether further blocks of a sparse file's map follow."""
+
+
+def index_members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
+    """The regular files of a tar, in order; reads headers only.
+
+    Ends at the first block of zeros, which is the end mark.
+
+    Raises:
+        DamagedTar: a header is damaged, or the tar ends before its last member or without an end mark.
+    """
+    offset, names = 0, _Names()
+    while True:
+        header = _read_header(file, offset, file_bytes)
+        if header is None:
+            return
+        is_extension = header.kind in _EXTENSIONS
+        name = names.name or header.name.decode("utf-8", "replace")
+        size = 0 if header.kind in _WITHOUT_DATA else header.size
+        if not is_extension and names.size is not None:
+            size = names.size
+        data = offset + BLOCK_BYTES
+        if header.kind == b"S" and header.is_extended:
+            data = _skip_sparse_map(file, data, file_bytes)
+        if size > file_bytes - data:
+            cause = f"the tar ends within {name}: {max(file_bytes - data, 0)} of {size} bytes are there"
+            raise DamagedTar(offset, cause, name)
+        if is_extension:
+            names.read(header.kind, file, data, size)
+        else:
+            if header.kind in _REGULAR and not names.is_sparse and not name.endswith("/"):
+                yield Member(name, offset, size)
+            names.forget()
+        offset = data + -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def is_header_of(block: bytes, num_bytes: int) -> bool:
+    """Whether a block is still the header of a regular file of this size."""
+    header = _parse_header(block)
+    return header is not None and header.kind in _REGULAR and header.size in (num_bytes, 0)  # 0: PAX has the size
+
+
+class _Names:
+    """What the extension headers before a member say about it."""
+
+    def __init__(self) -> None:
+        self._defaults: dict[str, bytes] = {}
+        self._records: dict[str, bytes] = {}
+
+    def read(self, kind: bytes, file: BinaryIO, offset: int, size: int) -> None:
+        """Reads the data of an extension header.
+
+        Raises:
+            DamagedTar: it is too long, or no list of records.
+        """
+        if size > _EXTENSION_BYTES:
+            raise DamagedTar(offset, f"the extended header at byte {offset} has {size} bytes")
+        file.seek(offset)
+        data = file.read(size)
+        if kind == b"L":
+            self._records["path"] = data.partition(b"\0")[0]
+        elif kind != b"K":
+            found = _pax_records(data)
+            if found is None or not found.get("size", b"0").isdigit() or len(found.get("size", b"")) > _SIZE_DIGITS:
+                raise DamagedTar(offset, f"the extended header at byte {offset} is damaged")
+            (self._records if kind == b"x" else self._defaults).update(found)
+
+    def forget(self) -> None:
+        """Forgets what belongs to one member alone."""
+        self._records.clear()
+
+    def _value(self, key: str) -> bytes | None:
+        return self._records.get(key, self._defaults.get(key))
+
+    @property
+    def name(self) -> str | None:
+        value = self._value("path")
+        return value.decode("utf-8", "replace") if value else None
+
+    @property
+    def size(self) -> int | None:
+        value = self._value("size")
+        return None if value is None else int(value)
+
+    @property
+    def is_sparse(self) -> bool:
+        return any(key.startswith("GNU.sparse.") for key in self._records)
+
+
+def _pax_records(data: bytes) -> dict[str, bytes] | None:
+    """Values by keyword of lines ``LENGTH KEYWORD=VALUE``; None where a length is wrong."""
+    records = {}
+    while data.strip(b"\0"):
+        digits, space, _ = data[:10].partition(b" ")
+        if not space or not digits.isdigit() or not len(digits) + 2 < int(digits) <= len(data):
+            return None
+        line, data = data[: int(digits)], data[int(digits) :]
+        keyword, equals, value = line[len(digits) + 1 :].partition(b"=")
+        if not equals or not value.endswith(b"\n"):
+            return None
+        records[keyword.decode("utf-8", "replace")] = value[:-1]
+    return records
+
+
+def _read_header(file: BinaryIO, offset: int, file_bytes: int) -> _Header | None:
+    """The header at an offset; None at the end mark."""
+    if offset >= file_bytes:
+        raise DamagedTar(file_bytes, "the tar has no end mark: it was cut, or its writer was killed")
+    file.seek(offset)
+    block = file.read(BLOCK_BYTES)
+    if len(block) == BLOCK_BYTES and not block.strip(b"\0"):
+        return None
+    if offset and len(block) < BLOCK_BYTES:
+        raise DamagedTar(offset, f"the tar ends within the header at byte {offset}")
+    header = _parse_header(block)
+    if header is None:
+        problem = "is no tar, or is a compressed one" if not offset else f"is damaged at byte {offset}"
+        raise DamagedTar(offset, f"the file {problem}; what follows cannot be read")
+    return header
+
+
+def _parse_header(block: bytes) -> _Header | None:
+    """None where the checksum differs or a number is none."""
+    if len(block) < BLOCK_BYTES:
+        return None
+    stated = _number(block[148:156])
+    rest = block[:148] + b" " * 8 + block[156:]
+    signed = sum(byte - 256 if byte > 127 else byte for byte in rest)  # as some old writers summed
+    size = _number(block[124:136])
+    if stated not in (sum(rest), signed) or size is None:
+        return None
+    name = block[:100].partition(b"\0")[0]
+    if block[257:263] == b"ustar\0" and (prefix := block[345:500].partition(b"\0")[0]):
+        name = prefix + b"/" + name
+    return _Header(name, size, block[156:157], block[482] == 1)
+
+
+def _number(field: bytes) -> int | None:
+    """An unsigned number in octal digits or, where it is too large for them, in base 256."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.replace(b"\0", b" ").strip()
+    if digits.strip(b"01234567") or len(digits) > 12:
+        return None
+    return int(digits, 8) if digits else 0
+
+
+def _skip_sparse_map(file: BinaryIO, offset: int, file_bytes: int) -> int:
+    """The end of the blocks that continue an old GNU sparse file's map."""
+    while offset + BLOCK_BYTES <= file_bytes:
+        file.seek(offset)
+        block = file.read(BLOCK_BYTES)
+        offset += BLOCK_BYTES
+        if len(block) < BLOCK_BYTES or block[504] != 1:
+            break
+    return offset

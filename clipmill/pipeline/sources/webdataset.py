@@ -1,0 +1,165 @@
+"""WebDataset tars of raw videos, as downloaders write them (img2dataset, video2dataset).
+
+A sample is the members that follow each other with one key: the name up to the first dot of its last part
+(``00012.mp4``, ``00012.json``, ``00012.txt``). Its ``txt`` is the text, its ``json`` the metadata. A sample may hold
+several videos (``00012.left.mp4``, ``00012.right.mp4``): they are one group. Listing reads headers and small members.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from clipmill import storage
+from clipmill.config import SourceConfig
+from clipmill.pipeline.sources.many import find_files, list_each
+from clipmill.pipeline.sources.record import DamagedVideo, SourceVideo, file_identity
+from clipmill.pipeline.sources.tar import BLOCK_BYTES, DamagedTar, Member, index_members, is_header_of
+from clipmill.video.kinds import VIDEO_SUFFIXES
+
+__all__ = ["SUFFIXES", "extract", "list_videos"]
+
+SUFFIXES = frozenset((".tar",))
+_SMALL_BYTES = 2**20
+"""A longer ``txt`` or ``json`` is not read: it is no caption."""
+_COPY_BYTES = 2**23
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+"""Key and suffix of a member's name. Other names, such as hidden files, belong to no sample."""
+
+logger = logging.getLogger(__name__)
+
+
+def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
+    """The videos of all tars below a folder, or of one tar.
+
+    What a damaged tar has lost is one last video with that fault. ``others`` counts the other files by ending.
+    """
+    base, tars = find_files(storage.absolute(source.url), SUFFIXES, others)
+    return list_each(base, tars, partial(_list_tar, source, base))
+
+
+@dataclass
+class _Sample:
+    key: str
+    videos: list[Member] = field(default_factory=list)
+    members: dict[str, bytes] = field(default_factory=dict)
+    fault: str | None = None
+
+
+def _list_tar(source: SourceConfig, base: str, tar: storage.Entry) -> Iterator[SourceVideo]:
+    url = storage.join(base, tar.name)
+    identity = file_identity(url, tar.bytes, tar.etag)
+    with storage.open_to_read(url) as file:
+        for sample in _read_samples(file, url, tar.bytes):
+            described = _describe(source, sample)
+            for video in sample.videos:
+                yield replace(
+                    described,
+                    name=tar.name,
+                    bytes=video.bytes,
+                    etag=tar.etag,
+                    member=f"{video.name}@{video.offset}",
+                    identity=f"{identity}:{video.offset}",
+                    group=f"{identity}:{sample.key}",
+                )
+
+
+def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]:
+    """The samples that hold videos; what cannot be read is one last sample of one video, with its fault."""
+    sample = _Sample("")
+    try:
+        for member in index_members(file, tar_bytes):
+            found = _NAME.fullmatch(member.name)
+            if found is None:
+                continue
+            key, suffix = found[1], found[2].lower()
+            if key != sample.key:
+                if sample.videos:
+                    yield sample
+                sample = _Sample(key)
+            if f".{suffix.rpartition('.')[2]}" in VIDEO_SUFFIXES:
+                sample.videos.append(member)
+            elif suffix in ("txt", "json"):
+                _read_small(file, member, suffix, sample)
+    except DamagedTar as damaged:
+        found = _NAME.fullmatch(damaged.name)
+        if found is not None and found[1] == sample.key and sample.videos:  # the sample lacks what is cut
+            yield replace(sample, fault=str(damaged))
+            return
+        if sample.videos:
+            yield sample
+        if damaged.offset == tar_bytes:  # between two members: whether any is missing is not known
+            logger.warning("%s: %s", url, damaged)
+            return
+        lost = Member(damaged.name, damaged.offset, tar_bytes - damaged.offset)
+        yield _Sample(f"@{damaged.offset}", [lost], fault=str(damaged))
+        return
+    if sample.videos:
+        yield sample
+
+
+def _read_small(file: BinaryIO, member: Member, suffix: str, sample: _Sample) -> None:
+    if member.bytes > _SMALL_BYTES:
+        sample.fault = f"{member.name} has {member.bytes} bytes, more than a caption or description can have"
+        return
+    file.seek(member.data_offset)
+    sample.members[suffix] = file.read(member.bytes)
+
+
+def _describe(source: SourceConfig, sample: _Sample) -> SourceVideo:
+    """What the members of a sample say about each of its videos."""
+    fault = sample.fault
+    text, metadata = "", {}
+    try:
+        text = sample.members.get("txt", b"").decode().strip()
+        metadata = json.loads(sample.members.get("json", b"{}"), parse_constant=lambda _: None)  # NaN is no JSON
+        if not isinstance(metadata, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        metadata = {}
+        fault = fault or f"the txt or json of {sample.key} cannot be read: {error}"
+    columns = source.columns
+    return SourceVideo(
+        name="",
+        bytes=0,
+        etag=None,
+        label=_cell(metadata.pop(columns.label, None) if columns.label else None),
+        text=_cell(text or metadata.get(columns.text or "caption")),
+        metadata=json.dumps(metadata, sort_keys=True) if metadata else None,
+        fault=fault,
+    )
+
+
+def _cell(value: Any) -> str | None:
+    """As text that UTF-8 can hold: JSON can escape halves of characters."""
+    return None if value in (None, "") else str(value).encode(errors="replace").decode()
+
+
+def extract(url: str, member: str, num_bytes: int, folder: Path) -> Path:
+    """Copies one video out of its tar into a local folder.
+
+    Raises:
+        DamagedVideo: the tar has changed since it was listed.
+        FileNotFoundError: the tar is missing.
+    """
+    name, _, offset = member.rpartition("@")
+    path = folder / f"video{PurePosixPath(name).suffix}"
+    with storage.open_to_read(url) as file, path.open("wb") as copy:
+        file.seek(int(offset))
+        if not is_header_of(file.read(BLOCK_BYTES), num_bytes):
+            raise DamagedVideo("the tar changed since it was planned: no video begins there")
+        missing = num_bytes
+        while missing:
+            block = file.read(min(missing, _COPY_BYTES))
+            if not block:
+                raise DamagedVideo(f"the tar changed since it was planned: {missing} of {num_bytes} bytes are missing")
+            copy.write(block)
+            missing -= len(block)
+    return path
