@@ -137,6 +137,7 @@ class DataConfig(Section):
     shard_bytes: PositiveInt = 128 * 2**20
     """A unit closes a tar when it reaches this size."""
     cpu_seconds_per_video: Annotated[PositiveInt, FREE] = 3600
+    """Processor time that a video may take at least. Large and long videos get more: a second for 20 million pixels."""
     memory_bytes_per_video: Annotated[PositiveInt, FREE] = 4 * 2**30
     """Address space of the decoding child beyond what it has at its start."""
     no_progress_seconds: Annotated[PositiveInt, FREE] = 120

@@ -25,7 +25,7 @@ from clipmill.shards.manifest import SPLITS, committed_units, read_commits
 
 __all__ = ["SplitCounts", "Tally", "publish_tally", "read_tally"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 logger = logging.getLogger(__name__)
 

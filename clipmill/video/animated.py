@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from clipmill.video.probe import VideoError, blame_video
+from clipmill.video.faults import VideoError, blame_video
 
-__all__ = ["AnimationInfo", "read_animation"]
+__all__ = ["AnimationInfo", "is_animation", "read_animation"]
 
 _SHORTEST_DELAY_MS, _USUAL_DELAY_MS = 10, 100
 
@@ -38,6 +38,13 @@ class AnimationInfo:
     height: int
     num_frames: int
     has_alpha: bool
+
+
+def is_animation(path: str | Path) -> bool:
+    """Whether a local file is WebP or PNG, by its first bytes; a still picture is one as well."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return head.startswith(b"\x89PNG\r\n\x1a\n") or (head.startswith(b"RIFF") and head.endswith(b"WEBP"))
 
 
 def read_animation(path: str | Path) -> tuple[Iterator[tuple[float, np.ndarray]], AnimationInfo]:

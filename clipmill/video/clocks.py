@@ -70,12 +70,13 @@ class Clock:
 class _FrameCounter(Clock):
     """AVI states no presentation times, and FFmpeg's guesses for B-frames are out of order: one frame a packet.
 
-    The n-th frame shown takes the n-th place among the packets. A packet without a frame would shift all that follow,
-    so each key frame takes its own place.
+    The n-th frame shown takes the n-th place among the packets. A packet that becomes no frame would move all that
+    follow, so places that are too early for a frame are skipped: B-frames come ``reordered`` places late, no more.
     """
 
-    def __init__(self, time_base: Any, fps: float, zero: int | None):
-        super().__init__(time_base, fps, zero, is_broken_up=False)
+    def __init__(self, stream: Any, fps: float, zero: int | None):
+        super().__init__(stream.time_base, fps, zero, is_broken_up=False)
+        self._context = stream.codec_context
         self._places: list[int] = []
 
     def sent(self, packet: Packet) -> None:
@@ -84,10 +85,10 @@ class _FrameCounter(Clock):
             heapq.heappush(self._places, packet.dts)
 
     def ticks(self, frame: Any, packet: Packet) -> int | None:
-        """The first place that is free."""
-        if frame.key_frame and packet.dts is not None:
-            while self._places and self._places[0] < packet.dts:
-                heapq.heappop(self._places)
+        """The first place that is free and not too early."""
+        reordered = self._context.reorder_depth
+        while self._places and packet.dts is not None and self._places[0] < packet.dts - reordered:
+            heapq.heappop(self._places)
         return heapq.heappop(self._places) if self._places else None
 
 
@@ -116,7 +117,7 @@ def make_clock(container: Any, stream: Any, fps: float, zero: int | None) -> Clo
         zero: ticks of the file's first frame; None: of the first frame that is asked for.
     """
     if container.format.name == "avi":
-        return _FrameCounter(stream.time_base, fps, zero)
+        return _FrameCounter(stream, fps, zero)
     if container.format.name == "gif":
         return _GifClock(stream.time_base, fps)
     return Clock(stream.time_base, fps, zero, bool(container.format.flags & av.format.Flags.ts_discont.value))

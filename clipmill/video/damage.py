@@ -89,24 +89,28 @@ class DamageFilter(Generic[T]):
     Args:
         step_ticks: usual distance of two packets' decoding times.
         flags_early: the demuxer flags the packet before the incomplete one, as that of transport streams does.
+        fails_late: the decoder reports a damaged packet with the next one, as dav1d does.
     """
 
-    def __init__(self, step_ticks: float, *, flags_early: bool = False):
-        self._step_ticks, self._flags_early = step_ticks, flags_early
+    def __init__(self, step_ticks: float, *, flags_early: bool = False, fails_late: bool = False):
+        self._step_ticks, self._flags_early, self._late = step_ticks, flags_early, int(fails_late)
         self._damaged: list[int] = []  # packets; what was decoded from them on is bad, up to a whole key frame
         self._breaks = [0]  # the same, but the packet itself is whole: a key frame may begin with it
         self._waiting: deque[tuple[T, Packet, bool]] = deque()
         self._unshown: dict[int, None] = {}  # decoded packets without their frames, ascending
         self._newest_key: Packet | None = None
         self._last_key_shown = -1
-        self._marks_keys = False
+        self._newest = -1
+        self._codec_marks_keys = self._container_marks_keys = False
         self._suspect: Packet | None = None  # waits for the packet after it
         self._before: Packet | None = None
 
     def sent(self, packet: Packet) -> None:
         """A packet goes to the decoder."""
+        self._newest = packet.number
         if packet.is_key:
             self._newest_key = packet
+            self._container_marks_keys = True
         packet.key = self._newest_key
         if self._flags_early:
             self._judge_suspect(packet)
@@ -135,7 +139,7 @@ class DamageFilter(Generic[T]):
         self._unshown.pop(packet.number, None)
         key = packet.key
         if key is None or packet.is_key or None in (packet.pts, key.pts) or packet.pts > key.pts:  # type: ignore[operator]
-            self._damaged.append(packet.number)
+            self._damaged.append(packet.number - self._late)
         elif self._last_key_shown < key.number:
             # decoded after a key frame, but shown before it: only its like refer to it
             self._breaks.append(key.number)
@@ -155,11 +159,16 @@ class DamageFilter(Generic[T]):
     def add(self, item: T, frame: Any, packet: Packet) -> None:
         """Takes a frame, in presentation order."""
         self._unshown.pop(packet.number, None)
-        self._marks_keys |= frame.key_frame
+        self._codec_marks_keys |= frame.key_frame
         if frame.is_corrupt:
             self.failed(packet)
-        # some decoders (svq1, qtrle, cfhd, msvideo1) mark no frame; there the container's word counts
-        self._waiting.append((item, packet, frame.key_frame or (packet.is_key and not self._marks_keys)))
+        self._waiting.append((item, packet, self._is_key(frame, packet)))
+
+    def _is_key(self, frame: Any, packet: Packet) -> bool:
+        """Both must say so, but some decoders (svq1, qtrle, cfhd) mark no frame, and some containers no packet."""
+        return (frame.key_frame and (packet.is_key or not self._container_marks_keys)) or (
+            packet.is_key and not self._codec_marks_keys
+        )
 
     def judged(self, *, at_end: bool = False) -> Iterator[tuple[T, bool, bool]]:
         """(item, whether its frame is whole, whether it is the first one after damage), as far as is known by now."""
@@ -183,7 +192,9 @@ class DamageFilter(Generic[T]):
 
     def _must_wait(self, packet: Packet) -> bool:
         oldest = next(iter(self._unshown), packet.number)
-        return oldest < packet.number or (self._suspect is not None and packet.number >= self._suspect.number)
+        if oldest < packet.number or packet.number > self._newest - self._late:
+            return True
+        return self._suspect is not None and packet.number >= self._suspect.number
 
     def _is_untouched(self, packet: Packet) -> bool:
         return not any(number <= packet.number for marks in (self._damaged, self._breaks) for number in marks)

@@ -10,41 +10,22 @@ decord refuses some files, and silently skips and repeats frames of others. It r
 
 from __future__ import annotations
 
-import errno
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import av
 
+from clipmill.video.animated import is_animation, read_animation
+from clipmill.video.faults import VideoError, blame_video
 from clipmill.video.geometry import Geometry, Orientation, orientation_of, sample_aspect
-from clipmill.video.rate import NUM_TIMED_PACKETS, frame_rate
+from clipmill.video.rate import NUM_TIMED_PACKETS, frame_rate, rate_of_seconds
 
-__all__ = ["DecoderChoice", "VideoError", "VideoInfo", "blame_video", "open_video", "probe"]
+__all__ = ["DecoderChoice", "VideoInfo", "open_video", "probe"]
 
 DecoderChoice = Literal["auto", "decord", "pyav"]
-
-_DECORD_PREFIX = re.compile(r"\[[\d:]+\] \S+: ")
-"""Time of day and source line: the same fault must read the same twice."""
-
-_ENVIRONMENT_ERRORS = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EIO,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ESTALE,
-}
-
-
-class VideoError(Exception):
-    """The video cannot be read: the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +44,7 @@ class VideoInfo:
             it, else of the file; None where neither does.
         container_frames: number of frames by the container's index; None where it has none.
         stream_index: the stream that both decoders read.
-        decoder: the decoder that reads it.
+        decoder: the decoder that reads it; ``pillow`` for animated WebP and PNG.
         interlaced: frames weave two moments; PyAV's are deinterlaced.
         mirrored: the first frame is mirrored left to right before it is turned.
         sample_aspect: width of the first frame's pixels divided by their height.
@@ -79,7 +60,7 @@ class VideoInfo:
     duration_seconds: float | None
     container_frames: int | None
     stream_index: int
-    decoder: Literal["decord", "pyav"]
+    decoder: Literal["decord", "pyav", "pillow"]
     interlaced: bool = False
     mirrored: bool = False
     sample_aspect: float = 1.0
@@ -88,34 +69,6 @@ class VideoInfo:
     def geometry(self) -> Geometry:
         """How the first frame is shown."""
         return Geometry(self.width, self.height, self.sample_aspect, Orientation.of(self.rotation, self.mirrored))
-
-
-@contextmanager
-def blame_video(action: str, path: str | Path) -> Iterator[None]:
-    """Turns what a decoder raises about a file into a VideoError; lets memory and the environment's errors through."""
-    try:
-        yield
-    except (VideoError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS and not _is_demuxers_own(error, path):
-            raise
-        reason = error.strerror if isinstance(error, av.FFmpegError) else _DECORD_PREFIX.sub("", str(error))
-        first_line = (reason.strip() or type(error).__name__).splitlines()[0][:300]
-        raise VideoError(f"{action}: {first_line}") from error
-
-
-def _is_demuxers_own(error: OSError, path: str | Path) -> bool:
-    """Whether FFmpeg speaks of an I/O error where there is none: Matroska's demuxer does so for a file that is cut."""
-    if not isinstance(error, av.FFmpegError):
-        return False
-    try:
-        with open(path, "rb") as file:
-            while file.read(1 << 20):
-                pass
-    except OSError:
-        return False
-    return True
 
 
 def open_video(path: str | Path) -> Any:
@@ -138,6 +91,8 @@ def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
     status = Path(path).stat()
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise VideoError("the file is empty")
+    if stat.S_ISREG(status.st_mode) and is_animation(path):
+        return _describe_animation(path)
     with blame_video("cannot open", path), open_video(path) as container:
         streams = [stream for stream in container.streams.video if not _is_picture(stream)]
         if not streams:
@@ -182,6 +137,24 @@ def _describe(container: Any, stream: Any, path: str | Path, decoder: DecoderCho
     )
 
 
+def _describe_animation(path: str | Path) -> VideoInfo:
+    frames, info = read_animation(path)
+    times = [seconds for seconds, _ in frames]
+    return VideoInfo(
+        container=info.format,
+        codec=info.format,
+        pixel_format="rgba" if info.has_alpha else "rgb24",
+        width=info.width,
+        height=info.height,
+        rotation=0,
+        fps=rate_of_seconds(times),
+        duration_seconds=None,
+        container_frames=info.num_frames,
+        stream_index=0,
+        decoder="pillow",
+    )
+
+
 def _look_in(container: Any, stream: Any) -> tuple[Any, list[Any]]:
     """The first frame that can be decoded, and the (pts, dts) of the first packets, in ticks.
 
@@ -204,10 +177,14 @@ def _look_in(container: Any, stream: Any) -> tuple[Any, list[Any]]:
     return first, times
 
 
+_DURATION_FROM_ZERO = ("matroska,webm", "nut", "asf", "flv")
+"""Containers whose duration counts from time zero, wherever the first frame lies."""
+
+
 def _duration_seconds(container: Any, stream: Any) -> float | None:
     """The stream's own duration, else Matroska's tag of it, else the file's."""
     seconds = None if container.duration is None else container.duration / av.time_base
-    counts_from_zero = container.format.name.startswith("matroska")
+    counts_from_zero = container.format.name in _DURATION_FROM_ZERO
     if stream.duration is not None:
         seconds, counts_from_zero = float(stream.duration * stream.time_base), False
     elif (tag := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))) is not None:
@@ -215,5 +192,5 @@ def _duration_seconds(container: Any, stream: Any) -> float | None:
         seconds = int(hours) * 3600 + int(minutes) * 60 + float(rest)
     if seconds is None or not counts_from_zero or stream.start_time is None:
         return seconds
-    # Matroska counts to the end of the file from time zero, wherever the first frame lies.
-    return seconds - max(0.0, float(stream.start_time * stream.time_base))
+    start = max(0.0, float(stream.start_time * stream.time_base))
+    return seconds - start if start < seconds else seconds

@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-__all__ = ["NUM_TIMED_PACKETS", "frame_rate", "rate_of_times"]
+__all__ = ["NUM_TIMED_PACKETS", "frame_rate", "rate_of_seconds"]
 
 NUM_TIMED_PACKETS = 128
 """Packets whose times are looked at: few seconds of most videos, little of their files."""
@@ -40,13 +40,19 @@ def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, in
     # AVI numbers its frames and has no times; MP4 and MOV average over the index.
     if stated and (container.format.name == "avi" or (container.format.name.startswith("mov") and stream.frames > 1)):
         return float(stated)
-    measured = rate_of_times(_complete(times))
+    measured = _rate_of_ticks(_complete(times))
     if measured is None:
         return float(stated) if stated else 1.0
     lower, upper = (float(limit / stream.time_base) for limit in measured)
     if stated and lower * (1 - _TOLERANCE) <= stated <= upper * (1 + _TOLERANCE):
         return float(stated)
     return _usual_rate(lower, upper)
+
+
+def rate_of_seconds(times: Sequence[float]) -> float:
+    """Average frames per second of frames that are shown at these times, ascending; 1 for a single frame."""
+    measured = _rate_of_ticks([round(seconds * 1000) for seconds in times])
+    return 1.0 if measured is None else _usual_rate(*(float(limit * 1000) for limit in measured))
 
 
 def _complete(times: Sequence[tuple[int | None, int | None]]) -> list[int]:
@@ -57,7 +63,7 @@ def _complete(times: Sequence[tuple[int | None, int | None]]) -> list[int]:
     return ordered[: -min(_NUM_REORDERED, len(ordered) // 2)]
 
 
-def rate_of_times(times: Sequence[int]) -> tuple[Fraction, Fraction] | None:
+def _rate_of_ticks(times: Sequence[int]) -> tuple[Fraction, Fraction] | None:
     """Frames per tick: the least and the greatest rate that the times, each rounded to a tick, allow.
 
     Args:

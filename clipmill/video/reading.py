@@ -1,4 +1,4 @@
-"""The whole frames of a video, strictly in order, with their times: by PyAV, or by decord where that is asked for.
+"""The whole frames of a video, strictly in order, with their times: by PyAV, Pillow, or decord where it is asked for.
 
 Why strictly in order: seeking silently delivers wrong frames for several codecs, in both decoders; reading everything
 and taking every n-th frame never does.
@@ -20,10 +20,12 @@ import av
 import av.filter
 import numpy as np
 
+from clipmill.video.animated import read_animation
 from clipmill.video.clocks import make_clock
 from clipmill.video.damage import DamageFilter, ErrorLog, Packet, detect_damage
+from clipmill.video.faults import VideoError, blame_video
 from clipmill.video.geometry import Geometry, orientation_of, sample_aspect
-from clipmill.video.probe import VideoError, VideoInfo, blame_video, open_video
+from clipmill.video.probe import VideoInfo, open_video
 
 __all__ = ["Picture", "Reading", "Span", "span_seconds", "whole_frames"]
 
@@ -97,7 +99,10 @@ def whole_frames(path: str | Path, info: VideoInfo, span: Span, reading: Reading
     Raises:
         VideoError: the file cannot be decoded at all.
     """
-    pictures = _read_decord(path, info) if info.decoder == "decord" else _read_pyav(path, info, span, reading)
+    if info.decoder == "pyav":
+        pictures = _read_pyav(path, info, span, reading)
+    else:
+        pictures = (_read_decord if info.decoder == "decord" else _read_pillow)(path, info)
     start, end = span
     geometry: Geometry | None = None
     first_number = 0
@@ -153,10 +158,13 @@ class _Decoding:
         self._first_packet = first_packet
         self._clock = make_clock(container, stream, info.fps, zero)
         self._damage: DamageFilter[Picture] = DamageFilter(
-            1 / (info.fps * float(stream.time_base)), flags_early=info.container == "mpegts"
+            1 / (info.fps * float(stream.time_base)),
+            flags_early=info.container == "mpegts",
+            fails_late=info.codec == "av1",
         )
         self._log = ErrorLog(container, stream)
         self._num_frames = 0
+        self._failed: set[int] = set()  # packets that count as a lost frame
 
     def __iter__(self) -> Iterator[Picture]:
         for packet in self._demux():
@@ -176,6 +184,8 @@ class _Decoding:
     def _take(self, frame: Any) -> None:
         """Tells the time of the next frame in presentation order, and has its damage judged."""
         packet: Packet = frame.opaque
+        if packet.number in self._failed:  # the decoder made a frame of it all the same
+            self._count_lost(packet, -1)
         seconds, started_over = self._clock.time(frame, packet)
         if started_over:
             self._reading.joins += 1
@@ -200,9 +210,8 @@ class _Decoding:
         except EOFError:  # drained
             return []
         except av.FFmpegError as error:  # the following packets can be decoded all the same
-            self._num_frames += 1
-            self._reading.damaged_frames += 1
             self._reading.cause = self._reading.cause or error.strerror
+            self._count_lost(packet, 1)
             self._damage.failed(packet)
             return []
         if self._log.has_grown(packet, is_decoded=True):
@@ -211,6 +220,12 @@ class _Decoding:
             self._damage.cut(packet)
         packet.sample_aspect = sample_aspect(self._stream, self._codec_aspect)
         return frames
+
+    def _count_lost(self, packet: Packet, change: int) -> None:
+        """Counts a packet as a frame that nobody will see, or no longer."""
+        (self._failed.add if change > 0 else self._failed.discard)(packet.number)
+        self._num_frames += change
+        self._reading.damaged_frames += change
 
     def _demux(self) -> Iterator[tuple[Any, Packet]]:
         """All packets from the first that is needed on, also those behind a damaged part of the file."""
@@ -306,7 +321,14 @@ def _deinterlacer(frame: Any) -> Any:
     return graph
 
 
-# ------------------------------------------------------------------------------------------------------- decord
+# ---------------------------------------------------------------------------------------- the other two decoders
+
+
+def _read_pillow(path: str | Path, info: VideoInfo) -> Iterator[Picture]:
+    """All frames of an animated WebP or PNG."""
+    frames, _ = read_animation(path)
+    for number, (seconds, pixels) in enumerate(frames):
+        yield Picture(number, av.VideoFrame.from_ndarray(pixels, format="rgb24"), seconds, info.geometry, False)
 
 
 def _read_decord(path: str | Path, info: VideoInfo) -> Iterator[Picture]:

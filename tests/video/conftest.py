@@ -40,12 +40,17 @@ def make_video(
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
     rotation: int = 0,
+    matrix: tuple[int, int, int, int] | None = None,
+    sample_aspect: Fraction | None = None,
     num_streams: int = 1,
     pts: list[int] | None = None,
     container_options: dict[str, str] | None = None,
     tag: str | None = None,
 ) -> Path:
-    """Writes barcodes 0, 1, ... of size (width, height); stream s of several counts from 100 * s."""
+    """Writes barcodes 0, 1, ... of size (width, height); stream s of several counts from 100 * s.
+
+    ``matrix`` is (a, b, c, d): a player shows the stored point (x, y) at (a x + c y, b x + d y), up to a shift.
+    """
     with av.open(str(path), "w", options=container_options or {}) as container:
         streams = []
         for _ in range(num_streams):
@@ -55,6 +60,11 @@ def make_video(
                 stream.codec_context.codec_tag = tag
             if rotation:
                 stream.set_display_rotation(rotation)
+            if matrix:
+                a, b, c, d = (65536 * sign for sign in matrix)
+                stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+            if sample_aspect:
+                stream.codec_context.sample_aspect_ratio = sample_aspect
             streams.append(stream)
         for index in range(num_frames):
             for number, stream in enumerate(streams):
@@ -64,6 +74,30 @@ def make_video(
         for stream in streams:
             container.mux(stream.encode())
     return path
+
+
+def state_display_width(path: Path, width: int) -> None:
+    """Adds the element DisplayWidth to the only track of a WebM file, and shortens the padding before the tracks."""
+    data = bytearray(path.read_bytes())
+    element = b"\x54\xb0\x82" + width.to_bytes(2, "big")
+    tracks = data.index(b"\x16\x54\xae\x6b", data.index(b"\x15\x49\xa9\x66\xb2"))
+    video = data.index(b"\xe0\x86\xb0", tracks)
+    # the last bytes of the sizes of: all tracks, this track, its picture
+    for place in (tracks + 4, tracks + 13, video + 1):
+        data[place] += len(element)
+    data[video + 2 : video + 2] = element
+    padding = data.index(b"\xec\x01\0\0\0\0\0\0")
+    data[padding + 8] -= len(element)
+    del data[padding + 9 : padding + 9 + len(element)]
+    path.write_bytes(data)
+
+
+def state_pixel_aspect(path: Path, across: int, down: int) -> None:
+    """Overwrites the box ``pasp`` of an MP4 file."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"pasp") + 4
+    data[place : place + 8] = across.to_bytes(4, "big") + down.to_bytes(4, "big")
+    path.write_bytes(data)
 
 
 def make_edited(path: Path, source: Path, shift_seconds: float) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipmill.video.animated import read_animation
-from clipmill.video.probe import VideoError
+from clipmill.video.faults import VideoError
 
 NUM_FRAMES = 4
 

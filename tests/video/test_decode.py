@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from clipmill.video.decode import is_truncated, read_frames
-from clipmill.video.probe import VideoError, VideoInfo, probe
+from clipmill.video.faults import VideoError
+from clipmill.video.probe import VideoInfo, probe
 from clipmill.video.reading import Reading
 from tests.video.conftest import barcode, make_edited, make_sound, make_video, needs_decord, read_barcode
 

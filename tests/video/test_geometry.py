@@ -13,7 +13,7 @@ from clipmill.video.decode import read_frames
 from clipmill.video.geometry import Orientation, fitted_size
 from clipmill.video.probe import probe
 from clipmill.video.reading import Reading
-from tests.video.conftest import make_video, read_barcode
+from tests.video.conftest import make_video, read_barcode, state_display_width, state_pixel_aspect
 
 SIDES = st.integers(1, 5000)
 CLIP_SIDES = st.integers(1, 512)
@@ -72,30 +72,6 @@ def _roundness(frame: np.ndarray) -> float:
     return (np.ptp(columns) + 1) / (np.ptp(rows) + 1)
 
 
-def _state_display_width(path, width):
-    """Adds the element DisplayWidth to the only track of a WebM file, and shortens the padding before the tracks."""
-    data = bytearray(path.read_bytes())
-    element = b"\x54\xb0\x82" + width.to_bytes(2, "big")
-    tracks = data.index(b"\x16\x54\xae\x6b", data.index(b"\x15\x49\xa9\x66\xb2"))
-    video = data.index(b"\xe0\x86\xb0", tracks)
-    # the last bytes of the sizes of: all tracks, this track, its picture
-    for place in (tracks + 4, tracks + 13, video + 1):
-        data[place] += len(element)
-    data[video + 2 : video + 2] = element
-    padding = data.index(b"\xec\x01\0\0\0\0\0\0")
-    data[padding + 8] -= len(element)
-    del data[padding + 9 : padding + 9 + len(element)]
-    path.write_bytes(data)
-
-
-def _state_pixel_aspect(path, across, down):
-    """Overwrites the box ``pasp`` of an MP4 file."""
-    data = bytearray(path.read_bytes())
-    place = data.index(b"pasp") + 4
-    data[place : place + 8] = across.to_bytes(4, "big") + down.to_bytes(4, "big")
-    path.write_bytes(data)
-
-
 WIDE = Fraction(4, 3)
 ASPECTS = [
     ("wide.mp4", "libx264", {"codec_aspect": WIDE}),
@@ -117,9 +93,9 @@ def test_clips_have_square_pixels(tmp_path, name, codec, aspects):
     aspect = WIDE if "container" in name else aspects["codec_aspect"]
     path = _write(tmp_path / name, codec, _circle(*size, aspect), **aspects)
     if name == "only_container.webm":
-        _state_display_width(path, 320)
+        state_display_width(path, 320)
     elif name == "container_wins.mp4":
-        _state_pixel_aspect(path, 4, 3)
+        state_pixel_aspect(path, 4, 3)
     info = probe(path)
     assert info.sample_aspect == pytest.approx(float(aspect), rel=0.01)
     for _, frame in read_frames(path, info, 128, "crop", whole=True):

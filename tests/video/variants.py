@@ -19,13 +19,22 @@ import numpy as np
 
 from clipmill.config import ClipConfig
 from clipmill.video import BadVideo, Decoder, Limits, probe
-from tests.video.conftest import make_edited, make_video, read_barcode
+from tests.video.conftest import make_edited, make_video, read_barcode, state_display_width, state_pixel_aspect
 
 NUM_FRAMES = 40
 RULES = {
     "stride": ClipConfig(num_frames=5, frame_stride=2, clip_stride=7, resolution=64, fit="stretch"),
     "slower": ClipConfig(num_frames=3, fps=4, clip_stride=2, resolution=64, fit="stretch"),
     "faster": ClipConfig(num_frames=6, fps=30, clip_stride=5, resolution=64, fit="stretch"),
+}
+MATRICES = {
+    "mirrored": (-1, 0, 0, 1),
+    "upside down mirrored": (1, 0, 0, -1),
+    "turned 90": (0, -1, 1, 0),
+    "turned 180": (-1, 0, 0, -1),
+    "turned 270": (0, 1, -1, 0),
+    "transposed": (0, 1, 1, 0),
+    "transposed the other way": (0, -1, -1, 0),
 }
 VFR_TICKS = np.cumsum([0, *([1, 1, 3, 1, 7, 2] * 10)])[:NUM_FRAMES].tolist()
 X265 = {"preset": "ultrafast", "x265-params": "log-level=none"}
@@ -46,6 +55,7 @@ class Variant:
         options: for `make_video`.
         remake: turns the file that was written into the variant.
         numbers: of the frames that it shows.
+        shown: width over height as a player shows it; None for that of the stored frames.
     """
 
     name: str
@@ -56,12 +66,14 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     remake: Callable[[Path, Path], Path] | None = None
     numbers: Sequence[int] = range(NUM_FRAMES)
+    shown: float | None = None
 
     def write(self, folder: Path) -> Path:
         """Makes the file."""
         if self.remake is None:
             return make_video(folder / self.file, self.codec, **self.options)
-        whole = make_video(folder / f"whole-{self.file}.mp4", self.codec, **self.options)
+        ending = "webm" if self.codec == "libvpx" else "mp4"
+        whole = make_video(folder / f"whole-{self.file}.{ending}", self.codec, **self.options)
         return self.remake(folder / self.file, whole)
 
     def times(self) -> list[float]:
@@ -118,6 +130,18 @@ def _with_sound(path: Path, whole: Path) -> Path:
     return path
 
 
+def _wide_webm(path: Path, whole: Path) -> Path:
+    path.write_bytes(whole.read_bytes())
+    state_display_width(path, 128)
+    return path
+
+
+def _wide_mp4(path: Path, whole: Path) -> Path:
+    path.write_bytes(whole.read_bytes())
+    state_pixel_aspect(path, 4, 3)
+    return path
+
+
 def _v(name: str, file: str, codec: str, decoder: str = "pyav", *, fast: bool = False, **options: Any) -> Variant:
     return Variant(name, file, codec, decoder, fast, options)
 
@@ -134,6 +158,23 @@ VARIANTS = [
     _v("h264, rotated 90", "turned90.mp4", "libx264", "decord", fast=True, rotation=90),
     _v("h264, rotated 180", "turned180.mp4", "libx264", "decord", rotation=180),
     _v("h264, rotated 270", "turned270.mov", "libx264", "decord", rotation=-90),
+    *(
+        Variant(f"h264, {name}", f"{name.replace(' ', '')}.{ending}", codec, fast=fast, options={"matrix": matrix},
+                shown=2 / 3 if matrix[0] == 0 else 3 / 2)
+        for ending, codec, fast in (("mp4", "libx264", True), ("mov", "mpeg4", False), ("mkv", "libvpx", False))
+        for name, matrix in MATRICES.items()
+    ),
+    *(
+        Variant(f"{codec.removeprefix('lib')}, pixels 4:3", f"wide.{ending}", codec, fast=True, shown=2.0,
+                options={"sample_aspect": Fraction(4, 3)})
+        for ending, codec in (("mp4", "libx264"), ("mov", "libx264"), ("mkv", "libx264"), ("avi", "mpeg4"),
+                              ("ts", "libx264"), ("mp4", "libvpx-vp9"))
+    ),
+    Variant("mpeg-2, pixels 64:45", "wide.mpg", "mpeg2video", fast=True, shown=16 / 9,
+            options={"sample_aspect": Fraction(64, 45), "size": (360, 288), "fps": 25}),
+    Variant("vp8, pixels 4:3 by the container", "aspect.webm", "libvpx", fast=True, remake=_wide_webm, shown=2.0),
+    Variant("h264, pixels 4:3 by the container, 1:1 by the codec", "aspect.mp4", "libx264", fast=True,
+            options={"sample_aspect": Fraction(1)}, remake=_wide_mp4, shown=2.0),
     _v("h264, 10 bit", "ten.mp4", "libx264", pix_fmt="yuv420p10le"),
     _v("h264, odd size, 4:4:4", "odd.mp4", "libx264", size=(97, 63), pix_fmt="yuv444p"),
     _v("h264, interlaced", "interlaced.mp4", "libx264", fast=True,
@@ -196,20 +237,34 @@ def expected(times: Sequence[float], numbers: Sequence[int], clip: ClipConfig, l
     return [shown[start : start + clip.span : clip.frame_stride] for start in starts]
 
 
-def found(decoder: Decoder, path: Path, clip: ClipConfig, choice: Any, rotation: int) -> list[list[int]]:
-    """The numbers that are to be read in the pictures of each clip."""
+def found(decoder: Decoder, path: Path, clip: ClipConfig, choice: Any, variant: Variant) -> list[list[int]]:
+    """The numbers that are to be read in the pictures of each clip, once these lie as they are stored."""
     clips = decoder.clips(path, clip, choice, encode=("npy", None))
-    return [[read_barcode(np.rot90(frame, -rotation // 90)) for frame in clip.data] for clip in clips]
+    return [[read_barcode(_as_stored(frame, variant)) for frame in clip.data] for clip in clips]
+
+
+def _as_stored(frame: np.ndarray, variant: Variant) -> np.ndarray:
+    a, b, c, d = variant.options.get("matrix", (1, 0, 0, 1))
+    if a + c < 0:
+        frame = frame[:, ::-1]
+    if b + d < 0:
+        frame = frame[::-1]
+    if a == 0:
+        frame = frame.transpose(1, 0, 2)
+    return np.rot90(frame, -variant.options.get("rotation", 0) // 90)
 
 
 def check(decoder: Decoder, variant: Variant, path: Path, choice: str) -> list[str]:
     """How the clips of a file differ from the rule; nothing: they are right."""
     info = probe(path)
     wrong = []
+    height, width = info.geometry.shown_size
+    if variant.shown is not None and abs(width / height / variant.shown - 1) > 0.02:
+        wrong.append(f"shown at {width:g} x {height:g}")
     for name, clip in RULES.items():
         want = expected(variant.times(), variant.numbers, clip, 1 / info.fps)
         try:
-            have = found(decoder, path, clip, choice, variant.options.get("rotation", 0))
+            have = found(decoder, path, clip, choice, variant)
         except BadVideo as bad:
             return [f"{name}: {bad.cause}"]
         if have != want:

@@ -1,0 +1,59 @@
+"""Whose fault it is that a video cannot be read: its own, or that of the machine."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+
+__all__ = ["VideoError", "blame_video"]
+
+_DECORD_PREFIX = re.compile(r"\[[\d:]+\] \S+: ")
+"""Time of day and source line: the same fault must read the same twice."""
+
+_ENVIRONMENT_ERRORS = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+}
+
+
+class VideoError(Exception):
+    """The video cannot be read: the message says why in one line."""
+
+
+@contextmanager
+def blame_video(action: str, path: str | Path) -> Iterator[None]:
+    """Turns what a decoder raises about a file into a VideoError; lets memory and the environment's errors through."""
+    try:
+        yield
+    except (VideoError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _ENVIRONMENT_ERRORS and not _is_demuxers_own(error, path):
+            raise
+        reason = error.strerror if isinstance(error, av.FFmpegError) else _DECORD_PREFIX.sub("", str(error))
+        first_line = (reason.strip() or type(error).__name__).splitlines()[0][:300]
+        raise VideoError(f"{action}: {first_line}") from error
+
+
+def _is_demuxers_own(error: OSError, path: str | Path) -> bool:
+    """Whether FFmpeg speaks of an I/O error where there is none: Matroska's demuxer does so for a file that is cut."""
+    if not isinstance(error, av.FFmpegError):
+        return False
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError:
+        return False
+    return True
