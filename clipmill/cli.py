@@ -121,10 +121,10 @@ _stage_command("report", "Write report/index.html.")
 def demo(assignments: Assignments = None, config: ConfigFiles = None) -> None:
     """Make a small data set of moving shapes and run every stage on it, on this machine."""
     from clipmill import stages
-    from clipmill.demo import generate
+    from clipmill.demo import generate, video_size
 
     run = load_config(config or [Path("configs/demo.yaml")], assignments or [])
-    generate(run.data.source.url, seed=run.seed)
+    generate(run.data.source.url, seed=run.seed, size=video_size(run.data.clip.size))
     _print_table(run, stages.run_all(run))
 
 

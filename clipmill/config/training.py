@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from clipmill.config.data import Resolution, frame_size
 from clipmill.config.prior import PriorModelConfig
 from clipmill.config.section import FREE, PositiveInt, Section, changed_keys
 
@@ -223,8 +224,9 @@ class VQVAETrainingConfig(TrainingConfig):
     lr: Annotated[float, Field(gt=0), FREE] = 7e-4
     hflip: Annotated[bool, FREE] = False
     """Mirror every second clip, at random; not where left and right mean something."""
-    random_crop: Annotated[PositiveInt | None, FREE] = None
-    """Train on a square of so many pixels cut out of each clip at random; everything else sees whole clips."""
+    random_crop: Annotated[Resolution | None, FREE] = None
+    """Train on a random crop of each clip: ``48`` for 48 x 48 pixels, ``[36, 64]`` for height 36 and width 64.
+    Everything else sees whole clips. None trains on whole clips."""
 
 
 class VQVAEConfig(Section):
@@ -236,7 +238,7 @@ class VQVAEConfig(Section):
     @model_validator(mode="after")
     def _crop_divides(self) -> VQVAEConfig:
         crop, factors = self.training.random_crop, self.model.downsample[1:]
-        if crop is not None and any(crop % factor for factor in factors):
+        if crop is not None and any(side % factor for side, factor in zip(frame_size(crop), factors, strict=True)):
             raise ValueError(
                 f"training.random_crop {crop} must divide by the height and width {factors} of model.downsample"
             )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clipmill.config import frame_size
 from clipmill.errors import UserError
 from clipmill.evaluation.baselines import CodeTables, baseline_scores
 from clipmill.evaluation.distances import FeatureStatistics, frechet_distance, inception_score
@@ -87,7 +88,7 @@ def prior_numbers(nats: float, clip: dict[str, Any], train: CodeTables, val: Cod
         "val_nats_per_token": nats,
         "bits_per_token": nats / math.log(2),
         "bits_per_clip": bits_per_clip,
-        "bits_per_dim": bits_per_clip / (clip["num_frames"] * clip["resolution"] ** 2 * 3),
+        "bits_per_dim": bits_per_clip / math.prod((clip["num_frames"], *frame_size(clip["resolution"]), 3)),
         **baselines,
         "ratio_to_unigram": _ratio(nats, baselines["unigram_nats"]),
         "ratio_to_temporal_bigram": _ratio(nats, baselines["temporal_bigram_nats"]),

@@ -23,7 +23,7 @@ from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
 from clipmill.evaluation.evaluate import read_result
 from clipmill.evaluation.film import FRAMES_PER_SECOND, Film
 from clipmill.evaluation.gallery import Gallery, clips_per_class
-from clipmill.evaluation.table import circumstances, fvd_rows, short, tokenizer_rows
+from clipmill.evaluation.table import circumstances, fvd_rows, pixels, short, tokenizer_rows
 from clipmill.lease import Lease
 from clipmill.metrics import read_metrics
 from clipmill.shards.dataset import ShardDataset, decode_clip
@@ -151,7 +151,7 @@ def _render(config: RunConfig) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = short
+    environment.filters |= {"short": short, "pixels": pixels}
     return environment.get_template("report.html.j2").render(
         title=config.root.rstrip("/").rpartition("/")[2],
         clip=config.data.clip,

@@ -5,9 +5,12 @@ A result is the document ``vqvae.json`` or ``metrics.json``; docs/evaluation.md 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Row", "circumstances", "fvd_rows", "prior_rows", "row_groups", "short", "tokenizer_rows"]
+from clipmill.config import frame_size
+
+__all__ = ["Row", "circumstances", "fvd_rows", "pixels", "prior_rows", "row_groups", "short", "tokenizer_rows"]
 
 Row = tuple[str, str, str]
 """Name, value, what it is."""
@@ -22,6 +25,12 @@ def short(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def pixels(resolution: int | Sequence[int]) -> str:
+    """A clip's size as people read it, whose axes are named where they differ."""
+    height, width = frame_size(resolution)
+    return f"{height} x {width} pixels{'' if height == width else ' (height x width)'}"
+
+
 def circumstances(result: dict[str, Any]) -> str:
     """What the numbers were measured on: without it they compare with nothing."""
     clips = result["clips"]
@@ -34,7 +43,7 @@ def circumstances(result: dict[str, Any]) -> str:
         number = f"{number} of {short(clips['num_clips_in_split'])}"
     return (
         f"{number} clips of the split {clips['split']}, {clips['num_frames']} frames of "
-        f"{clips['resolution']} x {clips['resolution']} at {rate}, fitted by {clips['fit'] or 'an unknown rule'}"
+        f"{pixels(clips['resolution'])} at {rate}, fitted by {clips['fit'] or 'an unknown rule'}"
     )
 
 

@@ -14,17 +14,17 @@ __all__ = ["ClipAugmentation"]
 
 @dataclass(frozen=True)
 class ClipAugmentation:
-    """Mirrors every second clip, at random, and cuts a square out of each at a random place.
+    """Mirrors every second clip, at random, and crops each at a random place.
 
     Attributes:
         seed: of the run.
         hflip: whether clips are mirrored.
-        crop: height and width of the square in pixels, at most the clip's; None: the whole picture.
+        crop: (height, width) of the crop in pixels, at most the clip's; None keeps whole frames.
     """
 
     seed: int
     hflip: bool
-    crop: int | None
+    crop: tuple[int, int] | None
 
     def __call__(self, sample: dict[str, Any], position: int) -> dict[str, Any]:
         """Changes ``video`` uint8 [T, H, W, 3] of the sample at a position of the run; all its frames alike."""
@@ -32,9 +32,9 @@ class ClipAugmentation:
         mirror, top, left = (int(number) for number in splitmix64(key, np.arange(3, dtype=np.uint64)))
         video = sample["video"]
         if self.crop is not None:
-            height, width = video.shape[1:3]
-            top, left = top % (height - self.crop + 1), left % (width - self.crop + 1)
-            video = video[:, top : top + self.crop, left : left + self.crop]
+            height, width = self.crop
+            top, left = top % (video.shape[1] - height + 1), left % (video.shape[2] - width + 1)
+            video = video[:, top : top + height, left : left + width]
         if self.hflip and mirror % 2:
             video = video[:, :, ::-1]
         return {**sample, "video": video}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipmill.config import RunConfig, TrainingConfig, fingerprint, identity
+from clipmill.config import RunConfig, TrainingConfig, fingerprint, frame_size, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.conditioning import condition_of
@@ -78,7 +78,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     tokens_per_clip = math.prod(inputs.recipe["latent_shape"])
     flops = prior_flops_per_token(model) * tokens_per_clip  # before ZeRO takes the parameters apart
     clip = inputs.recipe["clip"]["clip"]
-    values_per_clip = clip["num_frames"] * clip["resolution"] ** 2 * 3
+    values_per_clip = math.prod((clip["num_frames"], *frame_size(clip["resolution"]), 3))
     job = Job(
         folder_url=folder_url(config),
         objective=PriorObjective(model, tokens_per_clip / values_per_clip),

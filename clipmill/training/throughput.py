@@ -65,11 +65,11 @@ def prior_flops_per_token(prior: Prior) -> float:
     return 6 * in_products + 6 * config.num_layers * config.hidden_dim * prior.num_positions
 
 
-def vqvae_flops_per_clip(config: VQVAEModelConfig, num_frames: int, resolution: int) -> float:
-    """Floating-point operations of one clip, forward and backward, counted on tensors without memory."""
+def vqvae_flops_per_clip(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]) -> float:
+    """Floating-point operations of a clip of (H, W) pixels, forward and backward, counted on tensors without memory."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = VQVAE(config, pixel_variance=1.0).eval()  # a step in eval mode talks to no other rank
-        model(torch.zeros(1, 3, num_frames, resolution, resolution)).loss.backward()
+        model(torch.zeros(1, 3, num_frames, *size)).loss.backward()
     return counter.get_total_flops()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         )
     clips = _clips(config)
     clip = clips[0].recipe["clip"]
-    side = training.random_crop or clip["resolution"]
+    size = frame_size(training.random_crop or clip["resolution"])
     torch.manual_seed(config.seed)  # of the initial weights
     model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
     objective = VQVAEObjective(model)
@@ -80,7 +81,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         batch_statistics=True,
         export=lambda weights, step: _export(config, clips, weights, step, "float32"),
         score_counts=objective.score_counts,
-        flops_per_clip=lambda: vqvae_flops_per_clip(config.vqvae.model, clip["num_frames"], side),
+        flops_per_clip=lambda: vqvae_flops_per_clip(config.vqvae.model, clip["num_frames"], size),
         augment=_augmentation(config),
     )
     fit(job, world, lease, report)
@@ -147,10 +148,10 @@ def _clips(config: RunConfig) -> list[Manifest]:
                     "shard them alike, or leave one out"
                 )
     crop, resolution = config.vqvae.training.random_crop, clips[0].recipe["clip"]["resolution"]
-    if crop is not None and crop > resolution:
+    if crop is not None and any(map(operator.gt, frame_size(crop), frame_size(resolution))):
         raise UserError(
-            f"vqvae.training.random_crop={crop} is more than the {resolution} pixels of the clips at {clips[0].url}; "
-            f"choose {resolution} or less"
+            f"vqvae.training.random_crop={crop} is larger than the clips at {clips[0].url}, whose resolution is "
+            f"{resolution}; choose {resolution} or less"
         )
     return clips
 
@@ -177,7 +178,8 @@ def _augmentation(config: RunConfig) -> ClipAugmentation | None:
     training = config.vqvae.training
     if not training.hflip and training.random_crop is None:
         return None
-    return ClipAugmentation(config.seed, training.hflip, training.random_crop)
+    crop = None if training.random_crop is None else frame_size(training.random_crop)
+    return ClipAugmentation(config.seed, training.hflip, crop)
 
 
 def _export(config: RunConfig, clips: list[Manifest], weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:

@@ -72,7 +72,7 @@ def test_a_prior_over_two_codebooks_is_sampled_and_judged(tmp_path: Path):
     run(config)
     metrics = read_metrics(config)
     codes = val_codes(config)
-    assert codes.shape == (NUM_CLIPS["val"], 2, 4, 4, 2)
+    assert codes.shape == (NUM_CLIPS["val"], 2, 3, 4, 2)
     assert metrics["codebook"]["num_codebooks"] == 2
     assert metrics["prior"]["bits_per_clip"] == pytest.approx(metrics["prior"]["bits_per_token"] * codes[0].size)
     prior, tokenizer, _, _ = load_prior(config.folder("prior"))
@@ -85,7 +85,7 @@ def test_a_prior_over_two_codebooks_is_sampled_and_judged(tmp_path: Path):
     pixels = ShardDataset(Manifest.load(config.folder("samples", "default"), "samples"), decode_clip)[0]["video"]
     with torch.inference_mode():
         decoded = to_pixels(tokenizer.decode(torch.from_numpy(made["codes"].astype(np.int64))[None]))[0]
-    assert made["codes"].shape == (2, 4, 4, 2)
+    assert made["codes"].shape == (2, 3, 4, 2)
     assert np.abs(decoded.numpy().astype(int) - pixels.astype(int)).max() <= 1
 
 
@@ -113,8 +113,8 @@ def test_the_prior_is_measured_on_every_val_token_without_dropout(config: RunCon
     assert config.prior.model.dropout > 0
     assert numbers["val_nats_per_token"] == pytest.approx(expected, rel=1e-5)
     assert numbers["bits_per_token"] == pytest.approx(expected / math.log(2), rel=1e-5)
-    assert numbers["bits_per_clip"] == pytest.approx(32 * expected / math.log(2), rel=1e-5)
-    assert numbers["bits_per_dim"] == pytest.approx(numbers["bits_per_clip"] / (8 * 16 * 16 * 3), rel=1e-9)
+    assert numbers["bits_per_clip"] == pytest.approx(24 * expected / math.log(2), rel=1e-5)
+    assert numbers["bits_per_dim"] == pytest.approx(numbers["bits_per_clip"] / (8 * 12 * 16 * 3), rel=1e-9)
     assert numbers["ratio_to_unigram"] == pytest.approx(expected / numbers["unigram_nats"], rel=1e-5)
     assert (numbers["num_clips"], numbers["num_clips_behind_tables"]) == (7, 9)
 
@@ -265,7 +265,7 @@ def test_all_three_distances_and_the_inception_score(tmp_path: Path):
     for name, key in (("rFVD", "rfvd"), ("FVD", "fvd"), ("FVD*", "fvd_star")):
         assert rows[name][0] == f"{fvd[key]:.4g}"
     assert "6 samples" in rows["FVD"][1]
-    assert "16 frames of 16 x 16 at 8 fps, fitted by crop" in circumstances(metrics)
+    assert "16 frames of 12 x 16 pixels (height x width) at 8 fps, fitted by crop" in circumstances(metrics)
     save(torch.nn.Flatten(), tmp_path / "c3d.pt")  # another network under the same name
     assert not evaluate.is_finished(config)
 

@@ -132,7 +132,7 @@ def test_it_needs_clips_and_tokenizer_only_and_says_what_it_measured(trained: Ru
         "num_clips": 7,
         "num_clips_in_split": 7,
         "num_frames": NUM_FRAMES,
-        "resolution": 16,
+        "resolution": [12, 16],
         "fps_lowest": 8,
         "fps_highest": 8,
         "fit": "crop",
@@ -235,7 +235,7 @@ def test_what_the_user_can_fix_is_said(trained: RunConfig, change: Callable[[Run
 
 
 def test_the_command_prints_a_table_and_ends_with_the_summary(trained: RunConfig, tmp_path: Path):
-    keys = ("data.clip.num_frames=9", "data.clip.resolution=16", f"root={trained.root}", "evaluate.batch_size=3")
+    keys = ("data.clip.num_frames=9", "data.clip.resolution=[12,16]", f"root={trained.root}", "evaluate.batch_size=3")
     command = [sys.executable, "-m", "clipmill.cli", "evaluate", "--what", "vqvae", *keys]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -19,6 +19,7 @@ from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, freeze
 
 CLASSES = ["down", "left", "up"]
+HEIGHT, WIDTH = 12, 16
 NUM_CLIPS = {"train": 9, "val": 7}
 
 
@@ -33,7 +34,7 @@ def toy_config(root: Path, *, num_frames: int = 8, **sample: object) -> RunConfi
     return RunConfig.model_validate(
         {
             "root": str(root),
-            "data": {"clip": {"num_frames": num_frames, "resolution": 16}, "format": "npy"},
+            "data": {"clip": {"num_frames": num_frames, "resolution": [HEIGHT, WIDTH]}, "format": "npy"},
             "vqvae": {"model": {"hidden_dim": 8, "num_res_layers": 1, "embedding_dim": 8, "num_codes": 16}},
             "prior": {"model": {"hidden_dim": 24, "num_heads": 2, "num_layers": 2, "class_conditional": True}},
             "sample": {"num_samples": 5, "batch_size": 3, **sample},
@@ -75,8 +76,9 @@ def make_samples(config: RunConfig) -> None:
 
 
 def clip_pixels(split: str, number: int, num_frames: int = 8) -> np.ndarray:
-    """uint8 [num_frames, 16, 16, 3]: noise of its own for every clip."""
-    return np.random.default_rng([number, len(split)]).integers(0, 256, (num_frames, 16, 16, 3), dtype=np.uint8)
+    """uint8 [num_frames, HEIGHT, WIDTH, 3]: noise of its own for every clip."""
+    random = np.random.default_rng([number, len(split)])
+    return random.integers(0, 256, (num_frames, HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
 def _write_clips(config: RunConfig, split: str, folder: Path) -> Manifest:

@@ -97,8 +97,14 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(runs: list[Path], tmp_pat
     url = storage.join(str(other), "clips", "train", "manifest.json")
     recipe = storage.read_document(url, 1)["recipe"]
     write_clips_of(other, {**recipe, "clip": {**recipe["clip"], "resolution": 32}})
-    refuse(config(tmp_path, [runs[0], other]), vqvae, r"data\.mix: the clips at .* have resolution=16, those at .* 32")
-    refuse(config(tmp_path, runs, random_crop=20), vqvae, r"random_crop=20 is more than the 16 pixels")
+    refuse(
+        config(tmp_path, [runs[0], other]),
+        vqvae,
+        r"data\.mix: the clips at .* have resolution=\[12, 16\], those at .* 32",
+    )
+    for crop in (16, [16, 12]):
+        message = r"random_crop=.* is larger than the clips at .*, whose resolution is \[12, 16\]; choose"
+        refuse(config(tmp_path, runs, random_crop=crop), vqvae, message)
     with pytest.raises(UserError, match=r"random_crop 10 must divide by the height and width \(4, 4\)"):
         load_config([], ["root=x", "vqvae.training.random_crop=10"])
 
@@ -144,7 +150,7 @@ def test_a_prior_of_a_mix_knows_all_classes_and_refuses_other_shares(runs: list[
 @pytest.mark.slow
 def test_a_tokenizer_of_crops_of_a_mix_resumes_exactly(runs: list[Path], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    training = {"random_crop": 8, "hflip": True, "schedule": "constant"}
+    training = {"random_crop": [8, 12], "hflip": True, "schedule": "constant"}
     for root, steps in ((whole, 6), (parts, 3), (parts, 6)):
         values = settings(root, runs, **training)
         status, output = run(values, "train-vqvae", tmp_path, f"vqvae.training.steps={steps}")

@@ -41,9 +41,10 @@ def test_the_formula_of_a_prior_is_what_its_step_computes():
 
 def test_the_count_of_a_tokenizer_grows_with_its_clips():
     config = VQVAEModelConfig(hidden_dim=16, num_res_layers=1)
-    once = vqvae_flops_per_clip(config, 4, 16)
+    once = vqvae_flops_per_clip(config, 4, (16, 16))
     assert once > 0
-    assert vqvae_flops_per_clip(config, 8, 16) == pytest.approx(2 * once, rel=0.1)  # attention in time grows faster
+    for twice in ((8, (16, 16)), (4, (16, 32))):
+        assert vqvae_flops_per_clip(config, *twice) == pytest.approx(2 * once, rel=0.1)  # attention grows faster
 
 
 def test_frames_that_a_prior_is_told_of_are_no_work_of_its_tokens():
