@@ -81,7 +81,7 @@ def test_videos_have_the_shape_of_the_clips():
 def test_files_hold_what_was_drawn(folder):
     label, frames, actions = draw_video(3, 7)
     path = folder / label / f"{label}_0007.mp4"
-    decoded = np.stack([frame for _, frame in read_frames(path, probe(path), SIDE, "crop")])
+    decoded = np.stack([frame for _, frame in read_frames(path, probe(path), (SIDE, SIDE), "crop")])
     assert np.mean((decoded.astype(float) - frames) ** 2) < 60
     saved = np.load(io.BytesIO(path.with_name(f"{label}_0007.actions.npy").read_bytes()))
     np.testing.assert_array_equal(saved, actions)

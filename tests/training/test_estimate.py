@@ -40,6 +40,16 @@ def test_activations_are_those_that_autograd_holds(assignments: list[str], preci
     assert activation_bytes(config, 4, checkpointed_share=0.0) == pytest.approx(measured, rel=0.1)
 
 
+def test_a_rectangle_has_the_latents_of_its_shape() -> None:
+    """And a prior that is conditioned on frames is estimated with frames of that shape."""
+    square, wide, whole = (
+        estimate(config_of(f"data.clip.resolution={size}", "prior.model.condition=frames"), 1, **RATES)
+        for size in ("[36,36]", "[36,64]", "[64,64]")
+    )
+    assert [each.tokens_per_clip for each in (square, wide, whole)] == [9 * 9, 9 * 16, 16 * 16]
+    assert square.activations < wide.activations < whole.activations
+
+
 @pytest.mark.parametrize("style", ["videogpt", "modern"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_checkpointed_block_keeps_its_input(style: str, precision: str) -> None:

@@ -22,11 +22,12 @@ def test_places_are_uniform_and_half_of_the_views_are_mirrored():
     assert not any(draw_view(f"{n}", 34, 36, (32, 32), may_flip=False).flipped for n in range(50))
 
 
-def test_a_view_is_the_same_square_of_every_frame():
+def test_a_view_is_the_same_part_of_every_frame():
     clip = np.random.default_rng(0).integers(0, 256, (3, 9, 12, 3), np.uint8)
     view = draw_view("key", 9, 12, (8, 8), may_flip=False)._replace(top=1, left=2)
     np.testing.assert_array_equal(take_view(clip, view, (8, 8)), clip[:, 1:9, 2:10])
     np.testing.assert_array_equal(take_view(clip, view._replace(flipped=True), (8, 8)), clip[:, 1:9, 9:1:-1])
+    np.testing.assert_array_equal(take_view(clip, view, (5, 10)), clip[:, 1:6, 2:12])
 
 
 def decoded(path, key, clip=VIEWS):
@@ -50,3 +51,15 @@ def test_views_are_squares_of_the_whole_frames_a_function_of_their_key(tmp_path,
     assert [clip.view for clip in again] == [clip.view for clip in clips] != [clip.view for clip in other]
     for one, two in zip(clips, again, strict=True):
         np.testing.assert_array_equal(one.data, two.data)
+
+
+@pytest.mark.parametrize(("size", "cut_from"), [((21, 42), (32, 48)), ((42, 21), (48, 72)), ((28, 42), (32, 48))])
+def test_views_of_a_rectangle_leave_an_eighth_in_both_axes(tmp_path, size, cut_from):
+    path = make_video(tmp_path / "wide.mp4", num_frames=4, size=(96, 64))
+    clips = decoded(path, "0:a", ClipConfig(num_frames=4, resolution=size, views_per_clip=20))
+    assert {clip.data.shape for clip in clips} == {(4, *size, 3)}
+    assert {(clip.view[1].height, clip.view[1].width) for clip in clips} == {cut_from}
+    for axis, name in enumerate(("top", "left")):
+        places = {getattr(clip.view[1], name) for clip in clips}
+        assert len(places) > 2
+        assert max(places) <= cut_from[axis] - size[axis]
