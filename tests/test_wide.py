@@ -87,4 +87,3 @@ def test_the_report_shows_a_ball_as_a_circle(run: RunConfig) -> None:
     ball = (real[..., 0] > 130) & (real[..., 1] < 110)
     across, down = (np.ptp(np.flatnonzero(ball.any(axis))) + 1 for axis in (0, 1))
     assert clip_height / 4 < down == pytest.approx(across, rel=0.1)
-
