@@ -5,6 +5,9 @@ until ``CLIPMILL_STORAGE_RETRY_SECONDS`` (120 unless set) have passed since its 
 pass (refused credentials, a bucket that is not there) raises at once and says what to do.
 
 The retries of botocore and s3fs are off: stacked they make 25 attempts where one deadline should rule.
+
+A web server is one of the many that a list of videos names: what it refuses, or has not given by the deadline, is
+`Unreadable`, which is no reason to stop.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import math
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
@@ -24,7 +30,7 @@ import fsspec
 
 from clipmill.errors import StorageUnavailable, UserError
 
-__all__ = ["call", "create", "open_to_read"]
+__all__ = ["Unreadable", "call", "create", "is_web", "open_to_read"]
 
 RETRY_SECONDS_VARIABLE = "CLIPMILL_STORAGE_RETRY_SECONDS"
 DEFAULT_RETRY_SECONDS = 120.0
@@ -37,6 +43,7 @@ QUIET_RETRIES = 3
 
 _BOTOCORE_TRANSPORT_ERRORS = ("ConnectionError", "HTTPClientError", "IncompleteReadError")  # and what derives from them
 _S3_PROTOCOLS = ("s3", "s3a")
+_WEB_PROTOCOLS = ("http", "https", "ftp")
 _CREDENTIALS_ADVICE = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and the bucket's permissions"
 _TRANSIENT_CODES = frozenset(
     (
@@ -56,12 +63,30 @@ _connecting = threading.Lock()
 logger = logging.getLogger(__name__)
 
 
-def call(url: str, operation: Callable[[Any, str], T]) -> T:
+class Unreadable(OSError):
+    """One object cannot be had, and will not come by waiting; others may.
+
+    Attributes:
+        server_is_lost: its server does not answer at all.
+    """
+
+    def __init__(self, message: str, *, server_is_lost: bool = False) -> None:
+        super().__init__(message)
+        self.server_is_lost = server_is_lost
+
+
+def call(url: str, operation: Callable[[Any, str], T], *, longest_seconds: float = math.inf) -> T:
     """Runs ``operation(file system, path)`` on a bucket URL; it must be safe to repeat.
+
+    Args:
+        url: of an object or folder.
+        operation: what to do with it.
+        longest_seconds: repeats it no longer than this, even where users allow more.
 
     Raises:
         UserError: the URL, the credentials or the bucket are wrong.
         StorageUnavailable: the server did not recover in time.
+        Unreadable: a web server refuses the object, or did not recover in time; or the object is archived.
         FileNotFoundError, FileExistsError: the operation's own answers.
     """
     deadline = 0.0
@@ -74,11 +99,17 @@ def call(url: str, operation: Callable[[Any, str], T]) -> T:
             reason = _transient_reason(url, error)
             if reason is None:
                 raise
-            retry_seconds = _retry_seconds()
+            retry_seconds = min(_retry_seconds(), longest_seconds)
             deadline = deadline or time.monotonic() + retry_seconds
             # Half of the pause is random: thousands of workers that lost one server must not return in step.
             pause_seconds = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
             if time.monotonic() + pause_seconds > deadline:
+                if is_web(url):
+                    is_lost = _answer(error)[1] is None
+                    raise Unreadable(
+                        f"{url}: the server did not recover within {retry_seconds:g} s ({reason})",
+                        server_is_lost=is_lost,
+                    ) from error
                 raise StorageUnavailable(
                     f"{url}: the storage did not recover within {retry_seconds:g} s ({reason}); check it and "
                     "AWS_ENDPOINT_URL, then run the same command again"
@@ -157,6 +188,11 @@ def _is_s3(url: str) -> bool:
     return urlsplit(url).scheme in _S3_PROTOCOLS
 
 
+def is_web(url: str) -> bool:
+    """Whether the URL names a file of a web server."""
+    return urlsplit(url).scheme in _WEB_PROTOCOLS
+
+
 def _filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a bucket URL, and the object's path in it."""
     with _connecting:
@@ -193,9 +229,14 @@ def _transient_reason(url: str, error: Exception) -> str | None:
 
     Raises:
         UserError: it never passes by itself.
+        Unreadable: it concerns this object alone.
     """
+    if is_web(url):
+        return _transient_web_reason(url, error)
     code, status = _answer(error)
     names = {type(one).__name__ for one in _chain(error)}
+    if code == "InvalidObjectState":
+        raise Unreadable(f"{url} is archived; restore it") from error
     if code == "NoSuchBucket":
         bucket = urlsplit(url).netloc
         raise UserError(f"the bucket {bucket} of {url} does not exist; create it, or correct the URL") from error
@@ -212,13 +253,40 @@ def _transient_reason(url: str, error: Exception) -> str | None:
         return f"{code or 'answer'} (HTTP {status})" if is_transient else None
     if isinstance(error, FileNotFoundError | FileExistsError):
         return None
-    is_network = any(
+    return _line(error) if _is_network(error) else None
+
+
+def _transient_web_reason(url: str, error: Exception) -> str | None:
+    """As `_transient_reason`, of a web server. fsspec turns many of its errors into FileNotFoundError."""
+    _, status = _answer(error)
+    if status is not None and status != HTTPStatus.NOT_FOUND:
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
+            return f"HTTP {status}"
+        raise Unreadable(f"{url}: the server answers {_status_text(status)}") from error
+    for one in _chain(error):
+        if getattr(one, "errno", None) == socket.EAI_NONAME:
+            raise Unreadable(f"{url}: no such host", server_is_lost=True) from error
+    if status is None and _is_network(error):
+        return _line(error.__cause__ or error)
+    if isinstance(error, ImportError | ValueError):
+        raise Unreadable(f"{url}: {_line(error)}") from error
+    return None
+
+
+def _status_text(status: int) -> str:
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
+
+
+def _is_network(error: BaseException) -> bool:
+    return any(
         isinstance(one, ConnectionError | TimeoutError)
         or type(one).__module__.startswith(("aiohttp", "botocore.httpchecksum"))
         or _is_botocore_transport(one)
         for one in _chain(error)
     )
-    return _line(error) if is_network else None
 
 
 def _is_botocore_transport(error: BaseException) -> bool:

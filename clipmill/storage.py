@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -27,13 +28,16 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from clipmill import bucket
+from clipmill.bucket import Unreadable
 from clipmill.errors import UserError
 
 __all__ = [
     "Entry",
+    "Unreadable",
     "absolute",
     "create_bytes",
     "create_document",
+    "escape",
     "exists",
     "fetch",
     "is_local",
@@ -54,6 +58,9 @@ __all__ = [
     "stat",
     "walk",
 ]
+
+WEB_STAT_SECONDS = 15.0
+"""A list may name thousands of web servers, some of them dead."""
 
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the names of unfinished local files; a killed writer leaves one behind, ``verify`` names it."""
@@ -90,7 +97,7 @@ def local_path(url: str) -> Path:
 def absolute(url: str) -> str:
     """The URL without trailing slash, local ones as absolute paths (workers start in other folders)."""
     if is_local(url):
-        return _escape_bytes(os.path.abspath(os.path.expanduser(_file_url_path(url))))
+        return escape(os.path.abspath(os.path.expanduser(_file_url_path(url))))
     return url.rstrip("/")
 
 
@@ -105,9 +112,9 @@ _ESCAPE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 """Of a byte that is not UTF-8, or of a backslash, in a name."""
 
 
-def _escape(name: str) -> str:
+def _escape_name(name: str) -> str:
     """A name from the disk as a part of a URL."""
-    return _escape_bytes(_ESCAPE.sub(r"\\x5cx\1", name))
+    return escape(_ESCAPE.sub(r"\\x5cx\1", name))
 
 
 def _unescape(name: str) -> str:
@@ -115,8 +122,8 @@ def _unescape(name: str) -> str:
     return _ESCAPE.sub(lambda found: "\\" if found[1] == "5c" else chr(0xDC00 + int(found[1], 16)), name)
 
 
-def _escape_bytes(name: str) -> str:
-    """Without the surrogates by which Python represents bytes that are not UTF-8."""
+def escape(name: str) -> str:
+    """A name in which surrogates stand for bytes that are not UTF-8, as Python keeps them, as a part of a URL."""
     return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
 
 
@@ -180,6 +187,7 @@ def stat(url: str) -> Entry:
 
     Raises:
         FileNotFoundError: there is none, or it is a folder, FIFO or socket.
+        Unreadable: a web server refuses it, does not answer, or does not say how large it is.
     """
     name = url.rsplit("/", 1)[-1]
     if is_local(url):
@@ -188,9 +196,12 @@ def stat(url: str) -> Entry:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         status = path.stat()
         return Entry(name, status.st_size, None, status.st_mtime)
-    info = bucket.call(url, lambda filesystem, path: filesystem.info(path))
+    longest_seconds = WEB_STAT_SECONDS if bucket.is_web(url) else math.inf
+    info = bucket.call(url, lambda filesystem, path: filesystem.info(path), longest_seconds=longest_seconds)
     if info["type"] != "file":
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    if info.get("size") is None:  # it may have no end
+        raise Unreadable(f"{url}: the server does not say how large the file is")
     return replace(_entry(info, ""), name=name)
 
 
@@ -231,7 +242,7 @@ def _local_children(folder: Path) -> list[tuple[Entry, bool]]:
             for item in found:
                 if item.is_symlink() and not os.path.exists(item.path):
                     continue
-                name = _escape(item.name)
+                name = _escape_name(item.name)
                 if item.is_dir():
                     children.append((Entry(name, 0, None, None), True))
                 elif item.is_file():

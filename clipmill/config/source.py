@@ -21,7 +21,13 @@ class TableColumns(Section):
     actions: str | None = None
     """Of a ``.npy`` file as ``actions_suffix`` describes it; empty for a video without actions."""
     split: str | None = None
-    """``train`` or ``val`` (also ``valid``, ``validation``, ``test``); empty: a hash decides."""
+    """``train`` or ``val`` (also ``valid``, ``validation``, ``test``; any case); empty: a hash decides."""
+    start: str | None = None
+    """Seconds from the first frame of the file at which the video begins; empty: at that frame."""
+    end: str | None = None
+    """Seconds from the first frame of the file at which the video ends; empty: with the file."""
+    group: str | None = None
+    """Origin of the video, such as the recording: videos of one group are in one split. Empty: the file is its own."""
 
 
 class SourceConfig(Section):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from clipmill.pipeline.sources import base_url, extract, is_gone, read_array
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import write_raw_video
+from clipmill.video.kinds import suffix_of
 
 __all__ = ["ExcludedVideo", "LocalVideo", "fetch_video"]
 
@@ -60,7 +62,7 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
     try:
         if video.member is not None:
             return _extract(data, video, folder, kept)
-        name = f"video{PurePosixPath(video.url).suffix}"
+        name = f"video{suffix_of(urlsplit(video.url).path)}"
         if video.span is None:
             path = _local_copy(data, video.url, folder / name)
         else:  # the next videos are other spans of this file
@@ -69,6 +71,8 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
         if is_gone(data.source):
             raise OSError(f"the source {storage.absolute(data.source.url)} is empty or gone") from error
         raise ExcludedVideo("fetch", f"{video.url} is missing") from error
+    except storage.Unreadable as error:
+        raise ExcludedVideo("fetch", str(error)) from error
     if path.stat().st_size != video.bytes:
         raise ExcludedVideo("fetch", f"changed since it was planned: {video.bytes} -> {path.stat().st_size} bytes")
     return LocalVideo(path, _read_actions(data, video, folder))
@@ -120,6 +124,8 @@ def _read_actions(data: DataConfig, video: PlannedVideo, folder: Path) -> np.nda
         if data.source.type == "folder":
             return None
         raise ExcludedVideo("actions", f"{video.actions} is missing") from error
+    except storage.Unreadable as error:
+        raise ExcludedVideo("actions", str(error)) from error
     try:
         actions = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         if actions.ndim < 1 or actions.dtype.kind not in "fiub":

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -155,15 +155,17 @@ def _spread_splits(listing: Listing) -> None:
 
 
 def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[SourceVideo, str]]:
-    """Videos with the identities of their files; a file that vanished after the listing is skipped."""
+    """Videos with the identities of their files; one that cannot be read has a fault, one that vanished is skipped."""
     for video in videos:
-        url = storage.resolve(base, video.name)
         try:
-            yield video, video.identity or file_identity(url, video.bytes, video.etag)
+            identity = video.identity or file_identity(storage.resolve(base, video.name), video.bytes, video.etag)
         except FileNotFoundError:
-            logger.warning("%s vanished while the source was listed", url)
-        except PermissionError as error:
-            raise UserError(f"{url} may not be read; change its permissions or remove it") from error
+            logger.warning("%s vanished while the source was listed", video.name)
+            continue
+        except OSError as error:
+            identity = f"fault:{video.name}"
+            video = replace(video, fault=f"{video.name} cannot be read: {error.strerror or error}")
+        yield video, identity
 
 
 def hash64(text: str) -> int:

@@ -93,9 +93,9 @@ class PlannedVideo:
     text: str | None
     member: str | None
     metadata: str | None
-    start_seconds: float | None
-    end_seconds: float | None
-    fault: str | None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    fault: str | None = None
 
     @property
     def span(self) -> tuple[float | None, float | None]:

@@ -1,35 +1,36 @@
 """A list of videos: CSV, TSV, Parquet or JSON lines with a column of URLs, read row by row.
 
-Storage is asked for the size and content tag of each file, several at a time in a bucket. A file that is not there is
-listed all the same: the stage then excludes it with that cause, instead of dropping it in silence.
+Storage is asked for the size and content tag of each file, several at a time in a bucket. A row that names no video,
+or one that cannot be had, is listed all the same, with its fault: the stage then excludes it with that cause, instead
+of dropping it in silence or ending for it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from urllib.parse import urlsplit
 
 from clipmill import storage
 from clipmill.config import SourceConfig
-from clipmill.errors import UserError
+from clipmill.errors import StorageUnavailable, UserError
+from clipmill.pipeline.sources.cells import BadCell, as_seconds, as_text, metadata_json
 from clipmill.pipeline.sources.record import SourceVideo
+from clipmill.pipeline.sources.rows import SUFFIXES, Row, UnreadableTable, read_rows
 
 __all__ = ["list_videos"]
 
 _BLOCK_BYTES = 2**22
 _REQUESTS_AT_ONCE = 32
 _ROWS_AT_ONCE = 1024
+_MOST_REFUSALS = 1000
+"""Rows that a server may refuse before it gives one: wrong credentials refuse all."""
 _SPLITS: dict[str, Literal["train", "val"]] = {
     "train": "train",
     "val": "val",
@@ -38,132 +39,186 @@ _SPLITS: dict[str, Literal["train", "val"]] = {
     "test": "val",
 }
 
-Row = tuple[str, dict[str, Any]]
-"""Where a row stands (``line 12``), and its cells by column."""
-
 
 def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
     """The rows of a table.
 
     Raises:
-        UserError: another kind of file, a column that is not there, a row that cannot be read, or none of the files
-            exists.
+        UserError: another kind of file, a column that is not there, or no row that gives a video.
     """
     url = storage.absolute(source.url)
-    base = url.rsplit("/", 1)[0]
+    base, _, table_name = url.rpartition("/")
     suffix = PurePosixPath(url).suffix.lower()
-    if suffix not in _READERS:
-        raise UserError(f"data.source.url {url} must end in {', '.join(_READERS)} for data.source.type=table")
-    named = {key: column for key, column in source.columns.model_dump().items() if column is not None}
-    num_rows = num_missing = 0
+    if suffix not in SUFFIXES:
+        raise UserError(f"data.source.url {url} must end in {', '.join(SUFFIXES)} for data.source.type=table")
+    columns = {key: column for key, column in source.columns.model_dump().items() if column is not None}
+    num_rows = num_faults = 0
+    fault = ""
+    is_checked = False
     with ExitStack() as stack:
         file = stack.enter_context(storage.open_to_read(url, _BLOCK_BYTES))
-        pool = stack.enter_context(ThreadPoolExecutor(_REQUESTS_AT_ONCE))
+        find = _Finder(base, stack.enter_context(ThreadPoolExecutor(_REQUESTS_AT_ONCE)))
         try:
-            rows = _READERS[suffix](file)
+            rows = read_rows(file, suffix)
             while batch := list(islice(rows, _ROWS_AT_ONCE)):
-                if not num_rows:
-                    _check_columns(named, batch)
-                cells = [_read_cells(named, row) for row in batch]
-                urls = [storage.resolve(base, str(values["url"])) for values in cells]
-                # A disk answers sooner than a thread is woken.
-                entries = map(_find, urls) if all(map(storage.is_local, urls)) else pool.map(_find, urls)
-                for values, entry in zip(cells, entries, strict=True):
+                if not is_checked:
+                    is_checked = _check_columns(url, columns, batch)
+                for video in find([_video_of(columns, row, table_name) for row in batch]):
                     num_rows += 1
-                    num_missing += entry is None
-                    yield _source_video(values, entry)
-        except _BadRow as error:
-            raise UserError(f"data.source.url {url}, {error}") from error
-        except (UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+                    if video.fault is not None:
+                        num_faults += 1
+                        fault = fault or video.fault
+                    yield video
+        except UnreadableTable as error:
             raise UserError(f"data.source.url {url} cannot be read as {suffix}: {error}") from error
-    if num_rows and num_rows == num_missing:
-        raise UserError(f"none of the {num_rows} files that {url} names exists; relative names are sought in {base}")
-
-
-class _BadRow(Exception):
-    """The message begins with where the row stands."""
-
-
-def _delimited(delimiter: str, file: Any) -> Iterator[Row]:
-    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-    for cells in reader:
-        place = f"line {reader.line_num}"
-        if None in cells or None in cells.values():
-            wanted = len(reader.fieldnames or ())
-            raise _BadRow(f"{place}: not {wanted} cells, as in the first line; quote a cell that holds the delimiter")
-        yield place, cells
-
-
-def _json_lines(file: Any) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            cells = json.loads(line)
-        except ValueError as error:
-            raise _BadRow(f"line {number}: no JSON ({error})") from error
-        if not isinstance(cells, dict):
-            raise _BadRow(f"line {number}: no JSON object")
-        yield f"line {number}", cells
-
-
-def _parquet(file: Any) -> Iterator[Row]:
-    number = 0
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS_AT_ONCE):
-        for cells in batch.to_pylist():
-            number += 1
-            yield f"row {number}", cells
-
-
-_READERS: dict[str, Callable[[Any], Iterator[Row]]] = {
-    ".csv": partial(_delimited, ","),
-    ".tsv": partial(_delimited, "\t"),
-    ".jsonl": _json_lines,
-    ".parquet": _parquet,
-}
-
-
-def _check_columns(named: dict[str, str], rows: list[Row]) -> None:
-    """A JSON line may leave out what it has no value for: a column that none of the first rows has is misspelt."""
-    found = dict.fromkeys(name for _, cells in rows for name in cells)
-    for key, column in named.items():
-        if column not in found:
-            raise _BadRow(
-                f"{rows[0][0]}: no column {column!r} (found: {', '.join(found)}); correct data.source.columns.{key}"
-            )
-
-
-def _read_cells(named: dict[str, str], row: Row) -> dict[str, str | None]:
-    """The cells that mean something, by what they mean, and the others as ``metadata`` in JSON."""
-    place, cells = row
-    values = {key: str(cells[column]) for key, column in named.items() if cells.get(column) not in (None, "")}
-    if "url" not in values:
-        raise _BadRow(f"{place}: {named['url']} is empty")
-    if values.get("split", "train") not in _SPLITS:
-        raise _BadRow(
-            f"{place}: {named['split']} is {values['split']!r}; it must be one of {', '.join(_SPLITS)}, or empty"
+    if num_rows and num_rows == num_faults:
+        raise UserError(
+            f"none of the {num_rows} rows of {url} gives a video; of the first: {fault} "
+            f"(relative names are sought in {base})"
         )
-    taken = set(named.values())
-    metadata = {name: value for name, value in cells.items() if name not in taken}
-    return {**values, "metadata": json.dumps(metadata, sort_keys=True, default=str) if metadata else None}
 
 
-def _find(url: str) -> storage.Entry | None:
+def _check_columns(url: str, columns: dict[str, str], rows: list[Row]) -> bool:
+    """A JSON line may leave out what it has no value for: a column that none of the first rows has is misspelt.
+
+    Returns:
+        Whether there was a row to tell by.
+    """
+    found = dict.fromkeys(name for row in rows for name in row.cells)
+    for key, column in columns.items() if found else ():
+        if column not in found:
+            raise UserError(
+                f"data.source.url {url} has no column {column!r} (found: {', '.join(found)}); "
+                f"correct data.source.columns.{key}"
+            )
+    return bool(found)
+
+
+def _video_of(columns: dict[str, str], row: Row, table_name: str) -> SourceVideo:
+    """What a row says; its file has not been looked at."""
+    place = f"{table_name}#{row.place.replace(' ', '=')}"
     try:
-        return storage.stat(url)
-    except FileNotFoundError:
-        return None
-
-
-def _source_video(values: dict[str, Any], entry: storage.Entry | None) -> SourceVideo:
-    return SourceVideo(
-        name=values["url"],
-        bytes=0 if entry is None else entry.bytes,
-        etag=None if entry is None else entry.etag,
+        name = _name(row, columns["url"])
+    except BadCell as bad:
+        fault = row.fault or f"{columns['url']} {bad}"
+        return _faulty(SourceVideo(place, 0, None), f"{row.place}: {fault}", row)
+    video = SourceVideo(name, 0, None)
+    if row.fault is not None:
+        return _faulty(video, f"{row.place}: {row.fault}", row)
+    values: dict[str, Any] = {}
+    for key, column in columns.items():
+        try:
+            values[key] = _READ[key](row, column) if key in _READ else as_text(row.cells.get(column))
+        except BadCell as bad:
+            return _faulty(video, f"{row.place}: {column} {bad}", row)
+    start, end = values.pop("start", None), values.pop("end", None)
+    if end is not None and end <= (start or 0):
+        return _faulty(video, f"{row.place}: the span ends at {end:g} s, before it begins at {start or 0:g} s", row)
+    taken = set(columns.values())
+    if isinstance(row.cells.get(columns.get("text", "")), list):
+        taken.remove(columns["text"])  # only the first of the captions is the text
+    others = {name: value for name, value in row.cells.items() if name not in taken}
+    return replace(
+        video,
         label=values.get("label"),
-        actions=values.get("actions"),
         text=values.get("text"),
-        split=_SPLITS[values["split"]] if "split" in values else None,
-        metadata=values["metadata"],
-        identity=f"missing:{values['url']}" if entry is None else None,
+        actions=values.get("actions"),
+        split=values.get("split"),
+        group=values.get("group"),
+        start_seconds=start,
+        end_seconds=end,
+        metadata=metadata_json(others),
     )
+
+
+def _name(row: Row, column: str) -> str:
+    """A file's name or URL. It may be any bytes: they are those of the name on the disk."""
+    value = row.cells.get(column)
+    name = value.strip() if isinstance(value, str) else as_text(value)
+    if not name:
+        raise BadCell("is empty")
+    if "\0" in name:
+        raise BadCell("holds a zero byte")
+    return storage.escape(name)
+
+
+def _optional_name(row: Row, column: str) -> str | None:
+    return None if as_text(row.cells.get(column)) is None else _name(row, column)
+
+
+def _split(row: Row, column: str) -> Literal["train", "val"] | None:
+    name = as_text(row.cells.get(column))
+    if name is None:
+        return None
+    if name.lower() not in _SPLITS:
+        raise BadCell(f"is {name[:40]!r}; it must be one of {', '.join(_SPLITS)}, or empty")
+    return _SPLITS[name.lower()]
+
+
+def _text(row: Row, column: str) -> str | None:
+    """A caption; the first one of a list."""
+    value = row.cells.get(column)
+    return as_text(value[0] if isinstance(value, list) and value else value)
+
+
+_READ = {
+    "url": _name,
+    "actions": _optional_name,
+    "split": _split,
+    "text": _text,
+    "start": lambda row, column: as_seconds(row.cells.get(column)),
+    "end": lambda row, column: as_seconds(row.cells.get(column)),
+}
+"""How the cell of a column is read; all others are plain text."""
+
+
+def _faulty(video: SourceVideo, fault: str, row: Row) -> SourceVideo:
+    """A row without a video. Its identity is its content, so that it stays the same one wherever it stands."""
+    return replace(video, fault=fault, identity=f"fault:{row.raw or row.cells!a}")
+
+
+class _Finder:
+    """Asks storage for the files of rows, several at a time."""
+
+    def __init__(self, base: str, pool: ThreadPoolExecutor) -> None:
+        self._base, self._pool = base, pool
+        self._lost: dict[str, str] = {}  # servers that are not asked again, and why: a dead one takes seconds a row
+        self._answered: set[str] = set()
+        self._refused: Counter[str] = Counter()
+
+    def __call__(self, videos: list[SourceVideo]) -> Iterator[SourceVideo]:
+        """The same videos with size and content tag, or a fault."""
+        # A disk answers sooner than a thread is woken.
+        is_near = storage.is_local(self._base) and not any("://" in video.name for video in videos)
+        return map(self._find, videos) if is_near else self._pool.map(self._find, videos)
+
+    def _find(self, video: SourceVideo) -> SourceVideo:
+        if video.fault is not None:
+            return video
+        try:
+            url = storage.resolve(self._base, video.name)
+            server = urlsplit(url).netloc
+            if server in self._lost:
+                raise OSError(self._lost[server])
+            entry = self._stat(url, server)
+            if entry.etag is None and not storage.is_local(url):
+                raise OSError(f"{url} has no ETag, so nothing tells whether it changes; copy it to a disk or a bucket")
+            return replace(video, bytes=entry.bytes, etag=entry.etag)
+        except StorageUnavailable:  # of a bucket
+            raise
+        except FileNotFoundError:
+            fault = f"{video.name} is missing"
+        except (OSError, ValueError, UserError) as error:
+            fault = str(error).splitlines()[0]
+        return replace(video, fault=fault, identity=f"fault:{video.name}")
+
+    def _stat(self, url: str, server: str) -> storage.Entry:
+        try:
+            entry = storage.stat(url)
+        except (storage.Unreadable, UserError) as error:
+            self._refused[server] += server not in self._answered
+            if getattr(error, "server_is_lost", False) or self._refused[server] > _MOST_REFUSALS:
+                self._lost[server] = f"{server} was given up: {error}"
+            raise
+        self._answered.add(server)
+        return entry

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
+import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,11 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
+from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.generation import make_plan
+from clipmill.pipeline.listing import list_source
 from clipmill.pipeline.sources import list_videos
+from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.rows import read_rows
+from tests.pipeline.corpus import video_bytes
 from tests.pipeline.sources.fixtures import shard_in_process, source_config, write_videos
 
 COLUMNS = {"url": "path", "label": "genre", "text": "caption", "actions": "moves", "split": "part"}
@@ -81,37 +93,305 @@ def test_named_actions_that_are_missing_exclude_the_video(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "text", "columns", "message"),
     [
-        ("a.csv", "path,text\n0.mp4,x\n", {}, r"line 2: no column 'url' \(found: path, text\); correct .*columns\.url"),
+        ("a.csv", "path,text\n0.mp4,x\n", {}, r"no column 'url' \(found: path, text\); correct .*columns\.url"),
+        ("a.csv", "url;text\n0.mp4;x\n", {}, r"no column 'url' \(found: url;text\)"),
         ("a.csv", "url,text\n0.mp4,x\n", {"label": "gerne"}, r"no column 'gerne' .*columns\.label"),
-        ("a.jsonl", '{"url": "0.mp4"}\n', {"text": "caption"}, r"line 1: no column 'caption'"),
-        ("a.csv", "url,part\n0.mp4,train\n0.mp4,exam\n", {"split": "part"}, "line 3: part is 'exam'"),
-        ("a.csv", "url,text\n0.mp4,x\n0.mp4\n", {}, "line 3: not 2 cells"),
-        ("a.csv", "url,text\n,x\n", {}, "line 2: url is empty"),
-        ("a.jsonl", '{"url": "0.mp4"}\n{"url"\n', {}, "line 2: no JSON"),
+        ("a.jsonl", '{"url": "0.mp4"}\n', {"text": "caption"}, r"no column 'caption'"),
+        (
+            "a.csv",
+            "url,part\n0.mp4,exam\n",
+            {"split": "part"},
+            "of the first: line 2: part is 'exam'; it must be one of train",
+        ),
+        ("a.csv", "url,text\n,x\n", {}, "none of the 1 rows .* gives a video; of the first: line 2: url is empty"),
         ("a.jsonl", "[1]\n", {}, "line 1: no JSON object"),
         ("a.parquet", "no parquet", {}, "cannot be read as .parquet"),
         ("a.txt", "0.mp4\n", {}, "must end in .csv, .tsv, .jsonl, .parquet"),
-        ("a.csv", "url\ngone.mp4\nlost.mp4\n", {}, "none of the 2 files that .* names exists"),
-        ("a.csv", "url\n", {}, "holds no video"),
+        (
+            "a.csv",
+            "url\ngone.mp4\nlost.mp4\n",
+            {},
+            r"none of the 2 rows .*: gone\.mp4 is missing \(relative names are sought",
+        ),
+        ("a.csv", "url\n", {}, "holds no video; name another file"),
+        ("a.csv", "url\n0.mp4\n".encode("utf-16"), {}, "the file is UTF-16; save it as UTF-8"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_clear_line(
-    tmp_path: Path, name: str, text: str, columns: dict[str, str], message: str
+    tmp_path: Path, name: str, text: str | bytes, columns: dict[str, str], message: str
 ) -> None:
     write_videos(tmp_path, 1)
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
     source = SourceConfig.model_validate({"type": "table", "url": str(tmp_path / name), "columns": columns})
     with pytest.raises(UserError, match=message) as error:
         list(list_videos(source))
     assert "\n" not in str(error.value)
 
 
+def listed(folder: Path, name: str, content: str | bytes | pa.Table, **columns: str) -> dict[str, str | None]:
+    """Lists a table: the name of each row's video, with its text or its fault."""
+    write_videos(folder, 3)
+    if isinstance(content, pa.Table):
+        pq.write_table(content, folder / name)
+    else:
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    columns = {"text": "text", **columns}
+    source = SourceConfig.model_validate({"type": "table", "url": str(folder / name), "columns": columns})
+    listing = list_source(source)
+    rows = listing.table.to_pylist()
+    assert len({*listing.bases.tolist()}) == len(rows)  # no row counts as a repetition of another
+    return {row["url"]: row["text"] if row["fault"] is None else f"FAULT {row['fault']}" for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("bom.csv", "\ufeffurl,text\n0.mp4,hé\n", {"0.mp4": "hé"}),
+        ("carriage.csv", "url,text\r0.mp4,a\r1.mp4,b\r", {"0.mp4": "a", "1.mp4": "b"}),
+        ("blank.csv", "url,text\n\n0.mp4,a\r\n\r\n", {"0.mp4": "a"}),
+        ("spaces.csv", "url , text\n 0.mp4, a b \n", {"0.mp4": "a b"}),
+        ("spreadsheet.csv", "url,text\n0.mp4,a,,\n", {"0.mp4": "a"}),
+        ("quoted.csv", 'url,text\n0.mp4,"two\nlines, ""q"""\n1.mp4,b\n', {"0.mp4": 'two\nlines, "q"', "1.mp4": "b"}),
+        ("large.csv", f"url,text\n0.mp4,{'word ' * 40_000}x\n", {"0.mp4": f"{'word ' * 40_000}x"}),
+        ("nul.csv", "url,text\n0.mp4,a\0b\n", {"0.mp4": "a\0b"}),
+        ("quotes.tsv", 'url\ttext\n0.mp4\ta "q" word\n1.mp4\t"start\n', {"0.mp4": 'a "q" word', "1.mp4": '"start'}),
+        ("said.tsv", 'url\ttext\n0.mp4\t"Hello" he said\n', {"0.mp4": '"Hello" he said'}),
+        ("whole.tsv", 'url\ttext\n0.mp4\t"a ""q"" word"\n', {"0.mp4": 'a "q" word'}),
+        ("tab.tsv", 'url\ttext\n0.mp4\t"a\tb"\n1.mp4\tc\n', {"0.mp4": "a\tb", "1.mp4": "c"}),
+        ("lines.tsv", 'url\ttext\n0.mp4\t"two\nlines"\n1.mp4\tc\n', {"0.mp4": "two\nlines", "1.mp4": "c"}),
+        (
+            "swallow.tsv",
+            'url\ttext\n0.mp4\t"start\n1.mp4\tmiddle\n2.mp4\tend"\n',
+            {"0.mp4": '"start', "1.mp4": "middle", "2.mp4": 'end"'},
+        ),
+        ("nan.jsonl", '{"url": "0.mp4", "text": NaN}\n{"url": "1.mp4"}\n', {"0.mp4": None, "1.mp4": None}),
+        ("captions.jsonl", '{"url": "0.mp4", "text": ["a", "b"]}\n', {"0.mp4": "a"}),
+        ("number.jsonl", '{"url": "0.mp4", "text": 3.0}\n', {"0.mp4": "3"}),
+        ("null.parquet", pa.table({"url": ["0.mp4", "1.mp4"], "text": [None, "b"]}), {"0.mp4": None, "1.mp4": "b"}),
+        ("words.parquet", pa.table({"url": ["0.mp4"], "text": pa.array(["a"]).dictionary_encode()}), {"0.mp4": "a"}),
+    ],
+)
+def test_cells_are_read_as_they_were_meant(
+    tmp_path: Path, name: str, content: str | pa.Table, expected: dict[str, str]
+) -> None:
+    assert listed(tmp_path, name, content) == expected
+
+
+NOT_UTF8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"b"]).buffers())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "faulty", "fault"),
+    [
+        ("empty.csv", "url,text\n0.mp4,a\n,b\n1.mp4,c\n", "empty.csv#line=3", "line 3: url is empty"),
+        (
+            "few.csv",
+            "url,text\n0.mp4,a\n2.mp4\n1.mp4,c\n",
+            "2.mp4",
+            "line 3: its cells are 1, those of the first line 2",
+        ),
+        ("many.csv", "url,text\n0.mp4,a\n2.mp4,b,c\n1.mp4,c\n", "2.mp4", "line 3: its cells are 3"),
+        ("many.tsv", "url\ttext\n0.mp4\ta\n2.mp4\tb\tc\n1.mp4\tc\n", "2.mp4", "a cell may hold no tab"),
+        (
+            "open.csv",
+            'url,text\n0.mp4,a\n2.mp4,"start\n1.mp4,"c"\n',
+            "open.csv#line=3",
+            "line 3: its quotes do not match",
+        ),
+        (
+            "last.csv",
+            'url,text\n0.mp4,a\n1.mp4,"c"\n2.mp4,"start\n',
+            "last.csv#line=4",
+            "line 4: its quotes do not match",
+        ),
+        ("latin.csv", b"url,text\n0.mp4,a\n2.mp4,h\xe9\n1.mp4,c\n", "2.mp4", "line 3: text is not UTF-8; convert it"),
+        (
+            "half.jsonl",
+            '{"url": "0.mp4", "text": "a"}\n{"url": "2.mp4", "text": "\\ud83d!"}\n{"url": "1.mp4", "text": "c"}\n',
+            "2.mp4",
+            r"line 2: text holds half a character (\ud83d)",
+        ),
+        (
+            "object.jsonl",
+            '{"url": "0.mp4", "text": "a"}\n{"url": "2.mp4", "text": {"en": "b"}}\n{"url": "1.mp4", "text": "c"}\n',
+            "2.mp4",
+            "line 2: text is an object, not one value",
+        ),
+        (
+            "broken.jsonl",
+            '{"url": "0.mp4", "text": "a"}\n{"url"\n{"url": "1.mp4", "text": "c"}\n',
+            "broken.jsonl#line=2",
+            "line 2: no JSON",
+        ),
+        (
+            "deep.jsonl",
+            f'{{"url": "0.mp4", "text": "a"}}\n{"[" * 100_000}\n{{"url": "1.mp4", "text": "c"}}\n',
+            "deep.jsonl#line=2",
+            "line 2: no JSON",
+        ),
+        ("zero.csv", "url,text\n0.mp4,a\na\0b.mp4,b\n1.mp4,c\n", "zero.csv#line=3", "line 3: url holds a zero byte"),
+        ("long.csv", f"url,text\n0.mp4,a\n{'n' * 300}.mp4,b\n1.mp4,c\n", f"{'n' * 300}.mp4", "File name too long"),
+        ("scheme.csv", "url,text\n0.mp4,a\nno://x.mp4,b\n1.mp4,c\n", "no://x.mp4", "cannot open no://x.mp4"),
+        ("host.csv", "url,text\n0.mp4,a\nhttp://[x/a.mp4,b\n1.mp4,c\n", "http://[x/a.mp4", "Invalid IPv6 URL"),
+        (
+            "null.parquet",
+            pa.table({"url": ["0.mp4", None, "1.mp4"], "text": ["a", "b", "c"]}),
+            "null.parquet#row=2",
+            "row 2: url is empty",
+        ),
+    ],
+)
+def test_a_bad_row_costs_itself(
+    tmp_path: Path, name: str, content: str | bytes | pa.Table, faulty: str, fault: str
+) -> None:
+    rows = listed(tmp_path, name, content)
+    assert rows.pop(faulty).startswith("FAULT ")
+    assert rows == {"0.mp4": "a", "1.mp4": "c"}
+    assert fault in listed(tmp_path, name, content)[faulty]
+
+
+def test_bytes_that_are_not_utf8_in_a_parquet_file_cost_their_row(tmp_path: Path) -> None:
+    rows = listed(tmp_path, "a.parquet", pa.table({"url": ["0.mp4", "1.mp4"], "text": NOT_UTF8}))
+    assert rows == {"0.mp4": "FAULT row 1: text is not UTF-8; convert it", "1.mp4": "b"}
+
+
+def test_a_table_can_name_a_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4"), "wb") as file:
+        file.write(video_bytes(1, 8))
+    rows = listed(tmp_path, "a.csv", b"url,text\ncaf\xe9.mp4,a\n")
+    assert rows == {"caf\\xe9.mp4": "a"}
+
+
+def test_file_urls_are_percent_encoded_and_relative_names_are_not(tmp_path: Path) -> None:
+    for name in ("sp ace.mp4", "per%20cent.mp4"):
+        (tmp_path / name).write_bytes(video_bytes(len(name), 8))
+    url = f"file://{tmp_path}/sp%20ace.mp4"
+    assert listed(tmp_path, "a.csv", f"url,text\n{url},a\nper%20cent.mp4,b\n") == {url: "a", "per%20cent.mp4": "b"}
+
+
+@given(rows=st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=2), max_size=8))
+def test_what_python_writes_as_csv_is_read_back(rows: list[list[str]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["a", "b"], *rows])
+    found = list(read_rows(io.BytesIO(text.getvalue().encode()), ".csv"))
+    assert [[*row.cells.values()] for row in found] == rows
+    assert not any(row.fault for row in found)
+
+
+@given(data=st.binary(max_size=200), suffix=st.sampled_from([".csv", ".tsv", ".jsonl"]))
+def test_no_bytes_end_the_reading(data: bytes, suffix: str) -> None:
+    for row in read_rows(io.BytesIO(b"a" + data), suffix):
+        assert isinstance(row.cells, dict)
+
+
+def test_metadata_is_always_json(tmp_path: Path) -> None:
+    write_videos(tmp_path, 2)
+    columns = {"score": [float("nan"), 1.5], "ts": pa.array([10**15, 1000], pa.timestamp("ms")), "raw": [b"\xff", b"x"]}
+    pq.write_table(pa.table({"url": ["0.mp4", "1.mp4"], **columns}), tmp_path / "a.parquet")
+    found = shard_in_process(source_config(tmp_path, {"type": "table", "url": str(tmp_path / "a.parquet")}))
+    metadata = {described["source"]: described["metadata"] for described in found.described("train")}
+    assert metadata["0.mp4"] == {"score": None, "ts": metadata["0.mp4"]["ts"], "raw": "\ufffd"}
+    assert metadata["1.mp4"] == {"score": 1.5, "ts": "1970-01-01 00:00:01.000", "raw": "x"}
+
+
+# ------------------------------------------------------------------------------- spans and groups
+
+
+def test_rows_can_be_spans_of_one_file_each_with_its_text(tmp_path: Path) -> None:
+    (tmp_path / "talk.mp4").write_bytes(video_bytes(1, 50))  # 12.5 frames a second
+    (tmp_path / "list.csv").write_text(
+        "url,from,to,caption\n"
+        "talk.mp4,0.8,2.4,second\n"
+        "talk.mp4,,0.8,first\n"
+        "talk.mp4,2.4,,rest\n"
+        "talk.mp4,,,all\n"
+        "talk.mp4,2,1,backwards\n"
+        "talk.mp4,2,2,nothing\n"
+        "talk.mp4,-1,2,early\n"
+        "talk.mp4,nan,2,no number\n"
+        "talk.mp4,1,inf,endless\n"
+        "talk.mp4,0:01,2,a clock\n"
+    )
+    columns = {"start": "from", "end": "to", "text": "caption"}
+    source = {"type": "table", "url": str(tmp_path / "list.csv"), "columns": columns}
+    found = shard_in_process(source_config(tmp_path, source))
+    clips = found.described("train")
+    spans: dict[str, list[float]] = {}
+    for described in clips:
+        spans.setdefault(f"{described['source']} {described['text']}", []).append(described["start_seconds"])
+    assert {name: pytest.approx(sorted(starts)) for name, starts in spans.items()} == {
+        "talk.mp4#t=,0.8 first": [0.0, 0.32],
+        "talk.mp4#t=0.8,2.4 second": [0.8, 1.12, 1.44, 1.76, 2.08],
+        "talk.mp4#t=2.4 rest": [2.4, 2.72, 3.04, 3.36, 3.68],
+        "talk.mp4 all": [0.32 * number for number in range(12)],
+    }
+    assert len({described["video"] for described in clips}) == 4
+    causes = [
+        video["cause"] for records in found.records.values() for record in records for video in record["exclusions"]
+    ]
+    assert sorted(causes) == [
+        "line 10: to is 'inf', no number of seconds from 0 on",
+        "line 11: from is '0:01', no number of seconds from 0 on",
+        "line 6: the span ends at 1 s, before it begins at 2 s",
+        "line 7: the span ends at 2 s, before it begins at 2 s",
+        "line 8: from is '-1', no number of seconds from 0 on",
+        "line 9: from is 'nan', no number of seconds from 0 on",
+    ]
+
+
+def test_numbers_of_any_kind_bound_a_span(tmp_path: Path) -> None:
+    write_videos(tmp_path, 1)
+    cells = pa.table({"url": ["0.mp4"] * 3, "s": pa.array([0, 1, None], pa.int8()), "e": [1.5, 2.0, float("nan")]})
+    pq.write_table(cells, tmp_path / "a.parquet")
+    columns = {"start": "s", "end": "e"}
+    source = SourceConfig.model_validate({"type": "table", "url": str(tmp_path / "a.parquet"), "columns": columns})
+    videos = list(list_videos(source))
+    assert [(video.start_seconds, video.end_seconds) for video in videos] == [(0.0, 1.5), (1.0, 2.0), (None, None)]
+    assert videos[2].fault == "row 3: e is 'nan', no number of seconds from 0 on"
+
+
+def test_a_column_of_origins_keeps_them_in_one_split(tmp_path: Path) -> None:
+    names = write_videos(tmp_path, 24)
+    lines = [f"{name},take{number % 6}" for number, name in enumerate(names)]
+    (tmp_path / "list.csv").write_text("\n".join(["url,take", *lines]))
+    source = {"type": "table", "url": str(tmp_path / "list.csv"), "columns": {"group": "take"}}
+    plan = make_plan(source_config(tmp_path, source, val_fraction=0.4))
+    takes = {
+        split: {
+            names.index(video.url) % 6
+            for number in range(plan.num_units(split))
+            for video in plan.unit(split, number).videos
+        }
+        for split in ("train", "val")
+    }
+    assert takes["train"] | takes["val"] == set(range(6))
+    assert not takes["train"] & takes["val"]
+    assert takes["val"]
+
+
+# ---------------------------------------------------------------------------------------- the web
+
+
 class _Files(SimpleHTTPRequestHandler):
-    """Serves files with content tags, as buckets and most web servers do."""
+    """Serves files with content tags, as buckets and most web servers do; folders of it in other ways."""
+
+    def do_GET(self) -> None:
+        kind = self.path.split("/")[1]
+        if kind.isdigit():
+            self.send_error(int(kind))
+        elif kind == "endless":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def end_headers(self) -> None:
         if "untagged" not in self.path:
-            self.send_header("ETag", f'"{self.path}"')
+            self.send_header("ETag", f'"{len(self.path)}"')
         super().end_headers()
 
     def log_message(self, *arguments: object) -> None:
@@ -119,8 +399,9 @@ class _Files(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a web server for the folder ``web``."""
+    monkeypatch.setenv("CLIPMILL_STORAGE_RETRY_SECONDS", "1")
     write_videos(tmp_path / "web", 3)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path / "web"))) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -131,15 +412,57 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 
 def test_absolute_urls_are_fetched(tmp_path: Path, web: str) -> None:
-    (tmp_path / "list.csv").write_text("".join(f"{line}\n" for line in ["url", f"{web}/1.mp4", f"{web}/gone.mp4"]))
+    signed = f"{web}/2.mp4?signature={'a' * 300}"  # longer than a file name may be
+    (tmp_path / "list.csv").write_text("\n".join(["url", f"{web}/1.mp4", signed, f"{web}/gone.mp4"]))
     source = {"type": "table", "url": str(tmp_path / "list.csv")}
     found = shard_in_process(source_config(tmp_path, source))
-    assert {described["source"] for described in found.described("train")} == {f"{web}/1.mp4"}
+    assert {described["source"] for described in found.described("train")} == {f"{web}/1.mp4", signed}
     assert found.excluded() == {f"{web}/gone.mp4": f"{web}/gone.mp4 is missing"}
 
 
-def test_a_server_without_content_tags_gives_no_identity(tmp_path: Path, web: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("401/a.mp4", "the server answers 401 Unauthorized"),
+        ("403/a.mp4", "the server answers 403 Forbidden"),
+        ("410/a.mp4", "the server answers 410 Gone"),
+        ("404/a.mp4", "is missing"),
+        ("429/a.mp4", r"the server did not recover within 1 s \(HTTP 429\)"),
+        ("500/a.mp4", r"the server did not recover within 1 s \(HTTP 500\)"),
+        ("endless/a.mp4", "the server does not say how large the file is"),
+        ("untagged.mp4", "has no ETag, so nothing tells whether it changes"),
+    ],
+)
+def test_what_a_server_refuses_costs_one_row(tmp_path: Path, web: str, name: str, cause: str) -> None:
     (tmp_path / "web" / "untagged.mp4").write_bytes(b"x")
-    (tmp_path / "list.csv").write_text(f"url\n{web}/untagged.mp4\n")
-    with pytest.raises(UserError, match=r"untagged\.mp4 has no etag"):
-        make_plan(source_config(tmp_path, {"type": "table", "url": str(tmp_path / "list.csv")}))
+    (tmp_path / "list.csv").write_text(f"url\n{web}/1.mp4\n{web}/{name}\n")
+    found = shard_in_process(source_config(tmp_path, {"type": "table", "url": str(tmp_path / "list.csv")}))
+    assert {described["source"] for described in found.described("train")} == {f"{web}/1.mp4"}
+    assert found.excluded().keys() == {f"{web}/{name}"}
+    assert re.search(cause, found.excluded()[f"{web}/{name}"])
+
+
+def test_a_server_that_is_away_is_waited_for_once(tmp_path: Path, web: str) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    rows = [f"http://127.0.0.1:{port}/{number}.mp4" for number in range(200)]
+    (tmp_path / "list.csv").write_text("\n".join(["url", f"{web}/1.mp4", *rows]))
+    began = time.monotonic()
+    videos = list(list_videos(SourceConfig.model_validate({"type": "table", "url": str(tmp_path / "list.csv")})))
+    assert [video.fault is None for video in videos] == [True, *[False] * 200]
+    assert time.monotonic() - began < 60
+    assert sum("was given up" in (video.fault or "") for video in videos) > 100
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_server_that_refuses_a_worker_costs_one_video(
+    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """As where a signed URL has expired since the listing."""
+    (tmp_path / "list.csv").write_text(f"url\n{web}/1.mp4\n{web}/2.mp4\n")
+    config = source_config(tmp_path, {"type": "table", "url": str(tmp_path / "list.csv")})
+    videos = make_plan(config).unit("train", 0).videos
+    monkeypatch.setattr(_Files, "do_GET", lambda handler: handler.send_error(status))
+    with pytest.raises(ExcludedVideo, match=f"{status}"):
+        fetch_video(config.data, videos[0], tmp_path, KeptFiles(tmp_path / "kept"))

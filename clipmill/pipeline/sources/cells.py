@@ -1,0 +1,80 @@
+"""What the cells of a table, or the keys of a JSON file beside a video, may hold, and what becomes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["BadCell", "as_seconds", "as_text", "metadata_json"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as a JSON escape may name it, or a byte that is not UTF-8, as Python keeps it (from U+DC80 on)."""
+
+
+class BadCell(Exception):
+    """A cell does not hold what its column is for: the message says what it is (``is a list``)."""
+
+
+def as_text(value: Any) -> str | None:
+    """A cell as text, without white space around it; None where it is empty, null or NaN.
+
+    A whole number stays one where other rows made its column a floating-point one (``3``, not ``3.0``).
+
+    Raises:
+        BadCell: a list or object, or no valid Unicode.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if isinstance(value, list | tuple | dict):
+        raise BadCell(f"is {'an object' if isinstance(value, dict) else 'a list'}, not one value")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if half := _SURROGATE.search(text):
+        is_byte = "\udc80" <= half[0] <= "\udcff"
+        raise BadCell("is not UTF-8; convert it" if is_byte else f"holds half a character ({ascii(half[0])[1:-1]})")
+    return text or None
+
+
+def as_seconds(value: Any) -> float | None:
+    """A cell as a time in seconds from the first frame; None where it is empty or null.
+
+    Raises:
+        BadCell: no such time.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise BadCell(f"is {str(value)[:40]!r}, no number of seconds from 0 on")
+    return seconds
+
+
+def metadata_json(values: Mapping[str, Any]) -> str | None:
+    """A JSON object of these values; None where there are none.
+
+    What JSON cannot hold: NaN and infinities become null, halves of characters U+FFFD, bytes and dates text.
+    """
+    return json.dumps(_plain(values), sort_keys=True, default=str, allow_nan=False) if values else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
