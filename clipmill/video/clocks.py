@@ -33,7 +33,8 @@ class Clock:
     """
 
     def __init__(self, time_base: Any, fps: float, zero: int | None, is_broken_up: bool):
-        self._time_base, self._frame_seconds = time_base, 1 / fps
+        self._time_base, self._frame_seconds = Fraction(time_base), 1 / fps
+        self._numerator, self._denominator = self._time_base.as_integer_ratio()
         self._zero, self._is_broken_up = zero, is_broken_up
         self._seconds: float | None = None
 
@@ -50,7 +51,9 @@ class Clock:
         if self._zero is None:
             self._zero = ticks
         before = self._seconds
-        seconds = None if ticks is None or self._zero is None else float((ticks - self._zero) * self._time_base)
+        seconds = None
+        if ticks is not None and self._zero is not None:
+            seconds = (ticks - self._zero) * self._numerator / self._denominator
         joined = False
         if before is not None:
             follows = before + self._frame_seconds

@@ -9,7 +9,6 @@ So a frame waits until all that was decoded before it has been judged.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -60,7 +59,7 @@ class ErrorLog:
         return self._count > before and (is_decoded or not packet.is_key)
 
 
-@dataclass
+@dataclass(slots=True)
 class Packet:
     """Travels through the decoder with the frame that a packet becomes.
 
@@ -170,25 +169,27 @@ class DamageFilter(Generic[T]):
             packet.is_key and not self._codec_marks_keys
         )
 
-    def judged(self, *, at_end: bool = False) -> Iterator[tuple[T, bool, bool]]:
+    def judged(self, *, at_end: bool = False) -> list[tuple[T, bool, bool]]:
         """(item, whether its frame is whole, whether it is the first one after damage), as far as is known by now."""
         if at_end and self._suspect is not None:
             self._damaged.append(self._suspect.number)
             self._suspect = None
+        judged = []
         while self._waiting:
             item, packet, is_key = self._waiting[0]
             if not at_end and self._must_wait(packet):
-                return
+                break
             self._waiting.popleft()
             if is_key:
                 self._last_key_shown = packet.number
             if self._is_untouched(packet):
-                yield item, True, False
+                judged.append((item, True, False))
             elif is_key and packet.number not in self._damaged:
                 self._forget_damage(packet.number)
-                yield item, True, True
+                judged.append((item, True, True))
             else:
-                yield item, False, False
+                judged.append((item, False, False))
+        return judged
 
     def _must_wait(self, packet: Packet) -> bool:
         oldest = next(iter(self._unshown), packet.number)
@@ -197,7 +198,9 @@ class DamageFilter(Generic[T]):
         return self._suspect is not None and packet.number >= self._suspect.number
 
     def _is_untouched(self, packet: Packet) -> bool:
-        return not any(number <= packet.number for marks in (self._damaged, self._breaks) for number in marks)
+        if not self._damaged and not self._breaks:  # nearly always
+            return True
+        return packet.number < min(*self._damaged, *self._breaks, packet.number + 1)
 
     def _forget_damage(self, key: int) -> None:
         """A key frame refers to nothing before it."""

@@ -151,12 +151,15 @@ class Resizer:
     def __init__(self, size: tuple[int, int], fit: Fit, whole: bool):
         self._size, self._fit, self._whole = size, fit, whole
         self._reformatter = VideoReformatter()
+        self._geometry: Geometry | None = None  # for which what follows was computed
+        self._resized = size
+        self._crop: tuple[slice, slice] | None = None
 
     def __call__(self, frame: Any, geometry: Geometry) -> np.ndarray:
         """`av.VideoFrame` -> uint8 [height, width, 3]; where ``whole``, of the size that `fitted_size` gives."""
-        height, width = fitted_size(geometry.shown_size, self._size, self._fit)
-        if geometry.orientation.transpose:  # resized as stored, since turning few pixels is cheaper
-            height, width = width, height
+        if geometry != self._geometry:
+            self._adapt(geometry)
+        height, width = self._resized
         # Where the size is right already, nothing is done to the pixels.
         resized = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", interpolation=_RESIZE, threads=1
@@ -164,10 +167,28 @@ class Resizer:
         pixels = resized.to_ndarray()
         if geometry.orientation != UPRIGHT:
             pixels = geometry.orientation.apply(pixels)
-        return pixels if self._whole else _centre(pixels, self._size)
+        if self._crop is None:
+            return pixels
+        if self._fit == "pad":
+            padded = np.zeros((*self._size, 3), np.uint8)
+            padded[self._crop] = pixels
+            return padded
+        return pixels[self._crop]
+
+    def _adapt(self, geometry: Geometry) -> None:
+        """Computes the sizes for frames of another geometry."""
+        fitted = fitted_size(geometry.shown_size, self._size, self._fit)
+        # resized as stored, since turning few pixels is cheaper
+        self._resized = fitted[::-1] if geometry.orientation.transpose else fitted
+        self._geometry, self._crop = geometry, None
+        if fitted != self._size and not self._whole:
+            rows, columns = (
+                slice(abs(wanted - side) // 2, abs(wanted - side) // 2 + min(wanted, side))
+                for wanted, side in zip(self._size, fitted, strict=True)
+            )
+            self._crop = rows, columns
 
 
-@lru_cache
 def fitted_size(shown: tuple[float, float], size: tuple[int, int], fit: Fit) -> tuple[int, int]:
     """(height, width) to which a frame is resized before it is cropped or padded.
 
@@ -182,17 +203,3 @@ def fitted_size(shown: tuple[float, float], size: tuple[int, int], fit: Fit) -> 
     scale = max(scales) if fit == "crop" else min(scales)
     height, width = (max(1, round(side * scale)) for side in shown)
     return height, width
-
-
-def _centre(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crops an axis that is longer than ``size`` and pads one that is shorter: [h, w, 3] -> [height, width, 3]."""
-    if pixels.shape[:2] == size:
-        return pixels
-    top, left = (max(0, side - wanted) // 2 for side, wanted in zip(pixels.shape, size, strict=False))
-    pixels = pixels[top : top + size[0], left : left + size[1]]
-    if pixels.shape[:2] == size:
-        return pixels
-    padded = np.zeros((*size, 3), np.uint8)
-    top, left = ((wanted - side) // 2 for side, wanted in zip(pixels.shape, size, strict=False))
-    padded[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-    return padded

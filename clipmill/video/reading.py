@@ -167,13 +167,13 @@ class _Decoding:
         self._failed: set[int] = set()  # packets that count as a lost frame
 
     def __iter__(self) -> Iterator[Picture]:
-        for packet in self._demux():
-            yield from self._whole(self._damage.judged())
-            for frame in self._decode(packet):
+        for demuxed, packet in self._demux():
+            for frame in self._decode(demuxed, packet):
                 self._take(frame)
+            yield from self._whole(self._damage.judged())
         yield from self._whole(self._damage.judged(at_end=True))
 
-    def _whole(self, judged: Iterator[tuple[Picture, bool, bool]]) -> Iterator[Picture]:
+    def _whole(self, judged: list[tuple[Picture, bool, bool]]) -> Iterator[Picture]:
         """Those pictures that are whole; counts the others."""
         for picture, is_whole, is_first in judged:
             if is_whole:
@@ -194,9 +194,8 @@ class _Decoding:
         self._damage.add(Picture(self._num_frames, frame, seconds, geometry, started_over), frame, packet)
         self._num_frames += 1
 
-    def _decode(self, data: tuple[Any, Packet]) -> list[Any]:
+    def _decode(self, demuxed: Any, packet: Packet) -> list[Any]:
         """The frames that a packet brings out of the decoder."""
-        demuxed, packet = data
         demuxed.opaque = packet
         if demuxed.size:
             self._clock.sent(packet)
