@@ -39,7 +39,12 @@ class SourceConfig(Section):
     Free: a moved corpus is the same corpus."""
     label: Literal["parent_folder", "none"] = "parent_folder"
     """``folder``: ``parent_folder``: the name of the folder that holds the file, none for files directly under
-    ``url``."""
+    ``url``, unless a sidecar has a ``label``. ``none``: no classes."""
+    sidecars: tuple[Literal["txt", "json"], ...] = ("txt", "json")
+    """``folder``: files beside ``x.mp4`` that describe it: ``x.txt`` is its text; ``x.json`` an object with its
+    ``caption`` or ``text`` and its ``label``, all other keys are metadata. An empty list: none is read."""
+    group: Literal["none", "parent_folder"] = "none"
+    """``folder``: ``parent_folder``: the videos of one folder are of one origin, so all are in the same split."""
     actions_suffix: str | None = None
     """``folder``: ``.actions.npy``: where ``x.actions.npy`` lies beside ``x.mp4``, it holds the video's actions,
     float32 [num_frames, action_dim]; its clips carry theirs. A video without such a file has none."""
@@ -93,6 +98,8 @@ class SourceConfig(Section):
 
 _TYPES_OF_KEY = {
     "label": ("folder",),
+    "sidecars": ("folder",),
+    "group": ("folder",),
     "actions_suffix": ("folder",),
     "columns": ("table", "webdataset"),
     "actions": ("lerobot", "arrays"),

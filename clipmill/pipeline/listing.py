@@ -43,6 +43,7 @@ SOURCE_COLUMNS: dict[str, pa.DataType] = {
     "metadata": _TEXT,
     "start_seconds": pa.float64(),
     "end_seconds": pa.float64(),
+    "sidecars": _TEXT,
     "fault": _TEXT,
 }
 _MD5 = re.compile("[0-9a-f]{32}")

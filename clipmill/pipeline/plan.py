@@ -13,8 +13,8 @@ Files under ``clips/plan``, all written before the first unit is worked on:
     One generation (`generation.py` makes them): what one listing had that no earlier one had, or the quarantined videos
     that are tried again. One row a video, sorted by split, unit, ordinal: split, unit, ordinal, id, url (relative to
     the source, or absolute), bytes, etag, label, actions, text, member (which video of the file, where it holds
-    several), metadata (JSON), start_seconds and end_seconds (the span of the file), fault (why the source cannot give
-    the video).
+    several), metadata (JSON), start_seconds and end_seconds (the span of the file), sidecars (endings of the files
+    beside it that describe it), fault (why the source cannot give the video).
 ``plan.json``
     Written last: ``generations`` [{kind, file, sha256, videos, bytes, units: {split: count}, duplicates,
     ambiguous, other_files}] and ``identity``, the configuration it was made with. Units of a split are numbered through
@@ -81,6 +81,7 @@ class PlannedVideo:
         metadata: JSON object of what else its source knows about it, or none.
         start_seconds: where it begins in its file, counted from the file's first frame; None: at that frame.
         end_seconds: where it ends; None: with the file.
+        sidecars: endings of the files beside it that describe it (``.json .txt``), or none.
         fault: why its source cannot give it; None where it can.
     """
 
@@ -95,6 +96,7 @@ class PlannedVideo:
     metadata: str | None
     start_seconds: float | None = None
     end_seconds: float | None = None
+    sidecars: str | None = None
     fault: str | None = None
 
     @property

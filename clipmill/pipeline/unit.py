@@ -26,6 +26,7 @@ from clipmill.config import DataConfig, RunConfig
 from clipmill.lease import Lease
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo, Unit
+from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import commit_unit
@@ -65,7 +66,8 @@ def _shard_unit(config: RunConfig, lease: Lease, allowed_failures: int, decoder:
             try:
                 with tempfile.TemporaryDirectory(dir=folder) as copies:
                     fetched = fetch_video(config.data, video, Path(copies), kept)
-                    videos.append(_shard_video(config, video, fetched, decoder, writer, pixels, encoding))
+                    described = read_sidecars(config.data, video)
+                    videos.append(_shard_video(config, described, fetched, decoder, writer, pixels, encoding))
             except ExcludedVideo as excluded:
                 exclusions.append({"id": video.id, "url": video.name, **excluded.document})
                 if len(exclusions) > allowed_failures or FIRST_VIDEOS <= tried == len(exclusions):

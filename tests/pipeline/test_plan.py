@@ -155,7 +155,7 @@ def test_the_columns_on_disk(tmp_path):
     table = pq.read_table(tmp_path / "run" / "clips" / "plan" / "gen-0000.parquet")
     assert table.column_names == [
         *("split", "unit", "ordinal", "id", "url", "bytes", "etag", "label", "actions", "text", "member", "metadata"),
-        *("start_seconds", "end_seconds", "fault"),
+        *("start_seconds", "end_seconds", "sidecars", "fault"),
     ]
     (row,) = table.to_pylist()
     assert row["url"] == "a/one.mp4"

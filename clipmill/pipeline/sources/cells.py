@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["BadCell", "as_seconds", "as_text", "metadata_json"]
+__all__ = ["BadCell", "as_caption", "as_seconds", "as_text", "metadata_json"]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as a JSON escape may name it, or a byte that is not UTF-8, as Python keeps it (from U+DC80 on)."""
@@ -39,6 +39,11 @@ def as_text(value: Any) -> str | None:
         is_byte = "\udc80" <= half[0] <= "\udcff"
         raise BadCell("is not UTF-8; convert it" if is_byte else f"holds half a character ({ascii(half[0])[1:-1]})")
     return text or None
+
+
+def as_caption(value: Any) -> str | None:
+    """A cell as a text; of a list of captions the first."""
+    return as_text(value[0] if isinstance(value, list) and value else value)
 
 
 def as_seconds(value: Any) -> float | None:

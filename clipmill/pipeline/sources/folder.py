@@ -2,14 +2,16 @@
 
 Only regular files (or bucket objects) are listed, so a FIFO or a folder named ``x.mp4`` can neither block the listing
 nor a decoder. Names that begin with a dot are skipped, as are all files in folders that do: they are droppings of file
-managers and notebooks. What else lies there and is no video is counted by the ending of its name.
+managers and notebooks. ``x.txt`` and ``x.json`` beside ``x.mp4`` are its sidecars: the listing notes that they are
+there, the worker reads them. What else lies there and is no video is counted by the ending of its name.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
 
@@ -18,7 +20,7 @@ from clipmill.config import SourceConfig
 from clipmill.pipeline.sources.record import SourceVideo
 from clipmill.video.kinds import HEAD_BYTES, SNIFFED_SUFFIXES, VIDEO_SUFFIXES, is_video_head, suffix_of
 
-__all__ = ["list_videos", "walk_files", "walk_videos"]
+__all__ = ["list_videos", "walk_files"]
 
 _REQUESTS_AT_ONCE = 64
 _ENTRIES_AT_ONCE = 1024
@@ -41,24 +43,16 @@ def walk_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> Iter
             others[suffix_of(path.name)] += 1
 
 
-def walk_videos(url: str, others: Counter[str]) -> Iterator[File]:
-    """The visible videos below a folder, by ending or by first bytes, sorted within each folder.
+def _classified(url: str) -> Iterator[tuple[File, bool]]:
+    """The visible files below a folder, sorted within each folder, and whether each is a video.
 
     In a bucket, each file that only its first bytes tell costs a request; many are made at once.
-
-    Args:
-        url: of the folder.
-        others: counts the other visible files by ending.
     """
     files = _visible_files(url)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         apply = map if storage.is_local(url) else pool.map  # a disk answers sooner than a thread is woken
         while batch := list(islice(files, _ENTRIES_AT_ONCE)):
-            for (path, entry), is_video in zip(batch, apply(lambda file: _is_video(url, *file), batch), strict=True):
-                if is_video:
-                    yield path, entry
-                else:
-                    others[suffix_of(path.name)] += 1
+            yield from zip(batch, apply(lambda file: _is_video(url, *file), batch), strict=True)
 
 
 def _visible_files(url: str) -> Iterator[File]:
@@ -79,15 +73,68 @@ def _is_video(url: str, path: PurePosixPath, entry: storage.Entry) -> bool:
 
 
 def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
-    """The videos of a folder; ``data.source.label`` says whether the folder of a file names its class.
+    """The videos of a folder, with what its names say about them.
 
-    ``others`` counts the other files by ending.
+    ``others`` counts the files that are neither videos nor describe one, by ending.
     """
-    for path, entry in walk_videos(storage.absolute(source.url), others):
+    described = frozenset(f".{kind}" for kind in source.sidecars)
+    for (path, entry), sidecars in _with_sidecars(_classified(storage.absolute(source.url)), described, others):
+        folder = str(path.parent)
         yield SourceVideo(
             name=entry.name,
             bytes=entry.bytes,
             etag=entry.etag,
             label=path.parent.name or None if source.label == "parent_folder" else None,
-            actions=str(path.with_suffix("")) + source.actions_suffix if source.actions_suffix else None,
+            actions=stem_of(entry.name) + source.actions_suffix if source.actions_suffix else None,
+            sidecars=" ".join(sidecars) or None,
+            group=f"folder:{folder}" if source.group == "parent_folder" and folder != "." else None,
         )
+
+
+def stem_of(name: str) -> str:
+    """A file's name without its ending, which the files beside it that belong to it share."""
+    return name[: len(name) - len(suffix_of(name))]
+
+
+@dataclass
+class _Take:
+    """The files that share a stem."""
+
+    videos: list[File] = field(default_factory=list)
+    sidecars: list[str] = field(default_factory=list)
+
+
+def _with_sidecars(
+    files: Iterable[tuple[File, bool]], suffixes: frozenset[str], others: Counter[str]
+) -> Iterator[tuple[File, list[str]]]:
+    """The videos, each with the endings of its sidecars.
+
+    Names that begin with the same stem and a dot follow each other in the listing, so few files wait for others.
+
+    Args:
+        files: in the order of a listing, and whether each is a video.
+        suffixes: of sidecars, in lower case.
+        others: counts what is neither a video nor a sidecar of one, by ending.
+    """
+    takes: dict[str, _Take] = {}
+    for (path, entry), is_video in files:
+        suffix = suffix_of(path.name)
+        if not is_video and suffix not in suffixes:
+            others[suffix] += 1
+            continue
+        for stem in [stem for stem in takes if not f"{entry.name}.".startswith(f"{stem}.")]:
+            yield from _close(takes.pop(stem), others)
+        take = takes.setdefault(stem_of(entry.name), _Take())
+        if is_video:
+            take.videos.append((path, entry))
+        else:
+            take.sidecars.append(entry.name[-len(suffix) :])
+    for take in takes.values():
+        yield from _close(take, others)
+
+
+def _close(take: _Take, others: Counter[str]) -> Iterator[tuple[File, list[str]]]:
+    for video in take.videos:
+        yield video, take.sidecars
+    if not take.videos:
+        others.update(suffix_of(f"x{suffix}") for suffix in take.sidecars)

@@ -37,6 +37,7 @@ class SourceVideo:
         end_seconds: where it ends; None: with the file.
         group: its origin. Videos of one group are always in the same split. None: its identity without the span, so
             that the spans of one file are a group.
+        sidecars: endings of the files beside it that describe it (``.json .txt``), or none.
         fault: why the source cannot give this video, in one line; None where it can. The stage excludes the video with
             that cause.
         together: identity of a file that must be fetched whole for this video, though it holds others: they follow each
@@ -56,6 +57,7 @@ class SourceVideo:
     start_seconds: float | None = None
     end_seconds: float | None = None
     group: str | None = None
+    sidecars: str | None = None
     fault: str | None = None
     together: str | None = None
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.pipeline.sources.cells import BadCell, as_seconds, as_text, metadata_json
+from clipmill.pipeline.sources.cells import BadCell, as_caption, as_seconds, as_text, metadata_json
 from clipmill.pipeline.sources.record import SourceVideo
 from clipmill.pipeline.sources.rows import SUFFIXES, Row, UnreadableTable, read_rows
 
@@ -155,17 +155,11 @@ def _split(row: Row, column: str) -> Literal["train", "val"] | None:
     return _SPLITS[name.lower()]
 
 
-def _text(row: Row, column: str) -> str | None:
-    """A caption; the first one of a list."""
-    value = row.cells.get(column)
-    return as_text(value[0] if isinstance(value, list) and value else value)
-
-
 _READ = {
     "url": _name,
     "actions": _optional_name,
     "split": _split,
-    "text": _text,
+    "text": lambda row, column: as_caption(row.cells.get(column)),
     "start": lambda row, column: as_seconds(row.cells.get(column)),
     "end": lambda row, column: as_seconds(row.cells.get(column)),
 }
