@@ -39,8 +39,8 @@ def test_files_merge_left_to_right_and_assignments_win(tmp_path):
         ("data.clip.resolution=[36,64,3]", "or [height, width] such as [36, 64] (got [36, 64, 3])"),
         ("data.clip.resolution=[36,0]", "data.clip.resolution"),
         ("data.clip.resolution=wide", "data.clip.resolution"),
-        ("data.clip.resolution=[36,63]", "clip.resolution=(36, 63) must be even in both axes for format=mp4"),
-        ("data.clip.resolution=33", "use even numbers or format=npy"),
+        ("data.clip.resolution=[36,63]", "clips of 36 x 63 pixels cannot be format=mp4"),
+        ("data.clip.resolution=33", "set clip.resolution to even numbers, or format=npy"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_that_names_it(assignment, expected):

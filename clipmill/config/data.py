@@ -22,7 +22,7 @@ def frame_size(resolution: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _one_form(value: Any) -> Any:
-    """The same size has one form, or two configs of it would differ in identity: an equal pair becomes a number."""
+    """Turns an equal pair into a number, so that equal sizes have equal identities."""
     pair = value if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or not all(type(pixels) is int and pixels > 0 for pixels in pair):
         raise ValueError("must be a number of pixels such as 64, or [height, width] such as [36, 64]")
@@ -31,10 +31,10 @@ def _one_form(value: Any) -> Any:
 
 
 Resolution = Annotated[int | tuple[int, int], BeforeValidator(_one_form)]
-"""Pixels of a square's side, or (height, width)."""
+"""Side of a square, or (height, width), in pixels."""
 
 GreyLevels = Annotated[float, Field(ge=0, le=255)]
-"""Of 8-bit colour channels."""
+"""A level, or a difference of levels, of 8-bit colour channels."""
 
 
 class ClipConfig(Section):
@@ -42,21 +42,21 @@ class ClipConfig(Section):
 
     num_frames: PositiveInt = 16
     frame_stride: PositiveInt = 1
-    """Every n-th frame of the video enters the clip (native frame rate, presentation order)."""
+    """Take every n-th frame of the video (native frame rate, presentation order)."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Frames per second of the clips: the video is resampled by its timestamps. Instead of ``frame_stride``."""
+    """Frames per second of the clips: the video is resampled by its timestamps. Excludes ``frame_stride``."""
     clip_stride: PositiveInt | None = None
-    """Frames of the video (of the resampled one where ``fps`` is set) between the starts of two clips; none: clips do
-    not overlap."""
+    """Frames between the starts of two clips, counted in the video, or in the resampled one where ``fps`` is set. None:
+    clips do not overlap."""
     max_clips_per_video: PositiveInt | None = None
-    """The first so many clips that are not rejected."""
+    """Keep this number of clips, the first ones that are not rejected; None keeps all."""
     scene_cut: GreyLevels | None = None
-    """A frame that differs from the one before by more than this, mean absolute, begins a scene: no clip spans two.
-    30 finds most hard cuts; none: the whole video is one scene."""
+    """A frame whose mean absolute difference from the one before exceeds this begins a scene; no clip spans two scenes.
+    30 finds most hard cuts. None finds no cuts."""
     reject_static: GreyLevels | None = None
-    """Clips whose consecutive frames differ by less, mean absolute, are left out. 1 leaves out still pictures."""
+    """Drops clips whose mean frame-to-frame difference is below this. 1 drops still pictures."""
     reject_black: GreyLevels | None = None
-    """Clips of which no frame is brighter on average are left out. 10 leaves out black ones."""
+    """Drops clips whose brightest frame has a mean below this. 10 drops black clips."""
     min_seconds: Annotated[float, Field(ge=0)] | None = None
     """Skips videos that are shorter; a span of a file counts as a video."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
@@ -75,9 +75,9 @@ class ClipConfig(Section):
     """How a video of another shape becomes a clip of this size. ``crop``: scale it until it covers the clip, crop the
     centre. ``pad``: scale it until it fits inside, pad with black. ``stretch``: scale height and width separately."""
     views_per_clip: PositiveInt = 1
-    """More than one: each clip is stored so many times, cut at random places out of frames an eighth larger."""
+    """Above 1, each clip is stored this number of times: random crops from frames resized to 8/7 of the resolution."""
     flip_views: bool = True
-    """Mirror every second of these views, at random; not where left and right mean something (labels, actions)."""
+    """Mirror half of these views, at random. Switch it off where labels or actions know left from right."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -94,22 +94,22 @@ class ClipConfig(Section):
 
     @property
     def span(self) -> int:
-        """Frames of the video (of the resampled one where ``fps`` is set) that one clip covers."""
+        """Frames that one clip covers, counted in the video, or in the resampled one where ``fps`` is set."""
         return (self.num_frames - 1) * self.frame_stride + 1
 
     @property
     def step(self) -> int:
-        """Frames of the video (of the resampled one where ``fps`` is set) between the starts of two clips."""
+        """Frames between the starts of two clips, counted as in `span`."""
         return self.clip_stride or self.num_frames * self.frame_stride
 
 
 class MixPart(Section):
-    """One data set of a mix."""
+    """One data set of a mixture."""
 
     url: str
-    """Root of a run (this one's own as ``${root}``): its clips train the tokenizer, its tokens the prior."""
+    """Root of a run, ``${root}`` for this one: its clips train the tokenizer, its tokens the prior."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Its share of the samples is this over the sum of all weights, rounded to thousandths."""
+    """Its share of the samples is this weight over the sum of all weights, rounded to thousandths."""
 
 
 class DataConfig(Section):
@@ -117,8 +117,8 @@ class DataConfig(Section):
 
     source: SourceConfig = SourceConfig()
     mix: Annotated[tuple[MixPart, ...], FREE] = ()
-    """What the training stages read; empty: this run's own data. A training's identity has the data sets' fingerprints
-    and shares."""
+    """Data sets that the training stages read; empty means this run's own. The identity of a training names their
+    fingerprints and shares."""
     clip: ClipConfig = ClipConfig()
     format: Literal["mp4", "npy", "mjpeg"] = "mp4"
     """``mp4``: h264, small. ``npy``: lossless uint8 [num_frames, height, width, 3]. ``mjpeg``: a JPEG file for each
@@ -141,7 +141,7 @@ class DataConfig(Section):
     memory_bytes_per_video: Annotated[PositiveInt, FREE] = 4 * 2**30
     """Address space of the decoding child beyond what it has at its start."""
     no_progress_seconds: Annotated[PositiveInt, FREE] = 120
-    """A decoding child that delivers nothing for so long is killed."""
+    """A decoding child that delivers nothing for this long is killed."""
     max_failed_videos: Annotated[int, Field(ge=0), FREE] = 10
     max_failed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.05
     """The stage stops when more than max(max_failed_videos, max_failed_share of those finished) failed."""
@@ -149,9 +149,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _colour_halves(self) -> Self:
         if self.format == "mp4" and any(pixels % 2 for pixels in self.clip.size):
+            height, width = self.clip.size
             raise ValueError(
-                f"clip.resolution={self.clip.resolution} must be even in both axes for format=mp4 (h264 stores colour "
-                "at half the resolution); use even numbers or format=npy"
+                f"clips of {height} x {width} pixels cannot be format=mp4 (h264 stores colour at half the resolution, "
+                "so both axes must be even); set clip.resolution to even numbers, or format=npy"
             )
         return self
 

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 DATASET_KEYS = frozenset({"clips", "tokens"})
-"""Of a training's identity: fingerprints of the data sets."""
+"""Keys of a training's identity that hold fingerprints of data sets."""
 
 
 DEEPSPEED_TWINS = {
@@ -32,18 +32,18 @@ DEEPSPEED_TWINS = {
     "gradient_clipping": "grad_clip",
     "zero_optimization.stage": "zero_stage",
 }
-"""Keys of DeepSpeed, and ours that decide them."""
+"""Keys of DeepSpeed that keys of clipmill decide."""
 
 
 class TrainingConfig(Section):
-    """What the two training stages share."""
+    """Keys that both training stages have."""
 
     steps: Annotated[PositiveInt, FREE] = 100_000
     global_batch: PositiveInt = 32
-    """Clips a step, over all ranks and micro-steps."""
+    """Clips of a step, over all ranks and micro-steps."""
     micro_batch: Annotated[PositiveInt | None, FREE] = None
-    """Clips a rank takes through the model at once; none: its whole share of the global batch. Another number draws
-    other dropout; the tokenizer refuses one with which its batch statistics would change."""
+    """Clips that a rank takes through the model at once; None takes its whole share of the global batch. Another number
+    draws other dropout. The tokenizer refuses a number that would change its batch statistics."""
     lr: Annotated[float, Field(gt=0), FREE] = 3e-4
     warmup_steps: Annotated[int, Field(ge=0), FREE] = 0
     schedule: Annotated[Literal["cosine", "constant"], FREE] = "cosine"
@@ -52,23 +52,24 @@ class TrainingConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
     weights_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the weights (0.999, say), which is validated and exported in their place."""
+    """Decay of a moving average of the weights, such as 0.999; the average is validated and exported. None keeps no
+    average."""
     bad_steps: Annotated[Literal["stop", "skip"], FREE] = "stop"
-    """A step whose gradients are not finite, or a spike, ends the run, or is left out and counted."""
+    """A step whose gradients are not finite, or whose norm is a spike, stops the run, or is skipped and counted."""
     spike_factor: Annotated[float | None, Field(gt=1), FREE] = None
-    """Gradients are a spike where their norm is more than so many times the mean of the last 50 steps' (once there are
-    20); none: no norm is too large. ZeRO stages 0 to 2 without offload."""
+    """A gradient norm above this multiple of the mean of the last 50 steps (once there are 20) is a spike; None
+    disables the check. Needs ZeRO stage 0, 1 or 2 without offload."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
     offload: Annotated[bool, FREE] = False
-    """Keep the optimizer's states in the memory of the CPU, and step there; ZeRO stages 1 to 3."""
+    """Keep the optimizer's states in CPU memory and step there; needs ZeRO stage 1, 2 or 3."""
     compile: Annotated[bool, FREE] = False
-    """Compile the model's blocks (torch.compile); ZeRO stages 0 to 2."""
+    """Compile the model's blocks (torch.compile); needs ZeRO stage 0, 1 or 2."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the arithmetic: weights, gradients and their sums stay float32."""
+    """Compute dtype; weights, gradients and reductions stay float32."""
     shuffle_window: PositiveInt = 4096
-    """Samples of one stream that are permuted among themselves (see ``clipmill/shards/order.py``)."""
+    """Consecutive samples of a stream that are permuted together (see ``clipmill/shards/order.py``)."""
     loader_workers: Annotated[int, Field(ge=0), FREE] = 1
     cache_bytes: Annotated[PositiveInt, FREE] = 64 * 2**30
     """Local disk that a node may fill with downloaded shards."""
@@ -78,23 +79,23 @@ class TrainingConfig(Section):
     """Clips of the split ``val`` that a periodic validation reads."""
     checkpoint_every: Annotated[PositiveInt, FREE] = 1000
     keep_last: Annotated[PositiveInt, FREE] = 2
-    """Newest checkpoints that stay."""
+    """Number of the newest checkpoints that are kept."""
     keep_every: Annotated[PositiveInt | None, FREE] = None
-    """Checkpoints of every so many steps stay too."""
+    """Also keep the checkpoints at multiples of this number of steps."""
     resume: Annotated[str, FREE] = "auto"
     """``auto``: from this folder's newest checkpoint, if it has one. ``never``: refuse a folder that has one. A URL:
     start from the newest checkpoint of that training folder, which must have one."""
     accept_new_dataset: Annotated[bool, FREE] = False
-    """Go on over clips or tokens that are not those of the checkpoint, from the start of an epoch (`DATASET_KEYS`)."""
+    """Resume over other clips or tokens than those of the checkpoint, from the start of an epoch (`DATASET_KEYS`)."""
     hang_seconds: Annotated[float, Field(gt=0), FREE] = 900.0
-    """A rank that waits so long for its peers names the one that hangs and ends itself."""
+    """A rank that waits for its peers longer than this names the one that hangs and ends itself."""
     wandb_project: Annotated[str | None, FREE] = None
-    """Record to this project of Weights & Biases too; needs its package ``wandb``."""
+    """Also record to this project of Weights & Biases; needs the package ``wandb``."""
     deepspeed: Annotated[dict[str, Any], FREE] = Field(default_factory=dict)
-    """Merged over the DeepSpeed config that ours becomes, for experts; what a key here says is refused there."""
+    """Expert overrides of the generated DeepSpeed config; keys that clipmill sets itself are refused."""
 
     def rows_and_accumulation(self, world_size: int) -> tuple[int, int]:
-        """Clips of a rank's micro-batch, and micro-batches a step; what exceeds the rank's share is padding."""
+        """Clips of a rank's micro-batch, and micro-batches of a step; rows beyond the rank's share are padding."""
         share = math.ceil(self.global_batch / world_size)
         accumulation = math.ceil(share / (self.micro_batch or share))
         return math.ceil(share / accumulation), accumulation
@@ -105,14 +106,14 @@ class TrainingConfig(Section):
         given = deepspeed | {f"zero_optimization.{key}": 0 for key in deepspeed.get("zero_optimization", {})}
         for key, ours in DEEPSPEED_TWINS.items():
             if key in given:
-                raise ValueError(f"deepspeed: {key} is what {ours} says; set that")
+                raise ValueError(f"deepspeed: clipmill sets {key} from {ours}; set {ours} instead")
         return deepspeed
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> TrainingConfig:
         if self.micro_batch is not None and self.micro_batch > self.global_batch:
             raise ValueError(
-                f"micro_batch {self.micro_batch} is more than the global_batch {self.global_batch} of a step"
+                f"micro_batch {self.micro_batch} exceeds global_batch {self.global_batch}; lower it, or set it to null"
             )
         return self
 
@@ -121,23 +122,23 @@ class TrainingConfig(Section):
         if self.offload and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1, 2 or 3: without ZeRO the optimizer steps where the model is")
         if self.compile and self.zero_stage == 3:
-            raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 gathers weights in the middle of the model")
+            raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 gathers weights inside the model")
         if self.spike_factor is not None and (self.zero_stage == 3 or self.offload):
             raise ValueError(
-                "spike_factor needs zero_stage 0, 1 or 2 without offload: else DeepSpeed decides on a step"
+                "spike_factor needs zero_stage 0, 1 or 2 without offload: otherwise DeepSpeed decides on a step"
             )
         return self
 
 
 def refused_changes(recorded: dict[str, Any], wanted: dict[str, Any], accept_new_dataset: bool) -> list[str]:
-    """Names the keys of a training's identity that differ and must not, as `changed_keys` does."""
+    """Names the keys of a training's identity that must not differ but do, as `changed_keys` does."""
     ignored = DATASET_KEYS if accept_new_dataset else frozenset()
     changes = changed_keys(
         {key: value for key, value in recorded.items() if key not in ignored},
         {key: value for key, value in wanted.items() if key not in ignored},
     )
     if any(change.split(" ")[0] in DATASET_KEYS for change in changes):
-        changes[-1] += " (--accept-new-dataset goes on over another data set)"
+        changes[-1] += " (--accept-new-dataset resumes over another data set)"
     return changes
 
 
@@ -150,34 +151,34 @@ class VQVAEModelConfig(Section):
     """Heads of the axial attention."""
     axial_attention: bool = True
     norm: Literal["batch", "group"] = "batch"
-    """``batch``: statistics of all ranks' clips; ``group``: of each clip by itself (of each frame, if causal)."""
+    """``batch``: statistics over the clips of all ranks. ``group``: of each clip alone (of each frame, if causal)."""
     causal: bool = False
-    """Nothing depends on later frames; clips have 1 + n * downsample[0] frames, the first can be decoded alone."""
+    """No latent depends on later frames. Clips have 1 + n * downsample[0] frames; the first can be decoded alone."""
     quantizer: Literal["ema", "fsq", "lfq"] = "ema"
-    """``ema``: a learned codebook; ``fsq``: rounding to ``fsq_levels``; ``lfq``: signs of log2(num_codes) channels."""
+    """``ema``: a learned codebook. ``fsq``: rounding to ``fsq_levels``. ``lfq``: signs of log2(num_codes) channels."""
     embedding_dim: PositiveInt = 256
-    """Channels of a latent, for ``ema``; ``fsq`` and ``lfq`` have as many as levels and bits."""
+    """Channels of a latent, for ``ema``. ``fsq`` has a channel for each of its levels, ``lfq`` one for each bit."""
     num_codes: Annotated[int, Field(ge=2)] = 2048
     """Codes of one codebook."""
     num_codebooks: Annotated[int, Field(ge=1, le=8)] = 1
-    """Codes of one latent; each has a slice of its channels."""
+    """Codes of one latent; each quantises a slice of its channels."""
     fsq_levels: tuple[Annotated[int, Field(ge=3)], ...] = ()
-    """Levels of each channel; their product is num_codes: 4, 4, 4, 4 for 256 codes, 8, 5, 5, 5 for 1,000. Of two levels
-    the shifted tanh of the paper would reach only one; ``lfq`` is what has two."""
+    """Levels of each channel; their product is num_codes: 4, 4, 4, 4 for 256 codes, 8, 5, 5, 5 for 1,000. The shifted
+    tanh of the paper would reach only one of two levels; ``lfq`` has two."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
-    """Between latents and codes of ``ema``."""
+    """Distance between latents and codes of ``ema``."""
     codebook_start: Literal["rows", "kmeans"] = "rows"
-    """The first codes of ``ema``: latents of the first batch, or the centres of their clusters."""
+    """Initial codes of ``ema``: latents of the first batch, or the centres of their clusters."""
     downsample: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 4, 4)
-    """Frames, height, width per latent; each a power of two."""
+    """Frames, rows and columns of pixels per latent; each a power of two."""
     l1_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the mean absolute error, over the pixels' standard deviation, beside the mean square one."""
+    """Weight of the mean absolute error over the pixels' standard deviation, added to the mean squared error."""
     commitment_cost: Annotated[float, Field(ge=0)] = 0.25
     entropy_cost: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the entropy loss of ``lfq``, in nats per bit."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
     restart_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """A code used less than this share of its even part (tokens a step / codes) restarts from data."""
+    """A code whose use falls below this share of the uniform use (tokens of a step / codes) restarts from data."""
 
     @field_validator("downsample")
     @classmethod
@@ -195,11 +196,9 @@ class VQVAEModelConfig(Section):
                 "set both, such as fsq_levels=[4,4,4,4] and num_codes=256"
             )
         if self.quantizer != "fsq" and self.fsq_levels:
-            raise ValueError(f"fsq_levels has no meaning with quantizer={self.quantizer}; remove it, or set fsq")
+            raise ValueError(f"fsq_levels needs quantizer=fsq, not {self.quantizer}; remove it, or set fsq")
         if self.quantizer != "ema" and (self.distance, self.codebook_start) != ("euclidean", "rows"):
-            raise ValueError(
-                f"distance and codebook_start have no meaning with quantizer={self.quantizer}; remove them"
-            )
+            raise ValueError(f"distance and codebook_start need quantizer=ema, not {self.quantizer}; remove them")
         if self.quantizer == "lfq" and self.num_codes & (self.num_codes - 1):
             raise ValueError(f"num_codes {self.num_codes} must be a power of two for quantizer lfq, such as 1024")
         if self.latent_dim % self.num_codebooks:
@@ -223,10 +222,10 @@ class VQVAETrainingConfig(TrainingConfig):
 
     lr: Annotated[float, Field(gt=0), FREE] = 7e-4
     hflip: Annotated[bool, FREE] = False
-    """Mirror every second clip, at random; not where left and right mean something."""
+    """Mirror half of the clips, at random. Leave it off where left and right differ in meaning."""
     random_crop: Annotated[Resolution | None, FREE] = None
     """Train on a random crop of each clip: ``48`` for 48 x 48 pixels, ``[36, 64]`` for height 36 and width 64.
-    Everything else sees whole clips. None trains on whole clips."""
+    Validation and all other stages see whole clips. None trains on whole clips, too."""
 
 
 class VQVAEConfig(Section):

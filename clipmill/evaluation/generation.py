@@ -1,4 +1,4 @@
-"""What a prior knows and makes: its cross-entropy on the validation codes, and its samples beside the real clips."""
+"""A prior in numbers: its cross-entropy on the validation codes, and its samples beside the real clips."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def score_codes(
     Args:
         reader: of the stage.
         val_tokens: codes of the prior's tokenizer.
-        most: clips to read; none: all.
+        most: clips to read; None reads all.
         prior: on the device, in eval mode.
-        classes: that the prior knows; none: it is told none.
+        classes: that the prior knows; empty for a prior without classes.
         device: of the prior.
 
     Raises:
-        UserError: a clip has another class.
+        UserError: a clip has a class that the prior does not know.
     """
     tables = CodeTables(prior.num_codes, prior.input.num_codebooks)
     sum_nats = 0.0
@@ -107,15 +107,15 @@ def describe_samples(
     real: VideoStatistics,
     val_counts: NDArray[np.int64],
 ) -> tuple[dict[str, Any], FeatureStatistics | None]:
-    """What the samples look like beside the real clips, and their I3D features if there are weights.
+    """Statistics of the samples beside those of the real clips, and their I3D features if there are weights.
 
     Args:
         reader: of the stage.
         networks: to measure with.
         samples: with their codes.
-        most: samples to read; none: all.
+        most: samples to read; None reads all.
         real: of the real clips.
-        val_counts: [M, K], how often each of K codes of M codebooks occurs in theirs.
+        val_counts: [M, K], occurrences of each of the K codes of M codebooks in the real clips.
 
     Raises:
         UserError: a network is not what its key says.

@@ -1,6 +1,6 @@
 """Stage ``report``: one page, ``report/index.html``, that shows a run and needs nothing but itself.
 
-It only reads files: what a stage has not made yet is shown as missing, and no number is typed in here.
+It only reads files: a result that does not exist yet is shown as missing, and every number comes from a file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REPORT_SCHEMA = 1
 SUMMARY_SCHEMA = 1
 
 _MAX_SAMPLES_SEARCHED = 1024
-"""Where a class has so few samples that the first ones do not suffice."""
+"""Samples that are read to find enough of each class."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -44,7 +44,7 @@ def folder_url(config: RunConfig) -> str:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the page on disk was made from exactly what is there now.
+    """Whether the page on disk was made from the present files.
 
     Raises:
         UserError: there is nothing to report on yet.
@@ -76,7 +76,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
 
 def _stage_folders(config: RunConfig) -> dict[str, str]:
-    """Where each stage leaves its summary, in the order of a run."""
+    """Folder of each stage's summary, in the order of a run."""
     return {
         "shard": config.folder("clips"),
         "train-vqvae": config.folder("vqvae"),
@@ -88,7 +88,7 @@ def _stage_folders(config: RunConfig) -> dict[str, str]:
 
 
 def _inputs(config: RunConfig) -> str:
-    """Hash of everything the page is made from."""
+    """Hash of all files that the page is made from."""
     documents = [storage.join(url, "summary.json") for url in _stage_folders(config).values()]
     documents += [config.folder("clips", split, "manifest.json") for split in SPLITS]
     documents += [config.folder("samples", config.sample.name, "manifest.json")]
@@ -139,7 +139,7 @@ def _config_text(config: RunConfig) -> str:
 
 
 def _render(config: RunConfig) -> str:
-    vqvae = read_result(config, "vqvae")  # none of an older clipmill: the page asks for a new evaluation
+    vqvae = read_result(config, "vqvae")  # None where an older clipmill wrote it: the page asks for a new evaluation
     metrics = read_result(config, "all") if vqvae else None
     judged = metrics or vqvae
     manifests = {split: _manifest(config.folder("clips", split), "clips") for split in SPLITS}
@@ -176,7 +176,7 @@ def _render(config: RunConfig) -> str:
 
 
 def _charts(config: RunConfig, vqvae: dict[str, Any] | None, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Title, caption and drawing of each chart; no drawing where its stage has not run."""
+    """Title, caption and drawing of each chart; None where its stage has not run."""
     tokenizer, prior = read_metrics(config.folder("vqvae")), read_metrics(config.folder("prior"))
     numbers = metrics["prior"] if metrics else {}
     tables = {
@@ -273,7 +273,7 @@ def _films(config: RunConfig, train: Manifest | None, samples: Manifest | None) 
 def _sampled_clips(samples: Manifest, wanted: dict[str | None, int]) -> dict[str | None, list[NDArray[np.uint8]]]:
     """The first samples of each class."""
     missing = dict(wanted)
-    missing.setdefault(None, max(wanted.values()))  # an unconditional prior may have learnt from clips with classes
+    missing.setdefault(None, max(wanted.values()))  # an unconditional prior may be trained on clips with classes
     dataset = ShardDataset(samples, decode_clip)
     found: dict[str | None, list[NDArray[np.uint8]]] = {}
     for index in range(min(len(dataset), _MAX_SAMPLES_SEARCHED)):

@@ -1,4 +1,4 @@
-"""The numbers of ``evaluate`` in rows for people: printed by the command, shown by the report.
+"""The numbers of ``evaluate`` in rows: printed by the command, shown by the report.
 
 A result is the document ``vqvae.json`` or ``metrics.json``; docs/evaluation.md defines every number.
 """
@@ -13,11 +13,11 @@ from clipmill.config import frame_size
 __all__ = ["Row", "circumstances", "fvd_rows", "pixels", "prior_rows", "row_groups", "short", "tokenizer_rows"]
 
 Row = tuple[str, str, str]
-"""Name, value, what it is."""
+"""(name, value, meaning)."""
 
 
 def short(value: Any) -> str:
-    """A number as people read it."""
+    """A number with four digits, or thousands separated."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)  # noqa: RUF001
     if isinstance(value, int) or abs(value) >= 1000:
@@ -26,13 +26,13 @@ def short(value: Any) -> str:
 
 
 def pixels(resolution: int | Sequence[int]) -> str:
-    """A clip's size as people read it, whose axes are named where they differ."""
+    """Size of a clip in words; the axes are named where they differ."""
     height, width = frame_size(resolution)
     return f"{height} x {width} pixels{'' if height == width else ' (height x width)'}"
 
 
 def circumstances(result: dict[str, Any]) -> str:
-    """What the numbers were measured on: without it they compare with nothing."""
+    """The clips that the numbers were measured on. Numbers of other clips are not comparable."""
     clips = result["clips"]
     lowest, highest = clips["fps_lowest"], clips["fps_highest"]
     rate = "unknown fps" if lowest is None else f"{short(lowest)} fps"
@@ -48,7 +48,7 @@ def circumstances(result: dict[str, Any]) -> str:
 
 
 def row_groups(result: dict[str, Any]) -> list[list[Row]]:
-    """All rows there are of a result: of the tokenizer, of the prior, distances of sets of videos."""
+    """All rows of a result: tokenizer, prior, distances of sets of videos."""
     groups = [tokenizer_rows(result), fvd_rows(result)]
     if "prior" in result:
         groups.insert(1, prior_rows(result))
@@ -61,8 +61,8 @@ def tokenizer_rows(result: dict[str, Any]) -> list[Row]:
     several = codes["num_codebooks"] > 1
     mean = ", mean" if several else ""
     return [
-        ("NMSE", short(scores["nmse"]), "mean square error over the variance of the clips' pixels"),
-        ("PSNR", f"{short(scores['psnr_db'])} dB", "of the mean square error over all pixels"),
+        ("NMSE", short(scores["nmse"]), "mean squared error over the variance of the clips' pixels"),
+        ("PSNR", f"{short(scores['psnr_db'])} dB", "of the mean squared error over all pixels"),
         ("SSIM", short(scores["ssim"]), "mean over frames" + _without(scores["ssim"], "frames of 11 pixels or more")),
         ("LPIPS", short(scores["lpips"]), "mean over frames" + _without(scores["lpips"], "evaluate.lpips_weights")),
         (
@@ -88,7 +88,7 @@ def fvd_rows(result: dict[str, Any]) -> list[Row]:
     if "samples" in result:
         rows += _sample_rows(result["samples"], fvd, missing)
     if fvd.get("is_singular"):
-        rows.append(("", "", "so few clips: compare only with distances of as many"))
+        rows.append(("", "", "only comparable at equal clip counts"))
     return rows
 
 

@@ -32,7 +32,7 @@ Model = TypeVar("Model", VQVAE, Prior)
 PIXEL_VARIANCE = 0.06
 """The published loss divides by this, whatever the data."""
 _UNLIKE_PUBLISHED = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a file without the expected names, shapes and settings leads to, wherever that is noticed."""
+"""Exceptions that a file without the expected names, shapes and settings can raise."""
 _RESNET_LAYERS = {
     "conv1": "body.0",
     "bnr1": "body.1",
@@ -90,7 +90,7 @@ def load_videogpt_prior(path: Path) -> tuple[Prior, VQVAE]:
 
 
 class _Inert:
-    """What stands for a class of Lightning: its trainer saves the state of callbacks under their classes."""
+    """Stands for a class of Lightning: its trainer saves the state of callbacks under their classes."""
 
     def __new__(cls, *_: Any) -> _Inert:
         return super().__new__(cls)
@@ -117,7 +117,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
         if not isinstance(args, argparse.Namespace):
             raise TypeError(f"settings of type {type(args).__name__}")
         for name, tensor in state.items():
-            # One number may claim to be any number of weights.
+            # A view of one number can claim any shape.
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError(f"{name} has fewer numbers than its shape {tuple(tensor.shape)} says")
         return state, args
@@ -128,7 +128,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
 
 @contextmanager
 def _blame(path: Path) -> Iterator[None]:
-    """Turns what settings or weights that do not go together lead to into a UserError."""
+    """Turns errors of settings or weights that do not fit each other into a UserError."""
     try:
         yield
     except _UNLIKE_PUBLISHED as error:
@@ -149,7 +149,7 @@ def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tu
             "priors with attn_type=full can be imported"
         )
     vqvae_state = {name.removeprefix("vqvae."): tensor for name, tensor in state.items() if name.startswith("vqvae.")}
-    # The checkpoint names its VQ-VAE's settings by a path of its author's machine: its own tables tell them.
+    # The checkpoint only names a file of its author's machine for the VQ-VAE's settings: its own tables give them.
     size = (args.resolution, args.resolution)  # the published code knows squares only
     lengths = [len(state[f"attn_stack.pos_embd.emb.d_{axis}"]) for axis in range(3)]
     t, h, w = (whole // length for whole, length in zip((args.sequence_length, *size), lengths, strict=True))
@@ -174,12 +174,12 @@ def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tu
 
 
 def _condition_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
-    """Of the frames that a clip starts from, (n, H, W, 3), if the prior is told any."""
+    """Shape (n, H, W, 3) of the frames that the prior is conditioned on; None if it takes none."""
     return (args.n_cond_frames, args.resolution, args.resolution, 3) if args.n_cond_frames else None
 
 
 def _vqvae(state: dict[str, Tensor], downsample: tuple[int, int, int], path: Path) -> VQVAE:
-    """The tokenizer of a published state, whose shapes tell all its sizes but ``downsample``."""
+    """The tokenizer of a published state, whose shapes give all its sizes but ``downsample``."""
     if "codebook.embeddings" not in state or "encoder.conv_last.conv.weight" not in state:
         raise UserError(f"{path} holds no VQ-VAE of the published VideoGPT code")
     num_codes, embedding_dim = state["codebook.embeddings"].shape
@@ -194,7 +194,7 @@ def _vqvae(state: dict[str, Tensor], downsample: tuple[int, int, int], path: Pat
 
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Of the modules in a list."""
+    """Number of modules in a list."""
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 

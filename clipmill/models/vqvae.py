@@ -51,7 +51,7 @@ def latent_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int
     Raises:
         UserError: the clip's frames or pixels do not divide by the downsampling.
     """
-    first = 1 if config.causal else 0  # a causal model gives the first frame a latent frame of its own
+    first = 1 if config.causal else 0  # in a causal model the first frame has a latent frame of its own
     lengths = (num_frames - first, *size)
     if any(length % factor for length, factor in zip(lengths, config.downsample, strict=True)):
         rule = f" (causal: 1 + a multiple of {config.downsample[0]} frames)" if config.causal else ""
@@ -70,7 +70,7 @@ def codes_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]
 
 
 def halvings(downsample: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Strides of the convolutions that shrink a clip, first to last: 2 on each axis that still has to shrink."""
+    """Strides of the downsampling convolutions, first to last: 2 on each axis that is not yet small enough."""
     powers = [factor.bit_length() - 1 for factor in downsample]
     t, h, w = ([2] * power + [1] * (max(powers) - power) for power in powers)
     return list(zip(t, h, w, strict=True))
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class VQVAEOutput:
-    """What a training step needs."""
+    """Result of one pass, for a training step."""
 
     loss: Tensor
     """0-d: mean over this rank's clips that count of ``recon_mse / pixel_variance + commitment_cost * commitment``,
@@ -191,11 +191,11 @@ class VQVAE(nn.Module):
     """The tokenizer.
 
     Args:
-        config: its sizes.
+        config: sizes.
         pixel_variance: variance of the training data's pixels in [-0.5, 0.5]; the reconstruction error's unit.
 
     Raises:
-        UserError: sizes that do not go together.
+        UserError: the sizes do not fit each other.
     """
 
     def __init__(self, config: VQVAEModelConfig, pixel_variance: float) -> None:
@@ -216,7 +216,7 @@ class VQVAE(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The residual blocks, alike and most of the arithmetic."""
+        """The residual blocks: alike, and most of the arithmetic."""
         return [block for block in self.modules() if isinstance(block, ResidualBlock)]
 
     def encode(self, video: Tensor) -> Tensor:
@@ -233,8 +233,8 @@ class VQVAE(nn.Module):
 
         Args:
             video: float [B, 3, T, H, W] in [-0.5, 0.5]; the same B on every rank.
-            weight: float32 [B], 0 for a clip that only pads the batch: it enters neither loss nor codebook,
-                only (a repeated clip) the batch statistics.
+            weight: float32 [B], 0 for a clip that only pads the batch. It enters neither loss nor codebook, but the
+                batch statistics.
         """
         latents = self._latents(video)
         rows_per_clip = latents.shape[1:-1].numel()

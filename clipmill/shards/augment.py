@@ -1,4 +1,4 @@
-"""Random changes of clips while they are read: functions of (seed, position), whatever W and the number of workers."""
+"""Random crops and flips of clips as they are read: functions of (seed, position), for any world size and workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ClipAugmentation"]
 
 @dataclass(frozen=True)
 class ClipAugmentation:
-    """Mirrors every second clip, at random, and crops each at a random place.
+    """Mirrors half of the clips, at random, and crops each at a random place.
 
     Attributes:
         seed: of the run.
@@ -27,7 +27,7 @@ class ClipAugmentation:
     crop: tuple[int, int] | None
 
     def __call__(self, sample: dict[str, Any], position: int) -> dict[str, Any]:
-        """Changes ``video`` uint8 [T, H, W, 3] of the sample at a position of the run; all its frames alike."""
+        """Changes ``video`` uint8 [T, H, W, 3] of the sample at a position of the run, all of its frames alike."""
         key = derive_keys(self.seed, AUGMENTATION, np.array([position]))
         mirror, top, left = (int(number) for number in splitmix64(key, np.arange(3, dtype=np.uint64)))
         video = sample["video"]

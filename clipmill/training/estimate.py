@@ -1,7 +1,7 @@
 """What training a prior will take, by arithmetic and a dry run: memory of a GPU, tokens a day, bytes on disk.
 
 The model is built and run on fake tensors (shapes without memory), so a prior of any size is estimated on any machine.
-Parameters stay float32 in training, whatever the precision of the arithmetic (see `clipmill.training.zero.engine`).
+Parameters stay float32 in training, whatever the compute dtype (see `clipmill.training.zero.engine`).
 
 P: parameters   W: GPUs   B: clips of a micro-batch   L: tokens of a clip
 """
@@ -26,10 +26,10 @@ __all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "model_state_by
 
 FLOAT = 4
 LIVE_ELEMENTS = 1_000_000_000
-"""DeepSpeed's default: parameters gathered at once, at stage 3."""
+"""Parameters that stage 3 gathers at once: DeepSpeed's default."""
 TAR_BLOCK = 512
 COMPILED_SHARE = 0.8
-"""Of what blocks keep, compiled ones keep so much: in bfloat16 on an H100 0.79 (preset 100m) and 0.80 (1b)."""
+"""Activations of compiled blocks over those of others: 0.79 (preset 100m) and 0.80 (1b) in bfloat16 on an H100."""
 SECONDS_PER_DAY = 86_400
 
 
@@ -41,17 +41,17 @@ class Memory:
     gradients: int
     optimizer: int
     buffers: int
-    """What DeepSpeed gathers or collects for a while."""
+    """Temporary buffers of DeepSpeed."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` finds; bytes, unless named otherwise."""
+    """Result of `estimate`; in bytes, unless the name says otherwise."""
 
     num_parameters: int
     tokens_per_clip: int
@@ -60,11 +60,11 @@ class Estimate:
     states: tuple[Memory, ...]
     """By ZeRO stage, 0 to 3."""
     activations: int
-    """Of one micro-batch with every activation kept."""
+    """Activations of one micro-batch, all of them kept."""
     checkpointed_activations: int
-    """The same with those of every block made again (``prior.model.checkpointed_share=1``)."""
+    """The same with those of every block recomputed (``prior.model.checkpointed_share=1``)."""
     flops_per_token: float
-    """Forward and backward, without what checkpointing repeats."""
+    """Forward and backward, without recomputation."""
     tokens_per_day: float
     token_bytes_per_clip: int
     checkpoint_bytes: int
@@ -121,8 +121,8 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
     """Weights, gradients and AdamW's states on one GPU (ZeRO, arXiv 1910.02054, with all of it in float32).
 
     DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition, and collect gradients in a
-    bucket before they send them. What stage 1 has received is a part of the gradients, like that of stage 2; only while
-    it accumulates micro-batches it keeps them whole.
+    bucket before they send them. Stage 1 keeps a part of the gradients, as stage 2 does; it keeps them whole only while
+    it accumulates micro-batches.
 
     Args:
         num_parameters: P.
@@ -144,9 +144,9 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
 
 
 def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float) -> int:
-    """What is kept of one micro-batch between its forward and its backward pass.
+    """Bytes kept of one micro-batch between its forward and its backward pass.
 
-    All blocks are alike: two runs, of one block and of two, tell what a block keeps and what the rest does.
+    All blocks are alike: two runs, of one block and of two, show what a block keeps and what the rest keeps.
     """
     model, clip = config.prior.model, config.data.clip
     shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
@@ -157,9 +157,9 @@ def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float) ->
     if config.prior.training.compile:
         block = round(block * COMPILED_SHARE)
     again = round(checkpointed_share * model.num_layers)
-    is_narrow = bfloat16 and model.style == "modern"  # what goes from block to block
+    is_narrow = bfloat16 and model.style == "modern"  # activations between blocks are bfloat16
     block_input = (2 if is_narrow else FLOAT) * rows * math.prod(shape) * model.hidden_dim
-    # While one block is made again, it is whole beside the inputs of the others.
+    # While one block is recomputed, all of its activations are there beside the inputs of the others.
     return rest + block * (model.num_layers - again) + block_input * again + (block if again else 0)
 
 
@@ -194,7 +194,7 @@ def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...], ro
 
 
 def _build(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...]) -> Prior:
-    """A prior as large as the one to be trained, as far as that is known before there are data."""
+    """A prior as large as the one to be trained, as far as its size is known without data."""
     tokenizer = config.vqvae.model
     codebook = torch.zeros(
         tokenizer.num_codes * tokenizer.num_codebooks, tokenizer.latent_dim // tokenizer.num_codebooks
@@ -204,7 +204,7 @@ def _build(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...]) -
 
 
 def _condition_shape(config: RunConfig) -> tuple[int, ...] | None:
-    """The condition's, if the config says it; else of a usual one (8 numbers an action, CLIP's 77 x 768 for a text)."""
+    """Shape of a condition: from the config, or a common one (8 numbers an action, 77 x 768 of CLIP for a text)."""
     clip = config.data.clip
     shapes = {
         "frames": (max(1, config.tokenize.condition_frames), *clip.size, 3),

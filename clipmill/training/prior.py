@@ -44,8 +44,8 @@ def is_finished(config: RunConfig) -> bool:
     """Whether an export of ``steps`` steps or more is there.
 
     Raises:
-        UserError: there are no tokens yet, they are another tokenizer's or come without what the prior is to be told,
-            or the folder holds another model.
+        UserError: there are no tokens yet, another tokenizer made them, they come without the prior's condition or
+            class, or the folder holds another model.
     """
     tokens = _tokens(config)
     _condition_shape(config, tokens + require_manifests(config, "tokens", "val"))
@@ -101,7 +101,7 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
 
     Args:
         config: of the run.
-        step: of the checkpoint; none: the newest.
+        step: of the checkpoint; None takes the newest.
         dtype: of the prior's weights in the export; its tokenizer's are float32.
 
     Returns:
@@ -116,7 +116,7 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
 
 
 def summary(config: RunConfig) -> dict[str, Any]:
-    """The run's result in numbers."""
+    """The result of the run in numbers."""
     return summarise(folder_url(config))
 
 
@@ -148,7 +148,7 @@ class PriorObjective(nn.Module):
 
 
 class _Inputs(NamedTuple):
-    """What a prior is made from."""
+    """The parts that a prior is built from."""
 
     tokens: list[Manifest]
     val: list[Manifest]
@@ -159,7 +159,7 @@ class _Inputs(NamedTuple):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Of the tokens: of one tokenizer, they share what is read of it."""
+        """Recipe of the tokens; equal in all data sets as far as it is read, since they share a tokenizer."""
         return self.tokens[0].recipe
 
     def build(self, config: RunConfig) -> Prior:
@@ -224,10 +224,10 @@ def _index_of(name: str | None, class_index: dict[str, int]) -> int:
 
 
 def _condition_shape(config: RunConfig, manifests: list[Manifest]) -> tuple[int, ...] | None:
-    """Shape of the condition that every clip comes with; none if the prior takes none.
+    """Shape of the condition that every clip comes with; None if the prior takes none.
 
     Raises:
-        UserError: some clips come without the condition or the class that the prior is to be told.
+        UserError: some clips come without the condition or the class that the prior needs.
     """
     model = config.prior.model
     wanted = (["label"] if model.class_conditional else []) + ([model.condition] if model.condition else [])
@@ -258,7 +258,7 @@ def _require_rows(training: TrainingConfig, world_size: int) -> None:
 
 
 def _check_codes(batch: dict[str, Any], num_codes: int, urls: str) -> None:
-    """Out of range, a code would be an assertion on a GPU that says neither where nor which."""
+    """Without this check, a code out of range is an assertion on the GPU that names neither clip nor code."""
     codes = batch["codes"]
     bad = ((codes < 0) | (codes >= num_codes)).flatten(1).any(1)
     if bad.any():
@@ -271,11 +271,11 @@ def _check_codes(batch: dict[str, Any], num_codes: int, urls: str) -> None:
 
 
 def _check_condition(condition: Tensor, keys: list[str], what: str) -> None:
-    """Pixels are integers and codes are checked; what a prior is told is the one input that can hold NaN."""
+    """Pixels are integers and codes are checked: only a condition can hold NaN."""
     if condition.is_floating_point() and not condition.isfinite().all():
         row = int((~condition.isfinite()).flatten(1).any(1).nonzero()[0])
         raise UserError(
-            f"clip {keys[row]} has {what} that are not finite; mend its source and shard and tokenize again"
+            f"clip {keys[row]} has {what} that are not finite; correct its source and shard and tokenize again"
         )
 
 
@@ -291,7 +291,7 @@ def _identity(config: RunConfig, tokens: list[Manifest]) -> dict[str, Any]:
 
 
 def _classes(config: RunConfig, tokens: list[Manifest]) -> list[str]:
-    """The classes that the prior is told, in the order of their numbers."""
+    """The classes that the prior knows, in the order of their numbers."""
     if not config.prior.model.class_conditional:
         return []
     return sorted({name for each in tokens for name in each.facts["classes"]})

@@ -1,4 +1,4 @@
-"""How fast a training goes, what that is of the hardware's best, and what it waits for."""
+"""How fast a training goes, which share of the hardware's peak that is, and how long it waits for data."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
 
 
 _LOOKED_UP = {"input.embedding", "norms.table"}
-"""Parameters of which a token takes rows: no arithmetic."""
+"""Lookup tables: a token takes rows of them, without arithmetic."""
 _OF_CONDITION = re.compile(r"condition\.|blocks\.\d+\.cross\.kv\.")
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Most floating-point operations a second of one device; none of one that is not known.
+    """Peak floating-point operations per second of one device; None if the device is unknown.
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` gives it.
-        precision: ``bfloat16`` or ``float32`` (without TF32, which nothing here switches on).
+        precision: ``bfloat16`` or ``float32`` (without TF32, which clipmill does not switch on).
     """
     words = device_name.replace("-", " ").split()
     for name, peaks in _PEAK_TFLOPS.items():
@@ -49,10 +49,10 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def prior_flops_per_token(prior: Prior) -> float:
-    """Floating-point operations of a token, forward and backward, without what checkpointing repeats.
+    """Floating-point operations of a token, forward and backward, without recomputation.
 
-    Nor what a condition takes, which goes by its own length: a prior that is told something uses more of a device than
-    follows from this.
+    Without those of a condition, too, which depend on its own length: a conditioned prior uses more of a device than
+    this number says.
     """
     config = prior.config
     in_products = sum(
@@ -77,9 +77,8 @@ class Stopwatch:
     """Rate of the loop since the last look, and the share of it spent waiting for data.
 
     Args:
-        tokens_per_clip: to give the rate in tokens as well.
-        peak_share_per_clip: share of a second that one clip would take all devices at their peak; none if that is not
-            known.
+        tokens_per_clip: also gives the rate in tokens; None where clips have none.
+        peak_share_per_clip: seconds per clip at the combined peak of all devices; None if the peak is unknown.
     """
 
     def __init__(self, tokens_per_clip: int | None = None, peak_share_per_clip: float | None = None) -> None:
@@ -92,12 +91,12 @@ class Stopwatch:
         self._waited, self._clips = 0.0, 0
 
     def add_step(self, clips: int, waited_seconds: float) -> None:
-        """Counts one step on ``clips`` clips of all ranks that had to wait for its data."""
+        """Counts one step on ``clips`` clips of all ranks, and the seconds that it waited for data."""
         self._clips += clips
         self._waited += waited_seconds
 
     def facts(self) -> dict[str, float]:
-        """Rate and share of this window; call when the device has done its steps."""
+        """Rates of this window and its share of waiting; call when the device has finished its steps."""
         seconds = time.perf_counter() - self._began
         rate = self._clips / seconds
         facts = {"clips_per_second": rate, "data_wait_share": self._waited / seconds, "memory_bytes": _memory_bytes()}
@@ -109,7 +108,7 @@ class Stopwatch:
 
 
 def _memory_bytes() -> int:
-    """Most memory this process has held: on the GPU if there is one, else resident."""
+    """Peak memory of this process: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

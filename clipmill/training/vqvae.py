@@ -92,7 +92,7 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
 
     Args:
         config: of the run.
-        step: of the checkpoint; none: the newest.
+        step: of the checkpoint; None takes the newest.
         dtype: of the weights in the export.
 
     Returns:
@@ -107,7 +107,7 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
 
 
 def summary(config: RunConfig) -> dict[str, Any]:
-    """The run's result in numbers."""
+    """The result of the run in numbers."""
     return summarise(folder_url(config))
 
 
@@ -131,7 +131,7 @@ class VQVAEObjective(nn.Module):
         return output.loss, output.metrics | shown
 
     def score_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
-        """Usage and perplexity of the codebook over everything that was counted, which no mean over batches gives."""
+        """Usage and perplexity of the codebook over all counted codes; a mean over batches would not give them."""
         scores = codebook_metrics(counts["code_counts"], self.model.config.num_codebooks)
         return {name: value.item() for name, value in scores.items()}
 
@@ -145,7 +145,7 @@ def _clips(config: RunConfig) -> list[Manifest]:
             if wanted != found:
                 raise UserError(
                     f"data.mix: the clips at {clips[0].url} have {key}={wanted}, those at {manifest.url} {found}; "
-                    "shard them alike, or leave one out"
+                    "shard them alike, or remove one"
                 )
     crop, resolution = config.vqvae.training.random_crop, clips[0].recipe["clip"]["resolution"]
     if crop is not None and any(map(operator.gt, frame_size(crop), frame_size(resolution))):
@@ -166,7 +166,7 @@ def _codes_shape(config: RunConfig, clips: list[Manifest]) -> tuple[int, ...]:
 
 
 def _pixel_variance(config: RunConfig, clips: list[Manifest]) -> float:
-    """Of the pixels of all clips, by the shares of the mix: the mean of the variances and the variance of the means."""
+    """Variance of all pixels, by the shares of the mixture: mean of the variances plus variance of the means."""
     if len(clips) == 1:
         return float(clips[0].facts["pixel_variance"])
     shares = slots_of(config) / NUM_SLOTS

@@ -202,8 +202,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"quantizer": "lfq", "num_codes": 100}, "power of two"),
         ({"num_codebooks": 3}, "multiple of num_codebooks"),
         ({"quantizer": "fsq", "fsq_levels": (2, 8), "num_codes": 16}, "greater than or equal to 3"),
-        ({"fsq_levels": (4, 4)}, "fsq_levels has no meaning with quantizer=ema"),
-        ({"quantizer": "lfq", "codebook_start": "kmeans"}, "have no meaning with quantizer=lfq"),
+        ({"fsq_levels": (4, 4)}, "fsq_levels needs quantizer=fsq, not ema"),
+        ({"quantizer": "lfq", "codebook_start": "kmeans"}, "need quantizer=ema, not lfq"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(**changes)

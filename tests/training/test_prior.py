@@ -83,5 +83,5 @@ def test_batches_that_do_not_go_up_name_the_numbers(root: Path) -> None:
     training = toy_config(root).prior.training.model_copy(update={"global_batch": 2})
     with pytest.raises(UserError, match=r"global_batch=2 leaves some of the 3 ranks without a clip"):
         prior._require_rows(training, 3)
-    with pytest.raises(ValueError, match="micro_batch 8 is more than the global_batch 4"):
+    with pytest.raises(ValueError, match="micro_batch 8 exceeds global_batch 4"):
         type(training)(global_batch=4, micro_batch=8)
