@@ -148,7 +148,7 @@ def test_all_three_distances_show(config: RunConfig):
     }
     storage.publish_document(url, metrics, evaluate.METRICS_SCHEMA)
     page, _ = write(config)
-    for text in ("FVD of 6 samples; FVD* 87.25, rFVD 12.75", "98.5", "compare only with distances of as many"):
+    for text in ("FVD of 6 samples; FVD* 87.25, rFVD 12.75", "98.5", "only comparable at equal clip counts"):
         assert text in page.text
 
 

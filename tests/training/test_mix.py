@@ -14,7 +14,7 @@ from clipmill.config import RunConfig, load_config
 from clipmill.errors import UserError
 from clipmill.metrics import read_metrics
 from clipmill.models.export import read_latest
-from clipmill.shards.manifest import Manifest, freeze
+from clipmill.shards.manifest import SCHEMA, Manifest, freeze
 from clipmill.training import prior, vqvae
 from tests.evaluation.toy_run import toy_config, write_run
 from tests.training.processes import start
@@ -37,10 +37,10 @@ def change(root: Path, kind: str, edit: Any) -> None:
     """Edits the manifests of a run, whose fingerprints leave the facts out."""
     for split in ("train", "val"):
         url = str(root / kind / split / "manifest.json")
-        document = storage.read_document(url, 1)
+        document = storage.read_document(url, SCHEMA)
         document.pop("schema")
         edit(document)
-        storage.publish_document(url, document, 1)
+        storage.publish_document(url, document, SCHEMA)
 
 
 def settings(root: Path, runs: list[Path], weights: tuple[float, ...] = WEIGHTS, **training: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(runs: list[Path], tmp_pat
     change(other, "tokens", lambda document: document["facts"].update(classes=[]))
     refuse(config(tmp_path, [runs[0], other]), prior, r"tokens at .*other/tokens/train have no classes")
     url = storage.join(str(other), "clips", "train", "manifest.json")
-    recipe = storage.read_document(url, 1)["recipe"]
+    recipe = storage.read_document(url, SCHEMA)["recipe"]
     write_clips_of(other, {**recipe, "clip": {**recipe["clip"], "resolution": 32}})
     refuse(
         config(tmp_path, [runs[0], other]),

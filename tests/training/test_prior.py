@@ -11,6 +11,7 @@ import torch
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
+from clipmill.shards.manifest import SCHEMA
 from clipmill.training import prior
 from tests.evaluation.toy_run import toy_config, write_run
 
@@ -50,15 +51,15 @@ def test_some_clips_without_a_class_and_conditions_of_several_shapes(tmp_path: P
     config = config_of(tmp_path / "run", condition="actions")
     write_run(config, tmp_path / "scratch")
     url = storage.join(config.folder("tokens", "val"), "manifest.json")
-    document = storage.read_document(url, 1)
+    document = storage.read_document(url, SCHEMA)
     document.pop("schema")
     facts = document["facts"]["fields"]
     facts["actions"]["shapes"] = [[8, 3]]
-    storage.publish_document(url, document, 1)
+    storage.publish_document(url, document, SCHEMA)
     with pytest.raises(UserError, match=r"differ in shape: \[8, 2\], \[8, 3\]"):
         prior.is_finished(config)
     facts["label"]["clips"] = 6
-    storage.publish_document(url, document, 1)
+    storage.publish_document(url, document, SCHEMA)
     with pytest.raises(UserError, match=r"only 6 of the 7 clips at .*/val have label; label every video"):
         prior.is_finished(config)
 
