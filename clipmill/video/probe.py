@@ -162,16 +162,18 @@ def _look_in(container: Any, stream: Any) -> tuple[Any, list[Any]]:
         VideoError: there is no such frame.
     """
     first, times, cause = None, [], "the video stream holds no frame"
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            times.append((packet.pts, packet.dts))
-        if first is None:
-            try:
+    packets = container.demux(stream)
+    while first is None or len(times) < NUM_TIMED_PACKETS:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                break
+            if packet.size and not packet.is_discard:
+                times.append((packet.pts, packet.dts))
+            if first is None:
                 first = next(iter(packet.decode()), None)
-            except av.FFmpegError as error:  # damage at the start costs frames, not the video
-                cause = f"cannot decode the first frame: {error.strerror}"
-        elif len(times) >= NUM_TIMED_PACKETS:
-            break
+        except av.error.InvalidDataError as error:  # damage costs frames, not the video; a generator ends with it
+            cause = f"cannot decode the first frame: {error.strerror}"
     if first is None:
         raise VideoError(cause)
     return first, times
