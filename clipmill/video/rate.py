@@ -28,8 +28,8 @@ _TOLERANCE = 0.02
 def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, int | None]]) -> float:
     """Average frames per second of a stream.
 
-    The stated rate holds where an index of all frames gives it, or where the timestamps agree with it. Otherwise the
-    rate of the timestamps holds.
+    The stated rate holds where the timestamps agree with it, and in AVI, which has no timestamps. Otherwise the rate of
+    the timestamps holds, without pauses: a clip that is stored at this rate plays at its true speed.
 
     Args:
         container: of PyAV.
@@ -37,16 +37,26 @@ def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, in
         times: (pts, dts) of its first packets in ticks, in the order of the file.
     """
     stated = stream.average_rate or stream.guessed_rate
-    # AVI numbers its frames and has no times; MP4 and MOV average over the index.
-    if stated and (container.format.name == "avi" or (container.format.name.startswith("mov") and stream.frames > 1)):
+    if stated and container.format.name == "avi":
         return float(stated)
-    measured = _rate_of_ticks(_complete(times))
+    ticks = _complete(times)
+    measured = _rate_of_ticks(ticks)
     if measured is None:
         return float(stated) if stated else 1.0
     lower, upper = (float(limit / stream.time_base) for limit in measured)
-    if stated and lower * (1 - _TOLERANCE) <= stated <= upper * (1 + _TOLERANCE):
+    if stated and (_agrees(stated, lower, upper) or _agrees(stated, *_usual_steps(ticks, stream.time_base))):
         return float(stated)
     return _usual_rate(lower, upper)
+
+
+def _agrees(rate: Fraction, lower: float, upper: float) -> bool:
+    return lower * (1 - _TOLERANCE) <= rate <= upper * (1 + _TOLERANCE)
+
+
+def _usual_steps(ticks: Sequence[int], time_base: Fraction) -> tuple[float, float]:
+    """Least and greatest rate of the median step, which a lost frame here and there does not change."""
+    step = median(late - early for early, late in pairwise(ticks))
+    return float(1 / ((step + 1) * time_base)), float(1 / (max(step - 1, 0.5) * time_base))
 
 
 def rate_of_seconds(times: Sequence[float]) -> float:
