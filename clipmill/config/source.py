@@ -49,8 +49,8 @@ class SourceConfig(Section):
     """``folder``: ``.actions.npy``: where ``x.actions.npy`` lies beside ``x.mp4``, it holds the video's actions,
     float32 [num_frames, action_dim]; its clips carry theirs. A video without such a file has none."""
     columns: TableColumns = TableColumns()
-    """``table``. ``webdataset``: ``label`` and ``text`` (default ``caption``, where there is no ``txt``) name keys of
-    the ``json`` members."""
+    """``table``. ``webdataset``: ``label``, ``group`` and ``text`` (None: ``caption``, else ``text``) name keys of the
+    ``json`` members."""
     actions: tuple[str, ...] | None = None
     """``lerobot``: columns whose values, side by side, are the actions of a frame, such as ``[action,
     observation.state]``. ``arrays``: arrays of the ``.npz`` files. None: ``action`` where there is one; an empty list:
@@ -93,8 +93,13 @@ class SourceConfig(Section):
             value: Any = getattr(self, name)
             if self.type not in types and value != type(self).model_fields[name].default:
                 raise ValueError(f"{name} belongs to type {' and '.join(types)}, not to {self.type}; remove it")
+        columns = self.columns.model_dump(exclude=_JSON_COLUMNS)
+        if self.type == "webdataset" and columns != TableColumns().model_dump(exclude=_JSON_COLUMNS):
+            raise ValueError(f"of columns, webdataset reads {', '.join(sorted(_JSON_COLUMNS))}; remove the others")
         return self
 
+
+_JSON_COLUMNS = {"label", "text", "group"}
 
 _TYPES_OF_KEY = {
     "label": ("folder",),

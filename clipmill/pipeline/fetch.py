@@ -14,7 +14,7 @@ import numpy as np
 from clipmill import storage
 from clipmill.config import DataConfig
 from clipmill.pipeline.plan import PlannedVideo
-from clipmill.pipeline.sources import base_url, extract, is_gone, read_array
+from clipmill.pipeline.sources import base_url, extract, is_gone, read_array, read_rows
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import write_raw_video
@@ -36,11 +36,14 @@ class LocalVideo(NamedTuple):
 
     Attributes:
         path: its file: the source's own, or a copy in the folder that `fetch_video` was given.
-        actions: float32 [num_frames, ...], or none.
+        actions: float32 [num_rows, ...], or none.
+        action_seconds: float64 [num_rows], the time of each row from the start of the video; None: row i belongs to
+            frame i.
     """
 
     path: Path
     actions: np.ndarray | None
+    action_seconds: np.ndarray | None = None
 
 
 def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFiles) -> LocalVideo:
@@ -75,7 +78,9 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
         raise ExcludedVideo("fetch", str(error)) from error
     if path.stat().st_size != video.bytes:
         raise ExcludedVideo("fetch", f"changed since it was planned: {video.bytes} -> {path.stat().st_size} bytes")
-    return LocalVideo(path, _read_actions(data, video, folder))
+    if video.actions is None:
+        return LocalVideo(path, None)
+    return LocalVideo(path, *_read_actions(data, video.actions, folder))
 
 
 def _extract(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFiles) -> LocalVideo:
@@ -114,22 +119,23 @@ def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
     return copy
 
 
-def _read_actions(data: DataConfig, video: PlannedVideo, folder: Path) -> np.ndarray | None:
-    """float32 [num_frames, ...]: the actions of a video; none where no file of that name lies beside it in a folder."""
-    if video.actions is None:
-        return None
+def _read_actions(data: DataConfig, name: str, folder: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The actions of a `LocalVideo` and their times; none where no file of that name lies beside a folder's video."""
     try:
-        path = _local_copy(data, video.actions, folder / "actions")
+        rows = read_rows(data.source, name)
+        if rows is not None:
+            return rows
+        path = _local_copy(data, name, folder / "actions")
     except FileNotFoundError as error:
         if data.source.type == "folder":
-            return None
-        raise ExcludedVideo("actions", f"{video.actions} is missing") from error
-    except storage.Unreadable as error:
+            return None, None
+        raise ExcludedVideo("actions", f"{name} is missing") from error
+    except (storage.Unreadable, DamagedVideo) as error:
         raise ExcludedVideo("actions", str(error)) from error
     try:
         actions = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         if actions.ndim < 1 or actions.dtype.kind not in "fiub":
             raise ValueError(f"an array {actions.dtype} {list(actions.shape)}")
     except (ValueError, EOFError) as error:
-        raise ExcludedVideo("actions", f"{video.actions} is no numeric .npy file with a row for each frame") from error
-    return np.asarray(actions, np.float32)
+        raise ExcludedVideo("actions", f"{name} is no numeric .npy file with a row for each frame") from error
+    return np.asarray(actions, np.float32), None

@@ -25,6 +25,7 @@ import clipmill
 from clipmill.config import DataConfig, RunConfig
 from clipmill.lease import Lease
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
+from clipmill.pipeline.pairing import after_check, rows_of
 from clipmill.pipeline.plan import PlannedVideo, Unit
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
@@ -138,14 +139,16 @@ def _shard_video(
         OSError, DecoderLost: the environment failed.
     """
     data = config.data
-    path, actions = fetched
+    path, actions = fetched.path, fetched.actions
+    rows = functools.partial(rows_of, video=fetched, start_seconds=video.span[0] or 0.0)
     encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
+    clips = decoder.clips(path, data.clip, data.decoder, encode=encode, key=key, span=video.span)
     try:
-        for clip in decoder.clips(path, data.clip, data.decoder, encode=encode, key=key, span=video.span):
+        for clip in clips if fetched.action_seconds is None else after_check(clips, rows):
             outcome = _finished(decoder)
-            if actions is not None and clip.ordinal == 0:
+            if actions is not None and clip.ordinal == 0 and fetched.action_seconds is None:
                 _check_rows(len(actions), outcome.num_needed_frames)
-            writer.add(_sample(data, video, clip, actions))
+            writer.add(_sample(data, video, clip, None if actions is None else rows(clip)))
             pixels["num_values"] += clip.num_values
             pixels["pixel_sum"] += clip.pixel_sum
             pixels["pixel_square_sum"] += clip.pixel_square_sum
@@ -188,6 +191,7 @@ def _finished(decoder: Decoder) -> Outcome:
 
 
 def _sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarray | None) -> Sample:
+    """A clip as it is stored; ``actions``: float32 [num_frames, ...], a row for each of its frames."""
     key = f"{video.id}_{clip.ordinal:06d}"
     crop: dict[str, Any] = {"crop": "center" if data.clip.fit == "crop" else data.clip.fit}
     if clip.view is not None:
@@ -212,7 +216,7 @@ def _sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarr
         ),
     }
     if actions is not None:
-        members["actions.npy"] = npy_bytes(actions[list(clip.frame_numbers)])
+        members["actions.npy"] = npy_bytes(actions)
     return Sample(key, members)
 
 

@@ -13,14 +13,15 @@ from pathlib import Path, PurePosixPath
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.sources import arrays, bair, folder, hdf5, table, tgif, ucf101, webdataset
+from clipmill.pipeline.sources import arrays, bair, folder, hdf5, lerobot, table, tgif, ucf101, webdataset
 from clipmill.pipeline.sources.many import KeptFiles
-from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo
+from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo, TimedRows
 
-__all__ = ["base_url", "check_source", "describe_files", "extract", "is_gone", "list_videos", "read_array"]
+__all__ = ["base_url", "check_source", "describe_files", "extract", "is_gone", "list_videos", "read_array", "read_rows"]
 
 _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
     "table": table.list_videos,
+    "lerobot": lerobot.list_videos,
     "hdf5": hdf5.list_videos,
 }
 _WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]] = {
@@ -173,3 +174,17 @@ def extract(source: SourceConfig, url: str, member: str, num_bytes: int, folder:
         FileNotFoundError: the file is missing.
     """
     return webdataset.extract(url, member, num_bytes, folder) if source.type == "webdataset" else None
+
+
+def read_rows(source: SourceConfig, actions: str) -> TimedRows | None:
+    """Reads the rows of actions of a video; None: this source keeps those of each video in a file of their own.
+
+    Args:
+        source: what lists the video.
+        actions: of the listed video.
+
+    Raises:
+        DamagedVideo: the file is damaged, or has no such rows.
+        FileNotFoundError: the file is missing.
+    """
+    return lerobot.read_rows(source, actions) if source.type == "lerobot" else None

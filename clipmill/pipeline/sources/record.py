@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from clipmill import storage
 from clipmill.errors import UserError
 
-__all__ = ["EDGE_BYTES", "ArrayVideo", "DamagedVideo", "SourceVideo", "file_identity"]
+__all__ = ["EDGE_BYTES", "ArrayVideo", "DamagedVideo", "SourceVideo", "TimedRows", "file_identity"]
 
 EDGE_BYTES = 64 * 2**10
 
@@ -26,7 +26,7 @@ class SourceVideo:
         bytes: size of the file; of its own part where the file holds several videos.
         etag: the bucket's content tag of the file; none on a local disk.
         label: name of its class, or none.
-        actions: name of the file with its actions, or none.
+        actions: name of the file with its actions (``lerobot``: of many videos; the episode follows ``#``), or none.
         text: its caption, or none.
         split: the split that the source itself gives the video; None: a hash of its group decides.
         member: which video of the file it is, where a file holds several. Its source type reads it.
@@ -73,6 +73,18 @@ class ArrayVideo:
 
     frames: np.ndarray
     actions: np.ndarray | None
+
+
+class TimedRows(NamedTuple):
+    """Rows of actions that were recorded beside a video.
+
+    Attributes:
+        values: float32 [num_rows, action_dim].
+        seconds: float64 [num_rows], from the start of the video.
+    """
+
+    values: np.ndarray
+    seconds: np.ndarray
 
 
 class DamagedVideo(Exception):

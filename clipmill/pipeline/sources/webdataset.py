@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from clipmill import storage
 from clipmill.config import SourceConfig
+from clipmill.pipeline.sources.cells import BadCell, as_caption, as_text, metadata_json
 from clipmill.pipeline.sources.many import find_files, list_each
 from clipmill.pipeline.sources.record import DamagedVideo, SourceVideo, file_identity
 from clipmill.pipeline.sources.tar import BLOCK_BYTES, DamagedTar, Member, index_members, is_header_of
@@ -30,6 +31,7 @@ SUFFIXES = frozenset((".tar",))
 _SMALL_BYTES = 2**20
 """A longer ``txt`` or ``json`` is not read: it is no caption."""
 _COPY_BYTES = 2**23
+_TEXT_KEYS = ("caption", "text")
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 """Key and suffix of a member's name. Other names, such as hidden files, belong to no sample."""
 
@@ -67,7 +69,7 @@ def _list_tar(source: SourceConfig, base: str, tar: storage.Entry) -> Iterator[S
                     etag=tar.etag,
                     member=f"{video.name}@{video.offset}",
                     identity=f"{identity}:{video.offset}",
-                    group=f"{identity}:{sample.key}",
+                    group=described.group or f"{identity}:{sample.key}",
                 )
 
 
@@ -114,32 +116,24 @@ def _read_small(file: BinaryIO, member: Member, suffix: str, sample: _Sample) ->
 
 
 def _describe(source: SourceConfig, sample: _Sample) -> SourceVideo:
-    """What the members of a sample say about each of its videos."""
-    fault = sample.fault
-    text, metadata = "", {}
+    """What the members of a sample say about each of its videos, without what is a video's own."""
+    nothing = SourceVideo(name="", bytes=0, etag=None, fault=sample.fault)
     try:
-        text = sample.members.get("txt", b"").decode().strip()
-        metadata = json.loads(sample.members.get("json", b"{}"), parse_constant=lambda _: None)  # NaN is no JSON
-        if not isinstance(metadata, dict):
-            raise ValueError("no JSON object")
+        text = sample.members.get("txt", b"").decode("utf-8-sig").strip() or None
+        values = json.loads(sample.members.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
-        metadata = {}
-        fault = fault or f"the txt or json of {sample.key} cannot be read: {error}"
+        return replace(nothing, fault=sample.fault or f"the txt or json of {sample.key} cannot be read: {error}")
+    if not isinstance(values, dict):
+        return replace(nothing, fault=sample.fault or f"{sample.key}.json is no JSON object")
     columns = source.columns
-    return SourceVideo(
-        name="",
-        bytes=0,
-        etag=None,
-        label=_cell(metadata.pop(columns.label, None) if columns.label else None),
-        text=_cell(text or metadata.get(columns.text or "caption")),
-        metadata=json.dumps(metadata, sort_keys=True) if metadata else None,
-        fault=fault,
-    )
-
-
-def _cell(value: Any) -> str | None:
-    """As text that UTF-8 can hold: JSON can escape halves of characters."""
-    return None if value in (None, "") else str(value).encode(errors="replace").decode()
+    try:
+        label, group = (as_text(values.pop(key, None)) if key else None for key in (columns.label, columns.group))
+        for key in _TEXT_KEYS if columns.text is None else (columns.text,):
+            if text is None and (text := as_caption(values.get(key))) is not None and not isinstance(values[key], list):
+                del values[key]
+    except BadCell as bad:
+        return replace(nothing, fault=sample.fault or f"in {sample.key}.json, a text, label or group {bad}")
+    return replace(nothing, label=label, group=group, text=text, metadata=metadata_json(values))
 
 
 def extract(url: str, member: str, num_bytes: int, folder: Path) -> Path:

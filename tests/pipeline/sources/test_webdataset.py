@@ -93,7 +93,7 @@ def test_a_video_in_a_tar_is_the_same_as_the_video_alone(tmp_path: Path) -> None
     metadata = described["000010001"]["metadata"]
     assert metadata == {
         "url": "https://example.org/3",
-        "caption": "caption 3",
+        "caption": "caption 3",  # the txt is the text
         "key": "000010001",
         "status": "success",
         "error_message": None,
@@ -141,6 +141,26 @@ def test_members_are_found_where_tarfile_finds_them(tmp_path: Path, tar_format: 
         for member in members:
             file.seek(member.data_offset)
             assert file.read(member.bytes) == member.name.encode()
+
+
+def test_a_json_names_origin_label_and_text(tmp_path: Path) -> None:
+    sample = {"text": "a text", "video": 7, "genre": 3.0, "score": float("inf"), "half": "\ud800"}
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for key, values in (
+            ("a", sample),
+            ("b", {**sample, "caption": ["first", "second"]}),
+            ("c", {**sample, "video": 8, "genre": ["x"]}),
+            ("d", {**sample, "text": "\ud800"}),
+        ):
+            add(tar, f"{key}.mp4", b"x")
+            add(tar, f"{key}.json", json.dumps(values).encode())
+    a, b, c, d = listed(tmp_path / "one.tar", columns={"group": "video", "label": "genre"})
+    assert (a.group, a.label, a.text, a.metadata) == ("7", "3", "a text", '{"half": "\\ufffd", "score": null}')
+    assert (b.group, b.text) == ("7", "first")
+    assert c.fault == "in c.json, a text, label or group is a list, not one value"
+    assert "half a character" in d.fault
+    with pytest.raises(ValueError, match="of columns, webdataset reads group, label, text; remove the others"):
+        SourceConfig.model_validate(source(tmp_path, columns={"start": "s"}))
 
 
 def header(name: str, size: bytes, kind: bytes = b"0", magic: bytes = b"ustar\x0000") -> bytes:
@@ -220,8 +240,16 @@ def in_tar(data: bytearray, offset: int, new: bytes) -> None:
     ("damage", "kept", "causes"),
     [
         (lambda data, at: in_tar(data, at["1.mp4"] + BLOCK + 40, b"x" * 1500), "023", {"1.mp4": ""}),
-        (lambda data, at: in_tar(data, at["1.json"] + BLOCK, b"{{"), "023", {"1.mp4": "json of 1 cannot be read"}),
-        (lambda data, at: in_tar(data, at["1.json"] + BLOCK, b'["a", "b", "c"]\n'), "023", {"1.mp4": "no JSON object"}),
+        (
+            lambda data, at: in_tar(data, at["1.json"] + BLOCK, b"{{"),
+            "023",
+            {"1.mp4": "the txt or json of 1 cannot be read"},
+        ),
+        (
+            lambda data, at: in_tar(data, at["1.json"] + BLOCK, b'["a", "b", "c"]\n'),
+            "023",
+            {"1.mp4": "1.json is no JSON object"},
+        ),
         (lambda data, at: in_tar(data, at["2.mp4"], b"x"), "01", {"": "is damaged at byte"}),
         (
             lambda data, at: data.__delitem__(slice(at["2.mp4"] + 2000, None)),

@@ -1,0 +1,70 @@
+"""Which rows of actions belong to the frames of a clip: by number, or by time where both were recorded with times."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo
+from clipmill.video import Clip
+
+__all__ = ["after_check", "rows_of"]
+
+_ROUNDING_SECONDS = 0.001
+"""Containers round times to milliseconds."""
+
+
+def rows_of(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
+    """The actions of a clip's frames.
+
+    By time, a frame takes the nearest row, which must lie within half a row's period.
+
+    Args:
+        clip: a clip of the video.
+        video: has actions, one a frame where they have no times.
+        start_seconds: where the video begins in its file.
+
+    Returns:
+        float32 [num_frames, ...].
+
+    Raises:
+        ExcludedVideo: a frame has no row.
+    """
+    assert video.actions is not None
+    if video.action_seconds is None:
+        return video.actions[list(clip.frame_numbers)]
+    order = np.argsort(video.action_seconds, kind="stable")
+    row_seconds = video.action_seconds[order]
+    seconds = np.array(clip.frame_seconds) - start_seconds
+    after = np.searchsorted(row_seconds, seconds).clip(1, max(len(row_seconds) - 1, 1))
+    candidates = np.stack([after - 1, np.minimum(after, len(row_seconds) - 1)])
+    distances = np.abs(row_seconds[candidates] - seconds)
+    nearest = candidates[distances.argmin(axis=0), np.arange(len(seconds))]
+    period = np.median(np.diff(row_seconds)) if len(row_seconds) > 1 else 0.0
+    worst = distances.min(axis=0).argmax()
+    if distances.min(axis=0)[worst] > period / 2 + _ROUNDING_SECONDS:
+        raise ExcludedVideo(
+            "actions",
+            f"no row of actions within half a period ({period / 2:.3f} s) of the frame at {seconds[worst]:.3f} s; the "
+            f"{len(row_seconds)} rows go from {row_seconds[0]:.3f} to {row_seconds[-1]:.3f} s",
+        )
+    return video.actions[order[nearest]]
+
+
+def after_check(clips: Iterator[Clip], check: Callable[[Clip], object]) -> Iterator[Clip]:
+    """Yields the clips of a video once all of them have passed a check, which raises for one that does not.
+
+    A video gives all of its clips or none. Meanwhile they wait in a file: those of a long video exceed the memory.
+    """
+    with tempfile.TemporaryFile(prefix="clipmill-shard-") as file:
+        num_clips = 0
+        for clip in clips:
+            check(clip)
+            pickle.dump(clip, file)
+            num_clips += 1
+        file.seek(0)
+        for _ in range(num_clips):
+            yield pickle.load(file)
