@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipmill.video.decord_package import decord_version
+from clipmill.video.decoders.by_decord import decord_version
 from clipmill.video.encode import decode_mp4, encode_mp4, write_raw_video
 from clipmill.video.faults import VideoError
 from clipmill.video.mjpeg import decode_mjpeg, encode_mjpeg

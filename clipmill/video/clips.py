@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipmill.video.reading import Reading
+from clipmill.video.decoders.picture import Reading
 
 __all__ = ["ClipCutter", "ClipFrames", "ClipRule"]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from clipmill.video.decoders.picture import Reading, Span
+from clipmill.video.decoders.whole import span_seconds, whole_frames
 from clipmill.video.geometry import Fit, Resizer
 from clipmill.video.probe import VideoInfo
-from clipmill.video.reading import Reading, Span, span_seconds, whole_frames
 
 __all__ = ["is_truncated", "read_frames"]
 

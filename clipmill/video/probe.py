@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import av
 
-from clipmill.video.animated import is_animation, read_animation
+from clipmill.video.decoders.by_pillow import is_animation, read_animation
 from clipmill.video.faults import VideoError, blame_video
 from clipmill.video.geometry import Geometry, Orientation, orientation_of, sample_aspect
 from clipmill.video.rate import NUM_TIMED_PACKETS, frame_rate, rate_of_seconds

@@ -19,12 +19,13 @@ import numpy as np
 
 from clipmill.video.clips import ClipCutter, ClipFrames, ClipRule
 from clipmill.video.decode import is_truncated, read_frames
+from clipmill.video.decoders.picture import Reading, Span
+from clipmill.video.decoders.whole import span_seconds
 from clipmill.video.encode import decode_mp4, encode_mp4
 from clipmill.video.faults import VideoError
 from clipmill.video.filters import VideoFilter
 from clipmill.video.mjpeg import decode_mjpeg, encode_mjpeg
 from clipmill.video.probe import VideoInfo, probe
-from clipmill.video.reading import Reading, Span, span_seconds
 from clipmill.video.views import draw_view, take_view, view_frame_size
 
 __all__ = ["is_measured", "serve"]

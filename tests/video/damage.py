@@ -19,9 +19,9 @@ import av
 import numpy as np
 
 from clipmill.video.decode import read_frames
+from clipmill.video.decoders.picture import Reading
 from clipmill.video.faults import VideoError
 from clipmill.video.probe import probe
-from clipmill.video.reading import Reading
 
 NUM_FILES = 40
 NUM_FRAMES = 50

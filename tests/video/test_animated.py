@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipmill.video.animated import read_animation
+from clipmill.video.decoders.by_pillow import read_animation
 from clipmill.video.faults import VideoError
 
 NUM_FRAMES = 4

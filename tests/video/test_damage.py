@@ -8,10 +8,10 @@ import av
 import numpy as np
 import pytest
 
-from clipmill.video.damage import DamageFilter, Packet
 from clipmill.video.decode import is_truncated, read_frames
+from clipmill.video.decoders.damage import DamageFilter, Packet
+from clipmill.video.decoders.picture import Reading
 from clipmill.video.probe import probe
-from clipmill.video.reading import Reading
 from tests.video.conftest import barcode, make_video, read_barcode
 from tests.video.damage import CASES, Case, all_frames, flipped, num_damaged, whole_frames, write_clean
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from clipmill.video.decode import is_truncated, read_frames
+from clipmill.video.decoders.picture import Reading
 from clipmill.video.faults import VideoError
 from clipmill.video.probe import VideoInfo, probe
-from clipmill.video.reading import Reading
 from tests.video.conftest import barcode, make_edited, make_sound, make_video, needs_decord, read_barcode
 
 SHARED_VIDEOS = Path(__file__).parents[3] / "shared" / "videos"

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipmill.video.decode import read_frames
+from clipmill.video.decoders.picture import Reading
 from clipmill.video.geometry import Orientation, fitted_size
 from clipmill.video.probe import probe
-from clipmill.video.reading import Reading
 from tests.video.conftest import make_video, read_barcode, state_display_width, state_pixel_aspect
 
 SIDES = st.integers(1, 5000)

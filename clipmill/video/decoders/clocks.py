@@ -8,7 +8,7 @@ from typing import Any
 
 import av
 
-from clipmill.video.damage import Packet
+from clipmill.video.decoders.damage import Packet
 
 __all__ = ["Clock", "make_clock"]
 

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import av
 import numpy as np
 from PIL import Image
 
+from clipmill.video.decoders.picture import Picture
 from clipmill.video.faults import VideoError, blame_video
+from clipmill.video.geometry import Geometry
 
-__all__ = ["AnimationInfo", "is_animation", "read_animation"]
+__all__ = ["AnimationInfo", "is_animation", "read_animation", "read_pillow"]
 
 _SHORTEST_DELAY_MS, _USUAL_DELAY_MS = 10, 100
 
@@ -96,3 +99,10 @@ def _over_white(image: Any) -> np.ndarray:
         return np.array(image.convert("RGB"))
     rgba = image.convert("RGBA")
     return np.array(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+
+
+def read_pillow(path: str | Path, geometry: Geometry) -> Iterator[Picture]:
+    """All frames of an animated WebP or PNG."""
+    frames, _ = read_animation(path)
+    for number, (seconds, pixels) in enumerate(frames):
+        yield Picture(number, av.VideoFrame.from_ndarray(pixels, format="rgb24"), seconds, geometry, False)

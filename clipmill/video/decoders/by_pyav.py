@@ -1,0 +1,177 @@
+"""Reading with PyAV: decodes in the order of the file, tells the time, drops damaged frames, finds new scenes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+
+from clipmill.video.decoders.clocks import make_clock
+from clipmill.video.decoders.damage import DamageFilter, ErrorLog, Packet, detect_damage
+from clipmill.video.decoders.interlaced import deinterlaced
+from clipmill.video.decoders.picture import Picture, Reading, Span
+from clipmill.video.faults import blame_video
+from clipmill.video.geometry import Geometry, orientation_of, sample_aspect
+from clipmill.video.probe import VideoInfo, open_video
+
+__all__ = ["read_pyav"]
+
+_DEMUX_ATTEMPTS = 8
+"""A demuxer that fails this often in a row, without a packet in between, has nothing more to give."""
+
+_NUM_REORDERED = 16
+"""Frames that B-frames can delay: the first one shown is among so many packets."""
+
+_REORDERED_SECONDS = 2.0
+
+
+def read_pyav(path: str | Path, info: VideoInfo, span: Span, reading: Reading) -> Iterator[Picture]:
+    """Whole frames by PyAV, from the start of a span on or before it; one thread: other workers use the other cores."""
+    first_packet, zero = (0, None) if span[0] is None else _where_to_begin(path, info, span[0])
+    with blame_video("cannot decode", path), open_video(path) as container:
+        stream = container.streams[info.stream_index]
+        stream.codec_context.thread_count = 1
+        stream.codec_context.copy_opaque = True
+        detect_damage(stream)
+        pictures = iter(_Decoding(container, stream, info, reading, first_packet, zero, span[0]))
+        yield from deinterlaced(pictures) if info.interlaced else pictures
+
+
+class _Decoding:
+    """Decodes one stream: drops damaged frames, tells the time, and finds where scenes begin."""
+
+    def __init__(
+        self,
+        container: Any,
+        stream: Any,
+        info: VideoInfo,
+        reading: Reading,
+        first_packet: int,
+        zero: int | None,
+        counts_from: float | None,
+    ):
+        self._container, self._stream = container, stream
+        self._codec_aspect = stream.codec_context.sample_aspect_ratio
+        self._reading, self._counts_from = reading, counts_from or -math.inf
+        self._first_packet = first_packet
+        self._clock = make_clock(container, stream, info.fps, zero)
+        self._damage: DamageFilter[Picture] = DamageFilter(
+            1 / (info.fps * float(stream.time_base)),
+            flags_early=info.container == "mpegts",
+            fails_late=info.codec == "av1",
+        )
+        self._log = ErrorLog(container, stream)
+        self._num_frames = 0
+        self._failed: set[int] = set()  # packets that count as a lost frame
+
+    def __iter__(self) -> Iterator[Picture]:
+        for demuxed, packet in self._demux():
+            for frame in self._decode(demuxed, packet):
+                self._take(frame)
+            yield from self._whole(self._damage.judged())
+        yield from self._whole(self._damage.judged(at_end=True))
+
+    def _whole(self, judged: list[tuple[Picture, bool, bool]]) -> Iterator[Picture]:
+        """Those pictures that are whole; counts the others."""
+        for picture, is_whole, is_first in judged:
+            if is_whole:
+                yield picture._replace(begins_scene=True) if is_first else picture
+            elif picture.seconds >= self._counts_from:
+                self._reading.damaged_frames += 1
+
+    def _take(self, frame: Any) -> None:
+        """Tells the time of the next frame in presentation order, and has its damage judged."""
+        packet: Packet = frame.opaque
+        if packet.number in self._failed:  # the decoder made a frame of it all the same
+            self._count_lost(packet, -1)
+        seconds, started_over = self._clock.time(frame, packet)
+        if started_over:
+            self._reading.joins += 1
+            self._damage.started_over(packet)
+        geometry = Geometry(frame.width, frame.height, packet.sample_aspect, orientation_of(frame))
+        self._damage.add(Picture(self._num_frames, frame, seconds, geometry, started_over), frame, packet)
+        self._num_frames += 1
+
+    def _decode(self, demuxed: Any, packet: Packet) -> list[Any]:
+        """The frames that a packet brings out of the decoder."""
+        demuxed.opaque = packet
+        if demuxed.size:
+            self._clock.sent(packet)
+            self._damage.sent(packet)
+        if self._log.has_grown(packet, is_decoded=False):
+            self._damage.failed(packet)
+        try:
+            frames = demuxed.decode()
+        except MemoryError:
+            raise
+        except EOFError:  # drained
+            return []
+        except av.FFmpegError as error:  # the following packets can be decoded all the same
+            self._reading.cause = self._reading.cause or error.strerror
+            self._count_lost(packet, 1)
+            self._damage.failed(packet)
+            return []
+        if self._log.has_grown(packet, is_decoded=True):
+            self._damage.failed(packet)
+        if demuxed.is_discard and demuxed.is_keyframe:
+            self._damage.cut(packet)
+        packet.sample_aspect = sample_aspect(self._stream, self._codec_aspect)
+        return frames
+
+    def _count_lost(self, packet: Packet, change: int) -> None:
+        """Counts a packet as a frame that nobody will see, or no longer."""
+        (self._failed.add if change > 0 else self._failed.discard)(packet.number)
+        self._num_frames += change
+        self._reading.damaged_frames += change
+
+    def _demux(self) -> Iterator[tuple[Any, Packet]]:
+        """All packets from the first that is needed on, also those behind a damaged part of the file."""
+        failures = number = 0
+        while True:
+            try:
+                for demuxed in self._container.demux(self._stream):
+                    failures = 0
+                    if number >= self._first_packet:
+                        yield (
+                            demuxed,
+                            Packet(number, demuxed.is_keyframe, demuxed.is_corrupt, demuxed.pts, demuxed.dts),
+                        )
+                    number += 1
+                return
+            except av.error.InvalidDataError as error:
+                failures += 1
+                self._reading.cause = self._reading.cause or error.strerror
+                if failures == _DEMUX_ATTEMPTS:
+                    return
+
+
+def _where_to_begin(path: str | Path, info: VideoInfo, start_seconds: float) -> tuple[int, int | None]:
+    """(number of the packet from which to decode, ticks of the file's first frame), for a span.
+
+    Decoding begins at a key frame, one before the last that comes early enough: the frames of an open group of
+    pictures refer to the group before. Packets are counted rather than sought, since seeking is not exact everywhere.
+    """
+    if not info.container.startswith(("mov", "matroska", "avi")):  # others may begin their clocks anew
+        return 0, None
+    counts_frames = info.container == "avi"
+    zero: int | None = None
+    keys = deque([0], maxlen=2)
+    with blame_video("cannot read", path), open_video(path) as container:
+        stream = container.streams[info.stream_index]
+        for number, packet in enumerate(container.demux(stream)):
+            ticks = packet.dts if counts_frames else packet.pts
+            if ticks is None or packet.is_discard:
+                continue
+            if number < _NUM_REORDERED:
+                zero = ticks if zero is None else min(zero, ticks)
+            assert zero is not None
+            seconds = float((ticks - zero) * stream.time_base)
+            if packet.is_keyframe and seconds <= start_seconds:
+                keys.append(number)
+            elif number >= _NUM_REORDERED and seconds > start_seconds + _REORDERED_SECONDS:
+                break
+    return keys[0], zero
