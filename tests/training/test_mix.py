@@ -162,4 +162,4 @@ def test_a_tokenizer_of_crops_of_a_mix_resumes_exactly(runs: list[Path], tmp_pat
     assert losses(plain, "vqvae", "train")[1] != losses(parts, "vqvae", "train")[1]
     latest = read_latest(str(whole / "vqvae"))
     assert latest is not None
-    assert latest[0]["latent_shape"] == [2, 4, 4]  # of whole clips
+    assert latest[0]["latent_shape"] == [2, 3, 4]  # of whole clips
