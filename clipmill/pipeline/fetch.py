@@ -66,7 +66,7 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
         if video.member is not None:
             return _extract(data, video, folder, kept)
         name = f"video{suffix_of(urlsplit(video.url).path)}"
-        if video.span is None:
+        if video.span == (None, None):
             path = _local_copy(data, video.url, folder / name)
         else:  # the next videos are other spans of this file
             path = kept.get(video.url, name, partial(_local_copy, data, video.url))
