@@ -5,6 +5,7 @@ file) and the bare loops make uint8 clips of 16 frames, resized and centre-cropp
 (``data.format=npy``), on one core. Runs are interleaved; medians count.
 
     python benchmarks/shard.py [--rounds 5] [--scale 1.0]
+    python benchmarks/shard.py --against CHECKOUT    # the stage alone, against that of another checkout of clipmill
 
 prints a table and, as the last line, one JSON document.
 """
@@ -32,8 +33,8 @@ from av.video.reformatter import VideoReformatter
 
 from clipmill.config import ClipConfig
 from clipmill.video import Decoder, Limits
-from clipmill.video.decode import fitted_size
 
+HERE = Path(__file__).resolve().parents[1]
 NUM_FRAMES = 16
 FPS = 30
 LIMITS = Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)
@@ -106,11 +107,17 @@ def stage(decoder: Decoder, paths: list[Path], case: Case) -> int:
     return sum(1 for path in paths for _ in decoder.clips(path, clip, "auto", encode=("npy", 0)))
 
 
+def resized(case: Case) -> tuple[int, int]:
+    """(width, height) whose shorter side is that of the clips."""
+    side = min(case.width, case.height)
+    return round(case.width * case.resolution / side), round(case.height * case.resolution / side)
+
+
 def bare_decord(paths: list[Path], case: Case) -> int:
     """decord with its own resize."""
     import decord
 
-    width, height = fitted_size(case.width, case.height, case.resolution, "crop")
+    width, height = resized(case)
     num_clips = 0
     for path in paths:
         reader = decord.VideoReader(str(path), width=width, height=height, num_threads=1)
@@ -120,7 +127,7 @@ def bare_decord(paths: list[Path], case: Case) -> int:
 
 def bare_pyav(paths: list[Path], case: Case) -> int:
     """PyAV and swscale with its default filter, one thread."""
-    width, height = fitted_size(case.width, case.height, case.resolution, "crop")
+    width, height = resized(case)
     num_clips = 0
     for path in paths:
         reformatter = VideoReformatter()
@@ -149,7 +156,7 @@ def cut(frames, resolution: int) -> int:
 
 def ffmpeg_calls(paths: list[Path], case: Case) -> int:
     """One ffmpeg process a clip: seek, decode, resize and crop to raw RGB, as video2dataset cuts its clips."""
-    width, height = fitted_size(case.width, case.height, case.resolution, "crop")
+    width, height = resized(case)
     filters = f"scale={width}:{height},crop={case.resolution}:{case.resolution}"
     num_clips = 0
     for path in paths:
@@ -234,35 +241,72 @@ def measure_case(case: Case, paths: list[Path], rounds: int) -> dict[str, object
 
 
 def serve_worker(case: Case, core: int, paths: list[Path]) -> None:
-    """A worker of the two-worker measurement: takes its files once for each line on stdin."""
+    """A process of its own: takes its files once for each line on stdin, and answers with clips and CPU seconds."""
     pin(core)
     with Decoder(LIMITS) as decoder:
         stage(decoder, paths[:1], case)
         print("ready", flush=True)
         for _ in sys.stdin:
-            print(stage(decoder, paths, case), flush=True)
+            began = cpu_seconds()
+            num_clips = stage(decoder, paths, case)
+            print(num_clips, cpu_seconds() - began, flush=True)
+
+
+def start_worker(case: Case, core: int, share: list[Path], checkout: Path = HERE) -> subprocess.Popen[str]:
+    """A process that runs `serve_worker` with the clipmill of a checkout."""
+    script = HERE / "benchmarks" / "shard.py"
+    command = [sys.executable, str(script), "--worker", json.dumps([case, core, list(map(str, share))])]
+    env = {**os.environ, "PYTHONPATH": str(checkout)}
+    # The decoding child imports from the working directory first.
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=checkout)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(workers: list[subprocess.Popen[str]]) -> tuple[int, float]:
+    """Has all of them take their files; the number of clips, and CPU seconds."""
+    for process in workers:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    answers = [process.stdout.readline().split() for process in workers]
+    return sum(int(clips) for clips, _ in answers), sum(float(seconds) for _, seconds in answers)
+
+
+def measure_against(checkout: Path, case: Case, paths: list[Path], rounds: int) -> dict[str, object]:
+    """The stage here over the stage of another checkout; in each round both take a turn on the same core.
+
+    On a busy machine the ratio of the least CPU seconds is the steadiest.
+    """
+    core = min(os.sched_getaffinity(0))
+    workers = {name: [start_worker(case, core, paths, root)] for name, root in (("here", HERE), ("there", checkout))}
+    num_clips = len(paths) * (case.num_video_frames // NUM_FRAMES)
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+    try:
+        for number in range(rounds):
+            for name in list(workers)[:: 1 if number % 2 else -1]:
+                began = time.perf_counter()
+                made, cpu = go(workers[name])
+                assert made == num_clips, f"{made} clips instead of {num_clips}"
+                taken[name].append({"wall": time.perf_counter() - began, "cpu": cpu})
+    finally:
+        for (process,) in workers.values():
+            process.stdin.close()
+            process.wait()
+    ratios: dict[str, object] = {}
+    for clock in ("wall", "cpu"):
+        here, there = ([run[clock] for run in taken[name]] for name in ("here", "there"))
+        ratios[f"here_over_there_{clock}_median"] = statistics.median(a / b for a, b in zip(here, there, strict=True))
+        ratios[f"here_over_there_{clock}_least"] = min(here) / min(there)
+    return ratios
 
 
 def measure_two_workers(case: Case, paths: list[Path], cores: list[int], rounds: int) -> float:
     """How many times faster two processes on two cores get through the files than one process on one core."""
-
-    def worker(core: int, share: list[Path]) -> subprocess.Popen[str]:
-        command = [sys.executable, __file__, "--worker", json.dumps([case, core, list(map(str, share))])]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
-        return process
-
-    def go(workers: list[subprocess.Popen[str]]) -> int:
-        for process in workers:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return sum(int(process.stdout.readline()) for process in workers)
-
-    one = [worker(cores[0], paths)]
-    two = [worker(core, paths[number::2]) for number, core in enumerate(cores[:2])]
+    one = [start_worker(case, cores[0], paths)]
+    two = [start_worker(case, core, paths[number::2]) for number, core in enumerate(cores[:2])]
     try:
         num_clips = len(paths) * (case.num_video_frames // NUM_FRAMES)
-        seconds = interleaved({"one": lambda: go(one), "two": lambda: go(two)}, num_clips, rounds)
+        seconds = interleaved({"one": lambda: go(one)[0], "two": lambda: go(two)[0]}, num_clips, rounds)
     finally:
         for process in [*one, *two]:
             process.stdin.close()
@@ -274,6 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the videos; less is quicker and noisier")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="only compare the stage with that of a folder")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -288,14 +333,23 @@ def main() -> None:
             paths = [Path(folder, f"{case.height}-{number}.mp4") for number in range(num_videos)]
             for number, path in enumerate(paths):
                 write_video(path, case, seed=number)
+            if arguments.against:
+                measured = measure_against(arguments.against.resolve(), case, paths, arguments.rounds)
+                show(case, measured)
+                result[case.name] = measured
+                continue
             os.sched_setaffinity(0, cores)
             speedup = measure_two_workers(case, paths, cores, arguments.rounds) if len(cores) > 1 else None
             pin(cores[0])
             measured = {**measure_case(case, paths, arguments.rounds), "two_workers_speedup": speedup}
+            show(case, measured)
             result[case.name] = measured
-            for name, value in measured.items():
-                print(f"{case.name:>16}  {name:20} {value}", file=sys.stderr)
     print(json.dumps(result))
+
+
+def show(case: Case, measured: dict[str, object]) -> None:
+    for name, value in measured.items():
+        print(f"{case.name:>16}  {name:28} {value}", file=sys.stderr)
 
 
 if __name__ == "__main__":
