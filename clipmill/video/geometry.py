@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from av.sidedata.sidedata import Type as SideDataType
+from av.sidedata import sidedata
 from av.video.reformatter import Interpolation, VideoReformatter
 
 __all__ = ["UPRIGHT", "Fit", "Geometry", "Orientation", "Resizer", "fitted_size", "orientation_of", "sample_aspect"]
@@ -103,13 +103,27 @@ class Geometry(NamedTuple):
         return (width, height) if self.orientation.transpose else (height, width)
 
 
+_sidedata: Any = sidedata
+
+
+def _unknown_type(cls: Any, value: int) -> Any:
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"TYPE_{value}", value
+    return member
+
+
+# PyAV refuses all side data of a frame that has some of a type without a name there, such as the EXIF of MJPEG.
+_sidedata.Type._missing_ = classmethod(_unknown_type)
+
+
 def orientation_of(frame: Any) -> Orientation:
     """The orientation that the display matrix of an `av.VideoFrame` asks for.
 
     Decoders attach the matrix of the container, or that of the frame itself, to each frame. A matrix maps a stored
     point (x, y) to (a x + c y, b x + d y). Matrices that turn by other than multiples of 90 degrees are rounded.
     """
-    matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    # Not frame.side_data: it refers to its frame, which keeps it, so that only the garbage collector frees such frames.
+    matrix = _sidedata.SideDataContainer(frame).get(_sidedata.Type.DISPLAYMATRIX)
     return UPRIGHT if matrix is None else _orientation(bytes(matrix))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import io
 import itertools
 from fractions import Fraction
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
 
 from clipmill.video.decode import read_frames
 from clipmill.video.decoders.picture import Reading
@@ -172,3 +175,36 @@ def test_rectangles(tmp_path):
         frames = [frame for _, frame in read_frames(path, probe(path), (36, 64), fit)]
         assert {frame.shape for frame in frames} == {(36, 64, 3)}
         assert [read_barcode(frame) for frame in frames] == list(range(40))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_of_cameras_are_turned_as_their_exif_says(tmp_path, orientation):
+    picture = Image.fromarray(_circle(96, 64, Fraction(1)))
+    picture.paste((255, 0, 0), (0, 0, 32, 16))  # tells all orientations apart
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    picture.save(file, "JPEG", exif=exif, quality=95, subsampling=0)
+    path = tmp_path / "camera.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_mux_stream("mjpeg", rate=10, width=96, height=64)
+        packet = av.Packet(file.getvalue())
+        packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 10), 0, 0
+        container.mux(packet)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    ((_, frame),) = read_frames(path, probe(path), shown.shape[:2], "crop")
+    assert np.abs(frame.astype(int) - shown).mean() < 2
+
+
+def test_frames_are_freed_without_the_garbage_collector(tmp_path):
+    path = make_video(tmp_path / "many.mp4", num_frames=60)
+    info = probe(path)
+    gc.collect()
+    gc.disable()  # it seldom runs: decoded frames of 4K are 12 MB each
+    try:
+        for _ in read_frames(path, info, 32, "crop"):
+            pass
+        alive = sum(isinstance(each, av.VideoFrame) for each in gc.get_objects())
+    finally:
+        gc.enable()
+    assert alive < 20
