@@ -132,10 +132,11 @@ class DataConfig(Section):
     the package decord, on aarch64 decord2."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the videos in the split ``val``, chosen by a hash of each video's identity."""
-    unit_bytes: PositiveInt = 256 * 2**20
-    """Source bytes in one unit of work (whole videos)."""
+    unit_bytes: PositiveInt = 16 * 2**30
+    """Source bytes in one unit of work (whole videos), at most."""
     shard_bytes: PositiveInt = 128 * 2**20
-    """A unit closes a tar when it reaches this size."""
+    """About the size of a tar. A unit of work is planned to make one; a unit that makes more closes a tar whenever it
+    reaches this size, and its last tar has at least half of it."""
     cpu_seconds_per_video: Annotated[PositiveInt, FREE] = 3600
     """Processor time that a video may take at least. Large and long videos get more: a second for 20 million pixels."""
     memory_bytes_per_video: Annotated[PositiveInt, FREE] = 4 * 2**30

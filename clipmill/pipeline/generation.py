@@ -20,6 +20,7 @@ from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.pipeline.listing import NO_ELDERS, NO_SPLIT, Elders, hash64, list_source, tell_apart
 from clipmill.pipeline.plan import BATCH_ROWS, PLAN_COLUMNS, GenerationKind, Plan, load_plan, publish_plan_document
+from clipmill.pipeline.yields import Yield, measure_yield
 from clipmill.shards.format import file_sha256
 from clipmill.shards.manifest import SPLITS
 
@@ -30,6 +31,12 @@ logger = logging.getLogger(__name__)
 _OWN_COLUMNS = ("split", "unit", "ordinal", "id")
 """Of `PLAN_COLUMNS`, those that a generation decides; the others come from the source."""
 
+
+_MOST_VIDEOS = 10_000
+"""In a unit: a killed one is done again."""
+
+_LEAST_OUTPUT_BYTES, _FEWEST_UNITS = 8 * 2**20, 4
+"""A data set of less than ``_FEWEST_UNITS`` shards is cut into so many units, as long as each makes the first."""
 
 _ENDINGS_KEPT = 100
 """Of other files, the endings that ``plan.json`` keeps."""
@@ -64,7 +71,9 @@ def retry_videos(config: RunConfig, plan: Plan, ids: Collection[str]) -> bool:
     _, firsts = np.unique(numbers, return_index=True)  # one that failed twice stands in two generations
     is_val = np.array([split == "val" for split in table["split"].to_pylist()])[firsts]
     order = np.lexsort((numbers[firsts], is_val))
-    _publish(config, plan, "retried", table, firsts[order], is_val[order], numbers[firsts][order], {"duplicates": 0})
+    known = Yield.of_generation(plan.document["generations"][-1])
+    facts = {"duplicates": 0}
+    _publish(config, plan, "retried", table, firsts[order], is_val[order], numbers[firsts][order], known, facts)
     return True
 
 
@@ -89,7 +98,8 @@ def _add_listed(config: RunConfig, plan: Plan | None) -> bool:
         "ambiguous": sorted(f"{base:016x}" for base in ambiguous),
         "other_files": dict(listing.others.most_common(_ENDINGS_KEPT)),
     }
-    _publish(config, plan, "listed", listing.table, order, is_val[order], ids[order], facts)
+    found = measure_yield(config, listing.table, order)
+    _publish(config, plan, "listed", listing.table, order, is_val[order], ids[order], found, facts)
     return True
 
 
@@ -113,6 +123,7 @@ def _publish(
     order: np.ndarray,
     is_val: np.ndarray,
     ids: np.ndarray,
+    expected: Yield,
     facts: dict[str, Any],
 ) -> None:
     """Writes one more generation.
@@ -125,10 +136,13 @@ def _publish(
         order: int64[n], rows of the table in the order of the plan.
         is_val: bool[n], whether each is in ``val``.
         ids: uint64[n], their ids.
+        expected: what they will make.
         facts: for ``plan.json``.
     """
-    sizes = table.column("bytes").to_numpy()[order]
-    units, ordinals = cut_units(sizes, is_val, config.data.unit_bytes)
+    sizes = table["bytes"].to_numpy()[order]
+    outputs = expected.of(table, config.data.clip)[order]
+    read_sizes = np.where(_repeats_file(table, order), 0, sizes)
+    units, ordinals = cut_units(read_sizes, outputs, is_val, config.data.unit_bytes, config.data.shard_bytes)
     num_units = {split: int(units[is_val == (split == "val")].max(initial=-1)) + 1 for split in SPLITS}
     earlier = [] if plan is None else plan.document["generations"]
     if plan is not None:
@@ -145,16 +159,29 @@ def _publish(
             "videos": len(order),
             "bytes": int(sizes.sum()),
             "units": num_units,
+            "yield": expected.document,
             **facts,
         }
     publish_plan_document(config, [*earlier, generation])
     logger.info(
-        "planned %d videos (generation %d, %s; %d duplicates left out)",
+        "planned %d videos in %d units (generation %d, %s; %d duplicates skipped); expecting %.3g MB of shards",
         len(order),
+        sum(num_units.values()),
         len(earlier),
         kind,
         facts["duplicates"],
+        outputs.sum() / 1e6,
     )
+
+
+def _repeats_file(table: pa.Table, order: np.ndarray) -> np.ndarray:
+    """bool[n]: whether a video is another span of the file that the one before it is a span of."""
+    repeats = np.zeros(len(order), bool)
+    if table["start_seconds"].null_count + table["end_seconds"].null_count == 2 * len(table):
+        return repeats
+    urls = table["url"].take(pa.array(order)).combine_chunks().dictionary_encode().indices.to_numpy()
+    repeats[1:] = urls[1:] == urls[:-1]
+    return repeats
 
 
 def _write_rows(
@@ -192,18 +219,34 @@ def _ints(numbers: np.ndarray) -> Iterator[int]:
         yield from numbers[first : first + BATCH_ROWS].tolist()
 
 
-def cut_units(sizes: np.ndarray, is_val: np.ndarray, unit_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def cut_units(
+    sizes: np.ndarray, outputs: np.ndarray, is_val: np.ndarray, unit_bytes: int, shard_bytes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Cuts each split, in order, into units: int32[n] unit and int32[n] ordinal in it.
 
-    A unit closes before the video that would take it beyond ``unit_bytes``; it holds at least one.
+    The units of a split make about equal shares of its shards, each about ``shard_bytes``, so that none is a small
+    rest. A unit closes before the video that would take it beyond ``unit_bytes`` of source or `_MOST_VIDEOS`; it holds
+    at least one.
+
+    Args:
+        sizes: int64[n], bytes of source to read.
+        outputs: float64[n], expected bytes of shards.
+        is_val: bool[n], ascending.
+        unit_bytes: source in a unit, at most.
+        shard_bytes: shards of a unit, about. A small data set has smaller ones, for several workers to share.
     """
+    goal = min(shard_bytes, max(_LEAST_OUTPUT_BYTES, outputs.sum() / _FEWEST_UNITS))
     units, ordinals = np.empty(len(sizes), np.int32), np.empty(len(sizes), np.int32)
-    unit, ordinal, filled, split = 0, 0, 0, False
-    for row, (size, in_val) in enumerate(zip(_ints(sizes), is_val, strict=True)):
-        if in_val != split:
-            unit, ordinal, filled, split = 0, 0, 0, in_val
-        elif ordinal and filled + size > unit_bytes:
-            unit, ordinal, filled = unit + 1, 0, 0
-        units[row], ordinals[row] = unit, ordinal
-        ordinal, filled = ordinal + 1, filled + size
+    for split in (False, True):
+        rows = slice(*np.searchsorted(is_val, [split, split + 1]))
+        total = outputs[rows].sum()
+        share = total / max(1, round(total / goal)) or 1.0
+        shares = ((np.cumsum(outputs[rows]) - outputs[rows] / 2) // share).astype(np.int64)  # by each video's middle
+        unit = -1
+        ordinal = filled = last_share = 0
+        for row, size, number in zip(range(rows.start, rows.stop), _ints(sizes[rows]), _ints(shares), strict=True):
+            if unit < 0 or number != last_share or filled + size > unit_bytes or ordinal == _MOST_VIDEOS:
+                unit, ordinal, filled, last_share = unit + 1, 0, 0, number
+            units[row], ordinals[row] = unit, ordinal
+            ordinal, filled = ordinal + 1, filled + size
     return units, ordinals

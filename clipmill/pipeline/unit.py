@@ -8,7 +8,6 @@ of a unit depend on the plan, the versions of the codecs and the CPU's instructi
 from __future__ import annotations
 
 import functools
-import json
 import platform
 import re
 import tempfile
@@ -19,19 +18,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import clipmill
-from clipmill.config import DataConfig, RunConfig
+from clipmill.config import RunConfig
 from clipmill.lease import Lease
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
 from clipmill.pipeline.pairing import after_check, rows_of
 from clipmill.pipeline.plan import PlannedVideo, Unit
+from clipmill.pipeline.samples import clip_sample
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
-from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
+from clipmill.shards.format import UnitWriter
 from clipmill.shards.manifest import commit_unit
-from clipmill.video import BadVideo, Clip, Decoder, Limits, Outcome, decord_version
+from clipmill.video import BadVideo, Decoder, Limits, Outcome, decord_version
 
 __all__ = ["FIRST_VIDEOS", "digest", "make_worker"]
 
@@ -148,7 +146,7 @@ def _shard_video(
             outcome = _finished(decoder)
             if actions is not None and clip.ordinal == 0 and fetched.action_seconds is None:
                 _check_rows(len(actions), outcome.num_needed_frames)
-            writer.add(_sample(data, video, clip, None if actions is None else rows(clip)))
+            writer.add(clip_sample(data, video, clip, None if actions is None else rows(clip)))
             pixels["num_values"] += clip.num_values
             pixels["pixel_sum"] += clip.pixel_sum
             pixels["pixel_square_sum"] += clip.pixel_square_sum
@@ -188,36 +186,6 @@ def _finished(decoder: Decoder) -> Outcome:
     """The outcome, known from a video's first clip on: a video is decoded to its end before it yields."""
     assert decoder.outcome is not None
     return decoder.outcome
-
-
-def _sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarray | None) -> Sample:
-    """A clip as it is stored; ``actions``: float32 [num_frames, ...], a row for each of its frames."""
-    key = f"{video.id}_{clip.ordinal:06d}"
-    crop: dict[str, Any] = {"crop": "center" if data.clip.fit == "crop" else data.clip.fit}
-    if clip.view is not None:
-        number, view = clip.view
-        key, crop = f"{key}_v{number}", {"crop": "random", "view": {"number": number, **view._asdict()}}
-    members = {
-        data.clip_suffix: clip.data if isinstance(clip.data, bytes) else npy_bytes(clip.data),
-        "json": json_bytes(
-            {
-                "source": video.name,
-                "video": video.id,
-                "start_seconds": clip.start_seconds,
-                "end_seconds": clip.end_seconds,
-                "first_frame": clip.frame_numbers[0],
-                "frame_stride": data.clip.frame_stride if data.clip.fps is None else None,
-                "fps": clip.fps,
-                **crop,
-                "label": video.label,
-                "text": video.text,
-                "metadata": None if video.metadata is None else json.loads(video.metadata),
-            }
-        ),
-    }
-    if actions is not None:
-        members["actions.npy"] = npy_bytes(actions)
-    return Sample(key, members)
 
 
 def _scrub(text: str, path: Path, name: str) -> str:

@@ -86,6 +86,8 @@ class Part:
 class UnitWriter:
     """Packs the samples of one unit, in the order they come, into parts of about ``shard_bytes``.
 
+    The last of several parts has at least half of that: a smaller rest is appended to the part before it.
+
     Args:
         folder: local and empty; an unfinished part lies there too, so the caller removes it as a whole.
         prefix: what the samples are: ``clips``, ``tokens`` or ``samples``.
@@ -97,6 +99,7 @@ class UnitWriter:
         self._folder, self._prefix, self._unit, self._shard_bytes = folder, prefix, unit, shard_bytes
         self._parts: list[Part] = []
         self._keys: set[str] = set()
+        self._full: _OpenPart | None = None
         self._open: _OpenPart | None = None
 
     def add(self, sample: Sample) -> None:
@@ -110,27 +113,31 @@ class UnitWriter:
             raise ValueError(f"two samples of unit {self._unit} have the key {sample.key}")
         self._keys.add(sample.key)
         if self._open is None:
-            self._open = _OpenPart(self._folder / "unfinished.tar")
+            self._open = _OpenPart(self._folder / f"unfinished-{len(self._keys)}.tar")
         self._open.add(sample)
+        if self._full is not None and 2 * self._open.num_bytes >= self._shard_bytes:
+            self._close_part(self._full)
+            self._full = None
         if self._open.num_bytes >= self._shard_bytes:
-            self._close_part()
+            self._full, self._open = self._open, None
 
     def finish(self) -> list[Part]:
         """Closes the last part; all parts of the unit, none when it has no samples."""
-        if self._open is not None:
-            self._close_part()
+        if self._full is not None and self._open is not None:
+            self._full.append(self._open)
+        if last := self._full or self._open:
+            self._close_part(last)
+        self._full = self._open = None
         return self._parts
 
-    def _close_part(self) -> None:
-        assert self._open is not None
-        path, index = self._open.path, self._open.close()
-        self._open = None
+    def _close_part(self, part: _OpenPart) -> None:
+        path, index = part.path, part.close()
         sha256 = file_sha256(path)
         name = f"{self._prefix}-{self._unit:06d}-{len(self._parts):02d}-{sha256[:8]}.tar"
         path = path.rename(self._folder / name)
-        part = Part(name, path.stat().st_size, sha256, len(index) - 1, path)
-        part.index_path.write_bytes(index.tobytes())
-        self._parts.append(part)
+        finished = Part(name, path.stat().st_size, sha256, len(index) - 1, path)
+        finished.index_path.write_bytes(index.tobytes())
+        self._parts.append(finished)
 
 
 class _OpenPart:
@@ -151,6 +158,18 @@ class _OpenPart:
     def add(self, sample: Sample) -> None:
         self._tar.write({"__key__": sample.key, **sample.members})
         self._offsets.append(self._tar.tarstream.offset)  # the file's own position lags behind: tarfile buffers
+
+    def append(self, other: _OpenPart) -> None:
+        """Moves the samples of another part behind its own, and removes that."""
+        end, tar = self.num_bytes, self._tar.tarstream
+        other.close()
+        with other.path.open("rb") as file:
+            while tar.offset < end + other.num_bytes:  # what follows marks the end of an archive
+                data = file.read(min(2**20, end + other.num_bytes - tar.offset))
+                tar.fileobj.write(data)
+                tar.offset += len(data)
+        self._offsets += [end + offset for offset in other._offsets[1:]]
+        other.path.unlink()
 
     def close(self) -> np.ndarray:
         """Completes the archive; the offsets, ``<u8`` [samples + 1]."""

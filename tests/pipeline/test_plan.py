@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmill.config import RunConfig
@@ -165,14 +165,25 @@ def test_the_columns_on_disk(tmp_path):
     assert generation["units"] == {row["split"]: 1, ({"train", "val"} - {row["split"]}).pop(): 0}
 
 
+# ----------------------------------------------------------------------------------------------- units
+
+
+def units_of(sizes, outputs, is_val, unit_bytes, shard_bytes):
+    return cut_units(
+        np.array(sizes, np.int64), np.array(outputs, float), np.array(is_val, bool), unit_bytes, shard_bytes
+    )
+
+
 @given(
     sizes=st.lists(st.integers(0, 50), max_size=60),
     num_train=st.integers(0, 60),
     unit_bytes=st.integers(1, 120),
+    bytes_per_byte=st.sampled_from([0.0, 1e-3, 1.0, 1e6, 1e7]),
 )
-def test_units_are_consecutive_and_bounded(sizes, num_train, unit_bytes):
+def test_units_are_consecutive_and_bounded(sizes, num_train, unit_bytes, bytes_per_byte):
     is_val = np.arange(len(sizes)) >= num_train
-    units, ordinals = cut_units(np.array(sizes, np.int64), is_val, unit_bytes)
+    outputs = np.array(sizes) * bytes_per_byte
+    units, ordinals = units_of(sizes, outputs, is_val, unit_bytes, 2**20)
     for in_val in (False, True):
         numbers, places = units[is_val == in_val].tolist(), ordinals[is_val == in_val].tolist()
         held = np.array(sizes)[is_val == in_val]
@@ -182,9 +193,49 @@ def test_units_are_consecutive_and_bounded(sizes, num_train, unit_bytes):
             assert rows == list(range(rows[0], rows[-1] + 1))
             assert [places[row] for row in rows] == list(range(len(rows)))
             assert held[rows].sum() <= unit_bytes or len(rows) == 1
-            following = rows[-1] + 1
-            if following < len(numbers):
-                assert held[rows].sum() + held[following] > unit_bytes
+
+
+@given(
+    outputs=st.lists(st.floats(0, 2**20), min_size=400, max_size=2000),
+    share_of_val=st.floats(0, 0.5),
+)
+@settings(max_examples=20)
+def test_units_of_each_split_make_equal_shares_near_shard_bytes(outputs, share_of_val):
+    shard_bytes = 16 * 2**20
+    outputs = np.array(outputs) + 2**18
+    is_val = np.arange(len(outputs)) >= len(outputs) * (1 - share_of_val)
+    units, _ = units_of(np.zeros(len(outputs)), outputs, is_val, 1, shard_bytes)
+    goal = min(shard_bytes, max(8 * 2**20, outputs.sum() / 4))
+    for split in (False, True):
+        made = np.bincount(units[is_val == split], outputs[is_val == split])
+        if made.sum() < goal / 2:
+            assert len(made) <= 1
+            continue
+        assert made.max() - made.min() <= 2 * outputs.max()
+        assert 0.6 * goal <= made.mean() <= 1.5 * goal
+
+
+def test_a_small_data_set_is_shared_by_a_few_workers():
+    outputs = np.full(200, 2**17)  # 25 MiB in all
+    units, _ = units_of(np.ones(200), outputs, np.arange(200) >= 180, 2**40, 128 * 2**20)
+    assert (units[:180].max() + 1, units[180:].max() + 1) == (3, 1)
+    units, _ = units_of(np.ones(200), outputs * 10, np.arange(200) >= 180, 2**40, 128 * 2**20)
+    assert (units[:180].max() + 1, units[180:].max() + 1) == (4, 1)
+
+
+def test_a_unit_holds_no_more_videos_than_can_be_done_again():
+    units, ordinals = units_of(np.zeros(25_000), np.zeros(25_000), np.zeros(25_000, bool), 1, 1)
+    assert np.bincount(units).tolist() == [10_000, 10_000, 5_000]
+    assert ordinals.max() == 9_999
+
+
+def test_the_spans_of_a_file_count_as_one_reading_of_it(tmp_path, monkeypatch):
+    spans = [span for name in "abc" for span in spans_of(f"s3://b/{name}.mp4", name, 5)]
+    listed(monkeypatch, spans)
+    plan = make_plan(config_for(tmp_path, val_fraction=0.0, unit_bytes=20))
+    units = [plan.unit("train", number).videos for number in range(plan.num_units("train"))]
+    assert [len(videos) for videos in units] == [10, 5]
+    assert [len({video.url for video in videos}) for videos in units] == [2, 1]
 
 
 # ------------------------------------------------------------------------------------ spans and groups

@@ -94,6 +94,28 @@ def test_parts_close_at_shard_bytes_and_lose_nothing(tmp_path):
     assert [key for part in parts for key, _ in read_part(part)] == [key for key, _ in read_part(whole)]
 
 
+@pytest.mark.parametrize("num_samples", range(1, 24))
+def test_a_small_rest_is_no_part_of_its_own(tmp_path, num_samples):
+    (whole,) = write_parts(tmp_path / "whole", 3, num_samples)
+    parts = write_parts(tmp_path / "parts", 3, num_samples, shard_bytes=8192)
+    assert sorted(os.listdir(tmp_path / "parts")) == sorted(
+        name for part in parts for name in (part.name, part.index_path.name)
+    )
+    ends = [int(read_index(part.index_path.read_bytes())[-1]) for part in parts]
+    assert len(parts) == 1 or min(ends) >= 4096
+    assert sum(part.samples for part in parts) == num_samples
+    assert [key for part in parts for key, _ in read_part(part)] == [key for key, _ in read_part(whole)]
+    # A part that a rest was appended to is what a writer makes that closes it there.
+    last = [key for key, _ in read_part(parts[-1])]
+    (tmp_path / "again").mkdir()
+    writer = UnitWriter(tmp_path / "again", "tokens", 3, 2**20)
+    for clip in range(num_samples - len(last), num_samples):
+        writer.add(code_sample(3, clip))
+    (again,) = writer.finish()
+    assert (again.sha256, again.bytes) == (parts[-1].sha256, parts[-1].bytes)
+    assert again.index_path.read_bytes() == parts[-1].index_path.read_bytes()
+
+
 def test_a_unit_without_samples_has_no_parts(tmp_path):
     assert UnitWriter(tmp_path, "clips", 0, 100).finish() == []
 

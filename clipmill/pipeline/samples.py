@@ -1,0 +1,52 @@
+"""A clip and what is known about it, as a sample of a shard."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from clipmill.config import DataConfig
+from clipmill.pipeline.plan import PlannedVideo
+from clipmill.shards.format import Sample, json_bytes, npy_bytes
+from clipmill.video import Clip
+
+__all__ = ["clip_sample"]
+
+
+def clip_sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarray | None) -> Sample:
+    """The members of a clip: its frames, a json that says where they come from, and its rows of actions.
+
+    Args:
+        data: names the format and the clip rule.
+        video: of the clip.
+        clip: as the decoder gives it.
+        actions: float32 [num_frames, ...], a row for each of its frames, or none.
+    """
+    key = f"{video.id}_{clip.ordinal:06d}"
+    crop: dict[str, Any] = {"crop": "center" if data.clip.fit == "crop" else data.clip.fit}
+    if clip.view is not None:
+        number, view = clip.view
+        key, crop = f"{key}_v{number}", {"crop": "random", "view": {"number": number, **view._asdict()}}
+    members = {
+        data.clip_suffix: clip.data if isinstance(clip.data, bytes) else npy_bytes(clip.data),
+        "json": json_bytes(
+            {
+                "source": video.name,
+                "video": video.id,
+                "start_seconds": clip.start_seconds,
+                "end_seconds": clip.end_seconds,
+                "first_frame": clip.frame_numbers[0],
+                "frame_stride": data.clip.frame_stride if data.clip.fps is None else None,
+                "fps": clip.fps,
+                **crop,
+                "label": video.label,
+                "text": video.text,
+                "metadata": None if video.metadata is None else json.loads(video.metadata),
+            }
+        ),
+    }
+    if actions is not None:
+        members["actions.npy"] = npy_bytes(actions)
+    return Sample(key, members)

@@ -1,0 +1,235 @@
+"""How many bytes of shards the videos of a plan will make, by a look at a few of them.
+
+A source says how large its files are, not how long they last: 256 MiB of 4K footage make 2.6 MB of small clips, and
+the same bytes of raw 64 x 64 frames make 256 MiB of them. So a fixed number of videos is opened, each in a decoding
+child: the header gives the number of clips, the first clips give their size. What was found stands in ``plan.json``.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+
+from clipmill import storage
+from clipmill.config import ClipConfig, RunConfig
+from clipmill.errors import StorageUnavailable
+from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
+from clipmill.pipeline.listing import SOURCE_COLUMNS
+from clipmill.pipeline.plan import PlannedVideo
+from clipmill.pipeline.samples import clip_sample
+from clipmill.pipeline.sidecars import read_sidecars
+from clipmill.pipeline.sources import base_url
+from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.shards.format import Sample
+from clipmill.video import BadVideo, Clip, Decoder, DecoderLost, Limits, Outcome
+from clipmill.video.kinds import HEAD_BYTES, is_video_head, suffix_of
+
+__all__ = ["NOTHING_KNOWN", "Yield", "measure_yield"]
+
+logger = logging.getLogger(__name__)
+
+NUM_LOOKS = 32
+"""The mean of so many videos is right within some 20 % where a byte of one makes twice as much as a byte of another."""
+
+SMALL_BYTES = 8 * 2**20
+"""A smaller source is not looked at: it is a unit or two, whatever it makes."""
+
+_CLIPS_PER_LOOK = 2
+_LIMITS = Limits(cpu_seconds=60, memory_bytes=4 * 2**30, no_progress_seconds=30)
+_EDGE_BYTES = 16 * 2**20
+"""Of a large object only this much of its beginning and of its end is fetched: headers and first clips stand there."""
+
+
+@dataclass(frozen=True)
+class Yield:
+    """What source bytes become.
+
+    Attributes:
+        bytes_per_byte: bytes of shards for each byte of whole files.
+        bytes_per_clip: bytes of one clip in a shard, with all its members.
+        fps: frames per second of the videos, as the clip rule sees them.
+        num_videos: videos that were looked at.
+    """
+
+    bytes_per_byte: float
+    bytes_per_clip: float
+    fps: float
+    num_videos: int
+
+    @classmethod
+    def of_generation(cls, generation: dict[str, Any]) -> Yield:
+        """What stands in ``plan.json``."""
+        return cls(**generation["yield"])
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """For ``plan.json``."""
+        return asdict(self)
+
+    def of(self, table: pa.Table, clip: ClipConfig) -> np.ndarray:
+        """float64[n]: expected bytes of shards of these videos.
+
+        Args:
+            table: ``bytes``, ``start_seconds`` and ``end_seconds`` of each.
+            clip: the clip rule.
+        """
+        expected = table["bytes"].to_numpy() * self.bytes_per_byte
+        starts, ends = (table[name].to_numpy() for name in ("start_seconds", "end_seconds"))  # NaN where there is none
+        is_span = ~np.isnan(ends)
+        if self.bytes_per_clip and is_span.any():
+            frames = np.floor((ends - np.nan_to_num(starts))[is_span] * self.fps)
+            expected[is_span] = _num_clips(frames, clip) * self.bytes_per_clip
+        return expected
+
+
+NOTHING_KNOWN = Yield(bytes_per_byte=1.0, bytes_per_clip=0.0, fps=0.0, num_videos=0)
+"""As many bytes of shards as of source."""
+
+
+def measure_yield(config: RunConfig, table: pa.Table, order: np.ndarray) -> Yield:
+    """Looks at up to `NUM_LOOKS` videos, chosen evenly over the bytes of the source in the order of the plan.
+
+    So a byte of every video has the same chance, and the mean over the chosen ones is that over all bytes, also where
+    few large files hold most of them.
+
+    Args:
+        config: of the run.
+        table: `SOURCE_COLUMNS`.
+        order: int64[n], rows of the table in the order of the plan.
+
+    Raises:
+        UserError, StorageUnavailable: the storage of the source is away.
+    """
+    ends = np.cumsum(table["bytes"].to_numpy()[order])
+    if not len(ends) or ends[-1] < SMALL_BYTES:
+        return NOTHING_KNOWN
+    points = (np.arange(NUM_LOOKS) + 0.5) / NUM_LOOKS * ends[-1]
+    places, weights = np.unique(np.searchsorted(ends, points, side="right"), return_counts=True)
+    rows = table.select(list(SOURCE_COLUMNS)).take(pa.array(order[places])).to_pylist()
+    looks: list[_Look] = []
+    looked: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder, Decoder(_LIMITS) as decoder:
+        for row, weight in zip(rows, weights.tolist(), strict=True):
+            with _skipping(row["url"]):
+                looks.append(_look_at(config, PlannedVideo(id="0" * 16, **row), decoder, Path(folder)))
+                looked.append(weight)
+    if not looks:
+        return NOTHING_KNOWN
+    shares = np.array(looked) / sum(looked)
+    num_clips = sum(look.num_clips for look in looks)
+    return Yield(
+        # Rounded, so that the last digits of a codec's work do not decide about units.
+        bytes_per_byte=_rounded(sum(share * look.bytes_per_byte for share, look in zip(shares, looks, strict=True))),
+        bytes_per_clip=_rounded(sum(look.bytes for look in looks) / num_clips if num_clips else 0.0),
+        fps=_rounded(sum(share * look.fps for share, look in zip(shares, looks, strict=True))),
+        num_videos=len(looks),
+    )
+
+
+@dataclass(frozen=True)
+class _Look:
+    bytes_per_byte: float
+    num_clips: int
+    bytes: int
+    fps: float
+
+
+@contextmanager
+def _skipping(name: str) -> Iterator[None]:
+    """A video that cannot be looked at is no reason to stop: its unit will say what is wrong with it."""
+    try:
+        yield
+    except StorageUnavailable:
+        raise
+    except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError) as error:
+        logger.debug("no look at %s: %s", name, error)
+
+
+class _Unknown(Exception):
+    """The look says nothing about the whole video."""
+
+
+def _look_at(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: Path) -> _Look:
+    data = config.data
+    # What is rejected is not known before it is decoded: clips are counted as if none were.
+    first = {"max_clips_per_video": _CLIPS_PER_LOOK, "reject_static": None, "reject_black": None, "scene_cut": None}
+    with tempfile.TemporaryDirectory(dir=folder) as copies:
+        fetched = _fetch_edges(config, video, Path(copies))
+        video = read_sidecars(data, video)
+        encode = (data.format, data.quality)
+        # From the beginning of the file, also where the video is a span: nothing has to be skipped to get there.
+        clips = decoder.clips(fetched.path, data.clip.model_copy(update=first), encode=encode)
+        sizes = [_tar_bytes(clip_sample(data, video, clip, _some_rows(fetched, clip))) for clip in clips]
+    outcome = decoder.outcome
+    assert outcome is not None
+    fps = data.clip.fps or outcome.info.fps
+    num_clips = 0
+    if sizes:
+        num_clips = int(_num_clips(np.array([_num_frames(outcome, fps, data.clip)]), data.clip)[0])
+    mean_bytes = sum(sizes) / len(sizes) if sizes else 0.0
+    return _Look(num_clips * mean_bytes / video.bytes, len(sizes), sum(sizes), fps)
+
+
+def _some_rows(fetched: LocalVideo, clip: Clip) -> np.ndarray | None:
+    """Actions as large as those of a clip."""
+    if fetched.actions is None:
+        return None
+    return np.zeros((len(clip.frame_numbers), *fetched.actions.shape[1:]), np.float32)
+
+
+def _num_frames(outcome: Outcome, fps: float, clip: ClipConfig) -> int:
+    """Frames of the whole video, as the clip rule sees it."""
+    info = outcome.info
+    if clip.fps is None and info.container_frames is not None:
+        return info.container_frames
+    if info.duration_seconds is not None:
+        return int(info.duration_seconds * fps)
+    raise _Unknown("its header states no duration")
+
+
+def _num_clips(frames: np.ndarray, clip: ClipConfig) -> np.ndarray:
+    """float64[n]: samples that videos of so many frames make, views counted."""
+    clips = np.where(frames < clip.span, 0, 1 + (frames - clip.span) // clip.step)
+    return np.minimum(clips, clip.max_clips_per_video or np.inf) * clip.views_per_clip
+
+
+def _tar_bytes(sample: Sample) -> int:
+    """Of a sample in a tar: a header for each member, and its content in whole blocks."""
+    return sum(512 + -(-len(content) // 512) * 512 for content in sample.members.values())
+
+
+def _fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> LocalVideo:
+    """The video on this machine; of a large object a file of its size that holds only its beginning and its end.
+
+    Raises:
+        _Unknown: it does not begin as a video does.
+    """
+    if video.member is not None:
+        return fetch_video(config.data, video, folder, KeptFiles(folder / "kept"))
+    url = storage.resolve(base_url(config.data.source), video.url)
+    head = storage.read_start(url, HEAD_BYTES)
+    if not is_video_head(head):  # a child that fails has to be started anew
+        raise _Unknown("it does not begin as a video")
+    if storage.is_local(url) or video.bytes <= 4 * _EDGE_BYTES:
+        return fetch_video(config.data, video, folder, KeptFiles(folder / "kept"))
+    path = folder / f"video{suffix_of(urlsplit(video.url).path)}"
+    with storage.open_to_read(url, _EDGE_BYTES) as remote, path.open("wb") as copy:
+        copy.write(remote.read(_EDGE_BYTES))
+        for file in (remote, copy):
+            file.seek(video.bytes - _EDGE_BYTES)
+        copy.write(remote.read(_EDGE_BYTES))
+    return LocalVideo(path, None)
+
+
+def _rounded(number: float) -> float:
+    """To two digits."""
+    return float(f"{number:.2g}")
