@@ -23,6 +23,7 @@ from clipmill.config import RunConfig
 from clipmill.pipeline import generation, listing, tally
 from clipmill.pipeline.plan import load_plan
 from clipmill.pipeline.sources.record import SourceVideo
+from clipmill.pipeline.yields import NOTHING_KNOWN
 
 VIDEO_BYTES = 2 * 2**20
 PUT_THREADS = 32
@@ -46,6 +47,7 @@ def main() -> None:
 def measure_plan(root: str, num_videos: int) -> dict[str, float]:
     """Plans a listing, loads the plan as a resumed run does, and extends it by what has not been there."""
     config = _config(root, unit_bytes=256 * 2**20)
+    generation.measure_yield = lambda *_: NOTHING_KNOWN  # there are no files to look at
     listing.list_videos = lambda *_: _listed(num_videos)
     began = time.monotonic()
     generation.make_plan(config)
@@ -75,6 +77,7 @@ def measure_plan(root: str, num_videos: int) -> dict[str, float]:
 def measure_resume(root: str, num_units: int) -> dict[str, float]:
     """Decides what is left to do, where so many units are committed: first from the records, then from the tally."""
     config = _config(root, unit_bytes=1)
+    generation.measure_yield = lambda *_: NOTHING_KNOWN
     listing.list_videos = lambda *_: _listed(num_units)
     plan = generation.make_plan(config)
     with ThreadPoolExecutor(PUT_THREADS) as writers:

@@ -28,9 +28,9 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from clipmill.errors import StorageUnavailable, UserError
+from clipmill.errors import StageFailed, StorageUnavailable, UserError
 
-__all__ = ["Unreadable", "call", "create", "is_web", "open_to_read"]
+__all__ = ["ServerLost", "Unreadable", "call", "create", "is_web", "open_to_read"]
 
 RETRY_SECONDS_VARIABLE = "CLIPMILL_STORAGE_RETRY_SECONDS"
 DEFAULT_RETRY_SECONDS = 120.0
@@ -63,16 +63,20 @@ _connecting = threading.Lock()
 logger = logging.getLogger(__name__)
 
 
-class Unreadable(OSError):
-    """One object cannot be had, and will not come by waiting; others may.
+class Unreadable(StageFailed, OSError):
+    """One object cannot be had, and will not come by waiting; others may."""
 
-    Attributes:
-        server_is_lost: its server does not answer at all.
-    """
 
-    def __init__(self, message: str, *, server_is_lost: bool = False) -> None:
-        super().__init__(message)
-        self.server_is_lost = server_is_lost
+class ServerLost(Unreadable):
+    """A web server does not answer at all: its other objects cannot be had either."""
+
+
+class _WebUnavailable(Unreadable, StorageUnavailable):
+    """A web server answered, but did not recover in time."""
+
+
+class _WebLost(ServerLost, StorageUnavailable):
+    """A web server did not answer in time."""
 
 
 def call(url: str, operation: Callable[[Any, str], T], *, longest_seconds: float = math.inf) -> T:
@@ -105,11 +109,8 @@ def call(url: str, operation: Callable[[Any, str], T], *, longest_seconds: float
             pause_seconds = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
             if time.monotonic() + pause_seconds > deadline:
                 if is_web(url):
-                    is_lost = _answer(error)[1] is None
-                    raise Unreadable(
-                        f"{url}: the server did not recover within {retry_seconds:g} s ({reason})",
-                        server_is_lost=is_lost,
-                    ) from error
+                    kind = _WebLost if _answer(error)[1] is None else _WebUnavailable
+                    raise kind(f"{url}: the server did not recover within {retry_seconds:g} s ({reason})") from error
                 raise StorageUnavailable(
                     f"{url}: the storage did not recover within {retry_seconds:g} s ({reason}); check it and "
                     "AWS_ENDPOINT_URL, then run the same command again"
@@ -265,7 +266,7 @@ def _transient_web_reason(url: str, error: Exception) -> str | None:
         raise Unreadable(f"{url}: the server answers {_status_text(status)}") from error
     for one in _chain(error):
         if getattr(one, "errno", None) == socket.EAI_NONAME:
-            raise Unreadable(f"{url}: no such host", server_is_lost=True) from error
+            raise ServerLost(f"{url}: no such host") from error
     if status is None and _is_network(error):
         return _line(error.__cause__ or error)
     if isinstance(error, ImportError | ValueError):

@@ -28,11 +28,12 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from clipmill import bucket
-from clipmill.bucket import Unreadable
+from clipmill.bucket import ServerLost, Unreadable
 from clipmill.errors import UserError
 
 __all__ = [
     "Entry",
+    "ServerLost",
     "Unreadable",
     "absolute",
     "create_bytes",

@@ -35,7 +35,7 @@ _OWN_COLUMNS = ("split", "unit", "ordinal", "id")
 _MOST_VIDEOS = 10_000
 """In a unit: a killed one is done again."""
 
-_LEAST_OUTPUT_BYTES, _FEWEST_UNITS = 8 * 2**20, 4
+_LEAST_OUTPUT_BYTES, _FEWEST_UNITS = 2**20, 4
 """A data set of less than ``_FEWEST_UNITS`` shards is cut into so many units, as long as each makes the first."""
 
 _ENDINGS_KEPT = 100

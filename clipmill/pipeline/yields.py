@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 NUM_LOOKS = 32
 """The mean of so many videos is right within some 20 % where a byte of one makes twice as much as a byte of another."""
 
-SMALL_BYTES = 8 * 2**20
+SMALL_BYTES = 2**20
 """A smaller source is not looked at: it is a unit or two, whatever it makes."""
 
 _CLIPS_PER_LOOK = 2
@@ -148,9 +148,9 @@ def _skipping(name: str) -> Iterator[None]:
     """A video that cannot be looked at is no reason to stop: its unit will say what is wrong with it."""
     try:
         yield
-    except StorageUnavailable:
-        raise
     except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError) as error:
+        if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
+            raise  # a bucket is away
         logger.debug("no look at %s: %s", name, error)
 
 

@@ -205,7 +205,7 @@ def test_units_of_each_split_make_equal_shares_near_shard_bytes(outputs, share_o
     outputs = np.array(outputs) + 2**18
     is_val = np.arange(len(outputs)) >= len(outputs) * (1 - share_of_val)
     units, _ = units_of(np.zeros(len(outputs)), outputs, is_val, 1, shard_bytes)
-    goal = min(shard_bytes, max(8 * 2**20, outputs.sum() / 4))
+    goal = min(shard_bytes, max(2**20, outputs.sum() / 4))
     for split in (False, True):
         made = np.bincount(units[is_val == split], outputs[is_val == split])
         if made.sum() < goal / 2:
@@ -216,7 +216,7 @@ def test_units_of_each_split_make_equal_shares_near_shard_bytes(outputs, share_o
 
 
 def test_a_small_data_set_is_shared_by_a_few_workers():
-    outputs = np.full(200, 2**17)  # 25 MiB in all
+    outputs = np.full(200, 2**14)  # 3 MiB in all
     units, _ = units_of(np.ones(200), outputs, np.arange(200) >= 180, 2**40, 128 * 2**20)
     assert (units[:180].max() + 1, units[180:].max() + 1) == (3, 1)
     units, _ = units_of(np.ones(200), outputs * 10, np.arange(200) >= 180, 2**40, 128 * 2**20)

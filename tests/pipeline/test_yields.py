@@ -108,11 +108,11 @@ def test_a_small_source_is_not_opened(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_where_no_video_can_be_looked_at_bytes_are_taken_for_bytes(tmp_path: Path) -> None:
     for number in range(4):
-        (tmp_path / f"{number}.mp4").write_bytes(bytes([number]) * 3 * 2**20)
+        (tmp_path / f"{number}.mp4").write_bytes(bytes([number]) * 2**20)
     config = config_for(tmp_path / "run", tmp_path)
     listing = list_source(config.data.source)
     assert measure_yield(config, listing.table, np.arange(4)) == NOTHING_KNOWN
-    assert NOTHING_KNOWN.of(listing.table, config.data.clip).tolist() == [3.0 * 2**20] * 4
+    assert NOTHING_KNOWN.of(listing.table, config.data.clip).tolist() == [1.0 * 2**20] * 4
 
 
 def test_spans_make_what_their_seconds_hold() -> None:

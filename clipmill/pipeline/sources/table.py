@@ -198,11 +198,11 @@ class _Finder:
             if entry.etag is None and not storage.is_local(url):
                 raise OSError(f"{url} has no ETag, so nothing tells whether it changes; copy it to a disk or a bucket")
             return replace(video, bytes=entry.bytes, etag=entry.etag)
-        except StorageUnavailable:  # of a bucket
-            raise
         except FileNotFoundError:
             fault = f"{video.name} is missing"
         except (OSError, ValueError, UserError) as error:
+            if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
+                raise  # a bucket is away
             fault = str(error).splitlines()[0]
         return replace(video, fault=fault, identity=f"fault:{video.name}")
 
@@ -211,7 +211,7 @@ class _Finder:
             entry = storage.stat(url)
         except (storage.Unreadable, UserError) as error:
             self._refused[server] += server not in self._answered
-            if getattr(error, "server_is_lost", False) or self._refused[server] > _MOST_REFUSALS:
+            if isinstance(error, storage.ServerLost) or self._refused[server] > _MOST_REFUSALS:
                 self._lost[server] = f"{server} was given up: {error}"
             raise
         self._answered.add(server)
