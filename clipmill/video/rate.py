@@ -24,6 +24,9 @@ _PAUSE = 4
 
 _TOLERANCE = 0.02
 
+_FASTEST_GUESS = 120
+"""A greater rate of a single frame is FFmpeg's guess."""
+
 
 def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, int | None]]) -> float:
     """Average frames per second of a stream.
@@ -42,7 +45,7 @@ def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, in
     ticks = _complete(times)
     measured = _rate_of_ticks(ticks)
     if measured is None:
-        return float(stated) if stated else 1.0
+        return float(stated) if stated and stated <= _FASTEST_GUESS else 1.0
     lower, upper = (float(limit / stream.time_base) for limit in measured)
     if stated and (_agrees(stated, lower, upper) or _agrees(stated, *_usual_steps(ticks, stream.time_base))):
         return float(stated)

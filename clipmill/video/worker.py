@@ -121,6 +121,7 @@ def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
             "joins": reading.joins,
             "truncated": filtered is None
             and cutter.num_kept != rule.max_clips
+            and not reading.is_past_span
             and is_truncated(info, reading.num_frames, reading.first_seconds, reading.last_seconds, span),
             "short": filtered is None and cutter.is_short,
             "filtered": filtered,

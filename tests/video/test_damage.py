@@ -115,7 +115,7 @@ def test_a_lost_transport_packet_costs_frames_up_to_the_next_key_frame(tmp_path)
             num_harmed += 1
             # B-frames of the group before the next key frame are decoded after it: two more may go
             assert missing[-1] - missing[0] < 12
-            assert len(reading.scene_starts) == (missing[-1] < 59 and reading.damaged_frames > 0)
+            assert bool(reading.scene_starts) == (missing[-1] < 59 and reading.damaged_frames > 0)
     assert num_harmed > 3
 
 
@@ -131,6 +131,48 @@ def test_reading_goes_on_behind_damage_in_a_scene_of_its_own(tmp_path):
     assert _numbers(path, reading) == [*range(13), *range(20, 40)]
     assert (reading.damaged_frames, reading.scene_starts) == (7, {20})
     assert not is_truncated(probe(path), 33, reading.first_seconds, reading.last_seconds)
+
+
+def _ruin(path: Path, number: int, fill: bytes, header: int = 0) -> None:
+    """Overwrites the data of one packet, which begins after the header that its container gives it."""
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][number]
+    data = bytearray(path.read_bytes())
+    data[packet.pos + header : packet.pos + packet.size] = fill * (packet.size - header)
+    path.write_bytes(data)
+
+
+def test_no_scene_spans_a_dropped_b_frame(tmp_path):
+    path = make_video(tmp_path / "b.mp4", "libx264", options=GROUPS)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    b_frame = next(n for n in range(12, 20) if packets[n].pts < packets[n - 1].pts)
+    _ruin(path, b_frame, b"\xff")
+    reading = Reading()
+    delivered = []
+    for _, frame in read_frames(path, probe(path), 64, "stretch", reading=reading):
+        delivered.append((reading.number, read_barcode(frame)))
+    assert all(number == shown for number, shown in delivered)
+    numbers = [number for number, _ in delivered]
+    assert len(numbers) + reading.damaged_frames == 40
+    holes = {late for early, late in itertools.pairwise(numbers) if late != early + 1}
+    assert holes
+    assert holes <= reading.scene_starts
+
+
+def test_a_packet_that_silently_gives_no_frame_is_counted(tmp_path):
+    path = make_video(tmp_path / "b.mkv", "mpeg2video", fps=25, options={"bf": "2"})
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    _ruin(path, next(n for n in range(12, 20) if packets[n].pts < packets[n - 1].pts), b"\xff", header=12)
+    reading = Reading()
+    shown = [
+        (reading.number, read_barcode(frame))
+        for _, frame in read_frames(path, probe(path), 64, "stretch", reading=reading)
+    ]
+    assert all(number == barcode_number for number, barcode_number in shown)
+    assert len(shown) + reading.damaged_frames == 40
+    assert reading.scene_starts
 
 
 @pytest.mark.parametrize(("file", "codec"), [("cut.avi", "mpeg4"), ("cut.flv", "flv"), ("cut.avi", "msmpeg4v2")])
@@ -156,7 +198,7 @@ class _Frame:
 
 def _judge(order: str, corrupt: str = "", shown: str | None = None) -> str:
     """Frames that are whole, by letters in the order of the file; capitals are key frames; ``shown`` is their order."""
-    judged: DamageFilter[str] = DamageFilter(1.0)
+    judged: DamageFilter[str] = DamageFilter("h264", 1.0)
     packets, left, whole = {}, list(shown or order), ""
     for number, letter in enumerate(order):
         packets[letter] = Packet(number, letter.isupper(), pts=(shown or order).index(letter), dts=number)

@@ -60,26 +60,31 @@ class _Decoding:
         self._first_packet = first_packet
         self._clock = make_clock(container, stream, info.fps, zero)
         self._damage: DamageFilter[Picture] = DamageFilter(
+            info.codec,
             1 / (info.fps * float(stream.time_base)),
+            has_times=info.container != "avi" and not info.interlaced,
             flags_early=info.container == "mpegts",
-            fails_late=info.codec == "av1",
         )
-        self._log = ErrorLog(container, stream)
+        self._log = ErrorLog(stream)
         self._num_frames = 0
         self._failed: set[int] = set()  # packets that count as a lost frame
+        self._is_broken = False  # a frame was dropped after the last one that was delivered
 
     def __iter__(self) -> Iterator[Picture]:
         for demuxed, packet in self._demux():
             for frame in self._decode(demuxed, packet):
                 self._take(frame)
             yield from self._whole(self._damage.judged())
+        self._reading.damaged_frames += self._damage.num_never_shown()
         yield from self._whole(self._damage.judged(at_end=True))
 
     def _whole(self, judged: list[tuple[Picture, bool, bool]]) -> Iterator[Picture]:
         """Those pictures that are whole; counts the others."""
         for picture, is_whole, is_first in judged:
+            self._is_broken |= is_first or not is_whole
             if is_whole:
-                yield picture._replace(begins_scene=True) if is_first else picture
+                yield picture._replace(begins_scene=True) if self._is_broken else picture
+                self._is_broken = False
             elif picture.seconds >= self._counts_from:
                 self._reading.damaged_frames += 1
 
@@ -91,9 +96,14 @@ class _Decoding:
         seconds, started_over = self._clock.time(frame, packet)
         if started_over:
             self._reading.joins += 1
-            self._damage.started_over(packet)
+            self._damage.starts_over(packet)
+        num_missing = self._damage.num_missing(packet)
+        if num_missing and seconds >= self._counts_from:
+            self._reading.damaged_frames += num_missing
+        self._num_frames += num_missing
         geometry = Geometry(frame.width, frame.height, packet.sample_aspect, orientation_of(frame))
-        self._damage.add(Picture(self._num_frames, frame, seconds, geometry, started_over), frame, packet)
+        begins_scene = started_over or num_missing > 0
+        self._damage.add(Picture(self._num_frames, frame, seconds, geometry, begins_scene), frame, packet)
         self._num_frames += 1
 
     def _decode(self, demuxed: Any, packet: Packet) -> list[Any]:
@@ -102,8 +112,8 @@ class _Decoding:
         if demuxed.size:
             self._clock.sent(packet)
             self._damage.sent(packet)
-        if self._log.has_grown(packet, is_decoded=False):
-            self._damage.failed(packet)
+        if self._log.read_badly():
+            self._damage.starts_over(packet)
         try:
             frames = demuxed.decode()
         except MemoryError:
@@ -111,11 +121,13 @@ class _Decoding:
         except EOFError:  # drained
             return []
         except av.FFmpegError as error:  # the following packets can be decoded all the same
+            self._log.decoded_badly()
             self._reading.cause = self._reading.cause or error.strerror
-            self._count_lost(packet, 1)
+            if not self._damage.will_be_missing(packet):
+                self._count_lost(packet, 1)
             self._damage.failed(packet)
             return []
-        if self._log.has_grown(packet, is_decoded=True):
+        if self._log.decoded_badly():
             self._damage.failed(packet)
         if demuxed.is_discard and demuxed.is_keyframe:
             self._damage.cut(packet)

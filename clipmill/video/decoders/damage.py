@@ -28,6 +28,9 @@ _GAP = 1.5
 _SILENT_CODECS = ("gif", "ffv1")
 """Their decoders report damage in the log only."""
 
+_ONE_FRAME_A_PACKET = ("h264", "hevc", "mpeg1video", "mpeg2video", "av1")
+"""Codecs of which a packet without a frame is a lost frame. Others have packets that are not to be shown."""
+
 _NO_EXPLODE = ("h264", "mpeg1video", "mpeg2video")
 """``explode`` finds nothing more in these, and costs whole frames beside damaged ones."""
 
@@ -43,20 +46,22 @@ def detect_damage(stream: Any) -> None:
 class ErrorLog:
     """Counts what FFmpeg logs as errors, where nothing else tells of damage. One for the whole process."""
 
-    def __init__(self, container: Any, stream: Any):
-        self._of_codec = stream.codec_context.codec.canonical_name in _SILENT_CODECS
-        self._of_pages = container.format.name == "ogg"  # their checksums
-        if self._of_codec or self._of_pages:
-            av.logging.set_level(av.logging.PANIC)  # below it errors are counted, but not printed
+    def __init__(self, stream: Any):
+        self._decoder_is_silent = stream.codec_context.codec.canonical_name in _SILENT_CODECS
+        av.logging.set_level(av.logging.PANIC)  # errors are counted, but not printed
         self._count = av.logging.get_last_error()[0]
 
-    def has_grown(self, packet: Packet, *, is_decoded: bool) -> bool:
-        """Whether reading a packet, or decoding it, has just logged an error."""
-        if not (self._of_codec if is_decoded else self._of_pages):
-            return False
+    def read_badly(self) -> bool:
+        """Whether reading the last packet has logged an error: what lay before it is damaged or lost."""
+        return self._has_grown()
+
+    def decoded_badly(self) -> bool:
+        """Whether decoding the last packet has logged an error, for codecs where nothing else tells."""
+        return self._has_grown() and self._decoder_is_silent
+
+    def _has_grown(self) -> bool:
         before, self._count = self._count, av.logging.get_last_error()[0]
-        # a damaged page is reported with the packet that follows it
-        return self._count > before and (is_decoded or not packet.is_key)
+        return self._count > before
 
 
 @dataclass(slots=True)
@@ -71,6 +76,7 @@ class Packet:
         dts: decoding time in ticks.
         sample_aspect: of the frame, known once it is decoded.
         key: the last key packet up to this one, known once it goes to the decoder.
+        recording: number of the recording in the file, where several were joined; known once it goes to the decoder.
     """
 
     number: int
@@ -80,23 +86,27 @@ class Packet:
     dts: int | None = None
     sample_aspect: float = 1.0
     key: Packet | None = None
+    recording: int = 0
 
 
 class DamageFilter(Generic[T]):
     """Holds frames back until it is known whether they are whole; says which are.
 
     Args:
+        codec: of the stream.
         step_ticks: usual distance of two packets' decoding times.
+        has_times: every packet states when its frame is shown, and becomes one.
         flags_early: the demuxer flags the packet before the incomplete one, as that of transport streams does.
-        fails_late: the decoder reports a damaged packet with the next one, as dav1d does.
     """
 
-    def __init__(self, step_ticks: float, *, flags_early: bool = False, fails_late: bool = False):
-        self._step_ticks, self._flags_early, self._late = step_ticks, flags_early, int(fails_late)
+    def __init__(self, codec: str, step_ticks: float, *, has_times: bool = True, flags_early: bool = False):
+        self._step_ticks, self._flags_early = step_ticks, flags_early
+        self._counts_packets = codec in _ONE_FRAME_A_PACKET and has_times
+        self._late = int(codec == "av1")  # dav1d reports a damaged packet with the next one
         self._damaged: list[int] = []  # packets; what was decoded from them on is bad, up to a whole key frame
         self._breaks = [0]  # the same, but the packet itself is whole: a key frame may begin with it
         self._waiting: deque[tuple[T, Packet, bool]] = deque()
-        self._unshown: dict[int, None] = {}  # decoded packets without their frames, ascending
+        self._unshown: dict[int, Packet] = {}  # decoded packets without their frames, ascending
         self._newest_key: Packet | None = None
         self._last_key_shown = -1
         self._newest = -1
@@ -111,17 +121,22 @@ class DamageFilter(Generic[T]):
             self._newest_key = packet
             self._container_marks_keys = True
         packet.key = self._newest_key
+        before = self._before
+        if before is not None:
+            steps_back = before.dts is not None and packet.dts is not None and packet.dts < before.dts
+            packet.recording = before.recording + steps_back
         if self._flags_early:
             self._judge_suspect(packet)
         elif packet.is_flagged:
             self.failed(packet)
-        self._unshown[packet.number] = None
+        self._before = packet
+        self._unshown[packet.number] = packet
         if packet.number - next(iter(self._unshown)) > _REORDERED_PACKETS:
             del self._unshown[next(iter(self._unshown))]
 
     def _judge_suspect(self, packet: Packet) -> None:
         """Decides by the packet after it whether the one behind a flagged packet is damaged."""
-        suspect, before, self._before = self._suspect, self._before, packet
+        suspect, before = self._suspect, self._before
         if before is not None and before.is_flagged and suspect is None:
             self._suspect = packet
         if suspect is None:
@@ -135,7 +150,8 @@ class DamageFilter(Generic[T]):
 
     def failed(self, packet: Packet) -> None:
         """A packet, or its frame, is damaged."""
-        self._unshown.pop(packet.number, None)
+        if not self.will_be_missing(packet):
+            self._unshown.pop(packet.number, None)
         key = packet.key
         if key is None or packet.is_key or None in (packet.pts, key.pts) or packet.pts > key.pts:  # type: ignore[operator]
             self._damaged.append(packet.number - self._late)
@@ -143,8 +159,8 @@ class DamageFilter(Generic[T]):
             # decoded after a key frame, but shown before it: only its like refer to it
             self._breaks.append(key.number)
 
-    def started_over(self, packet: Packet) -> None:
-        """With the frame of this packet another recording begins: it may refer to what is not there."""
+    def starts_over(self, packet: Packet) -> None:
+        """What lay before this packet is not there: it was lost, or belongs to another recording."""
         key = self._newest_key
         self._breaks.append(
             packet.number if key is None else min(packet.number, max(key.number, self._last_key_shown + 1))
@@ -154,6 +170,28 @@ class DamageFilter(Generic[T]):
         """An edit list cuts the key frame of this packet: it was decoded, and frames may refer to it."""
         self._unshown.pop(packet.number, None)
         self._forget_damage(packet.number)
+
+    def will_be_missing(self, packet: Packet) -> bool:
+        """Whether `num_missing` counts the frame of this packet if it is never shown."""
+        return self._counts_packets and packet.pts is not None
+
+    def num_never_shown(self) -> int:
+        """Frames that are missing at the end of the file."""
+        return sum(self.will_be_missing(packet) for packet in self._unshown.values())
+
+    def num_missing(self, packet: Packet) -> int:
+        """Frames that should have been shown before that of this packet; each counts once."""
+        if not self.will_be_missing(packet):
+            return 0
+        shown_at = packet.pts or 0
+        missing = [
+            number
+            for number, other in self._unshown.items()
+            if other.pts is not None and other.pts < shown_at and other.recording == packet.recording
+        ]
+        for number in missing:
+            del self._unshown[number]
+        return len(missing)
 
     def add(self, item: T, frame: Any, packet: Packet) -> None:
         """Takes a frame, in presentation order."""

@@ -26,6 +26,7 @@ class Reading:
             orientation change.
         first_seconds: time of the first delivered frame.
         last_seconds: time of the last delivered frame.
+        is_past_span: a frame behind the span was seen, so nothing of the span is missing at its end.
         cause: of the first damage, in one line; None without damage.
     """
 
@@ -36,6 +37,7 @@ class Reading:
     scene_starts: set[int] = field(default_factory=set)
     first_seconds: float = 0.0
     last_seconds: float = 0.0
+    is_past_span: bool = False
     cause: str | None = None
 
 

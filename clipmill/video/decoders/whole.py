@@ -28,7 +28,7 @@ def span_seconds(info: VideoInfo, span: Span) -> float | None:
     """Duration of the part of a video that lies in a span; None where neither of them tells."""
     start, end = span
     ends = [seconds for seconds in (end, info.duration_seconds) if seconds is not None]
-    return min(ends) - (start or 0.0) if ends else None
+    return min(ends) - max(start or 0.0, 0.0) if ends else None
 
 
 def whole_frames(path: str | Path, info: VideoInfo, span: Span, reading: Reading) -> Iterator[Picture]:
@@ -55,6 +55,7 @@ def whole_frames(path: str | Path, info: VideoInfo, span: Span, reading: Reading
             first_number = picture.number + 1
             continue
         if end is not None and picture.seconds >= end - _ROUNDING_SECONDS:
+            reading.is_past_span = True
             return
         reading.number = picture.number - first_number
         if reading.num_frames and (picture.begins_scene or picture.geometry != geometry):
