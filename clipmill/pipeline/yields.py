@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,10 @@ SMALL_BYTES = 2**20
 """A smaller source is not looked at: it is a unit or two, whatever it makes."""
 
 _CLIPS_PER_LOOK = 2
-_LIMITS = Limits(cpu_seconds=60, memory_bytes=4 * 2**30, no_progress_seconds=30)
+_LIMITS = Limits(cpu_seconds=20, memory_bytes=4 * 2**30, no_progress_seconds=10)
+_MOST_FAILURES = 8
+"""Looks that may fail: a broken video costs two children, a hostile one their whole time."""
+
 _EDGE_BYTES = 16 * 2**20
 """Of a large object only this much of its beginning and of its end is fetched: headers and first clips stand there."""
 
@@ -117,11 +118,20 @@ def measure_yield(config: RunConfig, table: pa.Table, order: np.ndarray) -> Yiel
     rows = table.select(list(SOURCE_COLUMNS)).take(pa.array(order[places])).to_pylist()
     looks: list[_Look] = []
     looked: list[int] = []
+    num_failures = 0
     with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder, Decoder(_LIMITS) as decoder:
         for row, weight in zip(rows, weights.tolist(), strict=True):
-            with _skipping(row["url"]):
+            if num_failures == _MOST_FAILURES:
+                break
+            try:
                 looks.append(_look_at(config, PlannedVideo(id="0" * 16, **row), decoder, Path(folder)))
                 looked.append(weight)
+            # No reason to stop: its unit will say what is wrong with the video.
+            except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError) as error:
+                if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
+                    raise  # a bucket is away
+                logger.debug("no look at %s: %s", row["url"], error)
+                num_failures += not isinstance(error, _Unknown)
     if not looks:
         return NOTHING_KNOWN
     shares = np.array(looked) / sum(looked)
@@ -141,17 +151,6 @@ class _Look:
     num_clips: int
     bytes: int
     fps: float
-
-
-@contextmanager
-def _skipping(name: str) -> Iterator[None]:
-    """A video that cannot be looked at is no reason to stop: its unit will say what is wrong with it."""
-    try:
-        yield
-    except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError) as error:
-        if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
-            raise  # a bucket is away
-        logger.debug("no look at %s: %s", name, error)
 
 
 class _Unknown(Exception):

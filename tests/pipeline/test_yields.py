@@ -127,3 +127,13 @@ def test_spans_make_what_their_seconds_hold() -> None:
     expected = known.of(table, ClipConfig(num_frames=8, clip_stride=4))
     # Whole file; 32 frames; 15 frames; to the end, which is not known; 5 frames, too few for a clip.
     assert expected.tolist() == [400.0, 7000.0, 2000.0, 400.0, 0.0]
+
+
+def test_broken_videos_are_not_looked_at_for_long(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.mp4").write_bytes(video_bytes(number, 9)[:32] + bytes([number]) * 2**15)
+    config = config_for(tmp_path / "run", tmp_path)
+    listing = list_source(config.data.source)
+    caplog.set_level("DEBUG", logger=yields.__name__)
+    assert measure_yield(config, listing.table, np.arange(40)) == NOTHING_KNOWN
+    assert len(caplog.records) == 8
