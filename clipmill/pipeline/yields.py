@@ -8,6 +8,7 @@ child: the header gives the number of clips, the first clips give their size. Wh
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,10 @@ _MOST_FAILURES = 8
 
 _EDGE_BYTES = 16 * 2**20
 """Of a large object only this much of its beginning and of its end is fetched: headers and first clips stand there."""
+
+
+_MPEG_STREAM = re.compile(rb"\x00\x00\x01|\x00{3}\x01|G|.{4}G", re.DOTALL)
+"""How program, transport and elementary streams begin."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ def _look_at(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: P
     # What is rejected is not known before it is decoded: clips are counted as if none were.
     first = {"max_clips_per_video": _CLIPS_PER_LOOK, "reject_static": None, "reject_black": None, "scene_cut": None}
     with tempfile.TemporaryDirectory(dir=folder) as copies:
-        fetched = _fetch_edges(config, video, Path(copies))
+        fetched, num_bytes = _fetch_edges(config, video, Path(copies))
         video = read_sidecars(data, video)
         encode = (data.format, data.quality)
         # From the beginning of the file, also where the video is a span: nothing has to be skipped to get there.
@@ -175,7 +180,7 @@ def _look_at(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: P
     if sizes:
         num_clips = int(_num_clips(np.array([_num_frames(outcome, fps, data.clip)]), data.clip)[0])
     mean_bytes = sum(sizes) / len(sizes) if sizes else 0.0
-    return _Look(num_clips * mean_bytes / video.bytes, len(sizes), sum(sizes), fps)
+    return _Look(num_clips * mean_bytes / num_bytes, len(sizes), sum(sizes), fps)
 
 
 def _some_rows(fetched: LocalVideo, clip: Clip) -> np.ndarray | None:
@@ -206,27 +211,32 @@ def _tar_bytes(sample: Sample) -> int:
     return sum(512 + -(-len(content) // 512) * 512 for content in sample.members.values())
 
 
-def _fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> LocalVideo:
-    """The video on this machine; of a large object a file of its size that holds only its beginning and its end.
+def _fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> tuple[LocalVideo, int]:
+    """The video on this machine, and its bytes.
+
+    Of a large object it is a file of the same size that holds only the beginning and the end, where headers are. A
+    large MPEG stream has none: its beginning is a video by itself.
 
     Raises:
         _Unknown: it does not begin as a video does.
     """
     if video.member is not None:
-        return fetch_video(config.data, video, folder, KeptFiles(folder / "kept"))
+        return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     url = storage.resolve(base_url(config.data.source), video.url)
     head = storage.read_start(url, HEAD_BYTES)
     if not is_video_head(head):  # a child that fails has to be started anew
         raise _Unknown("it does not begin as a video")
     if storage.is_local(url) or video.bytes <= 4 * _EDGE_BYTES:
-        return fetch_video(config.data, video, folder, KeptFiles(folder / "kept"))
+        return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     path = folder / f"video{suffix_of(urlsplit(video.url).path)}"
     with storage.open_to_read(url, _EDGE_BYTES) as remote, path.open("wb") as copy:
         copy.write(remote.read(_EDGE_BYTES))
+        if _MPEG_STREAM.match(head):
+            return LocalVideo(path, None), _EDGE_BYTES
         for file in (remote, copy):
             file.seek(video.bytes - _EDGE_BYTES)
         copy.write(remote.read(_EDGE_BYTES))
-    return LocalVideo(path, None)
+    return LocalVideo(path, None), video.bytes
 
 
 def _rounded(number: float) -> float:
