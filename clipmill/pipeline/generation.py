@@ -164,13 +164,13 @@ def _publish(
         }
     publish_plan_document(config, [*earlier, generation])
     logger.info(
-        "planned %d videos in %d units (generation %d, %s; %d duplicates skipped); expecting %.3g MB of shards",
+        "planned %d videos in %d units (generation %d, %s; %d duplicates skipped)%s",
         len(order),
         sum(num_units.values()),
         len(earlier),
         kind,
         facts["duplicates"],
-        outputs.sum() / 1e6,
+        f"; expecting {outputs.sum() / 1e6:.3g} MB of shards" if expected.num_videos else "",
     )
 
 

@@ -208,7 +208,7 @@ def test_units_of_each_split_make_equal_shares_near_shard_bytes(outputs, share_o
     goal = min(shard_bytes, max(2**20, outputs.sum() / 4))
     for split in (False, True):
         made = np.bincount(units[is_val == split], outputs[is_val == split])
-        if made.sum() < goal / 2:
+        if made.sum() < goal:
             assert len(made) <= 1
             continue
         assert made.max() - made.min() <= 2 * outputs.max()
