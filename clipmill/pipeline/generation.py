@@ -240,8 +240,9 @@ def cut_units(
     for split in (False, True):
         rows = slice(*np.searchsorted(is_val, [split, split + 1]))
         total = outputs[rows].sum()
-        share = total / max(1, round(total / goal)) or 1.0
-        shares = ((np.cumsum(outputs[rows]) - outputs[rows] / 2) // share).astype(np.int64)  # by each video's middle
+        num_shares = max(1, round(total / goal))
+        middles = np.cumsum(outputs[rows]) - outputs[rows] / 2
+        shares = np.minimum(middles * num_shares // (total or 1.0), num_shares - 1).astype(np.int64)
         unit = -1
         ordinal = filled = last_share = 0
         for row, size, number in zip(range(rows.start, rows.stop), _ints(sizes[rows]), _ints(shares), strict=True):

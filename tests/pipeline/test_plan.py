@@ -220,6 +220,11 @@ def test_a_small_data_set_is_shared_by_a_few_workers():
     assert (units[:180].max() + 1, units[180:].max() + 1) == (4, 1)
 
 
+def test_videos_that_make_nothing_have_no_unit_of_their_own():
+    units, _ = units_of([1, 0, 1, 0, 0], [9.0, 0.0, 9.0, 0.0, 0.0], [False] * 5, 2**40, 2**20)
+    assert units.tolist() == [0] * 5
+
+
 def test_a_unit_holds_no_more_videos_than_can_be_done_again():
     units, ordinals = units_of(np.zeros(25_000), np.zeros(25_000), np.zeros(25_000, bool), 1, 1)
     assert np.bincount(units).tolist() == [10_000, 10_000, 5_000]
