@@ -93,6 +93,12 @@ def test_mp4_clips_are_reproducible_and_one_child_serves_many_videos(tmp_path, d
         assert np.mean(error**2) < 30
 
 
+def test_a_child_keeps_to_one_thread(tmp_path, decoder):
+    list(decoder.clips(make_video(tmp_path / "good.mp4"), ClipConfig(num_frames=8, resolution=128)))
+    (child,) = _children()
+    assert child.num_threads() == 1
+
+
 def test_max_clips_stops_reading(tmp_path, decoder):
     path = make_video(tmp_path / "good.mp4")
     clips = list(decoder.clips(path, CLIP.model_copy(update={"max_clips_per_video": 2})))
