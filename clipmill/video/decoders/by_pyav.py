@@ -121,7 +121,6 @@ class _Decoding:
         except EOFError:  # drained
             return []
         except av.FFmpegError as error:  # the following packets can be decoded all the same
-            self._log.decoded_badly()
             self._reading.cause = self._reading.cause or error.strerror
             if not self._damage.will_be_missing(packet):
                 self._count_lost(packet, 1)
@@ -143,22 +142,23 @@ class _Decoding:
     def _demux(self) -> Iterator[tuple[Any, Packet]]:
         """All packets from the first that is needed on, also those behind a damaged part of the file."""
         failures = number = 0
+        packets = self._container.demux(self._stream)
         while True:
+            self._log.mark()
             try:
-                for demuxed in self._container.demux(self._stream):
-                    failures = 0
-                    if number >= self._first_packet:
-                        yield (
-                            demuxed,
-                            Packet(number, demuxed.is_keyframe, demuxed.is_corrupt, demuxed.pts, demuxed.dts),
-                        )
-                    number += 1
-                return
+                demuxed = next(packets, None)
+                if demuxed is None:
+                    return
+                failures = 0
+                if number >= self._first_packet:
+                    yield demuxed, Packet(number, demuxed.is_keyframe, demuxed.is_corrupt, demuxed.pts, demuxed.dts)
+                number += 1
             except av.error.InvalidDataError as error:
                 failures += 1
                 self._reading.cause = self._reading.cause or error.strerror
                 if failures == _DEMUX_ATTEMPTS:
                     return
+                packets = self._container.demux(self._stream)
 
 
 def _where_to_begin(path: str | Path, info: VideoInfo, start_seconds: float) -> tuple[int, int | None]:

@@ -49,6 +49,11 @@ class ErrorLog:
     def __init__(self, stream: Any):
         self._decoder_is_silent = stream.codec_context.codec.canonical_name in _SILENT_CODECS
         av.logging.set_level(av.logging.PANIC)  # errors are counted, but not printed
+        self._count = 0
+        self.mark()
+
+    def mark(self) -> None:
+        """What was logged until now is no concern: encoders and muxers of this process log as well."""
         self._count = av.logging.get_last_error()[0]
 
     def read_badly(self) -> bool:
@@ -60,7 +65,8 @@ class ErrorLog:
         return self._has_grown() and self._decoder_is_silent
 
     def _has_grown(self) -> bool:
-        before, self._count = self._count, av.logging.get_last_error()[0]
+        before = self._count
+        self.mark()
         return self._count > before
 
 
