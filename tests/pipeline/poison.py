@@ -210,12 +210,12 @@ def _bad(source: Path, rng: random.Random) -> Iterator[Specimen]:
 
 
 _NO_VIDEO = (
-    "^cannot open: (Invalid data|End of file|Operation not permitted)|^no video stream|"
+    "^cannot open: (Invalid data|End of file|Operation not permitted|cannot identify image file)|^no video stream|"
     "^cannot decode the first frame: Invalid data"
 )
 _DAMAGE = (
     "^cannot (open|decode|decode the first frame): |^the video stream holds no frame$|^no frame could be decoded$|"
-    "^no video stream|^no decoder knows the codec|^memory limit reached$"
+    "^no video stream|^no decoder knows the codec|^memory limit reached$|^all [0-9]+ frames are damaged"
 )
 
 Series = Iterator[tuple[str, str, bytes]]
@@ -370,9 +370,16 @@ def _write_shifted(path: Path, data: bytes, num_ticks: int) -> None:
 
 
 class Verdict(NamedTuple):
-    """What a plain decode of a file gives: frames up to the first damaged packet, or the decoder's complaint."""
+    """What a plain decode of a file gives.
+
+    Attributes:
+        num_frames: all that the decoder gives, also behind damage.
+        num_marked: those of them that it calls damaged.
+        complaint: its first one, or none.
+    """
 
     num_frames: int
+    num_marked: int
     complaint: str
 
 
@@ -382,7 +389,7 @@ with open("/proc/self/statm") as statm:
     mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes + int(sys.argv[1]), resource.RLIM_INFINITY))
 for path in sys.stdin.read().splitlines():
-    count, complaint = 0, ""
+    count, marked, complaint = 0, 0, ""
     try:
         with av.open(path, metadata_errors="replace") as container:
             stream = next(iter(container.streams.video), None)
@@ -391,15 +398,20 @@ for path in sys.stdin.read().splitlines():
             else:
                 stream.codec_context.thread_count = 1
                 for packet in container.demux(stream):
-                    if packet.is_corrupt:
-                        count += len(stream.decode())
-                        break
-                    count += len(packet.decode())
+                    try:
+                        frames = packet.decode()
+                    except MemoryError:
+                        raise
+                    except av.FFmpegError as error:
+                        complaint = complaint or error.strerror
+                        continue
+                    count += len(frames)
+                    marked += sum(frame.is_corrupt for frame in frames)
     except MemoryError:
         complaint = "memory limit reached"
     except av.FFmpegError as error:
-        complaint = error.strerror
-    print(count, complaint, sep="\\t")
+        complaint = complaint or error.strerror
+    print(count, marked, complaint, sep="\\t")
 """
 
 
@@ -413,4 +425,4 @@ def judge(paths: list[Path], memory_bytes: int) -> list[Verdict]:
     command = [sys.executable, "-c", _JUDGE, str(memory_bytes)]
     judged = subprocess.run(command, input=names, capture_output=True, text=True, check=True, timeout=600)
     lines = (re.split("\t", line) for line in judged.stdout.splitlines())
-    return [Verdict(int(count), complaint) for count, complaint in lines]
+    return [Verdict(int(count), int(marked), complaint) for count, marked, complaint in lines]

@@ -74,20 +74,25 @@ def test_each_bad_file_is_excluded_for_its_true_cause(poisoned: Poisoned) -> Non
         assert len(entry["attempts"]) >= 2, entry
 
 
-def test_a_damaged_file_is_excluded_if_and_only_if_ffmpeg_cannot_read_it(poisoned: Poisoned) -> None:
+def test_a_damaged_file_gives_its_whole_frames_or_is_excluded(poisoned: Poisoned) -> None:
     judged = poisoned.of("judged")
     memory_bytes = poisoned.config.data.memory_bytes_per_video
     verdicts = judge([poisoned.source / specimen.name for specimen in judged], memory_bytes)
     for specimen, verdict in zip(judged, verdicts, strict=True):
-        if verdict.complaint or not verdict.num_frames:
-            entry = poisoned.excluded.get(specimen.name, {"cause": "nothing"})
+        video = poisoned.videos.get(specimen.name)
+        entry = poisoned.excluded.get(specimen.name, {"cause": "nothing"})
+        if video is None:
             assert re.search(specimen.cause, entry["cause"]), (specimen, verdict, entry)
-            assert verdict.complaint in entry["cause"], (specimen, verdict, entry)
+            nothing_whole = not verdict.num_frames or "frames are damaged" in entry["cause"]
+            assert nothing_whole or verdict.complaint in entry["cause"], (specimen, verdict, entry)
+            continue
+        assert verdict.num_frames, (specimen, verdict, video)
+        if video["damaged_frames"]:
+            assert 0 < video["num_frames"] <= verdict.num_frames - verdict.num_marked, (specimen, verdict, video)
+            assert video["clips"] <= video["num_frames"] // NUM_FRAMES, (specimen, verdict, video)
         else:
-            video = poisoned.videos.get(specimen.name)
-            assert video is not None, (specimen, verdict, poisoned.excluded.get(specimen.name))
-            assert video["num_frames"] == verdict.num_frames, (specimen, verdict, video)
-            assert video["clips"] == verdict.num_frames // NUM_FRAMES, (specimen, verdict, video)
+            assert (video["num_frames"], verdict.num_marked) == (verdict.num_frames, 0), (specimen, verdict, video)
+            assert video["clips"] == verdict.num_frames // NUM_FRAMES or video["joins"], (specimen, verdict, video)
 
 
 def test_a_file_that_ends_early_is_reported_as_truncated(poisoned: Poisoned) -> None:
