@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import botocore.session
 import pytest
 
-from clipmill import bucket
+from clipmill.storage import connection
 from tests.s3.gateway import ACCESS_KEY, SECRET_KEY, Gateway, missing_programs
 from tests.s3.proxy import Proxy
 
@@ -40,9 +40,9 @@ def credentials(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    bucket._connected.cache_clear()
+    connection._connected.cache_clear()
     yield
-    bucket._connected.cache_clear()
+    connection._connected.cache_clear()
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clipmill import bucket, storage
+from clipmill import storage
+from clipmill.storage import bucket
 from tests.pipeline.corpus import run_config, write_corpus
 from tests.s3.gateway import Gateway
 from tests.s3.proxy import Proxy

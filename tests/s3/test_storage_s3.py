@@ -9,9 +9,10 @@ from pathlib import Path
 import botocore.session
 import pytest
 
-from clipmill import bucket, storage
+from clipmill import storage
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.lease import hold
+from clipmill.storage import bucket, connection
 from tests.s3.gateway import Gateway
 from tests.s3.proxy import Proxy
 
@@ -26,7 +27,7 @@ LARGE_BYTES = 120 * 2**20
 def through_proxy(bucket_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
     """The bucket, by way of the proxy."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    bucket._connected.cache_clear()
+    connection._connected.cache_clear()
     return bucket_url
 
 
@@ -179,7 +180,7 @@ def test_an_outage_has_a_deadline(bucket_url: str, gateway: Gateway, monkeypatch
 def test_wrong_credentials(bucket_url: str, monkeypatch: pytest.MonkeyPatch, operate) -> None:
     for variable, value in (("AWS_SECRET_ACCESS_KEY", "wrong"), ("AWS_ACCESS_KEY_ID", "nobody")):
         monkeypatch.setenv(variable, value)
-        bucket._connected.cache_clear()
+        connection._connected.cache_clear()
         with pytest.raises(UserError, match="access denied"):
             operate(bucket_url)
 
@@ -202,7 +203,7 @@ def test_a_missing_bucket(credentials: None, operate) -> None:
 
 def test_an_endpoint_that_is_no_address(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "not an address")
-    bucket._connected.cache_clear()
+    connection._connected.cache_clear()
     with pytest.raises(UserError, match="AWS_ENDPOINT_URL"):
         storage.exists(f"{bucket_url}/a")
 
@@ -212,7 +213,7 @@ def test_no_credentials(bucket_url: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.delenv(variable)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    bucket._connected.cache_clear()
+    connection._connected.cache_clear()
     with pytest.raises(UserError, match="no credentials"):
         storage.exists(f"{bucket_url}/a")
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from clipmill import bucket, storage
+from clipmill import storage
 from clipmill.errors import StageFailed
 from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
+from clipmill.storage import bucket
 from tests.shards.folders import write_dataset
 
 

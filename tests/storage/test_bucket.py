@@ -1,4 +1,4 @@
-"""What `clipmill.bucket` does without a server; `tests/s3` has one."""
+"""What `clipmill.storage.bucket` does without a server; `tests/s3` has one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from clipmill import bucket, storage
+from clipmill import storage
 from clipmill.errors import StageFailed, StorageUnavailable, UserError
+from clipmill.storage import bucket, connection
 
 OPERATIONS = {
     "read": lambda url: storage.read_bytes(f"{url}/a"),
@@ -50,9 +51,9 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    bucket._connected.cache_clear()
+    connection._connected.cache_clear()
     yield
-    bucket._connected.cache_clear()
+    connection._connected.cache_clear()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -70,6 +70,15 @@ def test_listing_is_sorted_and_skips_what_has_no_content(tmp_path):
     assert storage.list_folder(str(tmp_path / "absent")) == []
 
 
+def test_a_walk_has_the_order_of_keys_and_goes_on_behind_any_name(tmp_path):
+    for name in ("a/c", "a-b", "ab", "a.txt", "a/b/x", "a/b-x", "b", "caf\xe9/x", "z"):
+        storage.publish_bytes(str(tmp_path / name), b"x")
+    names = [entry.name for entry in storage.walk(str(tmp_path))]
+    assert names == ["a-b", "a.txt", "a/b-x", "a/b/x", "a/c", "ab", "b", "caf\xe9/x", "z"]
+    for place, name in enumerate(names):
+        assert [entry.name for entry in storage.walk(str(tmp_path), after=name)] == names[place + 1 :]
+
+
 def test_links_in_a_circle_end(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "file").touch()

@@ -1,0 +1,61 @@
+"""The only door to storage: local folders and buckets through one small set of whole-object operations.
+
+A URL is a local path (``runs/demo``) or an fsspec URL (``s3://bucket/runs/bair``). Objects appear whole or not at all:
+a local file is written beside its target, synced, renamed, and its folder synced; a bucket object is one put of a
+finished local file. Nothing is ever streamed into its final name, because fsspec publishes a partial object when an
+exception leaves ``with fs.open(url, "wb")``.
+"""
+
+from clipmill.storage.blame import ServerLost, Unreadable
+from clipmill.storage.disk import TEMPORARY_PREFIX
+from clipmill.storage.documents import create_document, publish_document, read_document
+from clipmill.storage.entry import Entry
+from clipmill.storage.objects import (
+    create_bytes,
+    exists,
+    fetch,
+    list_folder,
+    list_folders,
+    open_to_read,
+    publish_bytes,
+    publish_file,
+    read_bytes,
+    read_start,
+    remove,
+    remove_tree,
+    stat,
+    walk,
+)
+from clipmill.storage.urls import absolute, escape, is_local, is_web, join, local_path, resolve, server
+
+__all__ = [
+    "TEMPORARY_PREFIX",
+    "Entry",
+    "ServerLost",
+    "Unreadable",
+    "absolute",
+    "create_bytes",
+    "create_document",
+    "escape",
+    "exists",
+    "fetch",
+    "is_local",
+    "is_web",
+    "join",
+    "list_folder",
+    "list_folders",
+    "local_path",
+    "open_to_read",
+    "publish_bytes",
+    "publish_document",
+    "publish_file",
+    "read_bytes",
+    "read_document",
+    "read_start",
+    "remove",
+    "remove_tree",
+    "resolve",
+    "server",
+    "stat",
+    "walk",
+]

@@ -1,0 +1,140 @@
+"""Whose fault a failed request is: the server's, which may recover; the object's own; or the configuration's."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from http import HTTPStatus
+
+from clipmill.errors import StageFailed, StorageUnavailable, UserError
+from clipmill.storage.urls import is_web, scheme, server
+
+__all__ = ["S3_SCHEMES", "ServerLost", "Unreadable", "WebLost", "WebUnavailable", "answer", "transient_reason"]
+
+S3_SCHEMES = frozenset(("s3", "s3a"))
+
+_BOTOCORE_TRANSPORT_ERRORS = ("ConnectionError", "HTTPClientError", "IncompleteReadError")  # and what derives from them
+_CREDENTIALS_ADVICE = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and the bucket's permissions"
+_TRANSIENT_CODES = frozenset(
+    (
+        "BadDigest",
+        "ConditionalRequestConflict",  # another create of the same name is under way
+        "IncompleteBody",
+        "NoSuchUpload",  # a server that restarted may have forgotten a multipart upload; the next attempt begins anew
+        "OperationAborted",
+        "RequestTimeout",
+        "SlowDown",
+        "XAmzContentSHA256Mismatch",
+    )
+)
+
+
+class Unreadable(StageFailed, OSError):
+    """One object cannot be had, and will not come by waiting; others may."""
+
+
+class ServerLost(Unreadable):
+    """A web server does not answer at all: its other objects cannot be had either."""
+
+
+class WebUnavailable(Unreadable, StorageUnavailable):
+    """A web server answered, but did not recover in time."""
+
+
+class WebLost(ServerLost, StorageUnavailable):
+    """A web server did not answer in time."""
+
+
+def transient_reason(url: str, error: Exception) -> str | None:
+    """One line for what may pass by itself; None: ``error`` is the operation's answer.
+
+    Raises:
+        UserError: it never passes by itself.
+        Unreadable: it concerns this object alone.
+    """
+    if is_web(url):
+        return _transient_web_reason(url, error)
+    code, status = answer(error)
+    names = {type(one).__name__ for one in _chain(error)}
+    if code == "InvalidObjectState":
+        raise Unreadable(f"{url} is archived; restore it") from error
+    if code == "NoSuchBucket":
+        raise UserError(f"the bucket {server(url)} of {url} does not exist; create it, or correct the URL") from error
+    if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
+        raise UserError(f"{url}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+    if scheme(url) in S3_SCHEMES and (isinstance(error, PermissionError) or status in (401, 403)):
+        raise UserError(f"{url}: access denied ({code or _line(error)}); {_CREDENTIALS_ADVICE}") from error
+    if isinstance(error, ImportError) or str(error).startswith("Protocol not known"):
+        raise UserError(f"cannot open {url}: {_line(error)}; use a local path or an s3:// URL") from error
+    if names & {"InvalidBucketName", "ParamValidationError"} or "Invalid endpoint" in str(error):
+        raise UserError(f"{url}: {_line(error)}; correct the URL or AWS_ENDPOINT_URL") from error
+    if status is not None or code is not None:
+        is_transient = code in _TRANSIENT_CODES or status == 429 or (status or 0) >= 500
+        return f"{code or 'answer'} (HTTP {status})" if is_transient else None
+    if isinstance(error, FileNotFoundError | FileExistsError):
+        return None
+    return _line(error) if _is_network(error) else None
+
+
+def _transient_web_reason(url: str, error: Exception) -> str | None:
+    """As `transient_reason`, of a web server. fsspec turns many of its errors into FileNotFoundError."""
+    _, status = answer(error)
+    if status is not None and status != HTTPStatus.NOT_FOUND:
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
+            return f"HTTP {status}"
+        raise Unreadable(f"{url}: the server answers {_status_text(status)}") from error
+    for one in _chain(error):
+        if getattr(one, "errno", None) == socket.EAI_NONAME:
+            raise ServerLost(f"{url}: no such host") from error
+    if status is None and _is_network(error):
+        return _line(error.__cause__ or error)
+    if isinstance(error, ImportError | ValueError):
+        raise Unreadable(f"{url}: {_line(error)}") from error
+    return None
+
+
+def _status_text(status: int) -> str:
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
+
+
+def _is_network(error: BaseException) -> bool:
+    return any(
+        isinstance(one, ConnectionError | TimeoutError)
+        or type(one).__module__.startswith(("aiohttp", "botocore.httpchecksum"))
+        or _is_botocore_transport(one)
+        for one in _chain(error)
+    )
+
+
+def _is_botocore_transport(error: BaseException) -> bool:
+    return any(
+        kind.__module__ == "botocore.exceptions" and kind.__name__ in _BOTOCORE_TRANSPORT_ERRORS
+        for kind in type(error).__mro__
+    )
+
+
+def answer(error: BaseException) -> tuple[str | None, int | None]:
+    """(error code, HTTP status) of the server's answer behind an exception, as far as there is one."""
+    for one in _chain(error):
+        response = getattr(one, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return response.get("Error", {}).get("Code"), status
+        if isinstance(getattr(one, "status", None), int):  # of a web server
+            return None, one.status  # type: ignore[attr-defined]
+    return None, None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

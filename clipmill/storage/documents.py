@@ -1,0 +1,44 @@
+"""JSON documents, each with its schema version."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from clipmill.errors import UserError
+from clipmill.storage.objects import create_bytes, publish_bytes, read_bytes
+
+__all__ = ["create_document", "publish_document", "read_document"]
+
+
+def publish_document(url: str, body: dict[str, Any], schema: int) -> None:
+    """Writes a JSON document (sorted keys) with its schema version."""
+    publish_bytes(url, _document_bytes(body, schema))
+
+
+def create_document(url: str, body: dict[str, Any], schema: int) -> bool:
+    """Like `publish_document`, only if there is none: returns whether ours was written."""
+    return create_bytes(url, _document_bytes(body, schema))
+
+
+def _document_bytes(body: dict[str, Any], schema: int) -> bytes:
+    return (json.dumps({"schema": schema, **body}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def read_document(url: str, newest_schema: int) -> dict[str, Any]:
+    """Reads a JSON document.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is no document of ours, or of a schema newer than ``newest_schema``.
+    """
+    try:
+        document = json.loads(read_bytes(url))
+        schema = document["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{url} is damaged or was not written by clipmill; restore or remove it") from error
+    if schema > newest_schema:
+        raise UserError(
+            f"{url} has schema {schema}, this clipmill reads up to {newest_schema}; upgrade clipmill to read it"
+        )
+    return document

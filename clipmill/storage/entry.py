@@ -1,0 +1,20 @@
+"""What a listing says about an object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Entry"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a listing."""
+
+    name: str
+    """Name in its folder, or path relative to the walked folder, with ``/``; `resolve` finds it there."""
+    bytes: int
+    etag: str | None
+    """The bucket's own content tag; none on a local disk."""
+    modified: float | None
+    """Seconds since the epoch."""

@@ -1,0 +1,77 @@
+"""Listings of buckets, in the order of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from clipmill.storage import bucket
+from clipmill.storage.blame import S3_SCHEMES
+from clipmill.storage.entry import Entry
+from clipmill.storage.urls import relative_name, scheme
+
+__all__ = ["children", "entry_of", "walk"]
+
+
+def children(url: str) -> list[tuple[Entry, bool]]:
+    """What is directly inside a folder, by name, and whether each is a folder."""
+    try:
+        folder, infos = bucket.call(url, lambda filesystem, path: (path, filesystem.ls(path, detail=True)))
+    except FileNotFoundError:
+        return []
+    entries = [(entry_of(info, folder), info["type"] == "directory") for info in infos if not _is_folder_marker(info)]
+    return sorted((item for item in entries if item[0].name), key=lambda item: item[0].name)
+
+
+def walk(url: str, after: str) -> Iterator[Entry]:
+    """The objects below a folder whose path in it is greater than ``after``, in the order of their keys."""
+    if scheme(url) in S3_SCHEMES:
+        yield from _walk_s3(url, after)
+        return
+    folder, found = bucket.call(url, lambda filesystem, path: (path, filesystem.find(path, detail=True)))
+    for name in sorted(found):
+        if not _is_folder_marker(found[name]):
+            entry = entry_of(found[name], folder)
+            if entry.name > after:
+                yield entry
+
+
+def _walk_s3(url: str, after: str) -> Iterator[Entry]:
+    """Page by page, each a request of its own: an outage repeats one page."""
+    folder = bucket.s3_folder(url)
+    page = _page(url, folder, {"StartAfter": folder.prefix + after} if after else {})
+    while True:
+        for item in page.get("Contents", ()):
+            path = item["Key"].removeprefix(folder.prefix)
+            if path > after and not _is_marker(item["Key"]):  # some servers do not know StartAfter
+                etag = item.get("ETag", "").strip('"')
+                yield Entry(relative_name(path), item["Size"], etag or None, _seconds(item))
+        if not page.get("IsTruncated"):
+            return
+        page = _page(url, folder, {"ContinuationToken": page["NextContinuationToken"]})
+
+
+def _page(url: str, folder: bucket.S3Folder, place: dict[str, str]) -> dict[str, Any]:
+    return bucket.call(url, lambda filesystem, _: filesystem.page(*folder, **place))
+
+
+def _is_marker(key: str) -> bool:
+    """Whether an object stands for a folder, as consoles (``clips/``) and Hadoop (``clips_$folder$``) create them."""
+    return key.endswith(("/", "_$folder$"))
+
+
+def _is_folder_marker(info: dict[str, Any]) -> bool:
+    return info["type"] == "file" and _is_marker(info["name"])
+
+
+def _seconds(item: dict[str, Any]) -> float | None:
+    modified = item.get("LastModified")
+    return modified.timestamp() if isinstance(modified, datetime) else None
+
+
+def entry_of(info: dict[str, Any], folder: str) -> Entry:
+    """An fsspec info as an entry of a folder (a path without its protocol)."""
+    etag = info.get("ETag") or info.get("etag")
+    name = info["name"].removeprefix(folder).strip("/")
+    return Entry(name, info.get("size") or 0, etag.strip('"') if etag else None, _seconds(info))

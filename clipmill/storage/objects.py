@@ -1,0 +1,189 @@
+"""Whole-object operations on local paths and buckets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from clipmill.storage import bucket, disk, listing
+from clipmill.storage.blame import Unreadable
+from clipmill.storage.entry import Entry
+from clipmill.storage.urls import is_local, is_web, local_path, object_path
+
+__all__ = [
+    "create_bytes",
+    "exists",
+    "fetch",
+    "list_folder",
+    "list_folders",
+    "open_to_read",
+    "publish_bytes",
+    "publish_file",
+    "read_bytes",
+    "read_start",
+    "remove",
+    "remove_tree",
+    "stat",
+    "walk",
+]
+
+WEB_STAT_SECONDS = 15.0
+"""A list may name thousands of web servers, some of them dead."""
+
+
+# ---------------------------------------------------------------------------------------------- reads
+
+
+def exists(url: str) -> bool:
+    """Whether an object or folder is there."""
+    if is_local(url):
+        return local_path(url).exists()
+    return bucket.call(url, lambda filesystem, path: filesystem.exists(path))
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole object.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if is_local(url):
+        return local_path(url).read_bytes()
+    # With more than one reader s3fs asks for the size first: documents are small, one request is enough.
+    return bucket.call(url, lambda filesystem, path: filesystem.cat_file(path, max_concurrency=1))
+
+
+def read_start(url: str, num_bytes: int) -> bytes:
+    """The first bytes of the object, all if it has fewer.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if is_local(url):
+        with local_path(url).open("rb") as file:
+            return file.read(num_bytes)
+    return bucket.call(url, lambda filesystem, path: filesystem.cat_file(path, start=0, end=num_bytes))
+
+
+def open_to_read(url: str, block_bytes: int = 2**16) -> BinaryIO:
+    """The object as a file that can be read and sought; from a bucket in requests of at least ``block_bytes``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if is_local(url):
+        return local_path(url).open("rb")
+    return bucket.open_to_read(url, block_bytes)
+
+
+def stat(url: str) -> Entry:
+    """One object, as a listing of its folder would show it.
+
+    Raises:
+        FileNotFoundError: there is none, or it is a folder, FIFO or socket.
+        Unreadable: a web server refuses it, does not answer, or does not say how large it is.
+    """
+    name = url.rsplit("/", 1)[-1]
+    if is_local(url):
+        path = local_path(url)
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        status = path.stat()
+        return Entry(name, status.st_size, None, status.st_mtime)
+    longest_seconds = WEB_STAT_SECONDS if is_web(url) else math.inf
+    info = bucket.call(url, lambda filesystem, path: filesystem.info(path), longest_seconds=longest_seconds)
+    if info["type"] != "file":
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    if info.get("size") is None:  # it may have no end
+        raise Unreadable(f"{url}: the server does not say how large the file is")
+    return replace(listing.entry_of(info, ""), name=name)
+
+
+def fetch(url: str, path: Path) -> None:
+    """Copies the whole object into a local file."""
+    if is_local(url):
+        shutil.copyfile(local_path(url), path)
+    else:
+        bucket.call(url, lambda filesystem, remote: filesystem.get_file(remote, str(path)))
+
+
+def list_folder(url: str) -> list[Entry]:
+    """The objects directly inside a folder, by name; none when the folder is absent."""
+    return [entry for entry, is_folder in _children(url) if not is_folder]
+
+
+def list_folders(url: str) -> list[str]:
+    """The names of the folders directly inside a folder, sorted; none when it is absent."""
+    return sorted(entry.name for entry, is_folder in _children(url) if is_folder)
+
+
+def _children(url: str) -> list[tuple[Entry, bool]]:
+    if is_local(url):
+        return disk.children(local_path(url))
+    return listing.children(url)
+
+
+def walk(url: str, after: str | None = None) -> Iterator[Entry]:
+    """All objects below a folder, in the order of their paths; a bucket's page by page, in the memory of a few.
+
+    The order is that of UTF-8 keys (``a-b``, ``a/c``, ``ab``), the same in a bucket and on a disk. A listing that was
+    interrupted goes on behind the last name it gave, in another process too.
+
+    Args:
+        url: of the folder.
+        after: a name that this walk gives, or gave: only objects behind it are listed.
+    """
+    after = object_path(after or "")
+    return disk.walk(local_path(url), after) if is_local(url) else listing.walk(url, after)
+
+
+# --------------------------------------------------------------------------------------------- writes
+
+
+def publish_bytes(url: str, data: bytes) -> None:
+    """Writes a whole object, replacing one that is there."""
+    if is_local(url):
+        disk.publish(local_path(url), lambda file: file.write(data))
+    else:
+        bucket.call(url, lambda filesystem, path: filesystem.pipe_file(path, data))
+
+
+def publish_file(path: Path, url: str) -> None:
+    """Copies a finished local file to a URL, replacing what is there."""
+    if is_local(url):
+        with path.open("rb") as original:
+            disk.publish(local_path(url), lambda file: shutil.copyfileobj(original, file, 2**20))
+    else:
+        bucket.call(url, lambda filesystem, remote: filesystem.put_file(str(path), remote))
+
+
+def create_bytes(url: str, data: bytes) -> bool:
+    """Writes a whole object only if there is none: of several writers exactly one gets True."""
+    if is_local(url):
+        return disk.create(local_path(url), data)
+    return bucket.create(url, data)
+
+
+def remove(url: str) -> None:
+    """Removes an object; none there is fine."""
+    if is_local(url):
+        local_path(url).unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        bucket.call(url, lambda filesystem, path: filesystem.rm_file(path))
+
+
+def remove_tree(url: str) -> None:
+    """Removes everything below a folder; none there is fine."""
+    if is_local(url):
+        shutil.rmtree(local_path(url), ignore_errors=True)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        bucket.call(url, lambda filesystem, path: filesystem.rm(path, recursive=True))

@@ -1,0 +1,59 @@
+"""S3 by way of s3fs: objects under their true names, and listings page by page.
+
+The retries of botocore and s3fs are off: stacked they make 25 attempts where `bucket.call` rules with one deadline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from s3fs import S3FileSystem
+
+__all__ = ["PAGE_KEYS", "TrueNames", "connected"]
+
+CONNECT_TIMEOUT_SECONDS = 10
+READ_TIMEOUT_SECONDS = 60
+"""Between two arrivals of data, so a slow transfer may take as long as it needs."""
+PAGE_KEYS = 1000
+"""The most that S3 lists in one answer."""
+
+
+class TrueNames(S3FileSystem):
+    """s3fs without its reading of names: it drops slashes at the ends of a key, and takes ``?versionId=`` out of it."""
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, list):
+            return [cls._strip_protocol(one) for one in path]
+        return next((path.removeprefix(f"{name}://") for name in cls.protocol if path.startswith(f"{name}://")), path)
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        """Bucket and key; the newest version, always."""
+        return (*self._find_bucket_key(self._strip_protocol(path)), None)
+
+    def page(self, bucket: str, prefix: str, **place: str) -> dict[str, Any]:
+        """One answer of ListObjectsV2, in one request.
+
+        Args:
+            bucket: its name.
+            prefix: of the keys.
+            place: ``StartAfter`` or ``ContinuationToken``; ``Delimiter``.
+        """
+        # botocore asks for keys in URL encoding and decodes them: XML cannot hold every key.
+        return self.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_KEYS, **place)
+
+
+def connected() -> TrueNames:
+    """A new client with the credentials and the endpoint of the environment."""
+    filesystem = TrueNames(
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "read_timeout": READ_TIMEOUT_SECONDS,
+            "retries": {"total_max_attempts": 1},
+        },
+    )
+    filesystem.retries = 1
+    filesystem.connect()
+    return filesystem

@@ -1,0 +1,121 @@
+r"""Names of objects: local paths and fsspec URLs.
+
+A file name on a disk is bytes, and not always UTF-8, which all our formats are. Each byte that is not appears in a URL
+as ``\x`` and two hex digits (``caf\xe9.mp4``); a backslash that could be mistaken for such a start appears as
+``\x5c``. `local_path` turns a URL back into the name on the disk. A bucket's keys are UTF-8 already and stand in a URL
+as they are, whatever they hold (``?``, ``#``, ``//``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+__all__ = [
+    "absolute",
+    "escape",
+    "escape_name",
+    "is_local",
+    "is_web",
+    "join",
+    "local_path",
+    "object_path",
+    "relative_name",
+    "resolve",
+    "scheme",
+    "server",
+    "unescape",
+]
+
+WEB_SCHEMES = frozenset(("http", "https", "ftp"))
+
+_URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)")
+"""Scheme and server. `urlsplit` would take ``a:b`` for a URL, and drop the newlines of a name."""
+_ESCAPE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
+"""Stands for a byte that is not UTF-8, or for a backslash, in a name."""
+_HERE = "./"
+
+
+def scheme(url: str) -> str:
+    """The scheme of a URL in lower case; empty for a path."""
+    found = _URL.match(url)
+    return found[1].lower() if found else ""
+
+
+def server(url: str) -> str:
+    """The server or bucket of a URL; empty for a path."""
+    found = _URL.match(url)
+    return found[2] if found else ""
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL names a place on this machine's file system."""
+    return scheme(url) in ("", "file")
+
+
+def is_web(url: str) -> bool:
+    """Whether the URL names a file on a web server."""
+    return scheme(url) in WEB_SCHEMES
+
+
+def local_path(url: str) -> Path:
+    """The path of a local URL, as it is on the disk."""
+    if not is_local(url):
+        raise ValueError(f"{url} is not local")
+    return Path(unescape(_file_url_path(url)))
+
+
+def absolute(url: str) -> str:
+    """The URL without trailing slash, local ones as absolute paths (workers start in other folders)."""
+    if is_local(url):
+        return escape(os.path.abspath(os.path.expanduser(_file_url_path(url))))
+    return url.rstrip("/")
+
+
+def _file_url_path(url: str) -> str:
+    """The path of a ``file://`` URL, in which ``%20`` is a space (RFC 8089); another local URL is its path."""
+    if not url.startswith("file://"):
+        return url
+    return unquote(url.removeprefix("file://").removeprefix("localhost"), errors="surrogateescape")
+
+
+def escape_name(name: str) -> str:
+    """A name from the disk as a part of a URL."""
+    return escape(_ESCAPE.sub(r"\\x5cx\1", name))
+
+
+def unescape(name: str) -> str:
+    """The name on the disk."""
+    return _ESCAPE.sub(lambda found: "\\" if found[1] == "5c" else chr(0xDC00 + int(found[1], 16)), name)
+
+
+def escape(name: str) -> str:
+    """A name in which surrogates stand for bytes that are not UTF-8, as Python keeps them, as a part of a URL."""
+    return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
+
+
+def join(url: str, *names: str) -> str:
+    """Appends path segments."""
+    return "/".join([url.rstrip("/"), *names])
+
+
+def resolve(url: str, name: str) -> str:
+    """A name relative to a folder's URL; an absolute path or URL as it is."""
+    if name.startswith(_HERE):
+        return join(url, object_path(name))
+    return absolute(name) if "://" in name or name.startswith("/") else join(url, name)
+
+
+def relative_name(path: str) -> str:
+    """The path of an object below a folder, as a name that `resolve` finds there.
+
+    Keys of a bucket may begin with a slash or hold ``://``: these begin with ``./``.
+    """
+    return _HERE + path if "://" in path or path.startswith(("/", _HERE)) else path
+
+
+def object_path(name: str) -> str:
+    """The path that a `relative_name` stands for."""
+    return name.removeprefix(_HERE)
