@@ -8,11 +8,10 @@ begins at its checkpoint's step, so readers merge by step and the newest attempt
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from clipmill import storage
+from clipmill.scratch import ScratchFolder
 
 __all__ = ["MetricsLog", "read_metrics"]
 
@@ -27,8 +26,8 @@ class MetricsLog:
 
     def __init__(self, url: str, attempt: str) -> None:
         self._url = storage.join(url, "metrics", f"{attempt}.jsonl")
-        self._folder = tempfile.TemporaryDirectory(prefix="clipmill-metrics-")
-        self._path = Path(self._folder.name) / "metrics.jsonl"
+        self._folder = ScratchFolder("metrics")
+        self._path = self._folder.path / "metrics.jsonl"
         self._file = self._path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -44,7 +43,7 @@ class MetricsLog:
     def close(self) -> None:
         """Removes the local file."""
         self._file.close()
-        self._folder.cleanup()
+        self._folder.close()
 
 
 def read_metrics(url: str) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.progress import bar
+from clipmill.scratch import ScratchFolder
 
 __all__ = ["NUM_FRAMES", "SIZE", "draw_video", "generate", "read_digits"]
 
@@ -45,8 +45,8 @@ def generate(digits: np.ndarray, url: str, *, num_videos: int = 10_000, seed: in
     """
     if not url.endswith(".npy"):
         raise UserError(f"{url} must end in .npy, as the file's format does; name another file")
-    with tempfile.TemporaryDirectory(prefix="clipmill-moving-mnist-") as folder:
-        path = Path(folder) / "videos.npy"
+    with ScratchFolder("moving-mnist") as folder:
+        path = folder / "videos.npy"
         shape = (NUM_FRAMES, num_videos, SIZE, SIZE)
         videos = np.lib.format.open_memmap(path, "w+", np.uint8, shape)  # a full file may exceed the memory
         with bar("moving-mnist", total=num_videos, unit="videos") as progress:

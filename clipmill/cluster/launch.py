@@ -13,8 +13,6 @@ import contextlib
 import functools
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -39,6 +37,7 @@ from clipmill.cluster.connection import (
 )
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted, StageFailed
+from clipmill.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -223,13 +222,13 @@ def run_workers(
         require_capacity(config, bundle, config.training_workers, waited_seconds=0)
         mailbox = _start_mailbox(config.training_workers)
         task = {"mailbox": mailbox, "train": train, "payload": payload, "num_threads": max(1, int(bundle["CPU"]))}
-        storage = tempfile.mkdtemp(prefix="clipmill-train-")
-        fit = _Fit(config, bundle, task, name, storage)
+        storage = ScratchFolder("train")
+        fit = _Fit(config, bundle, task, name, str(storage.path))
         try:
             verdict = _watch(fit, mailbox, config, bundle, stop, on_progress)
         finally:
             fit.abandon(mailbox)
-            shutil.rmtree(storage, ignore_errors=True)
+            storage.close()
     if verdict is not None:
         raise cluster_error(*verdict)
     if fit.error is not None:

@@ -7,7 +7,6 @@ as it was, and the generation that a run has not finished yet is not planned aga
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from clipmill.config import RunConfig
 from clipmill.pipeline.listing import NO_ELDERS, NO_SPLIT, Elders, hash64, list_source, tell_apart
 from clipmill.pipeline.plan import BATCH_ROWS, PLAN_COLUMNS, GenerationKind, Plan, load_plan, publish_plan_document
 from clipmill.pipeline.yields import Yield, measure_yield
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
 from clipmill.shards.manifest import SPLITS
 
@@ -148,8 +148,8 @@ def _publish(
     if plan is not None:
         units += np.where(is_val, plan.num_units("val"), plan.num_units("train")).astype(np.int32)
     name = f"gen-{len(earlier):04d}.parquet"
-    with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder:
-        path = Path(folder) / name
+    with ScratchFolder("plan") as folder:
+        path = folder / name
         _write_rows(path, table, order, is_val, units, ordinals, ids)
         storage.publish_file(path, config.folder("clips", "plan", name))
         generation = {

@@ -6,12 +6,10 @@ import functools
 import hashlib
 import logging
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +19,7 @@ from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.sources import base_url, describe_files, list_videos
 from clipmill.pipeline.sources.record import SourceVideo, file_identity
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
 from clipmill.shards.manifest import SPLITS
 
@@ -178,8 +177,8 @@ def hash64(text: str) -> int:
 def _whole_sha256(url: str) -> str:
     if storage.is_local(url):
         return file_sha256(storage.local_path(url))
-    with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder:
-        path = Path(folder) / "video"
+    with ScratchFolder("plan") as folder:
+        path = folder / "video"
         storage.fetch(url, path)
         return file_sha256(path)
 

@@ -24,9 +24,7 @@ Files under ``clips/plan``, all written before the first unit is worked on:
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +35,7 @@ from clipmill import storage
 from clipmill.config import RunConfig, changed_keys, identity
 from clipmill.errors import UserError
 from clipmill.pipeline.listing import SOURCE_COLUMNS
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
 
 __all__ = [
@@ -256,8 +255,8 @@ def load_plan(config: RunConfig) -> Plan:
 
 def _read_table(config: RunConfig, generation: dict[str, Any]) -> pa.Table:
     url = config.folder("clips", "plan", generation["file"])
-    with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder:
-        path = Path(folder) / "plan.parquet"
+    with ScratchFolder("plan") as folder:
+        path = folder / "plan.parquet"
         try:
             storage.fetch(url, path)
         except FileNotFoundError as error:

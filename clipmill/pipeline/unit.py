@@ -27,6 +27,7 @@ from clipmill.pipeline.plan import PlannedVideo, Unit
 from clipmill.pipeline.samples import clip_sample
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import UnitWriter
 from clipmill.shards.manifest import commit_unit
 from clipmill.video import BadVideo, Decoder, Limits, Outcome, decord_version
@@ -57,8 +58,8 @@ def _shard_unit(config: RunConfig, lease: Lease, allowed_failures: int, decoder:
     exclusions: list[dict[str, Any]] = []
     pixels = {"num_values": 0, "pixel_sum": 0, "pixel_square_sum": 0}
     encoding = {"num_measured_clips": 0, "num_measured_values": 0, "squared_error": 0}
-    with tempfile.TemporaryDirectory(prefix="clipmill-shard-") as folder:
-        finished, kept = Path(folder, "finished"), KeptFiles(Path(folder, "kept"))
+    with ScratchFolder("shard") as folder:
+        finished, kept = folder / "finished", KeptFiles(folder / "kept")
         finished.mkdir()
         writer = UnitWriter(finished, "clips", unit.number, config.data.shard_bytes)
         for tried, video in enumerate(unit.videos, start=1):

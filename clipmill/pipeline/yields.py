@@ -28,6 +28,7 @@ from clipmill.pipeline.samples import clip_sample
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources import base_url
 from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import Sample
 from clipmill.video import BadVideo, Clip, Decoder, DecoderLost, Limits, Outcome
 from clipmill.video.kinds import HEAD_BYTES, is_video_head, suffix_of
@@ -124,12 +125,12 @@ def measure_yield(config: RunConfig, table: pa.Table, order: np.ndarray) -> Yiel
     looks: list[_Look] = []
     looked: list[int] = []
     num_failures = 0
-    with tempfile.TemporaryDirectory(prefix="clipmill-plan-") as folder, Decoder(_LIMITS) as decoder:
+    with ScratchFolder("plan") as folder, Decoder(_LIMITS) as decoder:
         for row, weight in zip(rows, weights.tolist(), strict=True):
             if num_failures == _MOST_FAILURES:
                 break
             try:
-                looks.append(_look_at(config, PlannedVideo(id="0" * 16, **row), decoder, Path(folder)))
+                looks.append(_look_at(config, PlannedVideo(id="0" * 16, **row), decoder, folder))
                 looked.append(weight)
             # No reason to stop: its unit will say what is wrong with the video.
             except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError) as error:

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.progress import bar
 from clipmill.sampling.generate import generate
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.format import Sample, UnitWriter, code_dtype, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, committed_units, freeze, read_commit
@@ -246,8 +245,8 @@ def _make_batch(
         )
         video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
     narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))
-    with tempfile.TemporaryDirectory(prefix="clipmill-sample-") as folder:
-        writer = UnitWriter(Path(folder), "samples", unit, _SHARD_BYTES)
+    with ScratchFolder("sample") as folder:
+        writer = UnitWriter(folder, "samples", unit, _SHARD_BYTES)
         for index, name, clip, clip_codes in zip(indices, names, video, narrow_codes, strict=True):
             about = {
                 "index": index,

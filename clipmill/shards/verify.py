@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import mmap
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from clipmill import storage
 from clipmill.errors import UserError
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import INDEX_SUFFIX, file_sha256, parse_npy, read_index, read_sample
 from clipmill.shards.interop import shard_lists
 from clipmill.shards.manifest import Manifest, ShardEntry, committed_shards, committed_units
@@ -135,8 +135,8 @@ def _check_shard(url: str, shard: ShardEntry, present: dict[str, int], deep: boo
         return missing
     if present[shard.name] != shard.bytes:
         return [f"has {present[shard.name]} bytes, committed were {shard.bytes}"]
-    with tempfile.TemporaryDirectory(prefix="clipmill-verify-") as folder:
-        path, index_path = (_local_copy(storage.join(url, name), Path(folder)) for name in names)
+    with ScratchFolder("verify") as folder:
+        path, index_path = (_local_copy(storage.join(url, name), folder) for name in names)
         causes = []
         if file_sha256(path) != shard.sha256:
             causes.append("its sha256 is not the committed one")

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.quantizers import codebook_metrics, table_rows
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
+from clipmill.scratch import ScratchFolder
 from clipmill.shards.dataset import ShardDataset, decode_clip
 from clipmill.shards.format import Sample, UnitWriter, code_dtype, npy_bytes, parse_npy
 from clipmill.shards.interop import publish_energon
@@ -291,8 +291,8 @@ def _tokenize_unit(
     counts = encoder.count([])  # of none yet
     num_clips = 0
     fields: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="clipmill-tokenize-") as folder:
-        finished, copies = Path(folder, "finished"), Path(folder, "copies")
+    with ScratchFolder("tokenize") as folder:
+        finished, copies = folder / "finished", folder / "copies"
         finished.mkdir()
         writer = UnitWriter(finished, "tokens", unit.number, config.data.shard_bytes)
         for batch in _batches(_read_clips(clips[unit.split], unit, copies), encoder.batch_size):

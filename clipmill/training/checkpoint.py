@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from typing import Any
 from clipmill import storage
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.lease import Lease
+from clipmill.scratch import private_folder
 from clipmill.shards.format import file_sha256
 from clipmill.training.world import World
 from clipmill.training.zero.engine import Engine
@@ -162,7 +161,7 @@ def staging_folder(folder_url: str, node: int) -> Path:
         node: number of this node, for those that share their temporary folder.
     """
     name = hashlib.sha256(folder_url.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}" / f"checkpoint-{name}-{node}"
+    return private_folder() / f"checkpoint-{name}-{node}"
 
 
 def _upload(staging: Path, url: str, node: int) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from clipmill.config import TrainingConfig, refused_changes
 from clipmill.errors import UserError
+from clipmill.scratch import ScratchFolder
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Checkpoint
 from clipmill.training.zero.engine import whole_state
@@ -50,9 +49,9 @@ def export_checkpoint(found: Checkpoint, export: Callable[[dict[str, Tensor], in
         found: the checkpoint.
         export: publishes the model's float32 state dict after so many steps, and names the export.
     """
-    with tempfile.TemporaryDirectory(prefix="clipmill-export-") as folder:
-        checkpoint.fetch(found, Path(folder))
-        state = whole_state(Path(folder), found.state["zero_stage"])
+    with ScratchFolder("export") as folder:
+        checkpoint.fetch(found, folder)
+        state = whole_state(folder, found.state["zero_stage"])
     prefix = "model."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     return export(weights, found.step)

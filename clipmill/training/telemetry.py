@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import math
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.metrics import MetricsLog, read_metrics
+from clipmill.scratch import ScratchFolder
 
 __all__ = ["Report", "Telemetry", "require_wandb", "summarise"]
 
@@ -77,9 +77,9 @@ class Telemetry:
         self._shown: dict[str, float | str] = {}
         self._metrics = MetricsLog(folder_url, attempt)
         self._tensorboard_url = storage.join(folder_url, "tensorboard", attempt)
-        self._folder = tempfile.TemporaryDirectory(prefix="clipmill-events-")
-        self._events = Path(self._folder.name)
-        self._writer = SummaryWriter(self._folder.name)
+        self._folder = ScratchFolder("events")
+        self._events = self._folder.path
+        self._writer = SummaryWriter(str(self._events))
         self._published: dict[Path, int] = {}
         self._wandb = None
         if wandb_project is not None:
@@ -141,7 +141,7 @@ class Telemetry:
         self._writer.close()
         self.upload()
         self._metrics.close()
-        self._folder.cleanup()
+        self._folder.close()
         if self._wandb is not None:
             self._wandb.finish()
 
