@@ -74,7 +74,7 @@ def test_the_first_folder_of_a_process_sweeps(temporary: Path) -> None:
 def test_folders_of_another_host_stay(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead, left = hold_a_folder()
     kill(dead)
-    boot, host = scratch._machine()
+    _, host = scratch._machine()
     monkeypatch.setattr(scratch, "_machine", lambda: ("another0", "machine0"))
     sweep()
     assert left.exists()
