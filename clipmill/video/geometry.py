@@ -123,7 +123,10 @@ def orientation_of(frame: Any) -> Orientation:
     point (x, y) to (a x + c y, b x + d y). Matrices that turn by other than multiples of 90 degrees are rounded.
     """
     # Not frame.side_data: it refers to its frame, which keeps it, so that only the garbage collector frees such frames.
-    matrix = _sidedata.SideDataContainer(frame).get(_sidedata.Type.DISPLAYMATRIX)
+    side_data = _sidedata.SideDataContainer(frame)
+    if not len(side_data):  # most frames have none
+        return UPRIGHT
+    matrix = side_data.get(_sidedata.Type.DISPLAYMATRIX)
     return UPRIGHT if matrix is None else _orientation(bytes(matrix))
 
 

@@ -46,6 +46,10 @@ _DECODERS = {"mp4": decode_mp4, "mjpeg": decode_mjpeg}
 _PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1
 
+_EXACT_VALUES = 256
+"""The squares of so many bytes sum to less than 2**24, up to which float32 is exact; half as wide as float64, it is
+twice as quick."""
+
 _PIXELS_PER_CPU_SECOND = 20e6
 """Decoded and resized by one core at the slowest: 4K HEVC of 10 bits takes a third of this time."""
 _LONGEST_CPU_SECONDS = 48 * 3600
@@ -199,8 +203,15 @@ class _ClipWriter:
 
 
 def _moments(pixels: np.ndarray) -> dict[str, int]:
-    values = pixels.reshape(-1).astype(np.float64)  # exact: the sums stay far below 2**53
-    return {"num_values": values.size, "pixel_sum": int(values.sum()), "pixel_square_sum": int(values @ values)}
+    """Exact sums over all values of a clip."""
+    rows = np.zeros((-(-pixels.size // _EXACT_VALUES), _EXACT_VALUES), np.float32)  # zeros at the end add nothing
+    rows.reshape(-1)[: pixels.size] = pixels.reshape(-1)
+    sums, square_sums = rows @ np.ones(_EXACT_VALUES, np.float32), np.einsum("ij,ij->i", rows, rows)
+    return {
+        "num_values": pixels.size,
+        "pixel_sum": int(sums.sum(dtype=np.float64)),
+        "pixel_square_sum": int(square_sums.sum(dtype=np.float64)),
+    }
 
 
 def is_measured(key: str) -> bool:

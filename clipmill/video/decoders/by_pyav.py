@@ -78,15 +78,17 @@ class _Decoding:
         self._reading.damaged_frames += self._damage.num_never_shown()
         yield from self._whole(self._damage.judged(at_end=True))
 
-    def _whole(self, judged: list[tuple[Picture, bool, bool]]) -> Iterator[Picture]:
+    def _whole(self, judged: list[tuple[Picture, bool, bool]]) -> list[Picture]:
         """Those pictures that are whole; counts the others."""
+        whole = []
         for picture, is_whole, is_first in judged:
             self._is_broken |= is_first or not is_whole
             if is_whole:
-                yield picture._replace(begins_scene=True) if self._is_broken else picture
+                whole.append(picture._replace(begins_scene=True) if self._is_broken else picture)
                 self._is_broken = False
             elif picture.seconds >= self._counts_from:
                 self._reading.damaged_frames += 1
+        return whole
 
     def _take(self, frame: Any) -> None:
         """Tells the time of the next frame in presentation order, and has its damage judged."""
@@ -112,7 +114,7 @@ class _Decoding:
         if demuxed.size:
             self._clock.sent(packet)
             self._damage.sent(packet)
-        if self._log.read_badly():
+        if self._log.has_grown():  # while the packet was read: what lay before it is damaged or lost
             self._damage.starts_over(packet)
         try:
             frames = demuxed.decode()
@@ -126,7 +128,7 @@ class _Decoding:
                 self._count_lost(packet, 1)
             self._damage.failed(packet)
             return []
-        if self._log.decoded_badly():
+        if self._log.tells_of_decoding and self._log.has_grown():
             self._damage.failed(packet)
         if demuxed.is_discard and demuxed.is_keyframe:
             self._damage.cut(packet)
@@ -144,7 +146,7 @@ class _Decoding:
         failures = number = 0
         packets = self._container.demux(self._stream)
         while True:
-            self._log.mark()
+            self._log.has_grown()  # no concern: encoders and muxers of this process log as well
             try:
                 demuxed = next(packets, None)
                 if demuxed is None:

@@ -8,6 +8,7 @@ So a frame waits until all that was decoded before it has been judged.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -44,29 +45,21 @@ def detect_damage(stream: Any) -> None:
 
 
 class ErrorLog:
-    """Counts what FFmpeg logs as errors, where nothing else tells of damage. One for the whole process."""
+    """Counts what FFmpeg logs as errors, where nothing else tells of damage. One for the whole process.
+
+    Attributes:
+        tells_of_decoding: nothing but the log tells that the decoder of this stream met damage.
+    """
 
     def __init__(self, stream: Any):
-        self._decoder_is_silent = stream.codec_context.codec.canonical_name in _SILENT_CODECS
+        self.tells_of_decoding = stream.codec_context.codec.canonical_name in _SILENT_CODECS
         av.logging.set_level(av.logging.PANIC)  # errors are counted, but not printed
         self._count = 0
-        self.mark()
+        self.has_grown()
 
-    def mark(self) -> None:
-        """What was logged until now is no concern: encoders and muxers of this process log as well."""
-        self._count = av.logging.get_last_error()[0]
-
-    def read_badly(self) -> bool:
-        """Whether reading the last packet has logged an error: what lay before it is damaged or lost."""
-        return self._has_grown()
-
-    def decoded_badly(self) -> bool:
-        """Whether decoding the last packet has logged an error, for codecs where nothing else tells."""
-        return self._has_grown() and self._decoder_is_silent
-
-    def _has_grown(self) -> bool:
-        before = self._count
-        self.mark()
+    def has_grown(self) -> bool:
+        """Whether an error was logged since the last call."""
+        before, self._count = self._count, av.logging.get_last_error()[0]
         return self._count > before
 
 
@@ -190,11 +183,10 @@ class DamageFilter(Generic[T]):
         if not self.will_be_missing(packet):
             return 0
         shown_at = packet.pts or 0
-        missing = [
-            number
-            for number, other in self._unshown.items()
-            if other.pts is not None and other.pts < shown_at and other.recording == packet.recording
-        ]
+        missing = []
+        for other in self._unshown.values():
+            if other.pts is not None and other.pts < shown_at and other.recording == packet.recording:
+                missing.append(other.number)
         for number in missing:
             del self._unshown[number]
         return len(missing)
@@ -219,11 +211,9 @@ class DamageFilter(Generic[T]):
             self._damaged.append(self._suspect.number)
             self._suspect = None
         judged = []
-        while self._waiting:
-            item, packet, is_key = self._waiting[0]
-            if not at_end and self._must_wait(packet):
-                break
-            self._waiting.popleft()
+        last = math.inf if at_end else self._last_to_judge()
+        while self._waiting and self._waiting[0][1].number <= last:
+            item, packet, is_key = self._waiting.popleft()
             if is_key:
                 self._last_key_shown = packet.number
             if self._is_untouched(packet):
@@ -235,11 +225,12 @@ class DamageFilter(Generic[T]):
                 judged.append((item, False, False))
         return judged
 
-    def _must_wait(self, packet: Packet) -> bool:
-        oldest = next(iter(self._unshown), packet.number)
-        if oldest < packet.number or packet.number > self._newest - self._late:
-            return True
-        return self._suspect is not None and packet.number >= self._suspect.number
+    def _last_to_judge(self) -> int:
+        """The last packet before which all have been decoded, shown and judged."""
+        last = self._newest - self._late
+        if self._unshown:
+            last = min(last, next(iter(self._unshown)))
+        return last if self._suspect is None else min(last, self._suspect.number - 1)
 
     def _is_untouched(self, packet: Packet) -> bool:
         if not self._damaged and not self._breaks:  # nearly always
