@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from clipmill import storage
 from clipmill.config import RunConfig
+from clipmill.lease import hold
 from clipmill.pipeline import generation, listing, tally
 from clipmill.pipeline.plan import load_plan
 from clipmill.pipeline.sources.record import SourceVideo
@@ -50,7 +51,8 @@ def measure_plan(root: str, num_videos: int) -> dict[str, float]:
     generation.measure_yield = lambda *_: NOTHING_KNOWN  # there are no files to look at
     listing.list_videos = lambda *_: _listed(num_videos)
     began = time.monotonic()
-    generation.make_plan(config)
+    with hold(config.folder("clips"), "shard") as lease:
+        generation.make_plan(config, lease)
     seconds = time.monotonic() - began
     peak_gib = _peak_gib()
     print(f"planned {num_videos:,} videos in {seconds:.1f} s, peak {peak_gib:.2f} GiB", flush=True)
@@ -59,7 +61,8 @@ def measure_plan(root: str, num_videos: int) -> dict[str, float]:
     load_seconds = time.monotonic() - began
     listing.list_videos = lambda *_: _listed(num_videos + num_videos // 100)
     began = time.monotonic()
-    generation.extend_plan(config, plan)
+    with hold(config.folder("clips"), "shard") as lease:
+        generation.extend_plan(config, lease, plan)
     extend_seconds = time.monotonic() - began
     print(
         f"loaded it in {load_seconds:.1f} s; extended it by 1 % in {extend_seconds:.1f} s, peak {_peak_gib():.2f} GiB"
@@ -79,7 +82,8 @@ def measure_resume(root: str, num_units: int) -> dict[str, float]:
     config = _config(root, unit_bytes=1)
     generation.measure_yield = lambda *_: NOTHING_KNOWN
     listing.list_videos = lambda *_: _listed(num_units)
-    plan = generation.make_plan(config)
+    with hold(config.folder("clips"), "shard") as lease:
+        plan = generation.make_plan(config, lease)
     with ThreadPoolExecutor(PUT_THREADS) as writers:
         for split in ("train", "val"):
             url = config.folder("clips", split)

@@ -96,7 +96,7 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
         return None
     began = time.monotonic()
     with hold(stage.module.folder_url(config), name) as lease:
-        if more is not None and not stage.module.plan_more(config, more):
+        if more is not None and not stage.module.plan_more(config, lease, more):
             logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
             return None
         _publish_config(config, stage.module.folder_url(config))

@@ -1,7 +1,8 @@
 """Makes the generations of a plan: the first from a listing, further ones from what came or failed since.
 
-A generation is planned once. Its file is written first and ``plan.json`` last, so that a killed planner leaves the plan
-as it was, and the generation that a run has not finished yet is not planned again by the same command.
+A generation is planned once. Its rows are written first, under a name with their hash, and its document is created
+last: a planner that is killed, or loses against another one, leaves the plan as it was. The generation that a run has
+not finished yet is not planned again by the same command.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ import pyarrow.parquet as pq
 
 from clipmill import storage
 from clipmill.config import RunConfig
+from clipmill.lease import Lease
 from clipmill.pipeline.listing import NO_ELDERS, NO_SPLIT, Elders, hash64, list_source, tell_apart
-from clipmill.pipeline.plan import BATCH_ROWS, PLAN_COLUMNS, GenerationKind, Plan, load_plan, publish_plan_document
+from clipmill.pipeline.plan import (
+    BATCH_ROWS,
+    PLAN_COLUMNS,
+    GenerationKind,
+    Plan,
+    create_generation,
+    load_plan,
+    read_generations,
+)
 from clipmill.pipeline.yields import Yield, measure_yield
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
@@ -39,30 +49,36 @@ _LEAST_OUTPUT_BYTES, _FEWEST_UNITS = 2**20, 4
 """A data set of less than ``_FEWEST_UNITS`` shards is cut into so many units, as long as each makes the first."""
 
 _ENDINGS_KEPT = 100
-"""Of other files, the endings that ``plan.json`` keeps."""
+"""Of other files, the endings that the plan keeps."""
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, lease: Lease) -> Plan:
     """Lists the source once and publishes the plan.
 
     Raises:
         UserError: the source is missing, empty or unreadable; nothing has been written then.
+        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
     """
-    _add_listed(config, None)
+    _add_listed(config, lease, None)
     return load_plan(config)
 
 
-def extend_plan(config: RunConfig, plan: Plan) -> bool:
+def extend_plan(config: RunConfig, lease: Lease, plan: Plan) -> bool:
     """Lists the source again and plans the videos that no generation has; False: there are none.
 
     Raises:
         UserError: the source is missing, empty or unreadable; nothing has been written then.
+        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
     """
-    return _add_listed(config, plan)
+    return _add_listed(config, lease, plan)
 
 
-def retry_videos(config: RunConfig, plan: Plan, ids: Collection[str]) -> bool:
-    """Plans videos of earlier generations anew, in units of their own; False: there are none."""
+def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[str]) -> bool:
+    """Plans videos of earlier generations anew, in units of their own; False: there are none.
+
+    Raises:
+        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
+    """
     places = np.flatnonzero(np.isin(plan.ids(), np.array([int(i, 16) for i in ids], np.uint64)))
     if not len(places):
         return False
@@ -71,13 +87,13 @@ def retry_videos(config: RunConfig, plan: Plan, ids: Collection[str]) -> bool:
     _, firsts = np.unique(numbers, return_index=True)  # one that failed twice stands in two generations
     is_val = np.array([split == "val" for split in table["split"].to_pylist()])[firsts]
     order = np.lexsort((numbers[firsts], is_val))
-    known = Yield.of_generation(plan.document["generations"][-1])
+    known = Yield.of_generation(plan.generations[-1])
     facts = {"duplicates": 0}
-    _publish(config, plan, "retried", table, firsts[order], is_val[order], numbers[firsts][order], known, facts)
+    _publish(config, lease, plan, "retried", table, firsts[order], is_val[order], numbers[firsts][order], known, facts)
     return True
 
 
-def _add_listed(config: RunConfig, plan: Plan | None) -> bool:
+def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
     listing = list_source(config.data.source)
     elders, num_known_duplicates = NO_ELDERS, 0
     if plan is not None:
@@ -99,15 +115,13 @@ def _add_listed(config: RunConfig, plan: Plan | None) -> bool:
         "other_files": dict(listing.others.most_common(_ENDINGS_KEPT)),
     }
     found = measure_yield(config, listing.table, order)
-    _publish(config, plan, "listed", listing.table, order, is_val[order], ids[order], found, facts)
+    _publish(config, lease, plan, "listed", listing.table, order, is_val[order], ids[order], found, facts)
     return True
 
 
 def _elders(plan: Plan) -> Elders:
     ids = plan.ids()
-    ambiguous = {
-        int(base, 16) for generation in plan.document["generations"] for base in generation.get("ambiguous", [])
-    }
+    ambiguous = {int(base, 16) for generation in plan.generations for base in generation.get("ambiguous", [])}
 
     def url(number: int) -> str:
         return plan.rows(np.flatnonzero(ids == np.uint64(number))[:1])["url"][0].as_py()
@@ -117,6 +131,7 @@ def _elders(plan: Plan) -> Elders:
 
 def _publish(
     config: RunConfig,
+    lease: Lease,
     plan: Plan | None,
     kind: GenerationKind,
     table: pa.Table,
@@ -130,6 +145,7 @@ def _publish(
 
     Args:
         config: of the run.
+        lease: on its clips.
         plan: the generations so far.
         kind: of the generation.
         table: source columns of at least these videos.
@@ -137,32 +153,36 @@ def _publish(
         is_val: bool[n], whether each is in ``val``.
         ids: uint64[n], their ids.
         expected: what they will make.
-        facts: for ``plan.json``.
+        facts: for its document.
     """
     sizes = table["bytes"].to_numpy()[order]
     outputs = expected.of(table, config.data.clip)[order]
     read_sizes = np.where(_repeats_file(table, order), 0, sizes)
     units, ordinals = cut_units(read_sizes, outputs, is_val, config.data.unit_bytes, config.data.shard_bytes)
     num_units = {split: int(units[is_val == (split == "val")].max(initial=-1)) + 1 for split in SPLITS}
-    earlier = [] if plan is None else plan.document["generations"]
+    earlier = [] if plan is None else plan.generations
     if plan is not None:
         units += np.where(is_val, plan.num_units("val"), plan.num_units("train")).astype(np.int32)
-    name = f"gen-{len(earlier):04d}.parquet"
     with ScratchFolder("plan") as folder:
-        path = folder / name
+        path = folder / "rows.parquet"
         _write_rows(path, table, order, is_val, units, ordinals, ids)
-        storage.publish_file(path, config.folder("clips", "plan", name))
+        sha256 = file_sha256(path)
         generation = {
             "kind": kind,
-            "file": name,
-            "sha256": file_sha256(path),
+            "file": f"gen-{len(earlier):04d}-{sha256[:8]}.parquet",
+            "sha256": sha256,
             "videos": len(order),
             "bytes": int(sizes.sum()),
             "units": num_units,
             "yield": expected.document,
             **facts,
         }
-    publish_plan_document(config, [*earlier, generation])
+        lease.check()
+        storage.publish_file(path, config.folder("clips", "plan", generation["file"]))
+    try:
+        create_generation(config, lease, len(earlier), generation)
+    finally:
+        _remove_losers(config, len(earlier))
     logger.info(
         "planned %d videos in %d units (generation %d, %s; %d duplicates skipped)%s",
         len(order),
@@ -172,6 +192,17 @@ def _publish(
         facts["duplicates"],
         f"; expecting {outputs.sum() / 1e6:.3g} MB of shards" if expected.num_videos else "",
     )
+
+
+def _remove_losers(config: RunConfig, number: int) -> None:
+    """Removes the rows of planners that were killed or lost, as soon as somebody's generation of this number holds."""
+    folder = config.folder("clips", "plan")
+    generations = read_generations(config)
+    if len(generations) <= number:
+        return
+    for entry in storage.list_folder(folder):
+        if entry.name.startswith(f"gen-{number:04d}-") and entry.name != generations[number]["file"]:
+            storage.remove(storage.join(folder, entry.name))
 
 
 def _repeats_file(table: pa.Table, order: np.ndarray) -> np.ndarray:

@@ -7,23 +7,26 @@ identity. Where the source itself has no splits, a hash of the video's *group* (
 its file) decides: videos of one group are in one split, and more videos never move a video from ``train`` to ``val``.
 Moving or renaming a corpus changes nothing.
 
-Files under ``clips/plan``, all written before the first unit is worked on:
+Files under ``clips/plan``, none of which ever changes:
 
-``gen-0000.parquet``
+``gen-0000-<sha8>.parquet``
     One generation (`generation.py` makes them): what one listing had that no earlier one had, or the quarantined videos
     that are tried again. One row a video, sorted by split, unit, ordinal: split, unit, ordinal, id, url (relative to
     the source, or absolute), bytes, etag, label, actions, text, member (which video of the file, where it holds
     several), metadata (JSON), start_seconds and end_seconds (the span of the file), sidecars (endings of the files
     beside it that describe it), fault (why the source cannot give the video).
-``plan.json``
-    Written last: ``generations`` [{kind, file, sha256, videos, bytes, units: {split: count}, duplicates,
-    ambiguous, other_files}] and ``identity``, the configuration it was made with. Units of a split are numbered through
-    all generations. ``ambiguous``: hashes of identities behind which that listing found different contents (16 hex
-    digits each). ``other_files``: files of the folder that are no videos, {ending: count}.
+``gen-0000.json``
+    Created last, and only if there is none: of several planners of a generation one wins, whatever each of them knew.
+    {kind, file, sha256, videos, bytes, units: {split: count}, duplicates, ambiguous, other_files, yield, identity}.
+    ``identity`` is the configuration it was made with. Units of a split are numbered through all generations.
+    ``ambiguous``: hashes of identities behind which that listing found different contents (16 hex digits each).
+    ``other_files``: files of the folder that are no videos, {ending: count}. The plan is generations 0, 1, 2, ... up to
+    the first that has no such document.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +36,8 @@ import pyarrow.parquet as pq
 
 from clipmill import storage
 from clipmill.config import RunConfig, changed_keys, identity
-from clipmill.errors import UserError
+from clipmill.errors import StageFailed, UserError
+from clipmill.lease import Lease
 from clipmill.pipeline.listing import SOURCE_COLUMNS
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
@@ -44,12 +48,12 @@ __all__ = [
     "Plan",
     "PlannedVideo",
     "Unit",
+    "create_generation",
     "load_plan",
-    "publish_plan_document",
-    "read_plan_document",
+    "read_generations",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 
 GenerationKind = Literal["listed", "retried"]
 """``listed``: videos that no earlier generation has. ``retried``: quarantined ones of earlier generations."""
@@ -132,11 +136,11 @@ class Plan:
     """All generations of a plan. Videos become Python objects only when their unit is asked for.
 
     Attributes:
-        document: ``plan.json``.
+        generations: their documents, in order.
     """
 
-    def __init__(self, document: dict[str, Any], table: pa.Table) -> None:
-        self.document = document
+    def __init__(self, generations: list[dict[str, Any]], table: pa.Table) -> None:
+        self.generations = generations
         self._table = table
         self._rows = _unit_rows(table)
         self._retried_in = self._find_retried()
@@ -144,21 +148,21 @@ class Plan:
     @property
     def num_videos(self) -> int:
         """Videos in all splits, duplicates left out."""
-        return sum(g["videos"] for g in self.document["generations"] if g["kind"] != "retried")
+        return sum(g["videos"] for g in self.generations if g["kind"] != "retried")
 
     @property
     def num_duplicates(self) -> int:
         """Listed files that hold the same video as an earlier one."""
-        return sum(generation["duplicates"] for generation in self.document["generations"])
+        return sum(generation["duplicates"] for generation in self.generations)
 
     @property
     def other_files(self) -> dict[str, int]:
         """Files of the source's folder that are no videos, by ending, when it was listed last."""
-        return next(g["other_files"] for g in reversed(self.document["generations"]) if g["kind"] == "listed")
+        return next(g["other_files"] for g in reversed(self.generations) if g["kind"] == "listed")
 
     def num_units(self, split: str) -> int:
         """Units of a split, numbered from 0."""
-        return sum(generation["units"][split] for generation in self.document["generations"])
+        return sum(generation["units"][split] for generation in self.generations)
 
     def is_retried(self, video_id: str, unit: int) -> bool:
         """Whether a video that ``unit`` of its split excluded is tried again in a later unit."""
@@ -168,7 +172,7 @@ class Plan:
         """The last unit of each video that is tried again; a video never changes its split."""
         retried: dict[str, int] = {}
         first = 0
-        for generation in self.document["generations"]:
+        for generation in self.generations:
             if generation["kind"] == "retried":
                 rows = self._table.slice(first, generation["videos"])
                 retried |= dict(zip(rows["id"].to_pylist(), rows["unit"].to_pylist(), strict=True))
@@ -209,31 +213,54 @@ def _unit_rows(table: pa.Table) -> dict[tuple[str, int], tuple[int, int]]:
 # ------------------------------------------------------------------------------------- reading a plan
 
 
-def read_plan_document(config: RunConfig) -> dict[str, Any]:
-    """``plan.json`` of a run.
+def read_generations(config: RunConfig) -> list[dict[str, Any]]:
+    """The documents of all generations of a run's plan, in order; none where it has no plan yet.
 
     Raises:
-        FileNotFoundError: the run has no plan yet.
         UserError: it was made with other settings, or by an earlier clipmill.
     """
-    document = storage.read_document(config.folder("clips", "plan", "plan.json"), SCHEMA)
-    if document["schema"] < SCHEMA:
-        raise UserError(
-            f"the clips in {config.folder('clips')} were planned by an earlier clipmill; choose another root"
-        )
-    changed = changed_keys(document["identity"], _identity_of(config))
-    if changed:
-        raise UserError(
-            f"the clips in {config.folder('clips')} were planned with other settings: {'; '.join(changed)}. "
-            "Restore them, or choose another root"
-        )
-    return document
+    generations = []
+    for number in itertools.count():
+        try:
+            generation = storage.read_document(_document_url(config, number), SCHEMA)
+        except FileNotFoundError:
+            break
+        if generation["schema"] < SCHEMA:
+            raise _planned_earlier(config)
+        changed = changed_keys(generation["identity"], _identity_of(config))
+        if changed:
+            raise UserError(
+                f"the clips in {config.folder('clips')} were planned with other settings: {'; '.join(changed)}. "
+                "Restore them, or choose another root"
+            )
+        generations.append(generation)
+    if not generations and storage.exists(config.folder("clips", "plan", "plan.json")):  # the plan up to schema 2
+        raise _planned_earlier(config)
+    return generations
 
 
-def publish_plan_document(config: RunConfig, generations: list[dict[str, Any]]) -> None:
-    """Writes ``plan.json``: from now on these generations hold."""
-    document = {"generations": generations, "identity": _identity_of(config)}
-    storage.publish_document(config.folder("clips", "plan", "plan.json"), document, SCHEMA)
+def create_generation(config: RunConfig, lease: Lease, number: int, generation: dict[str, Any]) -> None:
+    """Makes a generation hold, if no other planner has made one of this number hold.
+
+    Raises:
+        StageFailed: another planner has, or a later run has taken the folder over. The plan is unchanged then.
+    """
+    lease.check()
+    document = {**generation, "identity": _identity_of(config)}
+    if not storage.create_document(_document_url(config, number), document, SCHEMA):
+        lease.check()  # the usual reason, and the better message
+        raise StageFailed(
+            f"another run has planned generation {number} of {config.folder('clips')} meanwhile; "
+            "run the same command again"
+        )
+
+
+def _document_url(config: RunConfig, number: int) -> str:
+    return config.folder("clips", "plan", f"gen-{number:04d}.json")
+
+
+def _planned_earlier(config: RunConfig) -> UserError:
+    return UserError(f"the clips in {config.folder('clips')} were planned by an earlier clipmill; choose another root")
 
 
 def _identity_of(config: RunConfig) -> dict[str, Any]:
@@ -248,9 +275,11 @@ def load_plan(config: RunConfig) -> Plan:
         FileNotFoundError: the run has no plan yet.
         UserError: it was made with other settings, or a file of it is damaged.
     """
-    document = read_plan_document(config)
-    tables = [_read_table(config, generation) for generation in document["generations"]]
-    return Plan(document, pa.concat_tables(tables))
+    generations = read_generations(config)
+    if not generations:
+        raise FileNotFoundError(_document_url(config, 0))
+    tables = [_read_table(config, generation) for generation in generations]
+    return Plan(generations, pa.concat_tables(tables))
 
 
 def _read_table(config: RunConfig, generation: dict[str, Any]) -> pa.Table:

@@ -21,7 +21,7 @@ from clipmill.config import DataConfig, RunConfig, identity
 from clipmill.errors import StageFailed
 from clipmill.lease import Lease
 from clipmill.pipeline.generation import extend_plan, make_plan, retry_videos
-from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_plan_document
+from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_generations
 from clipmill.pipeline.sources import check_source
 from clipmill.pipeline.tally import Tally, publish_tally, read_tally
 from clipmill.pipeline.unit import FIRST_VIDEOS, make_worker
@@ -51,14 +51,14 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     try:
         plan = load_plan(config)
     except FileNotFoundError:
-        plan = make_plan(config)
+        plan = make_plan(config, lease)
     tally = read_tally(config, plan)
     try:
         clips_per_second = _shard_units(config, lease, plan, tally)
     finally:  # whoever has to find out why a run stopped needs the list most
         if lease.is_newest():  # a later run that took over knows more
             publish_tally(config, tally)
-            if tally.exclusions or len(plan.document["generations"]) > 1:  # a retry may have emptied it
+            if tally.exclusions or len(plan.generations) > 1:  # a retry may have emptied it
                 storage.publish_bytes(config.folder("clips", "quarantine.jsonl"), tally.quarantine())
     lease.check()
     return {**_freeze(config, plan, tally), "clips_per_second": clips_per_second}
@@ -85,20 +85,18 @@ def is_finished(config: RunConfig) -> bool:
 
 def _is_frozen(config: RunConfig) -> bool:
     """Whether both splits are frozen at the newest generation of the plan."""
-    try:
-        document = read_plan_document(config)
-    except FileNotFoundError:
+    num_generations = len(read_generations(config))
+    if not num_generations:
         check_source(config.data.source)
         return False
     try:
         manifests = [Manifest.load(config.folder("clips", split), "clips") for split in SPLITS]
     except FileNotFoundError:
         return False
-    num_generations = len(document["generations"])
     return all(manifest.facts["num_generations"] == num_generations for manifest in manifests)
 
 
-def plan_more(config: RunConfig, kind: GenerationKind) -> bool:
+def plan_more(config: RunConfig, lease: Lease, kind: GenerationKind) -> bool:
     """Adds a generation to the plan: what the source holds beyond it, or what is in quarantine.
 
     A generation of this kind that is not finished is not planned a second time, so that the same command goes on after
@@ -109,20 +107,21 @@ def plan_more(config: RunConfig, kind: GenerationKind) -> bool:
 
     Raises:
         UserError: the source is missing, empty or unreadable; nothing has been written then.
+        StageFailed: another run owns the folder, or has planned meanwhile.
     """
     try:
         plan = load_plan(config)
     except FileNotFoundError:
         return True
-    generations = plan.document["generations"]
-    if len(generations) > 1 and generations[-1]["kind"] == kind and not is_finished(config):
-        logger.info("generation %d is not finished yet: going on with it", len(generations) - 1)
+    newest = len(plan.generations) - 1
+    if newest and plan.generations[newest]["kind"] == kind and not is_finished(config):
+        logger.info("generation %d is not finished yet: going on with it", newest)
         return True
     if kind == "listed":
-        added, nothing = extend_plan(config, plan), "the source holds no video that is not planned yet"
+        added, nothing = extend_plan(config, lease, plan), "the source holds no video that is not planned yet"
     else:
         ids = {exclusion["id"] for exclusion in read_tally(config, plan).exclusions}
-        added, nothing = retry_videos(config, plan, ids), "no video is in quarantine"
+        added, nothing = retry_videos(config, lease, plan, ids), "no video is in quarantine"
     if not added:
         logger.info("%s", nothing)
     return added or not is_finished(config)
@@ -232,7 +231,7 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "classes": sorted(tally.labels),
             "pixel_mean": pixel_mean,
             "pixel_variance": pixel_variance,
-            "num_generations": len(plan.document["generations"]),
+            "num_generations": len(plan.generations),
             "num_units": plan.num_units(split),
             "num_videos": counts.num_videos,
             "num_short": counts.num_short,

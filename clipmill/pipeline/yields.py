@@ -2,7 +2,7 @@
 
 A source says how large its files are, not how long they last: 256 MiB of 4K footage make 2.6 MB of small clips, and
 the same bytes of raw 64 x 64 frames make 256 MiB of them. So a fixed number of videos is opened, each in a decoding
-child: the header gives the number of clips, the first clips give their size. What was found stands in ``plan.json``.
+child: the header gives the number of clips, the first clips give their size. The plan keeps what was found.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class Yield:
 
     @classmethod
     def of_generation(cls, generation: dict[str, Any]) -> Yield:
-        """What stands in ``plan.json``."""
+        """What the document of a generation states."""
         return cls(**generation["yield"])
 
     @property
     def document(self) -> dict[str, Any]:
-        """For ``plan.json``."""
+        """For the document of a generation."""
         return asdict(self)
 
     def of(self, table: pa.Table, clip: ClipConfig) -> np.ndarray:

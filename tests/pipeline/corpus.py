@@ -11,7 +11,8 @@ import numpy as np
 
 from clipmill.config import RunConfig
 from clipmill.lease import hold
-from clipmill.pipeline import shard
+from clipmill.pipeline import generation, shard
+from clipmill.pipeline.plan import Plan, load_plan
 from clipmill.video import encode_mp4
 
 CLASSES = ("down", "left", "right", "up")
@@ -59,6 +60,18 @@ def run_config(root: Path, source: Path, /, num_workers: int = 1, **data: Any) -
             "cluster": {"num_cpus": 2, "fanout_workers": num_workers, "max_failures": 1},
         }
     )
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Plans what the source holds."""
+    with hold(shard.folder_url(config), "shard") as lease:
+        return generation.make_plan(config, lease)
+
+
+def extend_plan(config: RunConfig) -> bool:
+    """Plans what the source holds beyond the plan."""
+    with hold(shard.folder_url(config), "shard") as lease:
+        return generation.extend_plan(config, lease, load_plan(config))
 
 
 def run_shard(config: RunConfig) -> dict[str, Any]:

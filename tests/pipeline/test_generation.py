@@ -16,13 +16,21 @@ import pytest
 from clipmill import stages
 from clipmill.config import RunConfig
 from clipmill.pipeline import generation, shard
-from clipmill.pipeline.generation import extend_plan, make_plan
 from clipmill.pipeline.inspect import inspect
 from clipmill.pipeline.plan import Plan, load_plan
 from clipmill.pipeline.sources.record import EDGE_BYTES
 from clipmill.shards.manifest import SPLITS, Manifest, committed_units
 from clipmill.shards.verify import verify
-from tests.pipeline.corpus import CLASSES, files_of, num_clips_of, run_config, video_bytes, write_corpus
+from tests.pipeline.corpus import (
+    CLASSES,
+    extend_plan,
+    files_of,
+    make_plan,
+    num_clips_of,
+    run_config,
+    video_bytes,
+    write_corpus,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -95,7 +103,7 @@ def test_quarantined_videos_are_tried_again_in_a_generation_of_their_own(embedde
     assert first is not None
     assert again is not None
     assert (first["failed"], first["videos"]) == (again["failed"], again["videos"]) == (2, 7)
-    assert load_plan(config).document["generations"][1]["videos"] == 2
+    assert load_plan(config).generations[1]["videos"] == 2
     after = objects(config)
     assert {name: after[name] for name in before} == before
     lines = (Path(config.folder("clips")) / "quarantine.jsonl").read_text().splitlines()
@@ -131,12 +139,12 @@ def test_a_planner_that_was_killed_leaves_the_plan_as_it_was(tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "publish_plan_document", die)
+        patch.setattr(generation, "create_generation", die)
         with pytest.raises(KeyboardInterrupt):
-            extend_plan(config, load_plan(config))
+            extend_plan(config)
     assert load_plan(config).num_videos == 6
-    assert extend_plan(config, load_plan(config))
-    assert not extend_plan(config, load_plan(config))
+    assert extend_plan(config)
+    assert not extend_plan(config)
     plan = load_plan(config)
     assert len(set(urls(plan))) == len(urls(plan)) == plan.num_videos == 9
 
@@ -149,14 +157,14 @@ def test_look_alikes_of_planned_videos_are_told_from_them(tmp_path: Path) -> Non
     elder = make_plan(config)
     (source / "a.mp4").write_bytes(edge + b"other" + edge)
     (source / "c.mp4").write_bytes(edge + b"elder" + edge)
-    assert extend_plan(config, load_plan(config))
+    assert extend_plan(config)
     plan = load_plan(config)
     assert urls(plan) == ["a.mp4", "b.mp4"]
     assert plan.num_duplicates == 1
     assert elder.ids()[0] in plan.ids()
     (source / "b.mp4").unlink()  # the other look-alikes still are who they were
     (source / "c.mp4").unlink()
-    assert not extend_plan(config, load_plan(config))
+    assert not extend_plan(config)
 
 
 def test_the_same_command_goes_on_after_a_kill(embedded: None, tmp_path: Path) -> None:

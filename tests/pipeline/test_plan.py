@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.generation import cut_units, extend_plan, make_plan
+from clipmill.pipeline.generation import cut_units
 from clipmill.pipeline.plan import Plan, load_plan
 from clipmill.pipeline.sources.record import EDGE_BYTES, SourceVideo
+from tests.pipeline.corpus import extend_plan, make_plan
 
 
 def fill(source, names, sizes=None):
@@ -27,6 +28,11 @@ def fill(source, names, sizes=None):
 def config_for(tmp_path, run="run", source="source", **data):
     data = {"source": {"url": str(tmp_path / source)}, "val_fraction": 0.3, "unit_bytes": 1000, **data}
     return RunConfig.model_validate({"root": str(tmp_path / run), "data": data})
+
+
+def plan_file(tmp_path, ending, run="run"):
+    (path,) = (tmp_path / run / "clips" / "plan").glob(f"gen-0000{ending}")
+    return path
 
 
 def rows_of(plan: Plan):
@@ -42,7 +48,7 @@ def test_the_plan_is_a_function_of_the_source(tmp_path):
     fill(tmp_path / "source", [f"class{index % 3}/{index}.mp4" for index in range(40)])
     plans = [make_plan(config_for(tmp_path, run)) for run in ("one", "two")]
     assert rows_of(plans[0]) == rows_of(plans[1])
-    assert plans[0].document == plans[1].document
+    assert plans[0].generations == plans[1].generations
     rows = rows_of(plans[0])
     assert len({video.id for _, _, video in rows}) == plans[0].num_videos == 40
     assert {video.label for _, _, video in rows} == {"class0", "class1", "class2"}
@@ -128,7 +134,7 @@ def test_a_damaged_plan_is_refused(tmp_path):
     fill(tmp_path / "source", ["one.mp4"])
     config = config_for(tmp_path)
     make_plan(config)
-    file = tmp_path / "run" / "clips" / "plan" / "gen-0000.parquet"
+    file = plan_file(tmp_path, "-*.parquet")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -143,7 +149,7 @@ def test_an_interrupted_plan_is_made_again(tmp_path):
     fill(tmp_path / "source", ["one.mp4", "two.mp4"])
     config = config_for(tmp_path)
     made = rows_of(make_plan(config))
-    (tmp_path / "run" / "clips" / "plan" / "plan.json").unlink()
+    plan_file(tmp_path, ".json").unlink()
     with pytest.raises(FileNotFoundError):
         load_plan(config)
     assert rows_of(make_plan(config)) == made
@@ -152,7 +158,7 @@ def test_an_interrupted_plan_is_made_again(tmp_path):
 def test_the_columns_on_disk(tmp_path):
     fill(tmp_path / "source", ["a/one.mp4"])
     plan = make_plan(config_for(tmp_path))
-    table = pq.read_table(tmp_path / "run" / "clips" / "plan" / "gen-0000.parquet")
+    table = pq.read_table(plan_file(tmp_path, "-*.parquet"))
     assert table.column_names == [
         *("split", "unit", "ordinal", "id", "url", "bytes", "etag", "label", "actions", "text", "member", "metadata"),
         *("start_seconds", "end_seconds", "sidecars", "fault"),
@@ -160,8 +166,10 @@ def test_the_columns_on_disk(tmp_path):
     (row,) = table.to_pylist()
     assert row["url"] == "a/one.mp4"
     assert row["bytes"] == 128
-    (generation,) = plan.document["generations"]
-    assert generation["file"] == "gen-0000.parquet"
+    (generation,) = plan.generations
+    assert (
+        generation["file"] == f"gen-0000-{generation['sha256'][:8]}.parquet" == plan_file(tmp_path, "-*.parquet").name
+    )
     assert generation["units"] == {row["split"]: 1, ({"train", "val"} - {row["split"]}).pop(): 0}
 
 
@@ -302,7 +310,7 @@ def test_an_extension_keeps_groups_together(tmp_path, monkeypatch):
     listed(monkeypatch, first)
     make_plan(config)
     listed(monkeypatch, [*more, *first])
-    assert extend_plan(config, load_plan(config))
+    assert extend_plan(config)
     splits = splits_of(load_plan(config))
     assert len(splits) == 80
     by_take = {}
@@ -334,14 +342,16 @@ def test_a_group_in_two_splits_is_the_users_mistake(tmp_path, monkeypatch):
         UserError, match=r"a\.mp4 and s3://b/c\.mp4 are of one group, .* into train and the other into val"
     ):
         make_plan(config_for(tmp_path))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "clips" / "plan").exists()
 
 
 def test_a_plan_of_an_earlier_schema_is_refused(tmp_path):
     fill(tmp_path / "source", ["one.mp4"])
     config = config_for(tmp_path)
     make_plan(config)
-    path = tmp_path / "run" / "clips" / "plan" / "plan.json"
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
-    with pytest.raises(UserError, match="planned by an earlier clipmill; choose another root"):
-        load_plan(config)
+    path = plan_file(tmp_path, ".json")
+    for earlier in (path, path.with_name("plan.json")):  # the plan was one document up to schema 2
+        path.rename(earlier)
+        earlier.write_text(earlier.read_text().replace('"schema": 3', '"schema": 2'))
+        with pytest.raises(UserError, match="planned by an earlier clipmill; choose another root"):
+            load_plan(config)

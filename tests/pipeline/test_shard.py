@@ -125,7 +125,7 @@ def test_after_a_kill_the_next_run_writes_the_same_bytes(
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "config.json")], cwd=REPOSITORY)
     clips = Path(killed.folder("clips"))
-    pattern = "plan/plan.json" if moment == "after the plan" else "*/commits/*.json"
+    pattern = "plan/gen-0000.json" if moment == "after the plan" else "*/commits/*.json"
     try:
         while not list(clips.glob(pattern)):
             assert process.poll() is None, "the run ended before it could be killed"

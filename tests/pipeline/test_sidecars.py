@@ -10,10 +10,9 @@ import pytest
 
 from clipmill.config import SourceConfig
 from clipmill.pipeline.fetch import ExcludedVideo
-from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources import list_videos
-from tests.pipeline.corpus import video_bytes
+from tests.pipeline.corpus import make_plan, video_bytes
 from tests.pipeline.sources.fixtures import Sharded, shard_in_process, source_config
 
 

@@ -8,11 +8,10 @@ import pytest
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.pipeline import tally as tally_module
-from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.plan import Plan
 from clipmill.pipeline.tally import Tally, publish_tally, read_tally
 from clipmill.shards.manifest import commit_unit
-from tests.pipeline.corpus import run_config, write_corpus
+from tests.pipeline.corpus import make_plan, run_config, write_corpus
 
 
 def commit(config: RunConfig, plan: Plan, split: str, number: int) -> None:

@@ -16,14 +16,13 @@ import pytest
 from clipmill.config import RunConfig
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease, hold
-from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.plan import Unit
 from clipmill.pipeline.unit import make_worker
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import committed_units, read_commit
 from clipmill.video import decord_version, encode_mp4
 from clipmill.video.worker import is_measured
-from tests.pipeline.corpus import run_config, video_bytes, write_corpus
+from tests.pipeline.corpus import make_plan, run_config, video_bytes, write_corpus
 from tests.video.conftest import needs_decord
 
 

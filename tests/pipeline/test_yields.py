@@ -10,13 +10,13 @@ import pytest
 from clipmill.config import ClipConfig, RunConfig
 from clipmill.lease import hold
 from clipmill.pipeline import generation, yields
-from clipmill.pipeline.generation import make_plan, retry_videos
+from clipmill.pipeline.generation import retry_videos
 from clipmill.pipeline.listing import list_source
 from clipmill.pipeline.plan import Plan, load_plan
 from clipmill.pipeline.unit import make_worker
 from clipmill.pipeline.yields import NOTHING_KNOWN, Yield, measure_yield
 from clipmill.video import write_raw_video
-from tests.pipeline.corpus import run_config, video_bytes
+from tests.pipeline.corpus import make_plan, run_config, video_bytes
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_shards_are_near_shard_bytes_whatever_the_source(mixed: Path, tmp_path: 
     shard_bytes = total // 4
     config = config_for(tmp_path / "run", mixed, shard_bytes=shard_bytes, **data)
     plan = make_plan(config)
-    found = Yield.of_generation(plan.document["generations"][0])
+    found = Yield.of_generation(plan.generations[0])
     assert found.num_videos > 10
-    assert found.bytes_per_byte == pytest.approx(total / plan.document["generations"][0]["bytes"], rel=0.3)
+    assert found.bytes_per_byte == pytest.approx(total / plan.generations[0]["bytes"], rel=0.3)
     sizes = sharded(config, plan)["train"]
     assert 3 <= len(sizes) <= 6
     assert 0.5 * shard_bytes < min(sizes)
@@ -83,8 +83,8 @@ def test_shards_are_near_shard_bytes_whatever_the_source(mixed: Path, tmp_path: 
 
 def test_a_look_is_repeatable_and_recorded(mixed: Path, tmp_path: Path) -> None:
     plans = [make_plan(config_for(tmp_path / name, mixed)) for name in ("one", "two")]
-    assert plans[0].document == plans[1].document
-    document = plans[0].document["generations"][0]["yield"]
+    assert plans[0].generations == plans[1].generations
+    document = plans[0].generations[0]["yield"]
     assert document.keys() == {"bytes_per_byte", "bytes_per_clip", "fps", "num_videos"}
     assert document["fps"] == pytest.approx(12.5, rel=0.05)
 
@@ -93,8 +93,9 @@ def test_videos_that_are_tried_again_are_cut_by_what_is_known(mixed: Path, tmp_p
     config = config_for(tmp_path, mixed)
     plan = make_plan(config)
     video = plan.unit("train", 0).videos[0]
-    assert retry_videos(config, plan, [video.id])
-    first, second = load_plan(config).document["generations"]
+    with hold(config.folder("clips"), "shard") as lease:
+        assert retry_videos(config, lease, plan, [video.id])
+    first, second = load_plan(config).generations
     assert first["yield"] == second["yield"]
 
 

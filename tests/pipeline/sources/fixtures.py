@@ -15,11 +15,10 @@ import numpy as np
 
 from clipmill.config import RunConfig
 from clipmill.lease import hold
-from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.sources.tfrecord import masked_crc32c
 from clipmill.pipeline.unit import make_worker
 from clipmill.shards.manifest import SPLITS, committed_units, read_commits
-from tests.pipeline.corpus import video_bytes
+from tests.pipeline.corpus import make_plan, video_bytes
 
 UCF_CLASSES = ("ApplyEyeMakeup", "YoYo")
 TGIF_URL = "https://38.media.tumblr.com/9f6c25cc350f12aa74a7dc386a5c4985/tumblr_{}o1_500.gif"

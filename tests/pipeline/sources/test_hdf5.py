@@ -9,8 +9,8 @@ import pytest
 
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.sources import list_videos
+from tests.pipeline.corpus import make_plan
 from tests.pipeline.sources.fixtures import random_frames, shard_in_process, source_config, write_hdf5
 
 LENGTHS = {"train": [9, 4, 3, 6], "test": [5, 8]}

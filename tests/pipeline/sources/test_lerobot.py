@@ -14,11 +14,11 @@ import pytest
 
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources import list_videos
 from clipmill.shards.manifest import SPLITS
 from clipmill.stages import run_stage
+from tests.pipeline.corpus import make_plan
 from tests.pipeline.sources.fixtures import Sharded, shard_in_process, source_config
 from tests.pipeline.sources.lerobot_files import (
     CAMERAS,

@@ -24,12 +24,11 @@ from hypothesis import strategies as st
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
-from clipmill.pipeline.generation import make_plan
 from clipmill.pipeline.listing import list_source
 from clipmill.pipeline.sources import list_videos
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.rows import read_rows
-from tests.pipeline.corpus import video_bytes
+from tests.pipeline.corpus import make_plan, video_bytes
 from tests.pipeline.sources.fixtures import shard_in_process, source_config, write_videos
 
 COLUMNS = {"url": "path", "label": "genre", "text": "caption", "actions": "moves", "split": "part"}

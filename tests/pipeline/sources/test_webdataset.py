@@ -16,7 +16,7 @@ from clipmill.errors import UserError
 from clipmill.pipeline.sources import list_videos
 from clipmill.pipeline.sources.tar import DamagedTar, Member, index_members
 from clipmill.stages import run_stage
-from tests.pipeline.corpus import video_bytes
+from tests.pipeline.corpus import make_plan, video_bytes
 from tests.pipeline.sources.fixtures import shard_in_process, source_config
 
 NUM_FRAMES = 9
@@ -286,7 +286,6 @@ def test_a_tar_without_an_end_mark_is_reported(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_tar_that_changed_after_planning_costs_its_videos(tmp_path: Path) -> None:
     from clipmill.lease import hold
-    from clipmill.pipeline.generation import make_plan
     from clipmill.pipeline.unit import make_worker
 
     damaged_corpus(tmp_path / "in")
