@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,15 @@ from clipmill.config import DataConfig
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources import base_url, extract, is_gone, read_array, read_rows
 from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.npy import open_array
 from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import write_raw_video
 from clipmill.video.kinds import suffix_of
 
 __all__ = ["ExcludedVideo", "LocalVideo", "fetch_video"]
+
+_MOST_ACTION_BYTES = 2**30
+"""As float32, in memory: four million frames of 64 numbers."""
 
 
 class ExcludedVideo(Exception):
@@ -133,9 +136,10 @@ def _read_actions(data: DataConfig, name: str, folder: Path) -> tuple[np.ndarray
     except (storage.Unreadable, DamagedVideo) as error:
         raise ExcludedVideo("actions", str(error)) from error
     try:
-        actions = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        if actions.ndim < 1 or actions.dtype.kind not in "fiub":
-            raise ValueError(f"an array {actions.dtype} {list(actions.shape)}")
-    except (ValueError, EOFError) as error:
-        raise ExcludedVideo("actions", f"{name} is no numeric .npy file with a row for each frame") from error
+        actions = open_array(path)
+    except DamagedVideo as damaged:
+        raise ExcludedVideo("actions", f"{name}: {damaged}") from damaged
+    if actions.ndim < 1 or actions.dtype.kind not in "fiub" or actions.size * 4 > _MOST_ACTION_BYTES:
+        found = f"{actions.dtype} {list(actions.shape)}"
+        raise ExcludedVideo("actions", f"{name} is {found}; actions are numbers, a row for each frame")
     return np.asarray(actions, np.float32), None

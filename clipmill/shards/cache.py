@@ -22,7 +22,6 @@ import io
 import logging
 import mmap
 import os
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -35,10 +34,11 @@ import numpy as np
 
 from clipmill import storage
 from clipmill.errors import StageFailed, StorageUnavailable, UserError
+from clipmill.scratch import private_folder
 from clipmill.shards.format import INDEX_SUFFIX, read_index
 from clipmill.shards.manifest import Manifest, ShardEntry
 
-__all__ = ["OpenShard", "ShardCache", "default_cache_dir", "needed_cache_bytes"]
+__all__ = ["OpenShard", "ShardCache", "needed_cache_bytes"]
 
 MAX_OPEN_SHARDS = 256
 """Each holds a file descriptor; 1,024 of them is the usual limit of a process."""
@@ -46,11 +46,6 @@ NUM_PREFETCHERS = 4
 """Downloads that one process makes in the background: one stream of a bucket does not fill a network link."""
 
 logger = logging.getLogger(__name__)
-
-
-def default_cache_dir() -> Path:
-    """A folder of this user on the node's own disk; TMPDIR moves it."""
-    return Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}"
 
 
 def needed_cache_bytes(manifest: Manifest, num_streams: int, window: int) -> int:
@@ -104,14 +99,17 @@ class ShardCache:
 
     Args:
         manifest: names, sizes and hashes.
-        cache_dir: for downloads and notes; None: `default_cache_dir`.
+        cache_dir: for downloads and notes; None: this user's folder on the node's own disk, which TMPDIR moves.
         cache_bytes: what the downloads may take. The shard just downloaded always stays, even when it alone is larger.
+
+    Raises:
+        UserError: another user made the default folder, or can write to it.
     """
 
     def __init__(self, manifest: Manifest, cache_dir: Path | None, cache_bytes: int) -> None:
         self._manifest = manifest
         self._is_remote = not storage.is_local(manifest.url)
-        self._cache_dir = cache_dir or default_cache_dir()
+        self._cache_dir = cache_dir or private_folder()
         self._cache_bytes = cache_bytes
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._used_ns: dict[int, int] = {}

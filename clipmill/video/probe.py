@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import av
 
+from clipmill.video import demuxers
 from clipmill.video.decoders.by_pillow import is_animation, read_animation
 from clipmill.video.faults import VideoError, blame_video
 from clipmill.video.geometry import Geometry, Orientation, orientation_of, sample_aspect
@@ -72,9 +73,17 @@ class VideoInfo:
 
 
 def open_video(path: str | Path) -> Any:
-    """Opens a local file, and only that file: a playlist inside it must not make us read other places."""
-    # Titles in AVI and FLV files are in whatever encoding their writers used; nobody here reads them.
-    return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    """Opens a local file, and only that file, as a video.
+
+    Raises:
+        VideoError: its content is a playlist, a picture, text or sound.
+        av.FFmpegError: it cannot be opened.
+    """
+    try:
+        # Titles in AVI and FLV files are in whatever encoding their writers used; nobody here reads them.
+        return av.open(f"file:{path}", options=demuxers.OPTIONS, metadata_errors="replace")
+    except av.ArgumentError as error:  # FFmpeg's answer where a format is not on the list
+        raise VideoError("cannot open: not in a video format (a playlist, a picture, text or sound)") from error
 
 
 def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:

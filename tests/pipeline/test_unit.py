@@ -178,6 +178,13 @@ def test_rejected_clips_are_counted(tmp_path: Path) -> None:
     }
 
 
+def _promising(num_rows: int) -> bytes:
+    """An ``.npy`` file of two numbers whose header says more."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (num_rows, 2)})
+    return file.getvalue() + bytes(8)
+
+
 @pytest.mark.parametrize(
     ("make", "cause"),
     [
@@ -185,8 +192,10 @@ def test_rejected_clips_are_counted(tmp_path: Path) -> None:
             lambda path: np.save(path, np.zeros((11, 2), np.float32)),
             "actions: 11 rows of actions for clips of 12 frames",
         ),
-        (lambda path: path.write_bytes(b"\x93NUMPY"), "actions: one.actions.npy is no numeric .npy file"),
-        (lambda path: np.save(path, np.array(["a"] * 12)), "actions: one.actions.npy is no numeric .npy file"),
+        (lambda path: path.write_bytes(b"\x93NUMPY"), "actions: one.actions.npy: no .npy file"),
+        (lambda path: np.save(path, np.array(["a"] * 12)), "actions: one.actions.npy is <U1 [12]; actions are numbers"),
+        (lambda path: np.savez(path.open("wb"), a=np.zeros((12, 2))), "actions: one.actions.npy: no .npy file"),
+        (lambda path: path.write_bytes(_promising(4 * 10**12)), "actions: one.actions.npy: its header says float32"),
     ],
 )
 def test_a_video_whose_actions_are_bad_is_excluded(tmp_path: Path, make: Callable[[Path], None], cause: str) -> None:

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from clipmill import storage
-from clipmill.errors import StageFailed, StorageUnavailable
+from clipmill.errors import StageFailed, StorageUnavailable, UserError
 from clipmill.shards.cache import ShardCache, needed_cache_bytes
 from clipmill.shards.manifest import Manifest
 from tests.shards.folders import write_dataset
@@ -169,3 +169,12 @@ def test_the_budget_that_an_order_needs(manifest):
     # 33 samples in 5 shards: a window of 6.6 samples spans one, and an end of it lies in two more
     assert needed_cache_bytes(manifest, 1, 6) == int((6 / 6.6 + 2) * largest)
     assert needed_cache_bytes(manifest, 64, 4096) == total
+
+
+def test_a_default_folder_that_somebody_else_made_is_not_used(manifest, tmp_path, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"clipmill-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError, match="cannot be trusted"):
+        ShardCache(manifest, None, 2**30)
+    assert list((tmp_path / "theirs").iterdir()) == []

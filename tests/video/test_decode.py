@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.decoders.picture import Reading
@@ -191,12 +192,31 @@ def test_a_missing_file_is_not_the_videos_fault(tmp_path):
         probe(tmp_path / "absent.mp4")
 
 
-def test_a_playlist_reads_no_other_file(tmp_path):
+_HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{}\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hls.mp4", _HLS.format("http://127.0.0.1:9/secret.ts")),
+        ("beside.ts", _HLS.format("secret.ts")),
+        ("concat.mkv", "ffconcat version 1.0\nfile secret.ts\n"),
+        ("session.mp4", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"),
+        ("text.nfo.mp4", "\x1b[2J\x1b[1;32mhello\n" * 100),
+        ("frame%03d.png", ""),
+    ],
+)
+def test_a_file_that_is_no_video_opens_no_other_file(tmp_path, name, text):
     make_video(tmp_path / "secret.ts")
-    playlist = tmp_path / "list.mp4"
-    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nhttp://127.0.0.1:9/{tmp_path}/secret.ts\n")
+    (tmp_path / name).write_text(text)
     with pytest.raises(VideoError):
-        probe(playlist)
+        probe(tmp_path / name)
+
+
+def test_a_picture_is_no_video(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "x.mp4", "bmp")
+    with pytest.raises(VideoError, match="not in a video format"):
+        probe(tmp_path / "x.mp4")
 
 
 @pytest.mark.parametrize(
