@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -75,7 +76,8 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
             path = kept.get(video.url, name, partial(_local_copy, data, video.url))
     except FileNotFoundError as error:
         if is_gone(data.source):
-            raise OSError(f"the source {storage.absolute(data.source.url)} is empty or gone") from error
+            gone = f"the source {storage.absolute(data.source.url)} is empty or gone"
+            raise OSError(errno.ENODEV, gone) from error
         raise ExcludedVideo("fetch", f"{video.url} is missing") from error
     except storage.Unreadable as error:
         raise ExcludedVideo("fetch", str(error)) from error

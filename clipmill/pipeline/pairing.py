@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
-import tempfile
-from collections.abc import Callable, Iterator
-
 import numpy as np
 
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo
 from clipmill.video import Clip
 
-__all__ = ["after_check", "rows_of"]
+__all__ = ["rows_of"]
 
 _ROUNDING_SECONDS = 0.001
 """Containers round times to milliseconds."""
@@ -36,6 +32,8 @@ def rows_of(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
     assert video.actions is not None
     if video.action_seconds is None:
         return video.actions[list(clip.frame_numbers)]
+    if not len(video.actions):
+        raise ExcludedVideo("actions", "the video has no row of actions")
     order = np.argsort(video.action_seconds, kind="stable")
     row_seconds = video.action_seconds[order]
     seconds = np.array(clip.frame_seconds) - start_seconds
@@ -52,19 +50,3 @@ def rows_of(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
             f"{len(row_seconds)} rows go from {row_seconds[0]:.3f} to {row_seconds[-1]:.3f} s",
         )
     return video.actions[order[nearest]]
-
-
-def after_check(clips: Iterator[Clip], check: Callable[[Clip], object]) -> Iterator[Clip]:
-    """Yields the clips of a video once all of them have passed a check, which raises for one that does not.
-
-    A video gives all of its clips or none. Meanwhile they wait in a file: those of a long video exceed the memory.
-    """
-    with tempfile.TemporaryFile(prefix="clipmill-shard-") as file:
-        num_clips = 0
-        for clip in clips:
-            check(clip)
-            pickle.dump(clip, file)
-            num_clips += 1
-        file.seek(0)
-        for _ in range(num_clips):
-            yield pickle.load(file)

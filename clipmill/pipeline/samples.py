@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import pickle
+import tempfile
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from clipmill.config import DataConfig
 from clipmill.pipeline.plan import PlannedVideo
-from clipmill.shards.format import Sample, json_bytes, npy_bytes
+from clipmill.shards.format import Sample, check_sample, json_bytes, npy_bytes
 from clipmill.video import Clip
 
-__all__ = ["clip_sample"]
+__all__ = ["HeldSamples", "clip_sample"]
+
+_MOST_HELD_BYTES = 2**26
+"""In memory; more samples of one video wait in a file."""
+
+
+class HeldSamples:
+    """The samples of one video, until all of them are made: a video gives all of its clips or none."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(_MOST_HELD_BYTES)  # noqa: SIM115  closed by __exit__
+        self._num_samples = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def add(self, sample: Sample) -> None:
+        """Appends a sample.
+
+        Raises:
+            ValueError: a name or a size does not fit the format.
+        """
+        check_sample(sample)
+        pickle.dump(sample, self._file)
+        self._num_samples += 1
+
+    def __iter__(self) -> Iterator[Sample]:
+        self._file.seek(0)
+        for _ in range(self._num_samples):
+            yield pickle.load(self._file)
 
 
 def clip_sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarray | None) -> Sample:

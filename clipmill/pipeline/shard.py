@@ -17,14 +17,14 @@ from typing import Any, overload
 
 from clipmill import storage
 from clipmill.cluster.fanout import fan_out
-from clipmill.config import DataConfig, RunConfig, identity
+from clipmill.config import RunConfig, identity
 from clipmill.errors import StageFailed
 from clipmill.lease import Lease
 from clipmill.pipeline.generation import extend_plan, make_plan, retry_videos
 from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_generations
 from clipmill.pipeline.sources import check_source
 from clipmill.pipeline.tally import Tally, publish_tally, read_tally
-from clipmill.pipeline.unit import FIRST_VIDEOS, make_worker
+from clipmill.pipeline.unit import Allowance, allowed_failures, make_worker
 from clipmill.progress import bar
 from clipmill.shards.interop import publish_energon
 from clipmill.shards.manifest import SPLITS, Manifest, freeze
@@ -161,8 +161,9 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
         for number in range(plan.num_units(split))
         if number not in tally.committed[split]
     ]
-    _check_budget(config, tally)
     began, num_clips_before = time.monotonic(), tally.total("num_clips")
+    num_accepted = _accepted_failures(config, plan)
+    _check_budget(config, tally, num_accepted)
     with bar("shard", total=plan.num_videos, unit="videos") as progress:
 
         def show() -> None:
@@ -179,23 +180,39 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
                 lease.check()
                 publish_tally(config, tally)
             show()
-            _check_budget(config, tally)
+            _check_budget(config, tally, num_accepted)
 
         show()
         if names:
-            arguments = (config, lease, _allowed_failures(config.data, plan.num_videos))
+            arguments = (config, lease, _allowance(config, plan, tally, num_accepted))
             cluster = config.cluster.model_copy(update={"use_gpu": False})  # decoding would only hold GPUs idle
             fan_out(make_worker, arguments, _Pending(plan, names), config=cluster, on_result=on_result)
     return (tally.total("num_clips") - num_clips_before) / (time.monotonic() - began)
 
 
-def _allowed_failures(data: DataConfig, num_finished: int) -> int:
-    return max(data.max_failed_videos, int(data.max_failed_share * num_finished))
+def _allowance(config: RunConfig, plan: Plan, tally: Tally, num_accepted: int) -> Allowance:
+    """What one unit may lose before its worker gives it up."""
+    is_new = len(plan.generations) == 1 and tally.total("num_videos") == tally.total("num_excluded")
+    return Allowance(max(allowed_failures(config.data, plan.num_videos), num_accepted), is_new)
 
 
-def _check_budget(config: RunConfig, tally: Tally) -> None:
+def _accepted_failures(config: RunConfig, plan: Plan) -> int:
+    """Failed videos of the data set as it was frozen last, by whatever budget it had then.
+
+    Trying them again cannot make more of them, so it is never over the budget.
+    """
+    if len(plan.generations) == 1:
+        return 0
+    try:
+        manifests = [Manifest.load(config.folder("clips", split), "clips") for split in SPLITS]
+    except FileNotFoundError:
+        return 0
+    return sum(manifest.facts["exclusions"] for manifest in manifests)
+
+
+def _check_budget(config: RunConfig, tally: Tally, num_accepted: int) -> None:
     failed, finished = tally.total("num_excluded"), tally.total("num_videos")
-    if failed > _allowed_failures(config.data, finished) or FIRST_VIDEOS <= finished == failed:
+    if failed > max(allowed_failures(config.data, finished), num_accepted):
         raise _over_budget(config, tally.exclusions, finished)
 
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import functools
 import platform
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import clipmill
-from clipmill.config import RunConfig
+from clipmill.config import DataConfig, RunConfig
 from clipmill.lease import Lease
+from clipmill.pipeline.blame import blame, scrub
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
-from clipmill.pipeline.pairing import after_check, rows_of
+from clipmill.pipeline.pairing import rows_of
 from clipmill.pipeline.plan import PlannedVideo, Unit
-from clipmill.pipeline.samples import clip_sample
+from clipmill.pipeline.samples import HeldSamples, clip_sample
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.scratch import ScratchFolder
@@ -32,53 +32,80 @@ from clipmill.shards.format import UnitWriter
 from clipmill.shards.manifest import commit_unit
 from clipmill.video import BadVideo, Decoder, Limits, Outcome, decord_version
 
-__all__ = ["FIRST_VIDEOS", "digest", "make_worker"]
+__all__ = ["FIRST_VIDEOS", "Allowance", "allowed_failures", "digest", "make_worker"]
 
 FIRST_VIDEOS = 20
-"""When so many videos fail from the start and none succeeds, the fault is not theirs."""
+"""When the videos of this many files of a new source fail from the start and none succeeds, the fault is not theirs."""
 
 
-def make_worker(config: RunConfig, lease: Lease, allowed_failures: int) -> Callable[[Unit], dict[str, Any]]:
+def allowed_failures(data: DataConfig, num_finished: int) -> int:
+    """The budget: how many of the videos that are finished may have failed."""
+    return max(data.max_failed_videos, int(data.max_failed_share * num_finished))
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a unit may lose before its worker gives it up.
+
+    Attributes:
+        num_videos: failed videos that the budget allows in the whole plan.
+        is_new: nothing of this source has succeeded yet.
+    """
+
+    num_videos: int
+    is_new: bool
+
+    def is_exceeded(self, data: DataConfig, unit: Unit, num_tried: int, num_failed: int) -> bool:
+        """Whether the failures of a unit are hardly the fault of its videos."""
+        if num_failed > self.num_videos:
+            return True
+        if not self.is_new or num_failed < num_tried or num_failed <= allowed_failures(data, num_tried):
+            return False
+        return len({video.url for video in unit.videos[:num_tried]}) >= FIRST_VIDEOS
+
+
+def make_worker(config: RunConfig, lease: Lease, allowance: Allowance) -> Callable[[Unit], dict[str, Any]]:
     """Runs once in each actor; the function that it returns keeps one decoding child from unit to unit."""
     data = config.data
     if data.decoder == "decord":
         decord_version()  # raises where it is not installed, which is no fault of the videos
     decoder = Decoder(Limits(data.cpu_seconds_per_video, data.memory_bytes_per_video, data.no_progress_seconds))
-    return functools.partial(_shard_unit, config, lease, allowed_failures, decoder)
+    return functools.partial(_shard_unit, config, lease, allowance, decoder)
 
 
-def _shard_unit(config: RunConfig, lease: Lease, allowed_failures: int, decoder: Decoder, unit: Unit) -> dict[str, Any]:
+def _shard_unit(config: RunConfig, lease: Lease, allowance: Allowance, decoder: Decoder, unit: Unit) -> dict[str, Any]:
     """Decodes, packs and commits one unit.
 
     Returns:
-        The unit's `digest`. Where its failures alone exceed the budget nothing is committed, since the fault is
+        The unit's `digest`. Where its failures exceed the allowance nothing is committed, since the fault is
         then hardly the videos': only ``exclusions`` and ``tried`` are returned.
     """
     videos: list[dict[str, Any]] = []
     exclusions: list[dict[str, Any]] = []
-    pixels = {"num_values": 0, "pixel_sum": 0, "pixel_square_sum": 0}
-    encoding = {"num_measured_clips": 0, "num_measured_values": 0, "squared_error": 0}
+    sums: Counter[str] = Counter()
     with ScratchFolder("shard") as folder:
         finished, kept = folder / "finished", KeptFiles(folder / "kept")
         finished.mkdir()
         writer = UnitWriter(finished, "clips", unit.number, config.data.shard_bytes)
         for tried, video in enumerate(unit.videos, start=1):
             try:
-                with tempfile.TemporaryDirectory(dir=folder) as copies:
-                    fetched = fetch_video(config.data, video, Path(copies), kept)
-                    described = read_sidecars(config.data, video)
-                    videos.append(_shard_video(config, described, fetched, decoder, writer, pixels, encoding))
+                with tempfile.TemporaryDirectory(dir=folder) as copies, HeldSamples() as samples:
+                    entry, sums_of_video = _make_samples(config, video, decoder, samples, Path(copies), kept)
+                    for sample in samples:
+                        writer.add(sample)
+                    videos.append(entry)
+                    sums.update(sums_of_video)
             except ExcludedVideo as excluded:
                 exclusions.append({"id": video.id, "url": video.name, **excluded.document})
-                if len(exclusions) > allowed_failures or FIRST_VIDEOS <= tried == len(exclusions):
+                if allowance.is_exceeded(config.data, unit, tried, len(exclusions)):
                     return {"exclusions": exclusions, "tried": tried}
         body = {
             "split": unit.split,
             "videos": videos,
             "exclusions": exclusions,
             "num_short": sum(video["short"] for video in videos),
-            "pixels": pixels,
-            "encoding": encoding,
+            "pixels": {name: sums[name] for name in _PIXEL_SUMS},
+            "encoding": {name: sums[name] for name in _ENCODING_SUMS},
             "versions": _versions(config.data.decoder),
         }
         parts = writer.finish()
@@ -119,47 +146,71 @@ def digest(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shard_video(
+_PIXEL_SUMS = ("num_values", "pixel_sum", "pixel_square_sum")
+_ENCODING_SUMS = ("num_measured_clips", "num_measured_values", "squared_error")
+
+
+def _make_samples(
+    config: RunConfig, video: PlannedVideo, decoder: Decoder, samples: HeldSamples, copies: Path, kept: KeptFiles
+) -> tuple[dict[str, Any], Counter[str]]:
+    """Makes all samples of a video.
+
+    Args:
+        config: of the run.
+        video: which video.
+        decoder: of this worker.
+        samples: empty; takes them.
+        copies: for files of this video alone.
+        kept: local copies that the next videos may need too.
+
+    Returns:
+        Its entry in the commit record, and what its clips add to the sums over the unit.
+
+    Raises:
+        ExcludedVideo: the video, or something that comes with it, is bad.
+        OSError, DecoderLost, MemoryError: the environment failed.
+    """
+    scratch = copies.parent
+    with blame("fetch", video.name, scratch):
+        fetched = fetch_video(config.data, video, copies, kept)
+    with blame("sidecar", video.name, scratch):
+        video = read_sidecars(config.data, video)
+    with blame("decode", video.name, scratch):
+        sums = _decode(config, video, fetched, decoder, samples, scratch)
+    return _entry(video, _finished(decoder), has_actions=fetched.actions is not None), sums
+
+
+def _decode(
     config: RunConfig,
     video: PlannedVideo,
     fetched: LocalVideo,
     decoder: Decoder,
-    writer: UnitWriter,
-    pixels: dict[str, int],
-    encoding: dict[str, int],
-) -> dict[str, Any]:
-    """Adds all clips of a video to the unit, or none.
-
-    Returns:
-        Its entry in the commit record.
-
-    Raises:
-        ExcludedVideo: the video or its actions are bad; nothing has been added.
-        OSError, DecoderLost: the environment failed.
-    """
-    data = config.data
-    path, actions = fetched.path, fetched.actions
-    rows = functools.partial(rows_of, video=fetched, start_seconds=video.span[0] or 0.0)
+    samples: HeldSamples,
+    scratch: Path,
+) -> Counter[str]:
+    """Decodes a video and packs its clips; the sums over them."""
+    data, actions = config.data, fetched.actions
+    sums: Counter[str] = Counter()
     encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
-    clips = decoder.clips(path, data.clip, data.decoder, encode=encode, key=key, span=video.span)
     try:
-        for clip in clips if fetched.action_seconds is None else after_check(clips, rows):
-            outcome = _finished(decoder)
+        for clip in decoder.clips(fetched.path, data.clip, data.decoder, encode=encode, key=key, span=video.span):
             if actions is not None and clip.ordinal == 0 and fetched.action_seconds is None:
-                _check_rows(len(actions), outcome.num_needed_frames)
-            writer.add(clip_sample(data, video, clip, None if actions is None else rows(clip)))
-            pixels["num_values"] += clip.num_values
-            pixels["pixel_sum"] += clip.pixel_sum
-            pixels["pixel_square_sum"] += clip.pixel_square_sum
+                _check_rows(len(actions), _finished(decoder).num_needed_frames)
+            with blame("pack", video.name, scratch):
+                rows = None if actions is None else rows_of(clip, fetched, video.start_seconds or 0.0)
+                samples.add(clip_sample(data, video, clip, rows))
+            sums.update(num_values=clip.num_values, pixel_sum=clip.pixel_sum, pixel_square_sum=clip.pixel_square_sum)
             if clip.squared_error is not None:
-                encoding["num_measured_clips"] += 1
-                encoding["num_measured_values"] += clip.num_values
-                encoding["squared_error"] += clip.squared_error
+                sums.update(num_measured_clips=1, num_measured_values=clip.num_values, squared_error=clip.squared_error)
     except BadVideo as bad:
-        scrub = functools.partial(_scrub, path=path, name=video.name)
-        attempts = [scrub(attempt) for attempt in bad.attempts]
-        raise ExcludedVideo("decode", scrub(bad.cause), attempts, scrub(bad.stderr_tail)) from bad
-    outcome = _finished(decoder)
+        clean = functools.partial(scrub, path=fetched.path, name=video.name)
+        attempts = [clean(attempt) for attempt in bad.attempts]
+        raise ExcludedVideo("decode", clean(bad.cause), attempts, clean(bad.stderr_tail)) from bad
+    return sums
+
+
+def _entry(video: PlannedVideo, outcome: Outcome, has_actions: bool) -> dict[str, Any]:
+    """What the commit record says of a video that is not excluded."""
     return {
         "id": video.id,
         "url": video.name,
@@ -172,7 +223,7 @@ def _shard_video(
         "filtered": outcome.filtered,
         "damaged_frames": outcome.damaged_frames,
         "joins": outcome.joins,
-        "actions": actions is not None,
+        "actions": has_actions,
         "num_frames": outcome.num_frames,
         "info": asdict(outcome.info),
     }
@@ -187,11 +238,6 @@ def _finished(decoder: Decoder) -> Outcome:
     """The outcome, known from a video's first clip on: a video is decoded to its end before it yields."""
     assert decoder.outcome is not None
     return decoder.outcome
-
-
-def _scrub(text: str, path: Path, name: str) -> str:
-    """Takes out of a message what differs from run to run: where the file lay, and addresses in memory."""
-    return re.sub(r"0x[0-9a-fA-F]{6,}", "0x..", text.replace(str(path), name))
 
 
 @functools.cache

@@ -27,6 +27,7 @@ __all__ = [
     "Part",
     "Sample",
     "UnitWriter",
+    "check_sample",
     "code_dtype",
     "file_sha256",
     "json_bytes",
@@ -108,7 +109,7 @@ class UnitWriter:
         Raises:
             ValueError: its key was there before, or a name or size does not fit the format.
         """
-        _check_sample(sample)
+        check_sample(sample)
         if sample.key in self._keys:
             raise ValueError(f"two samples of unit {self._unit} have the key {sample.key}")
         self._keys.add(sample.key)
@@ -178,7 +179,8 @@ class _OpenPart:
         return np.array(self._offsets, "<u8")
 
 
-def _check_sample(sample: Sample) -> None:
+def check_sample(sample: Sample) -> None:
+    """Raises ValueError where a name or a size does not fit the format."""
     if not _KEY.fullmatch(sample.key):
         raise ValueError(f"sample key {sample.key!r} must be letters, digits, '_' and '-'")
     if not sample.members:

@@ -16,8 +16,8 @@ import pytest
 from clipmill.config import RunConfig
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease, hold
-from clipmill.pipeline.plan import Unit
-from clipmill.pipeline.unit import make_worker
+from clipmill.pipeline.plan import PlannedVideo, Unit
+from clipmill.pipeline.unit import Allowance, make_worker
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import committed_units, read_commit
 from clipmill.video import decord_version, encode_mp4
@@ -31,9 +31,9 @@ def one_unit(tmp_path: Path, **data: Any) -> tuple[RunConfig, Unit]:
     return config, make_plan(config).unit("train", 0)
 
 
-def shard(config: RunConfig, unit: Unit, allowed_failures: int = 10) -> dict[str, Any]:
+def shard(config: RunConfig, unit: Unit, allowance: Allowance = Allowance(10, is_new=True)) -> dict[str, Any]:  # noqa: B008
     with hold(config.folder("clips"), "shard") as lease:
-        return make_worker(config, lease, allowed_failures)(unit)
+        return make_worker(config, lease, allowance)(unit)
 
 
 def samples_of(config: RunConfig) -> dict[str, dict[str, bytes]]:
@@ -245,23 +245,45 @@ def test_a_source_that_is_gone_is_no_fault_of_its_videos(tmp_path: Path) -> None
     assert committed_units(config.folder("clips", "train")) == []
 
 
+def write_broken(tmp_path: Path, num_videos: int) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(num_videos):
+        (tmp_path / "source" / f"{number}.mp4").write_text(f"no video {number}")
+
+
 def test_nothing_is_committed_when_everything_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clipmill.pipeline.unit.FIRST_VIDEOS", 4)  # each costs two fresh children
-    (tmp_path / "source").mkdir()
-    for number in range(6):
-        (tmp_path / "source" / f"{number}.mp4").write_text(f"no video {number}")
-    config, unit = one_unit(tmp_path)
-    result = shard(config, unit, allowed_failures=100)
+    write_broken(tmp_path, 6)
+    config, unit = one_unit(tmp_path, max_failed_videos=1)
+    result = shard(config, unit, Allowance(100, is_new=True))
     assert len(result["exclusions"]) == result["tried"] == 4
     assert "counts" not in result
     assert committed_units(config.folder("clips", "train")) == []
+
+
+@pytest.mark.parametrize(("max_failed_videos", "is_new"), [(6, True), (1, False)])
+def test_a_budget_or_an_earlier_success_spares_videos_that_all_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_failed_videos: int, is_new: bool
+) -> None:
+    monkeypatch.setattr("clipmill.pipeline.unit.FIRST_VIDEOS", 4)
+    write_broken(tmp_path, 6)
+    config, unit = one_unit(tmp_path, max_failed_videos=max_failed_videos)
+    assert shard(config, unit, Allowance(100, is_new))["counts"]["num_excluded"] == 6
+
+
+def test_spans_of_one_broken_film_are_no_broken_source(tmp_path: Path) -> None:
+    films = tuple(PlannedVideo(f"{number:016x}", "film.mp4", 1, None, *[None] * 5) for number in range(30))
+    unit = Unit("train", 0, films)
+    data = run_config(tmp_path, tmp_path).data
+    assert not Allowance(100, is_new=True).is_exceeded(data, unit, 30, 30)
+    assert Allowance(29, is_new=True).is_exceeded(data, unit, 30, 30)
 
 
 def test_a_worker_whose_run_was_taken_over_commits_nothing(tmp_path: Path) -> None:
     write_corpus(tmp_path / "source", 1, with_bad=False)
     config, unit = one_unit(tmp_path)
     with hold(config.folder("clips"), "shard") as lease, pytest.raises(StageFailed, match="taken over"):
-        make_worker(config, Lease(lease.url, lease.attempt - 1), 10)(unit)
+        make_worker(config, Lease(lease.url, lease.attempt - 1), Allowance(10, is_new=True))(unit)
     assert committed_units(config.folder("clips", "train")) == []
 
 

@@ -13,7 +13,7 @@ from clipmill.pipeline import generation, yields
 from clipmill.pipeline.generation import retry_videos
 from clipmill.pipeline.listing import list_source
 from clipmill.pipeline.plan import Plan, load_plan
-from clipmill.pipeline.unit import make_worker
+from clipmill.pipeline.unit import Allowance, make_worker
 from clipmill.pipeline.yields import NOTHING_KNOWN, Yield, measure_yield
 from clipmill.video import write_raw_video
 from tests.pipeline.corpus import make_plan, run_config, video_bytes
@@ -50,7 +50,7 @@ def sharded(config: RunConfig, plan: Plan) -> dict[str, list[int]]:
     """Sizes of the tars of each split, made in this process."""
     sizes: dict[str, list[int]] = {}
     with hold(config.folder("clips"), "shard") as lease:
-        work = make_worker(config, lease, 100)
+        work = make_worker(config, lease, Allowance(100, is_new=False))
         for split in ("train", "val"):
             for number in range(plan.num_units(split)):
                 work(plan.unit(split, number))

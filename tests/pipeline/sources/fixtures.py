@@ -16,7 +16,7 @@ import numpy as np
 from clipmill.config import RunConfig
 from clipmill.lease import hold
 from clipmill.pipeline.sources.tfrecord import masked_crc32c
-from clipmill.pipeline.unit import make_worker
+from clipmill.pipeline.unit import Allowance, make_worker
 from clipmill.shards.manifest import SPLITS, committed_units, read_commits
 from tests.pipeline.corpus import make_plan, video_bytes
 
@@ -222,7 +222,7 @@ def shard_in_process(config: RunConfig) -> Sharded:
     samples: dict[str, dict[str, dict[str, bytes]]] = {}
     records: dict[str, list[dict[str, Any]]] = {}
     with hold(config.folder("clips"), "shard") as lease:
-        work = make_worker(config, lease, 10)
+        work = make_worker(config, lease, Allowance(10, is_new=False))
         for split in SPLITS:
             for number in range(plan.num_units(split)):
                 work(plan.unit(split, number))

@@ -286,7 +286,7 @@ def test_a_tar_without_an_end_mark_is_reported(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_tar_that_changed_after_planning_costs_its_videos(tmp_path: Path) -> None:
     from clipmill.lease import hold
-    from clipmill.pipeline.unit import make_worker
+    from clipmill.pipeline.unit import Allowance, make_worker
 
     damaged_corpus(tmp_path / "in")
     config = source_config(tmp_path, source(tmp_path / "in"))
@@ -294,7 +294,7 @@ def test_a_tar_that_changed_after_planning_costs_its_videos(tmp_path: Path) -> N
     path = tmp_path / "in" / "00000.tar"
     path.write_bytes(path.read_bytes()[BLOCK:])
     with hold(config.folder("clips"), "shard") as lease:
-        result = make_worker(config, lease, 10)(plan.unit("train", 0))
+        result = make_worker(config, lease, Allowance(10, is_new=False))(plan.unit("train", 0))
     assert result["counts"]["num_clips"] == 0
     assert {e["cause"] for e in result["exclusions"]} == {"the tar changed since it was planned: no video begins there"}
 
