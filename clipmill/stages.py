@@ -20,7 +20,7 @@ import yaml
 from clipmill import __version__, storage
 from clipmill.cluster import launch
 from clipmill.cluster.connection import WORKER_ENVIRONMENT
-from clipmill.config import RunConfig
+from clipmill.config import RunConfig, with_recorded_clips
 from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
 from clipmill.progress import bar
@@ -39,11 +39,13 @@ class Stage:
     Its module has ``folder_url(config)``, ``is_finished(config)``, which raises `UserError` when what the stage
     needs is missing, and ``run(config, lease) -> summary``; a training stage has ``train(config, lease, report)``
     and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function, and
-    ``export(config, step, dtype) -> sha8``.
+    ``export(config, step, dtype) -> sha8``. One that reads what was made of clips has ``clip_recipes(config)``: the
+    recipes of these clips by the URL of what it reads.
     """
 
     module_name: str
     is_training: bool = False
+    reads_clips: bool = True
 
     @property
     def module(self) -> ModuleType:
@@ -52,13 +54,13 @@ class Stage:
 
 
 STAGES = {
-    "shard": Stage("clipmill.pipeline.shard"),
+    "shard": Stage("clipmill.pipeline.shard", reads_clips=False),
     "train-vqvae": Stage("clipmill.training.vqvae", is_training=True),
     "tokenize": Stage("clipmill.tokenize.tokenize"),
     "train-prior": Stage("clipmill.training.prior", is_training=True),
     "sample": Stage("clipmill.sampling.sample"),
     "evaluate": Stage("clipmill.evaluation.evaluate"),
-    "report": Stage("clipmill.evaluation.report"),
+    "report": Stage("clipmill.evaluation.report", reads_clips=False),
 }
 """In the order in which a run goes through them."""
 
@@ -87,7 +89,7 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
     """
     stage = STAGES[name]
     os.environ.update(WORKER_ENVIRONMENT)  # before a stage imports torch: some run in this very process
-    config = _with_absolute_urls(config)
+    config = _with_recorded_clips(stage, _with_absolute_urls(config))
     if stage.module.is_finished(config) and more is None:
         logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
         return None
@@ -119,7 +121,7 @@ def export_model(name: str, config: RunConfig, step: int | None, dtype: Literal[
     Raises:
         UserError: there is no such checkpoint, or it is of other settings.
     """
-    config = _with_absolute_urls(config)
+    config = _with_recorded_clips(STAGES[name], _with_absolute_urls(config))
     module = STAGES[name].module
     return storage.join(module.folder_url(config), "exports", module.export(config, step, dtype))
 
@@ -172,6 +174,11 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(update={"source": source, "mix": mix})
     sections = {"root": absolute["root"], "data": data, "tokenize": tokenize, "sample": sample}
     return config.model_copy(update=sections)
+
+
+def _with_recorded_clips(stage: Stage, config: RunConfig) -> RunConfig:
+    """What is configured is what is recorded: see `clipmill.config.with_recorded_clips`."""
+    return with_recorded_clips(config, stage.module.clip_recipes(config)) if stage.reads_clips else config
 
 
 def _publish_config(config: RunConfig, folder_url: str) -> None:

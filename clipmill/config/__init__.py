@@ -13,6 +13,7 @@ from __future__ import annotations
 from clipmill.config.data import ClipConfig, DataConfig, MixPart, frame_size
 from clipmill.config.load import load_config
 from clipmill.config.prior import PRESETS, PriorModelConfig
+from clipmill.config.recorded import with_recorded_clips
 from clipmill.config.run import ClusterConfig, EvaluateConfig, RunConfig, SampleConfig, TokenizeConfig
 from clipmill.config.section import FREE, Section, changed_keys, fingerprint, identity
 from clipmill.config.source import SourceConfig, TableColumns
@@ -51,4 +52,5 @@ __all__ = [
     "identity",
     "load_config",
     "refused_changes",
+    "with_recorded_clips",
 ]

@@ -35,7 +35,7 @@ from clipmill.progress import bar
 from clipmill.shards.dataset import decode_codes
 from clipmill.shards.manifest import Manifest
 
-__all__ = ["METRICS_SCHEMA", "folder_url", "is_finished", "read_result", "run"]
+__all__ = ["METRICS_SCHEMA", "clip_recipes", "folder_url", "is_finished", "read_result", "run"]
 
 METRICS_SCHEMA = 3
 """3: of a limited number of clips those of as many videos. 2: the tokenizer by itself, all Frechet distances."""
@@ -46,6 +46,15 @@ logger = logging.getLogger(__name__)
 def folder_url(config: RunConfig) -> str:
     """The folder of this stage."""
     return config.folder("evaluation")
+
+
+def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The recipe of the clips, by the URL of what this stage reads.
+
+    Raises:
+        UserError: there are none yet.
+    """
+    return {clips.url: clips.recipe for clips in [val_clips(config)]}
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -36,7 +36,7 @@ from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.format import Sample, UnitWriter, code_dtype, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, committed_units, freeze, read_commit
 
-__all__ = ["folder_url", "is_finished", "run"]
+__all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
 
 _PRECISION = "float32"
 _SHARD_BYTES = 128 * 2**20
@@ -46,6 +46,17 @@ _SHARD_BYTES = 128 * 2**20
 def folder_url(config: RunConfig) -> str:
     """The folder of this set of samples."""
     return config.folder("samples", config.sample.name)
+
+
+def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The recipe of the clips behind the prior's tokenizer, by the URL of what this stage reads.
+
+    Raises:
+        UserError: there is no prior yet.
+    """
+    return {
+        config.folder("prior"): body["tokenizer"].get("clip", {}) for body, _ in [require_prior(config.folder("prior"))]
+    }
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -41,7 +41,7 @@ from clipmill.shards.format import Sample, UnitWriter, code_dtype, npy_bytes, pa
 from clipmill.shards.interop import publish_energon
 from clipmill.shards.manifest import SPLITS, Manifest, commit_unit, committed_units, freeze, read_commits
 
-__all__ = ["folder_url", "is_finished", "run"]
+__all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
 
 CONDITIONS = {"actions.npy", "text.npy", "frames.npy"}
 """Members that a prior may be told."""
@@ -98,6 +98,15 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 def folder_url(config: RunConfig) -> str:
     """Where this stage writes."""
     return config.folder("tokens")
+
+
+def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The recipe of the clips, by the URL of what this stage reads.
+
+    Raises:
+        UserError: there are none yet.
+    """
+    return {clips.url: clips.recipe for clips in [Manifest.require(config.folder("clips", "train"), "clips")]}
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -24,7 +24,7 @@ from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import prior_flops_per_token
 from clipmill.training.world import join_world
 
-__all__ = ["export", "folder_url", "is_finished", "summary", "train"]
+__all__ = ["clip_recipes", "export", "folder_url", "is_finished", "summary", "train"]
 
 _SOURCES = {
     "label": "label every video (data.source.label) and shard and tokenize again",
@@ -38,6 +38,15 @@ _SWITCHES = dict.fromkeys(_SOURCES, "condition=null") | {"label": "class_conditi
 def folder_url(config: RunConfig) -> str:
     """The training folder of this stage."""
     return config.folder("prior")
+
+
+def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The recipe of the clips behind the tokens, by the URL of what this stage reads.
+
+    Raises:
+        UserError: there are none yet.
+    """
+    return {tokens.url: tokens.recipe.get("clip", {}) for tokens in require_manifests(config, "tokens", "train")}
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -26,12 +26,21 @@ from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import vqvae_flops_per_clip
 from clipmill.training.world import join_world
 
-__all__ = ["export", "folder_url", "is_finished", "summary", "train"]
+__all__ = ["clip_recipes", "export", "folder_url", "is_finished", "summary", "train"]
 
 
 def folder_url(config: RunConfig) -> str:
     """The training folder of this stage."""
     return config.folder("vqvae")
+
+
+def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The recipe of the clips, by the URL of what this stage reads.
+
+    Raises:
+        UserError: there are none yet.
+    """
+    return {clips.url: clips.recipe for clips in require_manifests(config, "clips", "train")}
 
 
 def is_finished(config: RunConfig) -> bool:
