@@ -12,6 +12,7 @@ tokenizer's model.json under ``tokenizer`` in the body.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_SHA8 = re.compile("[0-9a-f]{8}")
 NAMES = {"vqvae": "tokenizer", "prior": "prior"}
 TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
 Dtype = Literal["float32", "bfloat16"]
@@ -273,10 +275,14 @@ def _tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _latest_sha8(folder_url: str) -> str | None:
+    url = storage.join(folder_url, "exports", "latest.json")
     try:
-        return storage.read_document(storage.join(folder_url, "exports", "latest.json"), SCHEMA)["sha8"]
+        sha8 = storage.read_document(url, SCHEMA).get("sha8")
     except FileNotFoundError:
         return None
+    if not (isinstance(sha8, str) and _SHA8.fullmatch(sha8)):  # it becomes part of a path
+        raise UserError(f"{url} names no export ({sha8!r:.80}); restore it, or train again")
+    return sha8
 
 
 def _export_url(url: str) -> str | None:

@@ -48,9 +48,12 @@ NUM_READERS = 16
 READ_AHEAD = 256
 """Records that may wait for their consumer: each lists all videos of its unit."""
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.tar")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Kind = Literal["clips", "tokens", "samples"]
 _MADE_BY: dict[Kind, str] = {"clips": "shard", "tokens": "tokenize", "samples": "sample"}
+_COUNTED_FACTS = {"num_units", "num_videos", "num_generations", "num_clips", "exclusions"}
 
 
 class ShardEntry(NamedTuple):
@@ -66,6 +69,32 @@ class ShardEntry(NamedTuple):
     index_sha256: str
     """Of ``NAME.idx``."""
     samples: int
+
+    @classmethod
+    def parse(cls, fields: Any) -> ShardEntry:
+        """An entry of a document that somebody else may have written: its name and hashes become parts of paths.
+
+        Raises:
+            ValueError: a name is no name in the data set's folder, a hash no hash, or a count no count.
+        """
+        try:
+            entry = cls(**fields)
+        except TypeError as error:
+            raise ValueError("the fields of a shard are not those of this format") from error
+        if not (isinstance(entry.name, str) and _SHARD_NAME.fullmatch(entry.name)):
+            raise ValueError(f"{entry.name!r:.80} is no name of a shard")
+        for sha256 in (entry.sha256, entry.index_sha256):
+            if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+                raise ValueError(f"{sha256!r:.80}, of {entry.name}, is no SHA-256")
+        for count in (entry.bytes, entry.samples):
+            if not _is_count(count):
+                raise ValueError(f"{count!r:.80}, of {entry.name}, is no number of bytes or samples")
+        return entry
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is a count that int64 holds, sums over a data set included."""
+    return type(value) is int and 0 <= value < 2**48
 
 
 @dataclass(frozen=True)
@@ -107,13 +136,12 @@ class Manifest:
         with _garbage_collection_paused():
             document = storage.read_document(document_url, SCHEMA)
             try:
-                shards = tuple(ShardEntry(**entry) for entry in document["shards"])
-                manifest = _manifest(url, document["kind"], shards, document["recipe"], document["facts"])
-                whole = manifest.fingerprint == document["fingerprint"]
-            except (KeyError, TypeError):
-                whole = False
-        if not whole:
-            raise UserError(f"{document_url} is damaged; restore it, or remove it and run the data set's stage again")
+                manifest = _parse_manifest(url, document)
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{document_url} is damaged ({_cause(error)}); restore it, or remove it and run the data set's "
+                    "stage again"
+                ) from error
         if kind is not None and manifest.kind != kind:
             raise UserError(f"{url} holds {manifest.kind}, not {kind}; name a folder of {kind}")
         return manifest
@@ -134,6 +162,31 @@ class Manifest:
             return Manifest.load(url, kind)
         except FileNotFoundError as error:
             raise UserError(f"no {kind} at {url}; run `clipmill {_MADE_BY[kind]}` {advice}") from error
+
+
+def _parse_manifest(url: str, document: dict[str, Any]) -> Manifest:
+    """A manifest, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError, RecursionError: it is none.
+    """
+    shards = tuple(ShardEntry.parse(entry) for entry in document["shards"])
+    if document["kind"] not in _MADE_BY:
+        raise ValueError(f"it holds {document['kind']!r:.80}")
+    recipe, facts = document["recipe"], document["facts"]
+    if not (isinstance(recipe, dict) and isinstance(facts, dict)):
+        raise ValueError("its recipe or facts are no object")
+    for name in _COUNTED_FACTS & facts.keys():
+        if facts[name] is not None and not _is_count(facts[name]):
+            raise ValueError(f"its {name} is {facts[name]!r:.80}")
+    manifest = _manifest(url, document["kind"], shards, recipe, facts)
+    if manifest.fingerprint != document["fingerprint"]:
+        raise ValueError("its content does not hash to its fingerprint")
+    return manifest
+
+
+def _cause(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -209,8 +262,19 @@ def read_commit(url: str, unit: int) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the unit is not committed.
+        UserError: its record is damaged, or of a newer schema.
     """
-    return storage.read_document(_record_url(url, unit), SCHEMA)
+    document = storage.read_document(_record_url(url, unit), SCHEMA)
+    try:
+        if document["unit"] != unit:
+            raise ValueError(f"it is of unit {document['unit']!r:.80}")
+        for part in document["parts"]:
+            ShardEntry.parse(part)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{_record_url(url, unit)} is damaged ({_cause(error)}); restore it, or run `clipmill verify --repair`"
+        ) from error
+    return document
 
 
 def read_commits(url: str, units: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -231,13 +295,7 @@ def committed_shards(url: str, units: Sequence[int]) -> list[ShardEntry]:
         FileNotFoundError: one of them is not committed.
         UserError: a record is damaged.
     """
-    shards = []
-    for unit, record in zip(units, read_commits(url, units), strict=True):
-        try:
-            shards += [ShardEntry(**part) for part in record["parts"]]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{_record_url(url, unit)} is damaged; restore or remove it") from error
-    return shards
+    return [ShardEntry.parse(part) for record in read_commits(url, units) for part in record["parts"]]
 
 
 # ---------------------------------------------------------------------------------------------- freeze

@@ -35,7 +35,9 @@ def read_document(url: str, newest_schema: int) -> dict[str, Any]:
     try:
         document = json.loads(read_bytes(url))
         schema = document["schema"]
-    except (ValueError, TypeError, KeyError) as error:
+        if type(schema) is not int:
+            raise ValueError(f"schema {schema!r}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{url} is damaged or was not written by clipmill; restore or remove it") from error
     if schema > newest_schema:
         raise UserError(

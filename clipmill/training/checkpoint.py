@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 import shutil
 import threading
 import time
@@ -37,6 +38,9 @@ NODE_WAIT_SECONDS = 1800.0
 """How long rank 0 waits for the slowest node's upload."""
 MOST_FAILED_UPLOADS = 3
 """In a row: a storage that is away for a while costs checkpoints, not the training."""
+
+_FILE_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
+"""No path in a record leaves the folder of its checkpoint."""
 
 logger = logging.getLogger(__name__)
 
@@ -247,6 +251,8 @@ def fetch(checkpoint: Checkpoint, folder: Path, is_wanted: Callable[[str], bool]
         UserError: a file is missing or is not the one that was committed.
     """
     for file in filter(lambda file: is_wanted(file["name"]), checkpoint.files):
+        if not _FILE_NAME.fullmatch(file["name"]):
+            raise _damaged(checkpoint, repr(file["name"]), "is no name of a file in it")
         path = folder / file["name"]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
