@@ -271,7 +271,7 @@ def verify(
 ) -> None:
     """Check the shards of a data set, or of a whole run, against their commits and manifests."""
     from clipmill import stages
-    from clipmill.shards.verify import prune as prune_orphans
+    from clipmill.shards.prune import prune as prune_orphans
     from clipmill.shards.verify import verify as verify_dataset
 
     sound = True

@@ -13,7 +13,7 @@ import contextlib
 import gc
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -32,11 +32,12 @@ __all__ = [
     "Manifest",
     "ShardEntry",
     "commit_unit",
-    "committed_shards",
     "committed_units",
     "freeze",
     "read_commit",
     "read_commits",
+    "read_parts",
+    "unit_of",
 ]
 
 SCHEMA = 2
@@ -49,6 +50,7 @@ READ_AHEAD = 256
 """Records that may wait for their consumer: each lists all videos of its unit."""
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.tar")
+_UNIT = re.compile(r"[a-z]+-(\d{6,9})-")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Kind = Literal["clips", "tokens", "samples"]
@@ -277,6 +279,22 @@ def read_commit(url: str, unit: int) -> dict[str, Any]:
     return document
 
 
+def read_parts(url: str, unit: int) -> tuple[ShardEntry, ...]:
+    """The shards of a committed unit.
+
+    Raises:
+        FileNotFoundError: the unit is not committed.
+        UserError: its record is damaged, or of a newer schema.
+    """
+    return tuple(map(ShardEntry.parse, read_commit(url, unit)["parts"]))
+
+
+def unit_of(name: str) -> int | None:
+    """The unit that a shard, or its index, is of; None where a name does not say so."""
+    found = _UNIT.match(name)
+    return int(found[1]) if found else None
+
+
 def read_commits(url: str, units: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The commit records of ``units``, in their order, several read at once.
 
@@ -288,20 +306,17 @@ def read_commits(url: str, units: Sequence[int]) -> Iterator[dict[str, Any]]:
             yield from readers.map(lambda unit: read_commit(url, unit), units[first : first + READ_AHEAD])
 
 
-def committed_shards(url: str, units: Sequence[int]) -> list[ShardEntry]:
-    """The shards of committed units, in the order of ``units``.
-
-    Raises:
-        FileNotFoundError: one of them is not committed.
-        UserError: a record is damaged.
-    """
-    return [ShardEntry.parse(part) for record in read_commits(url, units) for part in record["parts"]]
-
-
 # ---------------------------------------------------------------------------------------------- freeze
 
 
-def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], facts: dict[str, Any]) -> Manifest:
+def freeze(
+    url: str,
+    kind: Kind,
+    units: Sequence[int],
+    recipe: dict[str, Any],
+    facts: dict[str, Any],
+    known: Mapping[int, Sequence[ShardEntry]] | None = None,
+) -> Manifest:
     """Makes a data set of committed units: writes ``shards.txt``, ``wids.json`` and, last, ``manifest.json``.
 
     Running it again with the same input changes nothing on disk.
@@ -312,12 +327,18 @@ def freeze(url: str, kind: Kind, units: Sequence[int], recipe: dict[str, Any], f
         units: numbers of the units, in the order of the data set.
         recipe: JSON facts that enter the fingerprint.
         facts: other JSON facts for readers.
+        known: shards of units whose commit records need not be read again.
 
     Raises:
         FileNotFoundError: a unit is not committed.
+        UserError: a commit record is damaged.
     """
     recipe, facts = json.loads(json.dumps([recipe, facts]))  # as every reader will see them: tuples become lists
-    manifest = _manifest(url, kind, tuple(committed_shards(url, units)), recipe, facts)
+    found = dict(known or {})
+    unknown = [unit for unit in units if unit not in found]
+    for record in read_commits(url, unknown):
+        found[record["unit"]] = tuple(map(ShardEntry.parse, record["parts"]))
+    manifest = _manifest(url, kind, tuple(shard for unit in units for shard in found[unit]), recipe, facts)
     for name, content in shard_lists(manifest).items():
         publish_changed(storage.join(url, name), content)
     document = {

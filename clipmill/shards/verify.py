@@ -1,26 +1,36 @@
-"""Is a data set whole: every shard against its commit record and the manifest, and what belongs to nobody."""
+"""Is a data set whole: every shard against its commit record and the manifest, and what belongs to nobody.
+
+A shard is read whole, from a bucket by way of a local copy, several at once: hashing is bound by disk and network.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-import logging
 import mmap
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from clipmill import storage
 from clipmill.errors import UserError
+from clipmill.progress import bar
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import INDEX_SUFFIX, file_sha256, parse_npy, read_index, read_sample
 from clipmill.shards.interop import shard_lists
-from clipmill.shards.manifest import Manifest, ShardEntry, committed_shards, committed_units
+from clipmill.shards.manifest import Manifest, ShardEntry, committed_units, read_parts, unit_of
 
-__all__ = ["VerifyReport", "prune", "verify"]
+__all__ = ["VerifyReport", "find_orphans", "named_shards", "verify"]
 
-logger = logging.getLogger(__name__)
+SHARDS_AT_ONCE = 8
+RECORDS_AT_ONCE = 16
+"""A bucket answers each request after some 20 ms."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -28,7 +38,9 @@ class VerifyReport:
     """What `verify` found."""
 
     problems: list[str] = field(default_factory=list)
-    """One line each: object and cause. None: the data set is whole."""
+    """One line each: object and cause. Empty: the data set is whole."""
+    damaged_units: set[int] = field(default_factory=set)
+    """Units of which a shard, an index or the commit record is missing or damaged."""
     orphans: list[str] = field(default_factory=list)
     """Names of files that no commit record names: left by killed writers, or being written right now."""
     num_units: int = 0
@@ -45,45 +57,62 @@ def verify(url: str, deep: bool) -> VerifyReport:
         deep: parse and decode every member of every sample too.
 
     Raises:
-        UserError: a record or the manifest is damaged or of a newer schema.
+        UserError: the manifest is damaged or of a newer schema.
     """
     units = committed_units(url)
-    committed = committed_shards(url, units)
     manifest = _read_manifest(url)
     if not units and manifest is None:
         raise UserError(f"{url} holds no data set; name a folder with commits and tars, such as ROOT/clips/train")
-    shards = _named_shards(committed, manifest)
-    report = VerifyReport(num_units=len(units), num_shards=len(shards))
-    report.orphans = _find_orphans(url, shards)
-    report.problems += _check_manifest(url, committed, manifest)
+    report = VerifyReport(num_units=len(units))
+    committed = _committed_shards(url, units, report)
+    shards = list(dict.fromkeys([*committed, *(manifest.shards if manifest else ())]))
+    report.num_shards = len(shards)
+    # What the objects of a unit are whose record cannot be read is not known.
+    report.orphans = [name for name in find_orphans(url, shards) if unit_of(name) not in report.damaged_units]
+    _check_manifest(url, committed, manifest, report)
     present = {entry.name: entry.bytes for entry in storage.list_folder(url)}
-    for shard in shards:
-        report.problems += [f"{shard.name}: {cause}" for cause in _check_shard(url, shard, present, deep)]
-        report.num_samples += shard.samples
-        report.num_bytes += shard.bytes
+    with bar("verify", total=len(shards), unit="shards") as progress:
+        check = partial(_check_shard, url, present=present, deep=deep)
+        for number, (shard, causes) in enumerate(_in_threads(check, shards, SHARDS_AT_ONCE), start=1):
+            report.problems += [f"{shard.name}: {cause}" for cause in causes]
+            if causes and (unit := unit_of(shard.name)) is not None:
+                report.damaged_units.add(unit)
+            report.num_samples += shard.samples
+            report.num_bytes += shard.bytes
+            progress.update(number, problems=len(report.problems))
     return report
 
 
-def prune(url: str, orphans: Sequence[str], grace_seconds: float) -> list[str]:
-    """Removes orphans that are older than a grace period, and returns their names.
+def _in_threads(work: Callable[[T], R], items: Sequence[T], at_once: int) -> Iterator[tuple[T, R]]:
+    """Each item with its result, in order; a few batches ahead of the consumer at most."""
+    with ThreadPoolExecutor(at_once) as pool:
+        for first in range(0, len(items), 16 * at_once):
+            batch = items[first : first + 16 * at_once]
+            yield from zip(batch, pool.map(work, batch), strict=True)
 
-    A file that has found its commit record meanwhile stays, and so does one of unknown age.
 
-    Args:
-        url: the data set's folder.
-        orphans: from a `VerifyReport`.
-        grace_seconds: longer than a writer takes from its first put to its commit record.
+def named_shards(url: str) -> list[ShardEntry]:
+    """All shards that somebody answers for: a manifest holds its shards even where a commit record was lost.
+
+    Raises:
+        UserError: a record or the manifest is damaged or of a newer schema.
     """
-    named = _named_shards(committed_shards(url, committed_units(url)), _read_manifest(url))
-    still = set(orphans) & set(_find_orphans(url, named))
-    oldest = time.time() - grace_seconds
-    removed = []
+    report, units, manifest = VerifyReport(), committed_units(url), _read_manifest(url)
+    committed = _committed_shards(url, units, report)
+    if report.problems:
+        raise UserError(f"{url}: {report.problems[0]}; run `clipmill verify --repair` first")
+    return list(dict.fromkeys([*committed, *(manifest.shards if manifest else ())]))
+
+
+def find_orphans(url: str, shards: Sequence[ShardEntry]) -> list[str]:
+    """Files that belong to none of the shards."""
+    named = {shard.name for shard in shards} | {shard.name + INDEX_SUFFIX for shard in shards}
+    orphans = []
     for entry in storage.walk(url):
-        if entry.name in still and entry.modified is not None and entry.modified < oldest:
-            storage.remove(storage.join(url, entry.name))
-            logger.info("removed %s, which no commit names", storage.join(url, entry.name))
-            removed.append(entry.name)
-    return removed
+        unfinished = entry.name.rpartition("/")[2].startswith(storage.TEMPORARY_PREFIX)
+        if unfinished or (entry.name.endswith((".tar", ".tar" + INDEX_SUFFIX)) and entry.name not in named):
+            orphans.append(entry.name)
+    return orphans
 
 
 def _read_manifest(url: str) -> Manifest | None:
@@ -94,41 +123,46 @@ def _read_manifest(url: str) -> Manifest | None:
         return None
 
 
-def _named_shards(committed: Sequence[ShardEntry], manifest: Manifest | None) -> list[ShardEntry]:
-    """All shards that somebody answers for: a manifest holds its shards even where a commit record was lost."""
-    return list(dict.fromkeys([*committed, *(manifest.shards if manifest else ())]))
+def _committed_shards(url: str, units: Sequence[int], report: VerifyReport) -> list[ShardEntry]:
+    """The shards that commit records name; those that cannot be read go into the report."""
+
+    def read(unit: int) -> tuple[ShardEntry, ...] | str:
+        try:
+            return read_parts(url, unit)
+        except UserError as error:
+            return str(error)
+
+    shards: list[ShardEntry] = []
+    for unit, found in _in_threads(read, units, RECORDS_AT_ONCE):
+        if isinstance(found, str):
+            report.problems.append(found)
+            report.damaged_units.add(unit)
+        else:
+            shards += found
+    return shards
 
 
-def _find_orphans(url: str, shards: Sequence[ShardEntry]) -> list[str]:
-    named = {shard.name for shard in shards} | {shard.name + INDEX_SUFFIX for shard in shards}
-    orphans = []
-    for entry in storage.walk(url):
-        unfinished = entry.name.rpartition("/")[2].startswith(storage.TEMPORARY_PREFIX)
-        if unfinished or (entry.name.endswith((".tar", ".tar" + INDEX_SUFFIX)) and entry.name not in named):
-            orphans.append(entry.name)
-    return orphans
-
-
-def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifest | None) -> list[str]:
+def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifest | None, report: VerifyReport) -> None:
     """The manifest against the commit records, which may have got ahead of it, and the lists for other readers."""
     if manifest is None:
-        return ["manifest.json: absent; the stage that writes this data set has not finished"]
+        report.problems.append("manifest.json: absent; the stage that writes this data set has not finished")
+        return
     known = set(committed)
-    problems = [
-        f"{shard.name}: no commit record names it as the manifest does"
-        for shard in manifest.shards
-        if shard not in known
-    ]
+    for shard in manifest.shards:
+        unit = unit_of(shard.name)
+        if shard not in known and unit not in report.damaged_units:
+            report.problems.append(f"{shard.name}: no commit record names it as the manifest does")
+            if unit is not None:
+                report.damaged_units.add(unit)
     for name, content in shard_lists(manifest).items():
         try:
             if storage.read_bytes(storage.join(url, name)) != content:
-                problems.append(f"{name}: names other shards than the manifest")
+                report.problems.append(f"{name}: names other shards than the manifest")
         except FileNotFoundError:
-            problems.append(f"{name}: absent")
-    return problems
+            report.problems.append(f"{name}: absent")
 
 
-def _check_shard(url: str, shard: ShardEntry, present: dict[str, int], deep: bool) -> list[str]:
+def _check_shard(url: str, shard: ShardEntry, *, present: dict[str, int], deep: bool) -> list[str]:
     """Causes for which a shard and its index are not what the commit record says."""
     names = [shard.name, shard.name + INDEX_SUFFIX]
     if missing := [f"{name} is missing" for name in names if name not in present]:

@@ -8,10 +8,13 @@ import time
 import numpy as np
 import pytest
 
+from clipmill import storage
 from clipmill.errors import UserError
+from clipmill.lease import hold
 from clipmill.shards.format import Sample, UnitWriter, json_bytes
 from clipmill.shards.manifest import commit_unit, freeze
-from clipmill.shards.verify import prune, verify
+from clipmill.shards.prune import prune
+from clipmill.shards.verify import verify
 from clipmill.video import encode_mp4
 from tests.shards.folders import write_dataset, write_parts
 
@@ -144,6 +147,51 @@ def test_pruning_spares_what_has_been_committed_meanwhile(dataset, tmp_path):
     os.utime(target, (0, 0))
     assert prune(str(dataset), report.orphans, grace_seconds=1) == []
     assert target.exists()
+
+
+@pytest.mark.parametrize("point", ["fetch", "stat", "remove"])
+def test_pruning_keeps_what_is_committed_at_any_point(dataset, tmp_path, monkeypatch, point):
+    """A worker whose run lost the lease commits while pruning is at an orphan of the same name."""
+    (part,) = write_parts(tmp_path / "slow", 7, 2)
+    files = {part.name: part.path, part.name + ".idx": part.index_path}
+    for name, path in files.items():
+        (dataset / name).write_bytes(path.read_bytes())
+        os.utime(dataset / name, (0, 0))
+    orphans = verify(str(dataset), False).orphans
+    assert sorted(orphans) == sorted(files)
+    real = getattr(storage, point)
+
+    def commit_first(url, *arguments):
+        monkeypatch.setattr(storage, point, real)
+        commit_unit(str(dataset), 7, [part], {})
+        for name in files:
+            os.utime(dataset / name, (0, 0))  # the storage's clock is no help
+        return real(url, *arguments)
+
+    monkeypatch.setattr(storage, point, commit_first)
+    assert prune(str(dataset), orphans, grace_seconds=1) == []
+    assert {name: (dataset / name).read_bytes() for name in files} == {
+        name: path.read_bytes() for name, path in files.items()
+    }
+    assert verify(str(dataset), False).problems == []
+
+
+def test_pruning_waits_for_no_run_and_disturbs_none(tmp_path):
+    write_dataset(tmp_path / "clips" / "train", tmp_path, [1])
+    (tmp_path / "clips" / "train" / "clips-000009-00-00000000.tar").write_bytes(b"left behind")
+    orphans = verify(str(tmp_path / "clips" / "train"), False).orphans
+    with hold(str(tmp_path / "clips"), "shard"), pytest.raises(UserError, match="is in use by shard"):
+        prune(str(tmp_path / "clips" / "train"), orphans, grace_seconds=0)
+    assert prune(str(tmp_path / "clips" / "train"), orphans, grace_seconds=0) == orphans
+
+
+def test_a_damaged_record_costs_its_unit_and_hides_no_other(dataset):
+    (dataset / "commits" / "000000.json").write_text("{")
+    flip(dataset / shard_names(dataset)[-1])
+    report = verify(str(dataset), False)
+    assert "000000.json is damaged" in report.problems[0]
+    assert report.problems[1].startswith(shard_names(dataset)[-1])
+    assert (report.damaged_units, report.orphans, report.num_units) == ({0, 2}, [], 3)
 
 
 def test_a_folder_without_data_set_is_refused(tmp_path):
