@@ -23,7 +23,7 @@ from clipmill.lease import Lease
 from clipmill.pipeline.generation import extend_plan, make_plan, retry_videos
 from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_generations
 from clipmill.pipeline.sources import check_source
-from clipmill.pipeline.tally import Tally, publish_tally, read_tally
+from clipmill.pipeline.tally import SEGMENT_UNITS, Tally, publish_tally, read_tally
 from clipmill.pipeline.unit import Allowance, allowed_failures, make_worker
 from clipmill.progress import bar
 from clipmill.shards.interop import publish_energon
@@ -31,9 +31,6 @@ from clipmill.shards.manifest import SPLITS, Manifest, freeze
 from clipmill.video import decord_version
 
 __all__ = ["folder_url", "is_finished", "plan_more", "run"]
-
-PUBLISH_EVERY = 1000
-"""Units between two writings of the tally: a killed driver makes the next one read at most so many records."""
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +156,7 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
         (split, number)
         for split in SPLITS
         for number in range(plan.num_units(split))
-        if number not in tally.committed[split]
+        if number not in tally.parts[split]
     ]
     began, num_clips_before = time.monotonic(), tally.total("num_clips")
     num_accepted = _accepted_failures(config, plan)
@@ -176,7 +173,7 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
             if "counts" not in result:
                 raise _over_budget(config, result["exclusions"], result["tried"])
             tally.add(result)
-            if tally.num_units % PUBLISH_EVERY == 0:
+            if len(tally.unpublished) >= SEGMENT_UNITS:
                 lease.check()
                 publish_tally(config, tally)
             show()
@@ -266,7 +263,9 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
             "versions": [json.loads(versions) for versions in sorted(tally.versions)],
         }
         url = config.folder("clips", split)
-        manifest = manifests[split] = freeze(url, "clips", range(plan.num_units(split)), recipe, facts)
+        manifest = manifests[split] = freeze(
+            url, "clips", range(plan.num_units(split)), recipe, facts, known=tally.parts[split]
+        )
         splits[split] = {
             "videos": counts.num_videos,
             "clips": manifest.num_samples,

@@ -1,31 +1,38 @@
 """What the committed units of a run amount to: the sums that budget, summary and manifests need.
 
-Commit records are the truth. Reading 100,000 of them from a bucket would take minutes, so ``clips/tally.json`` keeps
-their sums beside the numbers of the units that are in them: a resumed run lists the records and reads those that it
-does not know. A tally that knows a unit which has no record any more is not believed, and all records are read again.
+Commit records are the truth, and large: each lists all videos of its unit. So their digests (counts, labels, failures,
+shards) are kept beside them in segments, ``clips/tally/000001.json``, each created once and never changed. A driver
+writes one after every `SEGMENT_UNITS` units and one at its end. A resumed run lists the commit records, reads the
+segments, and then those records only that no segment has: at most `SEGMENT_UNITS` after a kill. Freezing reads none.
+
+A segment that has a unit without a commit record is not believed: it is removed, and its records are read again.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
+from clipmill.pipeline.digest import digest
 from clipmill.pipeline.plan import Plan
-from clipmill.pipeline.unit import digest
-from clipmill.shards.manifest import SPLITS, committed_units, read_commits
+from clipmill.shards.manifest import SPLITS, ShardEntry, committed_units, read_commits
 
-__all__ = ["SplitCounts", "Tally", "publish_tally", "read_tally"]
+__all__ = ["SEGMENT_UNITS", "SplitCounts", "Tally", "publish_tally", "read_tally"]
 
-SCHEMA = 2
+SCHEMA = 3
+SEGMENT_UNITS = 1000
+_READERS = 16
+_SEGMENT_NAME = re.compile(r"(\d{6,9})\.json")
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +76,24 @@ class Tally:
     labels: Counter[str] = field(default_factory=Counter)
     exclusions: list[dict[str, Any]] = field(default_factory=list)
     versions: set[str] = field(default_factory=set)
-    committed: dict[str, set[int]] = field(default_factory=lambda: {split: set() for split in SPLITS})
+    parts: dict[str, dict[int, tuple[ShardEntry, ...]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    """The shards of each unit that is counted, by split and number."""
+    unpublished: list[dict[str, Any]] = field(default_factory=list)
+    """Digests that no segment has yet."""
+    num_segments: int = 0
+    """The highest number of a segment."""
 
-    def add(self, unit: dict[str, Any]) -> None:
+    def add(self, unit: dict[str, Any], *, is_published: bool = False) -> None:
         """Adds one unit's `digest`."""
+        if not is_published:
+            self.unpublished.append(unit)
         counts = self.splits[unit["split"]]
         for name, number in unit["counts"].items():
             setattr(counts, name, getattr(counts, name) + number)
         self.labels.update(unit["labels"])
         self.exclusions += unit["exclusions"]
         self.versions.add(json.dumps(unit["versions"], sort_keys=True))
-        self.committed[unit["split"]].add(unit["unit"])
+        self.parts[unit["split"]][unit["unit"]] = tuple(map(ShardEntry.parse, unit["parts"]))
 
     def leave_out_retried(self, plan: Plan) -> None:
         """Forgets the failures of videos that a later generation tries again: they count there."""
@@ -95,7 +109,7 @@ class Tally:
     @property
     def num_units(self) -> int:
         """Units counted, of both splits."""
-        return sum(map(len, self.committed.values()))
+        return sum(map(len, self.parts.values()))
 
     def total(self, name: str) -> int:
         """A count over both splits."""
@@ -108,67 +122,76 @@ class Tally:
 
 
 def read_tally(config: RunConfig, plan: Plan) -> Tally:
-    """What is committed, of all generations of the plan."""
+    """What is committed, of all generations of the plan. The caller holds the lease."""
     committed = {
         split: set(committed_units(config.folder("clips", split))) & set(range(plan.num_units(split)))
         for split in SPLITS
     }
-    tally = _published(config)
-    if any(tally.committed[split] - committed[split] for split in SPLITS):
-        logger.warning("%s counts units without a commit record: all records are read again", _url(config))
-        tally = Tally()
+    tally = Tally()
+    for number, url, units in _segments(config):
+        tally.num_segments = max(tally.num_segments, number)
+        if units is None:
+            logger.warning("%s is damaged: its commit records are read again", url)
+        elif all(unit["unit"] in committed[unit["split"]] for unit in units):
+            for unit in units:
+                if unit["unit"] not in tally.parts[unit["split"]]:  # a run that was taken over may have written it too
+                    tally.add(unit, is_published=True)
+        else:
+            logger.warning("%s counts a unit without a commit record: its other records are read again", url)
+            storage.remove(url)
     for split in SPLITS:
-        for record in read_commits(config.folder("clips", split), sorted(committed[split] - tally.committed[split])):
-            tally.add(digest(record))
+        url = config.folder("clips", split)
+        for record in read_commits(url, sorted(committed[split] - tally.parts[split].keys())):
+            unit = digest(record)
+            if not _is_digest(unit):
+                raise UserError(f"the commit record of unit {record['unit']} in {url} is damaged; restore or remove it")
+            tally.add(unit)
     tally.leave_out_retried(plan)
     return tally
 
 
 def publish_tally(config: RunConfig, tally: Tally) -> None:
-    """Writes ``clips/tally.json``; the same sums are the same bytes, in whichever order the units came."""
-    if not tally.num_units:
+    """Writes what no segment has yet as a segment; the same units are the same bytes, in whichever order they came."""
+    if not tally.unpublished:
         return
-    document = {
-        "splits": {split: asdict(counts) for split, counts in tally.splits.items()},
-        "labels": tally.labels,
-        "exclusions": sorted(tally.exclusions, key=lambda exclusion: (exclusion["split"], exclusion["id"])),
-        "versions": sorted(tally.versions),
-        "committed": {split: _ranges(units) for split, units in tally.committed.items()},
-    }
-    storage.publish_document(_url(config), document, SCHEMA)
+    units = sorted(tally.unpublished, key=lambda unit: (unit["split"], unit["unit"]))
+    is_ours = False
+    while not is_ours:
+        tally.num_segments += 1
+        url = config.folder("clips", "tally", f"{tally.num_segments:06d}.json")
+        is_ours = storage.create_document(url, {"units": units}, SCHEMA)
+    tally.unpublished.clear()
 
 
-def _published(config: RunConfig) -> Tally:
-    """The tally of an earlier run; an empty one where there is none or it is damaged: it only saves time."""
+def _segments(config: RunConfig) -> Iterator[tuple[int, str, list[dict[str, Any]] | None]]:
+    """Number, URL and digests of each segment; no digests where it is damaged, since it only saves time."""
+    url = config.folder("clips", "tally")
+    names = [found for entry in storage.list_folder(url) if (found := _SEGMENT_NAME.fullmatch(entry.name))]
+
+    def read(name: re.Match[str]) -> tuple[int, str, list[dict[str, Any]] | None]:
+        segment_url = storage.join(url, name[0])
+        try:
+            units = storage.read_document(segment_url, SCHEMA)["units"]
+            return int(name[1]), segment_url, units if all(map(_is_digest, units)) else None
+        except (UserError, KeyError, TypeError):
+            return int(name[1]), segment_url, None
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        for first in range(0, len(names), _READERS):
+            yield from readers.map(read, names[first : first + _READERS])
+
+
+def _is_digest(unit: Any) -> bool:
+    """Whether this is what `digest` makes, as far as adding it up asks."""
     try:
-        document = storage.read_document(_url(config), SCHEMA)
-        return Tally(
-            splits={split: SplitCounts(**document["splits"][split]) for split in SPLITS},
-            labels=Counter(document["labels"]),
-            exclusions=document["exclusions"],
-            versions=set(document["versions"]),
-            committed={
-                split: {unit for first, last in document["committed"][split] for unit in range(first, last + 1)}
-                for split in SPLITS
-            },
+        tuple(map(ShardEntry.parse, unit["parts"]))
+        return (
+            unit["split"] in SPLITS
+            and type(unit["unit"]) is int
+            and unit["counts"].keys() == {count.name for count in fields(SplitCounts)}
+            and all(type(number) is int for number in [*unit["counts"].values(), *unit["labels"].values()])
+            and all(isinstance(exclusion, Mapping) for exclusion in unit["exclusions"])
+            and isinstance(unit["versions"], Mapping)
         )
-    except FileNotFoundError:
-        return Tally()
-    except (UserError, KeyError, TypeError, ValueError):
-        logger.warning("%s is damaged: all commit records are read again", _url(config))
-        return Tally()
-
-
-def _url(config: RunConfig) -> str:
-    return config.folder("clips", "tally.json")
-
-
-def _ranges(units: Iterable[int]) -> list[tuple[int, int]]:
-    """Runs of consecutive numbers, as (first, last): units finish nearly in order, so these are few."""
-    ordered = sorted(units)
-    if not ordered:
-        return []
-    breaks = [(last, first) for last, first in pairwise(ordered) if first != last + 1]
-    return list(
-        zip([ordered[0], *(first for _, first in breaks)], [*(last for last, _ in breaks), ordered[-1]], strict=True)
-    )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False

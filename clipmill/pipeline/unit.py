@@ -21,6 +21,7 @@ import clipmill
 from clipmill.config import DataConfig, RunConfig
 from clipmill.lease import Lease
 from clipmill.pipeline.blame import blame, scrub
+from clipmill.pipeline.digest import digest
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
 from clipmill.pipeline.pairing import rows_of
 from clipmill.pipeline.plan import PlannedVideo, Unit
@@ -32,7 +33,7 @@ from clipmill.shards.format import UnitWriter
 from clipmill.shards.manifest import commit_unit
 from clipmill.video import BadVideo, Decoder, Limits, Outcome, decord_version
 
-__all__ = ["FIRST_VIDEOS", "Allowance", "allowed_failures", "digest", "make_worker"]
+__all__ = ["FIRST_VIDEOS", "Allowance", "allowed_failures", "make_worker"]
 
 FIRST_VIDEOS = 20
 """When the videos of this many files of a new source fail from the start and none succeeds, the fault is not theirs."""
@@ -112,38 +113,6 @@ def _shard_unit(config: RunConfig, lease: Lease, allowance: Allowance, decoder: 
         lease.check()
         url = config.folder("clips", unit.split)
         return digest(commit_unit(url, unit.number, parts, body))
-
-
-def digest(record: dict[str, Any]) -> dict[str, Any]:
-    """What the driver keeps of a commit record: small, whatever the number of videos in the unit."""
-    labels: Counter[str] = Counter()
-    for video in record["videos"]:
-        if video["label"] is not None and video["clips"]:
-            labels[video["label"]] += video["clips"]
-    return {
-        "split": record["split"],
-        "unit": record["unit"],
-        "counts": {
-            "num_videos": len(record["videos"]) + len(record["exclusions"]),
-            "num_clips": sum(video["clips"] for video in record["videos"]),
-            "num_short": record["num_short"],
-            "num_static": sum(video["static"] for video in record["videos"]),
-            "num_black": sum(video["black"] for video in record["videos"]),
-            "num_truncated": sum(video["truncated"] for video in record["videos"]),
-            "num_filtered": sum(video["filtered"] is not None for video in record["videos"]),
-            "num_damaged_frames": sum(video["damaged_frames"] for video in record["videos"]),
-            "num_joins": sum(video["joins"] for video in record["videos"]),
-            "num_with_actions": sum(video["actions"] for video in record["videos"]),
-            "num_excluded": len(record["exclusions"]),
-            **record["pixels"],
-            **record["encoding"],
-        },
-        "labels": labels,
-        "exclusions": [
-            {"split": record["split"], "unit": record["unit"], **exclusion} for exclusion in record["exclusions"]
-        ],
-        "versions": record["versions"],
-    }
 
 
 _PIXEL_SUMS = ("num_values", "pixel_sum", "pixel_square_sum")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,12 @@ def records_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return read
 
 
-def test_only_records_that_the_tally_does_not_know_are_read(
+def segments(config: RunConfig) -> dict[str, bytes]:
+    url = config.folder("clips", "tally")
+    return {entry.name: storage.read_bytes(storage.join(url, entry.name)) for entry in storage.list_folder(url)}
+
+
+def test_only_records_that_no_segment_has_are_read(
     planned: tuple[RunConfig, Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, plan = planned
@@ -60,37 +67,84 @@ def test_only_records_that_the_tally_does_not_know_are_read(
     for number in (0, 1, 3):
         commit(config, plan, "train", number)
     publish_tally(config, read_tally(config, plan))
+    first = segments(config)
     commit(config, plan, "train", 2)
     commit(config, plan, "val", 0)
     read = records_read(monkeypatch)
     resumed = read_tally(config, plan)
     assert read == [2, 0]
-    storage.remove(config.folder("clips", "tally.json"))
-    counted = read_tally(config, plan)
-    assert counted.total("pixel_sum") == 5 * 2**70
-    publish_tally(config, counted)
-    counted_bytes = storage.read_bytes(config.folder("clips", "tally.json"))
     publish_tally(config, resumed)
-    assert storage.read_bytes(config.folder("clips", "tally.json")) == counted_bytes
+    publish_tally(config, resumed)  # nothing is left to write
+    assert list(segments(config)) == ["000001.json", "000002.json"]
+    assert segments(config).items() >= first.items()
+    again = read_tally(config, plan)
+    assert read == [2, 0]
+    assert again == replace(resumed, unpublished=[])
+    assert again.total("pixel_sum") == 5 * 2**70
 
 
-@pytest.mark.parametrize("damage", ["removed record", "damaged tally"])
-def test_a_tally_that_cannot_be_right_is_not_believed(planned: tuple[RunConfig, Plan], damage: str) -> None:
+def test_the_same_units_are_the_same_bytes(planned: tuple[RunConfig, Plan]) -> None:
+    config, plan = planned
+    for number in (3, 0, 2):
+        commit(config, plan, "train", number)
+    publish_tally(config, read_tally(config, plan))
+    (content,) = segments(config).values()
+    storage.remove_tree(config.folder("clips", "tally"))
+    backwards = Tally()
+    for unit in reversed(json.loads(content)["units"]):
+        backwards.add(unit)
+    publish_tally(config, backwards)
+    assert segments(config) == {"000001.json": content}
+
+
+def test_units_that_two_segments_have_count_once(planned: tuple[RunConfig, Plan]) -> None:
+    config, plan = planned
+    commit(config, plan, "train", 0)
+    one, other = read_tally(config, plan), read_tally(config, plan)  # of a run, and of the one that took over
+    publish_tally(config, one)
+    publish_tally(config, other)
+    assert list(segments(config)) == ["000001.json", "000002.json"]
+    assert read_tally(config, plan).total("num_short") == 1
+
+
+def test_a_unit_without_a_record_is_not_counted(
+    planned: tuple[RunConfig, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, plan = planned
+    for number in range(3):
+        commit(config, plan, "train", number)
+        publish_tally(config, read_tally(config, plan))
+    storage.remove(config.folder("clips", "train", "commits", "000001.json"))
+    read = records_read(monkeypatch)
+    believed = read_tally(config, plan)
+    assert believed.parts["train"].keys() == {0, 2}
+    assert believed.total("num_short") == 2
+    assert read == []
+    assert list(segments(config)) == ["000001.json", "000003.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"schema": 3, "uni',
+        '{"schema": 3, "units": 7}',
+        '{"schema": 3, "units": [{"split": "train", "unit": 0}]}',
+        '{"schema": 3, "units": [{"split": "train", "unit": 0, "parts": [{"name": "../../x.tar"}]}]}',
+    ],
+)
+def test_a_damaged_segment_costs_time_only(planned: tuple[RunConfig, Plan], content: str) -> None:
     config, plan = planned
     for number in range(3):
         commit(config, plan, "train", number)
     publish_tally(config, read_tally(config, plan))
-    if damage == "removed record":
-        storage.remove(config.folder("clips", "train", "commits", "000001.json"))
-    else:
-        storage.publish_bytes(config.folder("clips", "tally.json"), b'{"schema": 1, "spl')
+    storage.publish_bytes(config.folder("clips", "tally", "000001.json"), content.encode())
     believed = read_tally(config, plan)
-    wanted = {0, 2} if damage == "removed record" else {0, 1, 2}
-    assert believed.committed["train"] == wanted
-    assert believed.total("num_short") == len(wanted)
+    assert believed.total("num_short") == 3
+    publish_tally(config, believed)
+    assert list(segments(config)) == ["000001.json", "000002.json"]
 
 
 def test_nothing_counted_is_nothing_written(planned: tuple[RunConfig, Plan]) -> None:
     config, _ = planned
     publish_tally(config, Tally())
-    assert not storage.exists(config.folder("clips", "tally.json"))
+    assert segments(config) == {}
