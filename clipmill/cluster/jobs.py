@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import shlex
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,8 +34,16 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 STATUS_SECONDS = 60
 """How often a job that neither starts nor ends is mentioned (one whose resources cannot be met stays PENDING)."""
+AWAY_SECONDS = 900
+"""A Jobs server that has not answered for so long is given up."""
 LOG_TAIL_LINES = 20
 NEWEST_SCHEMA = 1
+
+_AWAY = re.compile(r"status code (429|502|503|504)|try again later")
+"""What Ray's client says while the server, or the agent behind it, restarts."""
+_UNKNOWN = "status code 404"
+
+T = TypeVar("T")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Other characters make a job that Ray accepts and can then neither run nor stop."""
@@ -209,7 +219,8 @@ def _run(client: JobSubmissionClient, job: Job, entrypoint: str, runtime_env: di
         if status == "STOPPED":
             raise Interrupted(f"job {job.name} ({submission_id}) was stopped; submit again to go on")
         if not _may_succeed_again(exit_code) or not remaining:
-            tail = "\n".join(client.get_job_logs(submission_id).splitlines()[-LOG_TAIL_LINES:])
+            log = _ask(lambda: client.get_job_logs(submission_id))  # noqa: B023  called at once
+            tail = "\n".join(log.splitlines()[-LOG_TAIL_LINES:])
             raise StageFailed(f"job {job.name} ({submission_id}) failed with exit status {exit_code}:\n{tail}")
         logger.warning("job %s ended with exit status %s: submitting it again", submission_id, exit_code)
 
@@ -226,7 +237,7 @@ def _may_succeed_again(exit_code: int | None) -> bool:
 def _last_attempt(client: JobSubmissionClient, stem: str) -> tuple[int, bool]:
     """The highest attempt that the server lists (0: none) and whether it is still on its way."""
     attempts = [(0, False)]
-    for details in client.list_jobs():
+    for details in _ask(client.list_jobs):
         prefix, _, number = (details.submission_id or "").rpartition("-a")
         if prefix == stem and number.isdigit():
             attempts.append((int(number), not details.status.is_terminal()))
@@ -238,7 +249,11 @@ def _submit_once(
 ) -> int:
     """Submits under the first free id from ``attempt`` on: a deleted job is not listed, but its id stays used."""
     resources = job.model_dump(include={name for name in Job.model_fields if name.startswith("entrypoint_")})
-    while True:
+    num_requests = 0
+
+    def request() -> bool:
+        nonlocal num_requests
+        num_requests += 1
         try:
             client.submit_job(
                 entrypoint=entrypoint,
@@ -250,9 +265,12 @@ def _submit_once(
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            attempt += 1
-        else:
-            return attempt
+            return num_requests > 1  # then it is ours: only the answer to an earlier request was lost
+        return True
+
+    while not _ask(request):
+        attempt, num_requests = attempt + 1, 0
+    return attempt
 
 
 def _wait(client: JobSubmissionClient, submission_id: str, timeout_seconds: float | None) -> tuple[str, int | None]:
@@ -261,7 +279,12 @@ def _wait(client: JobSubmissionClient, submission_id: str, timeout_seconds: floa
     last = ""
     with stop_signals() as stop:
         while True:
-            details = client.get_job_info(submission_id)
+            try:
+                details = _ask(lambda: client.get_job_info(submission_id), stop)
+            except RuntimeError as error:
+                if _UNKNOWN not in str(error):
+                    raise
+                return "FAILED", None  # the cluster was started anew, and has forgotten it
             status, now = str(details.status.value), time.monotonic()
             if status != last or now - mentioned > STATUS_SECONDS:
                 logger.info("job %s: %s after %.0f s (%s)", submission_id, status, now - began, details.message or "-")
@@ -269,8 +292,40 @@ def _wait(client: JobSubmissionClient, submission_id: str, timeout_seconds: floa
             if details.status.is_terminal():
                 return status, details.driver_exit_code
             if timeout_seconds is not None and now - began > timeout_seconds:
-                client.stop_job(submission_id)
+                _ask(lambda: client.stop_job(submission_id), stop)
                 raise StageFailed(f"job {submission_id} was stopped: {status} after {timeout_seconds:g} s")
             time.sleep(POLL_SECONDS)  # not stop.wait: the handler would wait for a lock that its own thread holds
             if stop.is_set():
                 raise Interrupted(f"job {submission_id} runs on; give the same command to wait for it again")
+
+
+def _ask(question: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """The Jobs server's answer. It may be away for a while: its node restarts, or the network is cut.
+
+    Args:
+        question: calls the server; it must be safe to repeat.
+        stop: set by a signal, while there is a handler.
+
+    Raises:
+        RuntimeError: the server refuses.
+        Interrupted: it was away for `AWAY_SECONDS`, or a signal came meanwhile.
+    """
+    began = mentioned = 0.0
+    while True:
+        try:
+            return question()
+        except (OSError, RuntimeError) as error:  # those of requests are OSErrors
+            if isinstance(error, RuntimeError) and not _AWAY.search(str(error)):
+                raise
+            line = str(error).strip().splitlines()[0]
+        now = time.monotonic()
+        began = began or now
+        if now - began > AWAY_SECONDS or (stop is not None and stop.is_set()):
+            raise Interrupted(
+                f"the Ray Jobs server has not answered for {now - began:.0f} s ({line}); what was submitted runs on, "
+                "give the same command to wait for it again"
+            )
+        if not mentioned or now - mentioned > STATUS_SECONDS:
+            logger.warning("the Ray Jobs server does not answer (%s); asking again", line)
+            mentioned = now
+        time.sleep(POLL_SECONDS)

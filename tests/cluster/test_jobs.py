@@ -6,18 +6,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import psutil
 import pytest
 import yaml
 
 from clipmill.cluster import in_order, load_jobs, submit
+from clipmill.cluster import jobs as jobs_module
 from clipmill.cluster.jobs import _may_succeed_again, submission_stem
 from clipmill.errors import StageFailed, UserError
+from tests.s3.proxy import Proxy
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -207,6 +211,51 @@ def test_a_stopped_driver_has_time_for_its_checkpoint(head: str, tmp_path: Path)
     output, _ = watcher.communicate(timeout=120)
     assert (watcher.returncode, "was stopped; submit again to go on" in output) == (75, True)
     assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.slow
+def test_a_jobs_server_that_is_away_is_asked_again(head: str, tmp_path: Path) -> None:
+    proxy = Proxy(int(head.rpartition(":")[2]))
+    mark = tmp_path / "runs"
+    path = write_jobs(tmp_path, [job("waited", entrypoint=f"echo run >> {mark}; sleep 8")])
+    waiter = threading.Thread(target=submit, args=(path, [], proxy.endpoint))
+    waiter.start()
+    while not mark.exists():
+        time.sleep(0.1)
+    proxy.num_cuts = 3
+    waiter.join(120)
+    proxy.stop()
+    assert not waiter.is_alive()
+    assert proxy.num_cuts == 0
+    assert mark.read_text().split() == ["run"]
+
+
+def test_a_submission_whose_answer_was_lost_is_not_submitted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "POLL_SECONDS", 0.01)
+
+    class Server:
+        """Takes the job, but its first answer is lost."""
+
+        submitted: ClassVar[list[str]] = []
+
+        def list_jobs(self) -> list[Any]:
+            return []
+
+        def submit_job(self, *, submission_id: str, **_: Any) -> str:
+            if submission_id in self.submitted:
+                raise RuntimeError(f"Request failed with status code 400: Job {submission_id} already exists")
+            self.submitted.append(submission_id)
+            raise ConnectionError("the connection was reset")
+
+        def get_job_info(self, submission_id: str) -> Any:
+            status = SimpleNamespace(value="SUCCEEDED", is_terminal=lambda: True)
+            return SimpleNamespace(status=status, message="", driver_exit_code=0)
+
+    monkeypatch.setattr(jobs_module, "_client", lambda address: Server())
+    submit(write_jobs(tmp_path, [job("once", entrypoint="true")]), [], None)
+    assert [name[-3:] for name in Server.submitted] == ["-a1"]
 
 
 @pytest.mark.slow
