@@ -62,7 +62,7 @@ def hold(
     """Owns a stage folder for the time of the ``with`` block.
 
     Raises:
-        UserError: another run that is alive owns it.
+        UserError: another run that is alive owns it, or its storage cannot tell who came first.
     """
     # The token makes claims of one process differ: a bucket takes equal content for a repeated put.
     owner = {**_this_process(), "token": uuid.uuid4().hex}
@@ -101,6 +101,7 @@ def _newest_attempt(url: str) -> int:
 
 
 def _acquire(url: str, stage: str, owner: dict[str, Any], silence_seconds: float) -> Lease:
+    storage.check_create(storage.join(url, "_lease"))
     while True:
         attempts = _attempts(url)
         newest = max(attempts, default=0)

@@ -182,8 +182,17 @@ def _with_recorded_clips(stage: Stage, config: RunConfig) -> RunConfig:
 
 
 def _publish_config(config: RunConfig, folder_url: str) -> None:
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(_without_credentials(config.model_dump(mode="json")), sort_keys=False)
     storage.publish_bytes(storage.join(folder_url, "config.yaml"), text.encode())
+
+
+def _without_credentials(value: Any) -> Any:
+    """A configuration in which no URL lets its reader in."""
+    if isinstance(value, dict):
+        return {key: _without_credentials(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(item) for item in value]
+    return storage.shown(value) if isinstance(value, str) else value
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,8 @@ import pytest
 from clipmill import storage
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import SCHEMA, Lease, hold
+from clipmill.storage import connection
+from tests.storage.s3_server import S3Server
 
 HOLDER = """
 import sys, time
@@ -85,3 +87,18 @@ def test_an_owner_on_another_host_whose_heart_beats_is_not(tmp_path):
     finally:
         beater.kill()
         beater.wait()
+
+
+def test_storage_that_overwrites_what_is_there_is_refused(monkeypatch):
+    server = S3Server()
+    server.use(monkeypatch)
+    try:
+        with hold("s3://bucket/run/clips", "shard"):
+            pass
+        server.is_fenced = False
+        with pytest.raises(UserError, match="ignores If-None-Match"), hold("s3://bucket/run/clips", "shard"):
+            pass
+        assert not [key for key in server.objects if "probe" in key]
+    finally:
+        connection._connected.cache_clear()
+        server.stop()

@@ -143,6 +143,10 @@ class DataConfig(Section):
     """Address space of the decoding child beyond what it has at its start."""
     no_progress_seconds: Annotated[PositiveInt, FREE] = 120
     """A decoding child that delivers nothing for this long is killed."""
+    fetch_seconds: Annotated[PositiveInt, FREE] = 4 * 3600
+    """A web server that has not sent a whole file after this long is given up: the video fails."""
+    fetch_bytes: Annotated[PositiveInt, FREE] = 256 * 2**30
+    """Most that a web server may send as one file."""
     max_failed_videos: Annotated[int, Field(ge=0), FREE] = 10
     max_failed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.05
     """The stage stops when more than max(max_failed_videos, max_failed_share of those finished) failed."""

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from clipmill import storage
 from clipmill.config import DataConfig
 from clipmill.pipeline.plan import PlannedVideo
-from clipmill.pipeline.sources import base_url, extract, is_gone, read_array, read_rows
+from clipmill.pipeline.sources import base_url, extract, is_gone, is_refused_alone, read_array, read_rows
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.npy import open_array
 from clipmill.pipeline.sources.record import DamagedVideo
@@ -63,13 +62,14 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
         ExcludedVideo: its source cannot give it, it is missing, damaged or has changed since it was planned, or its
             actions are bad.
         OSError: the environment failed.
+        UserError: storage refuses this video, and others too.
     """
     if video.fault is not None:
         raise ExcludedVideo("list", video.fault)
     try:
         if video.member is not None:
             return _extract(data, video, folder, kept)
-        name = f"video{suffix_of(urlsplit(video.url).path)}"
+        name = f"video{suffix_of(storage.split(video.url)[1])}"
         if video.span == (None, None):
             path = _local_copy(data, video.url, folder / name)
         else:  # the next videos are other spans of this file
@@ -78,8 +78,12 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
         if is_gone(data.source):
             gone = f"the source {storage.absolute(data.source.url)} is empty or gone"
             raise OSError(errno.ENODEV, gone) from error
-        raise ExcludedVideo("fetch", f"{video.url} is missing") from error
+        raise ExcludedVideo("fetch", f"{storage.shown(video.url)} is missing") from error
     except storage.Unreadable as error:
+        raise ExcludedVideo("fetch", str(error)) from error
+    except storage.Refused as error:
+        if not is_refused_alone(data.source, storage.resolve(base_url(data.source), video.url)):
+            raise
         raise ExcludedVideo("fetch", str(error)) from error
     if path.stat().st_size != video.bytes:
         raise ExcludedVideo("fetch", f"changed since it was planned: {video.bytes} -> {path.stat().st_size} bytes")
@@ -120,7 +124,7 @@ def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
             copy.symlink_to(path)
             return copy
         return path
-    storage.fetch(url, copy)
+    storage.fetch(url, copy, storage.Limits(data.fetch_seconds, data.fetch_bytes))
     return copy
 
 
@@ -134,8 +138,8 @@ def _read_actions(data: DataConfig, name: str, folder: Path) -> tuple[np.ndarray
     except FileNotFoundError as error:
         if data.source.type == "folder":
             return None, None
-        raise ExcludedVideo("actions", f"{name} is missing") from error
-    except (storage.Unreadable, DamagedVideo) as error:
+        raise ExcludedVideo("actions", f"{storage.shown(name)} is missing") from error
+    except (storage.Unreadable, storage.Refused, DamagedVideo) as error:  # the video itself was not refused
         raise ExcludedVideo("actions", str(error)) from error
     try:
         actions = open_array(path)

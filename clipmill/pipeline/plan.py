@@ -109,7 +109,7 @@ class PlannedVideo:
 
     @property
     def name(self) -> str:
-        """Name in messages and clips: the URL, with the member and the span after ``#``.
+        """Name in messages and clips: the URL without credentials, with the member and the span after ``#``.
 
         A span is written as a temporal media fragment (``one.mp4#t=1.5,3``; https://www.w3.org/TR/media-frags).
         """
@@ -117,7 +117,8 @@ class PlannedVideo:
         if self.span != (None, None):
             start, end = ("" if bound is None else np.format_float_positional(bound, trim="-") for bound in self.span)
             parts.append(f"t={start},{end}" if end else f"t={start}")
-        return "#".join([self.url, "&".join(parts)]) if parts else self.url
+        url = storage.shown(self.url)
+        return "#".join([url, "&".join(parts)]) if parts else url
 
 
 @dataclass(frozen=True, repr=False)

@@ -48,7 +48,7 @@ def _read(data: DataConfig, name: str) -> str:
         content = storage.read_start(storage.resolve(base_url(data.source), name), _MOST_BYTES + 1)
     except FileNotFoundError as error:
         raise _BadSidecar("is missing since it was planned") from error
-    except (PermissionError, storage.Unreadable) as error:
+    except (PermissionError, storage.Unreadable, storage.Refused) as error:  # the video itself was not refused
         raise _BadSidecar("cannot be read") from error
     if len(content) > _MOST_BYTES:
         raise _BadSidecar(f"has more than {_MOST_BYTES} bytes")

@@ -254,7 +254,9 @@ def read_sample(shard: memoryview, start: int, end: int) -> tuple[str, dict[str,
             raise ValueError(f"sample {key} at offset {start} runs into {member_key}")
         key = member_key
         offset += BLOCK_BYTES
-        num_bytes = int(size, 8)
+        if not size.rstrip(b"\0 ").isdigit():  # int() would take a sign
+            raise ValueError(f"no size in the header at offset {offset - BLOCK_BYTES}")
+        num_bytes = int(size.rstrip(b"\0 "), 8)
         members[member] = shard[offset : offset + num_bytes]
         offset += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
     if offset != end:

@@ -6,11 +6,12 @@ finished local file. Nothing is ever streamed into its final name, because fsspe
 exception leaves ``with fs.open(url, "wb")``.
 """
 
-from clipmill.storage.blame import ServerLost, Unreadable
+from clipmill.storage.blame import Refused, ServerLost, Unreadable
 from clipmill.storage.disk import TEMPORARY_PREFIX
 from clipmill.storage.documents import create_document, publish_document, read_document
-from clipmill.storage.entry import Entry
+from clipmill.storage.entry import Entry, Limits
 from clipmill.storage.objects import (
+    check_create,
     create_bytes,
     exists,
     fetch,
@@ -26,14 +27,17 @@ from clipmill.storage.objects import (
     stat,
     walk,
 )
-from clipmill.storage.urls import absolute, escape, is_local, is_web, join, local_path, resolve, server
+from clipmill.storage.urls import absolute, escape, is_local, is_web, join, local_path, resolve, server, shown, split
 
 __all__ = [
     "TEMPORARY_PREFIX",
     "Entry",
+    "Limits",
+    "Refused",
     "ServerLost",
     "Unreadable",
     "absolute",
+    "check_create",
     "create_bytes",
     "create_document",
     "escape",
@@ -56,6 +60,8 @@ __all__ = [
     "remove_tree",
     "resolve",
     "server",
+    "shown",
+    "split",
     "stat",
     "walk",
 ]

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import ssl
 from collections.abc import Iterator
 from http import HTTPStatus
 
-from clipmill.errors import StageFailed, StorageUnavailable, UserError
-from clipmill.storage.urls import is_web, scheme, server
+from clipmill.errors import ClipmillError, StageFailed, StorageUnavailable, UserError
+from clipmill.storage.urls import is_web, scheme, server, shown
 
-__all__ = ["S3_SCHEMES", "ServerLost", "Unreadable", "WebLost", "WebUnavailable", "answer", "transient_reason"]
+__all__ = [
+    "S3_SCHEMES",
+    "Refused",
+    "ServerLost",
+    "Unreadable",
+    "WebLost",
+    "WebUnavailable",
+    "answer",
+    "chain",
+    "line",
+    "transient_reason",
+]
 
 S3_SCHEMES = frozenset(("s3", "s3a"))
 
@@ -27,6 +40,27 @@ _TRANSIENT_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     )
 )
+
+
+_TRANSIENT_STATUSES = frozenset((HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS))
+_WRONG_CREDENTIALS = frozenset(
+    (
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidSecurity",
+        "InvalidToken",
+        "NotSignedUp",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    )
+)
+"""Answers that no object of the bucket would change."""
+
+
+class Refused(UserError):
+    """Access to one object is denied, or its bucket is not there: only another object tells whether all are."""
 
 
 class Unreadable(StageFailed, OSError):
@@ -50,47 +84,55 @@ def transient_reason(url: str, error: Exception) -> str | None:
 
     Raises:
         UserError: it never passes by itself.
+        Refused: nor does it, but it may concern this object alone.
         Unreadable: it concerns this object alone.
     """
+    if isinstance(error, ClipmillError):
+        return None
     if is_web(url):
         return _transient_web_reason(url, error)
+    name = shown(url)
     code, status = answer(error)
-    names = {type(one).__name__ for one in _chain(error)}
+    names = {type(one).__name__ for one in chain(error)}
     if code == "InvalidObjectState":
-        raise Unreadable(f"{url} is archived; restore it") from error
+        raise Unreadable(f"{name} is archived; restore it") from error
     if code == "NoSuchBucket":
-        raise UserError(f"the bucket {server(url)} of {url} does not exist; create it, or correct the URL") from error
+        raise Refused(f"the bucket {server(url)} of {name} does not exist; create it, or correct the URL") from error
     if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
-        raise UserError(f"{url}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+        raise UserError(f"{name}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     if scheme(url) in S3_SCHEMES and (isinstance(error, PermissionError) or status in (401, 403)):
-        raise UserError(f"{url}: access denied ({code or _line(error)}); {_CREDENTIALS_ADVICE}") from error
-    if isinstance(error, ImportError) or str(error).startswith("Protocol not known"):
-        raise UserError(f"cannot open {url}: {_line(error)}; use a local path or an s3:// URL") from error
+        kind = UserError if code in _WRONG_CREDENTIALS else Refused
+        raise kind(f"{name}: access denied ({code or line(error)}); {_CREDENTIALS_ADVICE}") from error
     if names & {"InvalidBucketName", "ParamValidationError"} or "Invalid endpoint" in str(error):
-        raise UserError(f"{url}: {_line(error)}; correct the URL or AWS_ENDPOINT_URL") from error
-    if status is not None or code is not None:
-        is_transient = code in _TRANSIENT_CODES or status == 429 or (status or 0) >= 500
-        return f"{code or 'answer'} (HTTP {status})" if is_transient else None
+        raise UserError(f"{name}: {line(error)}; correct the URL or AWS_ENDPOINT_URL") from error
+    if status == HTTPStatus.NOT_IMPLEMENTED:
+        raise UserError(f"{name}: the storage does not know this request ({code}); use another one") from error
     if isinstance(error, FileNotFoundError | FileExistsError):
         return None
-    return _line(error) if _is_network(error) else None
+    if status is not None or code is not None:
+        if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUSES or (status or 0) >= 500:
+            return f"{code or 'answer'} (HTTP {status})"
+        raise Unreadable(f"{name}: the storage answers {code} (HTTP {status})") from error
+    return line(error) if _is_network(error) else None
 
 
 def _transient_web_reason(url: str, error: Exception) -> str | None:
-    """As `transient_reason`, of a web server. fsspec turns many of its errors into FileNotFoundError."""
+    """As `transient_reason`, of a web server."""
     _, status = answer(error)
-    if status is not None and status != HTTPStatus.NOT_FOUND:
-        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
+    if status == HTTPStatus.NOT_FOUND:
+        raise FileNotFoundError(errno.ENOENT, "the server does not know it", shown(url)) from error
+    if status is not None:
+        if status in _TRANSIENT_STATUSES or status >= 500:
             return f"HTTP {status}"
-        raise Unreadable(f"{url}: the server answers {_status_text(status)}") from error
-    for one in _chain(error):
+        raise Unreadable(f"{shown(url)}: the server answers {_status_text(status)}") from error
+    for one in chain(error):
         if getattr(one, "errno", None) == socket.EAI_NONAME:
-            raise ServerLost(f"{url}: no such host") from error
-    if status is None and _is_network(error):
-        return _line(error.__cause__ or error)
-    if isinstance(error, ImportError | ValueError):
-        raise Unreadable(f"{url}: {_line(error)}") from error
-    return None
+            raise ServerLost(f"{shown(url)}: no such host") from error
+        if isinstance(one, ssl.SSLCertVerificationError):
+            raise ServerLost(f"{shown(url)}: {one.verify_message}") from error
+    if isinstance(error, ValueError | TypeError):
+        raise Unreadable(f"{shown(url)}: no address of a file ({type(error).__name__})") from error
+    return line(error.__cause__ or error) if _is_network(error) else None
 
 
 def _status_text(status: int) -> str:
@@ -105,7 +147,7 @@ def _is_network(error: BaseException) -> bool:
         isinstance(one, ConnectionError | TimeoutError)
         or type(one).__module__.startswith(("aiohttp", "botocore.httpchecksum"))
         or _is_botocore_transport(one)
-        for one in _chain(error)
+        for one in chain(error)
     )
 
 
@@ -118,7 +160,7 @@ def _is_botocore_transport(error: BaseException) -> bool:
 
 def answer(error: BaseException) -> tuple[str | None, int | None]:
     """(error code, HTTP status) of the server's answer behind an exception, as far as there is one."""
-    for one in _chain(error):
+    for one in chain(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -128,13 +170,15 @@ def answer(error: BaseException) -> tuple[str | None, int | None]:
     return None, None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what lies behind it."""
     following: BaseException | None = error
     while following is not None:
         yield following
         following = following.__cause__ or following.__context__
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """The first line of its message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

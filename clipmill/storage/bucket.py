@@ -5,7 +5,8 @@ until ``CLIPMILL_STORAGE_RETRY_SECONDS`` (120 unless set) have passed since its 
 pass (refused credentials, a bucket that is not there) raises at once and says what to do.
 
 A web server is one of the many that a list of videos names: what it refuses, or has not given by the deadline, is
-`Unreadable`, which is no reason to stop.
+`Unreadable`, which is no reason to stop. Nor is one `Refused` object of a bucket: only where another one is refused as
+well, the credentials or the bucket are at fault.
 """
 
 from __future__ import annotations
@@ -14,22 +15,18 @@ import io
 import logging
 import math
 import os
-import random
-import time
+import uuid
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.storage.blame import S3_SCHEMES, WebLost, WebUnavailable, answer, transient_reason
 from clipmill.storage.connection import connect
-from clipmill.storage.urls import is_web, scheme
+from clipmill.storage.patience import Patience
+from clipmill.storage.urls import is_web, join, scheme, shown
 
-__all__ = ["S3Folder", "call", "create", "open_to_read", "s3_folder"]
+__all__ = ["S3Folder", "call", "check_create", "create", "open_to_read", "s3_folder"]
 
-RETRY_SECONDS_VARIABLE = "CLIPMILL_STORAGE_RETRY_SECONDS"
-DEFAULT_RETRY_SECONDS = 120.0
-FIRST_PAUSE_SECONDS = 0.2
-LONGEST_PAUSE_SECONDS = 15.0
 QUIET_RETRIES = 3
 
 T = TypeVar("T")
@@ -47,35 +44,35 @@ def call(url: str, operation: Callable[[Any, str], T], *, longest_seconds: float
     Raises:
         UserError: the URL, the credentials or the bucket are wrong.
         StorageUnavailable: the server did not recover in time.
+        Refused: the object is forbidden, or its bucket is not there; it may be the only one.
         Unreadable: a web server refuses the object, or did not recover in time; or the object is archived.
         FileNotFoundError, FileExistsError: the operation's own answers.
     """
-    deadline = 0.0
-    attempt = 0
+    patience = Patience(url, longest_seconds)
     while True:
         try:
             filesystem, path = connect(url)
-            return operation(filesystem, path)
+            result = operation(filesystem, path)
+            patience.helped()
+            return result
         except Exception as error:
             reason = transient_reason(url, error)
             if reason is None:
                 raise
-            retry_seconds = min(_retry_seconds(), longest_seconds)
-            deadline = deadline or time.monotonic() + retry_seconds
-            # Half of the pause is random: thousands of workers that lost one server must not return in step.
-            pause_seconds = min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
-            if time.monotonic() + pause_seconds > deadline:
-                if is_web(url):
-                    kind = WebLost if answer(error)[1] is None else WebUnavailable
-                    raise kind(f"{url}: the server did not recover within {retry_seconds:g} s ({reason})") from error
-                raise StorageUnavailable(
-                    f"{url}: the storage did not recover within {retry_seconds:g} s ({reason}); check it and "
-                    "AWS_ENDPOINT_URL, then run the same command again"
-                ) from error
-            attempt += 1
-            if attempt > QUIET_RETRIES:
-                logger.warning("%s: %s; trying again in %.1f s", url, reason, pause_seconds)
-            time.sleep(pause_seconds)
+            pause_seconds = patience.next_pause(error)
+            if pause_seconds is None:
+                raise _outage(url, error, f"did not recover within {patience.seconds:g} s ({reason})") from error
+            if patience.num_pauses >= QUIET_RETRIES:
+                logger.warning("%s: %s; trying again in %.1f s", shown(url), reason, pause_seconds)
+            patience.wait(pause_seconds)
+
+
+def _outage(url: str, error: BaseException, what: str) -> StorageUnavailable:
+    if is_web(url):
+        kind = WebLost if answer(error)[1] is None else WebUnavailable
+        return kind(f"{shown(url)}: the server {what}")
+    advice = "check it and AWS_ENDPOINT_URL, then run the same command again"
+    return StorageUnavailable(f"{shown(url)}: the storage {what}; {advice}")
 
 
 class S3Folder(NamedTuple):
@@ -109,6 +106,24 @@ def create(url: str, data: bytes) -> bool:
         return True
 
     return call(url, put)
+
+
+def check_create(folder_url: str) -> None:
+    """Makes sure that `create` has one winner: some storage overwrites what it was asked not to.
+
+    Raises:
+        UserError: this one does.
+    """
+    url = join(folder_url, f"probe-{uuid.uuid4().hex}")
+    try:
+        is_fenced = create(url, b"first") and not create(url, b"second")
+    finally:
+        call(url, lambda filesystem, path: filesystem.rm_file(path))
+    if not is_fenced:
+        raise UserError(
+            f"{folder_url}: this storage ignores If-None-Match, so two runs could own one folder; upgrade it, or use "
+            "storage that creates exclusively (docs/storage.md lists some)"
+        )
 
 
 def open_to_read(url: str, block_bytes: int) -> BinaryIO:
@@ -146,11 +161,3 @@ class _Ranges(io.RawIOBase):
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
-
-
-def _retry_seconds() -> float:
-    text = os.environ.get(RETRY_SECONDS_VARIABLE, "")
-    try:
-        return float(text or DEFAULT_RETRY_SECONDS)
-    except ValueError as error:
-        raise UserError(f"{RETRY_SECONDS_VARIABLE}={text} is not a number of seconds; correct or unset it") from error

@@ -1,4 +1,7 @@
-"""The file systems of buckets and web servers, connected once a process. Alone with `s3` it imports fsspec and s3fs."""
+"""The file systems of buckets and web servers, connected once a process.
+
+Alone with `s3` and `web`, which a process imports when it needs them, it imports fsspec and s3fs.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Any
 
 import fsspec
 
-from clipmill.storage.blame import S3_SCHEMES
-from clipmill.storage.urls import scheme
+from clipmill.errors import UserError
+from clipmill.storage.blame import S3_SCHEMES, line
+from clipmill.storage.urls import WEB_SCHEMES, request_url, scheme, shown
 
 __all__ = ["connect"]
 
@@ -18,10 +22,18 @@ _connecting = threading.Lock()
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a bucket URL, and the object's path in it."""
-    with _connecting:
-        filesystem = _connected(scheme(url), os.getpid())
-    return filesystem, filesystem._strip_protocol(url)
+    """The fsspec file system of a bucket URL, and the object's path in it.
+
+    Raises:
+        UserError: none is installed.
+    """
+    try:
+        with _connecting:
+            filesystem = _connected(scheme(url), os.getpid())
+    except (ImportError, TypeError, ValueError) as error:  # its package, or an option that it needs, is missing
+        what = f"no storage for {scheme(url)}:// ({line(error)})"
+        raise UserError(f"cannot open {shown(url)}: {what}; use a local path or an s3:// URL") from error
+    return filesystem, request_url(url) if scheme(url) in WEB_SCHEMES else filesystem._strip_protocol(url)
 
 
 @functools.cache
@@ -32,7 +44,11 @@ def _connected(protocol: str, process: int) -> Any:
     Listings are never cached: other processes write into the same folders.
     """
     if protocol in S3_SCHEMES:
-        from clipmill.storage.s3 import connected  # GPU boxes without s3fs train from local disks
+        from clipmill.storage import s3  # GPU boxes without s3fs train from local disks
 
-        return connected()
+        return s3.connected()
+    if protocol in WEB_SCHEMES:
+        from clipmill.storage import web
+
+        return web.connected()
     return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)

@@ -1,10 +1,11 @@
-"""What a listing says about an object."""
+"""What a listing says about an object, and what fetching one may take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Entry"]
+__all__ = ["Entry", "Limits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +19,10 @@ class Entry:
     """The bucket's own content tag; none on a local disk."""
     modified: float | None
     """Seconds since the epoch."""
+
+
+class Limits(NamedTuple):
+    """What fetching an object may take."""
+
+    seconds: float
+    bytes: int

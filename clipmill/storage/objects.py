@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from clipmill.storage import bucket, disk, listing
-from clipmill.storage.blame import Unreadable
-from clipmill.storage.entry import Entry
+from clipmill.storage.entry import Entry, Limits
 from clipmill.storage.urls import is_local, is_web, local_path, object_path
 
 __all__ = [
+    "check_create",
     "create_bytes",
     "exists",
     "fetch",
@@ -88,7 +88,7 @@ def stat(url: str) -> Entry:
 
     Raises:
         FileNotFoundError: there is none, or it is a folder, FIFO or socket.
-        Unreadable: a web server refuses it, does not answer, or does not say how large it is.
+        Unreadable: a web server refuses it, does not answer, or does not end it where only that tells how large it is.
     """
     name = url.rsplit("/", 1)[-1]
     if is_local(url):
@@ -101,17 +101,36 @@ def stat(url: str) -> Entry:
     info = bucket.call(url, lambda filesystem, path: filesystem.info(path), longest_seconds=longest_seconds)
     if info["type"] != "file":
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
-    if info.get("size") is None:  # it may have no end
-        raise Unreadable(f"{url}: the server does not say how large the file is")
     return replace(listing.entry_of(info, ""), name=name)
 
 
-def fetch(url: str, path: Path) -> None:
-    """Copies the whole object into a local file."""
+def fetch(url: str, path: Path, limits: Limits | None = None) -> None:
+    """Copies the whole object into a local file.
+
+    Args:
+        url: of the object.
+        path: of the copy.
+        limits: of what a web server may take and send; None: none.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Unreadable: it exceeds the limits, or a web server does not give it.
+    """
     if is_local(url):
         shutil.copyfile(local_path(url), path)
-    else:
-        bucket.call(url, lambda filesystem, remote: filesystem.get_file(remote, str(path)))
+        return
+    options = {"limits": limits} if limits is not None and is_web(url) else {}
+    bucket.call(url, lambda filesystem, remote: filesystem.get_file(remote, str(path), **options))
+
+
+def check_create(url: str) -> None:
+    """Makes sure that `create_bytes` has one winner in a folder; a local one needs no proof.
+
+    Raises:
+        UserError: this storage overwrites what it was asked not to.
+    """
+    if not is_local(url):
+        bucket.check_create(url)
 
 
 def list_folder(url: str) -> list[Entry]:

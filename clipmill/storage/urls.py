@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote, unquote_plus
 
 __all__ = [
+    "WEB_SCHEMES",
     "absolute",
     "escape",
     "escape_name",
@@ -23,19 +24,33 @@ __all__ = [
     "local_path",
     "object_path",
     "relative_name",
+    "request_url",
     "resolve",
     "scheme",
     "server",
+    "shown",
+    "split",
     "unescape",
 ]
 
-WEB_SCHEMES = frozenset(("http", "https", "ftp"))
+WEB_SCHEMES = frozenset(("http", "https"))
 
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)")
 """Scheme and server. `urlsplit` would take ``a:b`` for a URL, and drop the newlines of a name."""
 _ESCAPE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 """Stands for a byte that is not UTF-8, or for a backslash, in a name."""
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _HERE = "./"
+
+_CREDENTIAL = re.compile(
+    "x-amz-|x-goog-|awsaccesskeyid|googleaccessid|key-pair-id|policy|expires|sig|sign|hmac|token|secret|password|passwd|"
+    "pwd|auth|credential|api[-_]?key|access[-_]?key|jwt|session|cookie|se$|sp$|sv$|sr$|skoid$|key$",
+    re.IGNORECASE,
+)
+"""Starts, or contains, the name of a query parameter that signs a URL or lets its holder in."""
+_SECRET_LENGTH = 32
+"""Shortest value of any other parameter that is taken for a secret as well."""
 
 
 def scheme(url: str) -> str:
@@ -108,6 +123,12 @@ def resolve(url: str, name: str) -> str:
     return absolute(name) if "://" in name or name.startswith("/") else join(url, name)
 
 
+def split(url: str) -> tuple[str, str]:
+    """The folder of a file, and the file's name in it; neither has the query of a web server's URL."""
+    folder, _, name = (url.partition("?")[0] if is_web(url) else url).rpartition("/")
+    return folder, name
+
+
 def relative_name(path: str) -> str:
     """The path of an object below a folder, as a name that `resolve` finds there.
 
@@ -119,3 +140,39 @@ def relative_name(path: str) -> str:
 def object_path(name: str) -> str:
     """The path that a `relative_name` stands for."""
     return name.removeprefix(_HERE)
+
+
+def request_url(url: str) -> str:
+    """A web server's file as it goes over the wire.
+
+    Characters that no URL may hold are percent-encoded, bytes of names in other encodings too. All others stay as they
+    stand, for a signature may cover them. A fragment stays here.
+    """
+    head, slashes, rest = unescape(url).partition("://")
+    host, slash, path = rest.partition("#")[0].partition("/")
+    if not host.isascii():
+        host = host.encode("idna").decode()
+    path = quote(_STRAY_PERCENT.sub("%25", path), safe="%/:?[]@!$&'()*+,;=~", errors="surrogateescape")
+    return head + slashes + host + slash + path
+
+
+def shown(url: str) -> str:
+    """A URL or name for whatever others read: logs, records, configurations.
+
+    Credentials go: the user and password before a host, and values of a query that sign a URL or are as long as a
+    secret. Characters that would not show, or would move the cursor, are escaped.
+    """
+    found = _URL.match(url)
+    if found is not None:
+        host = found[2].rpartition("@")[2]
+        path, question, query = url[found.end() :].partition("?")
+        if question and is_web(url):
+            query = "&".join(map(_shown_parameter, query.split("&")))
+        url = f"{found[1]}://{host}{path}{question}{query}"
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], url)
+
+
+def _shown_parameter(parameter: str) -> str:
+    name, equals, value = parameter.partition("=")
+    is_secret = _CREDENTIAL.search(unquote_plus(name)) or len(value or name) >= _SECRET_LENGTH
+    return f"{name if equals else ''}{equals}***" if is_secret else parameter

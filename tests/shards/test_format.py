@@ -222,3 +222,11 @@ def test_json_has_one_form():
     assert json_bytes({"b": 1, "a": ["é", None]}) == b'{"a":["\\u00e9",null],"b":1}'
     with pytest.raises(ValueError, match="JSON"):
         json_bytes({"a": float("nan")})
+
+
+@pytest.mark.parametrize("size", [b"-0000001130", b"+0000000130", b"0_000000130", b"           ", b"00000000009"])
+def test_a_size_that_is_no_octal_number_ends_the_reading(size):
+    header = bytearray(512)
+    header[:9], header[124:135], header[156:157], header[257:262] = b"a_0.json\0", size, b"0", b"ustar"
+    with pytest.raises(ValueError, match=r"no size|invalid literal"):
+        read_sample(memoryview(bytes(header) + bytes(512)), 0, 1024)

@@ -10,7 +10,7 @@ import pytest
 
 from clipmill import storage
 from clipmill.errors import StageFailed, StorageUnavailable, UserError
-from clipmill.storage import bucket, connection
+from clipmill.storage import connection, patience
 
 OPERATIONS = {
     "read": lambda url: storage.read_bytes(f"{url}/a"),
@@ -47,7 +47,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "NO_PROXY": "127.0.0.1",
-        bucket.RETRY_SECONDS_VARIABLE: "0.3",
+        patience.RETRY_SECONDS_VARIABLE: "0.3",
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -79,6 +79,6 @@ def test_what_is_no_bucket_url() -> None:
 
 
 def test_a_deadline_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(bucket.RETRY_SECONDS_VARIABLE, "long")
+    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "long")
     with pytest.raises(UserError, match="long is not a number"):
         storage.exists("s3://here/a")

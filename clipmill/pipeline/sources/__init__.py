@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from clipmill import storage
@@ -17,7 +18,17 @@ from clipmill.pipeline.sources import arrays, bair, folder, hdf5, lerobot, table
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo, TimedRows
 
-__all__ = ["base_url", "check_source", "describe_files", "extract", "is_gone", "list_videos", "read_array", "read_rows"]
+__all__ = [
+    "base_url",
+    "check_source",
+    "describe_files",
+    "extract",
+    "is_gone",
+    "is_refused_alone",
+    "list_videos",
+    "read_array",
+    "read_rows",
+]
 
 _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
     "table": table.list_videos,
@@ -41,6 +52,8 @@ _FILES_OR_FOLDERS = {"webdataset": webdataset.SUFFIXES, "arrays": arrays.SUFFIXE
 """Source types whose URL is a folder or, with one of these endings, a file."""
 
 _ENDINGS_NAMED = 10
+_FILES_LOOKED_THROUGH = 1000
+_FILES_ASKED_FOR = 16
 
 
 def list_videos(source: SourceConfig, others: Counter[str] | None = None) -> Iterator[SourceVideo]:
@@ -62,10 +75,14 @@ def list_videos(source: SourceConfig, others: Counter[str] | None = None) -> Ite
             num_videos += 1
             yield video
     except PermissionError as error:
-        raise UserError(f"data.source.url {url} cannot be listed ({error}); check its permissions") from error
+        raise UserError(
+            f"data.source.url {storage.shown(url)} cannot be listed ({error}); check its permissions"
+        ) from error
     if not num_videos:
         found = f"; it holds {describe_files(others)}" if others else ""
-        raise UserError(f"data.source.url {url} holds no video{_wanted(source)}{found}; name another {_kind(source)}")
+        raise UserError(
+            f"data.source.url {storage.shown(url)} holds no video{_wanted(source)}{found}; name another {_kind(source)}"
+        )
 
 
 def describe_files(others: Mapping[str, int]) -> str:
@@ -104,7 +121,10 @@ def check_source(source: SourceConfig) -> None:
 def _is_file(source: SourceConfig) -> bool:
     """Whether the source's URL names a file rather than a folder."""
     suffixes = _FILES_OR_FOLDERS.get(source.type, frozenset())
-    return source.type in _FILES or PurePosixPath(storage.absolute(source.url)).suffix.lower() in suffixes
+    return (
+        source.type in _FILES
+        or PurePosixPath(storage.split(storage.absolute(source.url))[1]).suffix.lower() in suffixes
+    )
 
 
 def _existing_source(source: SourceConfig) -> str:
@@ -126,15 +146,49 @@ def _existing_source(source: SourceConfig) -> str:
 def base_url(source: SourceConfig) -> str:
     """The folder that the names of a source's files are relative to."""
     url = storage.absolute(source.url)
-    return url.rsplit("/", 1)[0] if _is_file(source) else url
+    return storage.split(url)[0] if _is_file(source) else url
 
 
 def is_gone(source: SourceConfig) -> bool:
-    """Whether there is nothing at all where the source was: an unmounted disk is no fault of its videos."""
+    """Whether there is nothing at all where the source was: an unmounted disk is no fault of its videos.
+
+    A bucket that is gone says so itself, whichever of its objects is asked for.
+    """
     url = storage.absolute(source.url)
+    if not storage.is_local(url):
+        return False
     if _is_file(source):
         return not storage.exists(url)
     return next(storage.walk(url), None) is None
+
+
+def is_refused_alone(source: SourceConfig, url: str) -> bool:
+    """Whether other files of the source can be read although storage refuses this one.
+
+    Raises:
+        UserError: not even a listing can be had.
+    """
+    return any(map(_is_readable, (other for other in _some_files(source) if other != url)))
+
+
+def _is_readable(url: str) -> bool:
+    try:
+        storage.read_start(url, 1)
+    except (storage.Refused, storage.Unreadable, FileNotFoundError):
+        return False
+    return True
+
+
+def _some_files(source: SourceConfig) -> list[str]:
+    """A few of the files that hold videos, spread over the first of them; none where the source is one file."""
+    base = base_url(source)
+    if source.type == "table":
+        names = table.first_names(source, _FILES_LOOKED_THROUGH)
+    elif _is_file(source):
+        return []
+    else:
+        names = [entry.name for entry in islice(storage.walk(base), _FILES_LOOKED_THROUGH)]
+    return [storage.resolve(base, name) for name in names[:: -(-len(names) // _FILES_ASKED_FOR) or 1]]
 
 
 def read_array(source: SourceConfig, url: str, member: str, num_bytes: int, kept: KeptFiles) -> ArrayVideo:

@@ -78,7 +78,7 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
 
 
 def _list_file(source: SourceConfig, base: str, entry: storage.Entry) -> Iterator[SourceVideo]:
-    url = storage.join(base, entry.name)
+    url = storage.resolve(base, entry.name)
     identity = file_identity(url, entry.bytes, entry.etag)
     try:
         layout = _read_layout(source, url, entry.bytes)

@@ -34,7 +34,7 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
     cameras = ("image_main", "image_aux1") if source.camera == "both" else (source.camera,)
     base = storage.absolute(source.url)
     for path, entry in walk_files(base, _SUFFIXES, others):
-        url = storage.join(base, entry.name)
+        url = storage.resolve(base, entry.name)
         identity = file_identity(url, entry.bytes, entry.etag)
         with storage.open_to_read(url) as file:
             for number, (offset, num_bytes) in enumerate(index_records(file, entry.bytes)):

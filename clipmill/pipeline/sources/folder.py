@@ -67,8 +67,13 @@ def _is_video(url: str, path: PurePosixPath, entry: storage.Entry) -> bool:
     if suffix in VIDEO_SUFFIXES or suffix not in SNIFFED_SUFFIXES or not entry.bytes:
         return suffix in VIDEO_SUFFIXES
     try:
-        return is_video_head(storage.read_start(storage.join(url, entry.name), HEAD_BYTES))
-    except (FileNotFoundError, PermissionError):  # whatever it is, nothing calls it a video
+        return is_video_head(storage.read_start(storage.resolve(url, entry.name), HEAD_BYTES))
+    except (
+        FileNotFoundError,
+        PermissionError,
+        storage.Unreadable,
+        storage.Refused,
+    ):  # whatever it is, nothing calls it a video
         return False
 
 

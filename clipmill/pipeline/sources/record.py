@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from clipmill import storage
-from clipmill.errors import UserError
 
 __all__ = ["EDGE_BYTES", "ArrayVideo", "DamagedVideo", "SourceVideo", "TimedRows", "file_identity"]
 
@@ -94,20 +92,16 @@ class DamagedVideo(Exception):
 def file_identity(url: str, num_bytes: int, etag: str | None) -> str:
     """What storage says about a file's content without reading all of it.
 
+    Where it has no content tag, the first and last bytes stand for the content.
+
     Raises:
         FileNotFoundError: the file has vanished.
-        UserError: its storage has no content tags.
+        OSError, UserError: it cannot be read.
     """
-    if storage.is_local(url):
-        return f"disk:{num_bytes}:{_edges_sha256(storage.local_path(url))}"
-    if etag is None:
-        raise UserError(f"{url} has no etag, so its videos have no identity; use s3:// or a folder")
-    return f"bucket:{num_bytes}:{etag}"
-
-
-def _edges_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    if not storage.is_local(url) and etag is not None:
+        return f"bucket:{num_bytes}:{etag}"
+    with storage.open_to_read(url, EDGE_BYTES) as file:
         digest = hashlib.sha256(file.read(EDGE_BYTES))
-        file.seek(max(path.stat().st_size - EDGE_BYTES, 0))
+        file.seek(max(num_bytes - EDGE_BYTES, 0))
         digest.update(file.read(EDGE_BYTES))
-    return digest.hexdigest()
+    return f"disk:{num_bytes}:{digest.hexdigest()}"

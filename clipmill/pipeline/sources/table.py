@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from clipmill import storage
 from clipmill.config import SourceConfig
@@ -24,7 +23,7 @@ from clipmill.pipeline.sources.cells import BadCell, as_caption, as_seconds, as_
 from clipmill.pipeline.sources.record import SourceVideo
 from clipmill.pipeline.sources.rows import SUFFIXES, Row, UnreadableTable, read_rows
 
-__all__ = ["list_videos"]
+__all__ = ["first_names", "list_videos"]
 
 _BLOCK_BYTES = 2**22
 _REQUESTS_AT_ONCE = 32
@@ -47,10 +46,8 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
         UserError: another kind of file, a column that is not there, or no row that gives a video.
     """
     url = storage.absolute(source.url)
-    base, _, table_name = url.rpartition("/")
-    suffix = PurePosixPath(url).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"data.source.url {url} must end in {', '.join(SUFFIXES)} for data.source.type=table")
+    base, table_name = storage.split(url)
+    suffix = _suffix(url)
     columns = {key: column for key, column in source.columns.model_dump().items() if column is not None}
     num_rows = num_faults = 0
     fault = ""
@@ -70,12 +67,32 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
                         fault = fault or video.fault
                     yield video
         except UnreadableTable as error:
-            raise UserError(f"data.source.url {url} cannot be read as {suffix}: {error}") from error
+            raise UserError(f"data.source.url {storage.shown(url)} cannot be read as {suffix}: {error}") from error
     if num_rows and num_rows == num_faults:
         raise UserError(
-            f"none of the {num_rows} rows of {url} gives a video; of the first: {fault} "
+            f"none of the {num_rows} rows of {storage.shown(url)} gives a video; of the first: {fault} "
             f"(relative names are sought in {base})"
         )
+
+
+def first_names(source: SourceConfig, num_rows: int) -> list[str]:
+    """The names or URLs in the first rows, as far as they hold any."""
+    url = storage.absolute(source.url)
+    with storage.open_to_read(url, _BLOCK_BYTES) as file:
+        names = []
+        for row in islice(read_rows(file, _suffix(url)), num_rows):
+            with suppress(BadCell):
+                names.append(_name(row, source.columns.url))
+        return names
+
+
+def _suffix(url: str) -> str:
+    suffix = PurePosixPath(storage.split(url)[1]).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(
+            f"data.source.url {storage.shown(url)} must end in {', '.join(SUFFIXES)} for data.source.type=table"
+        )
+    return suffix
 
 
 def _check_columns(url: str, columns: dict[str, str], rows: list[Row]) -> bool:
@@ -95,8 +112,16 @@ def _check_columns(url: str, columns: dict[str, str], rows: list[Row]) -> bool:
 
 
 def _video_of(columns: dict[str, str], row: Row, table_name: str) -> SourceVideo:
-    """What a row says; its file has not been looked at."""
+    """What a row says; its file has not been looked at. Whatever is wrong with a row is its fault alone."""
     place = f"{table_name}#{row.place.replace(' ', '=')}"
+    try:
+        return _described(columns, row, place)
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:  # numbers too large, lists too deep
+        fault = f"{row.place}: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        return SourceVideo(place, 0, None, fault=fault, identity=f"fault:{place}:{row.raw}")
+
+
+def _described(columns: dict[str, str], row: Row, place: str) -> SourceVideo:
     try:
         name = _name(row, columns["url"])
     except BadCell as bad:
@@ -189,22 +214,21 @@ class _Finder:
     def _find(self, video: SourceVideo) -> SourceVideo:
         if video.fault is not None:
             return video
+        name = storage.shown(video.name)
         try:
             url = storage.resolve(self._base, video.name)
-            server = urlsplit(url).netloc
+            server = storage.server(url)
             if server in self._lost:
                 raise OSError(self._lost[server])
             entry = self._stat(url, server)
-            if entry.etag is None and not storage.is_local(url):
-                raise OSError(f"{url} has no ETag, so nothing tells whether it changes; copy it to a disk or a bucket")
             return replace(video, bytes=entry.bytes, etag=entry.etag)
         except FileNotFoundError:
-            fault = f"{video.name} is missing"
+            fault = f"{name} is missing"
         except (OSError, ValueError, UserError) as error:
             if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
                 raise  # a bucket is away
             fault = str(error).splitlines()[0]
-        return replace(video, fault=fault, identity=f"fault:{video.name}")
+        return replace(video, fault=fault, identity=f"fault:{name}")
 
     def _stat(self, url: str, server: str) -> storage.Entry:
         try:
@@ -212,7 +236,7 @@ class _Finder:
         except (storage.Unreadable, UserError) as error:
             self._refused[server] += server not in self._answered
             if isinstance(error, storage.ServerLost) or self._refused[server] > _MOST_REFUSALS:
-                self._lost[server] = f"{server} was given up: {error}"
+                self._lost[server] = f"{server.rpartition('@')[2]} was given up: {error}"
             raise
         self._answered.add(server)
         return entry

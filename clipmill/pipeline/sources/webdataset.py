@@ -56,7 +56,7 @@ class _Sample:
 
 
 def _list_tar(source: SourceConfig, base: str, tar: storage.Entry) -> Iterator[SourceVideo]:
-    url = storage.join(base, tar.name)
+    url = storage.resolve(base, tar.name)
     identity = file_identity(url, tar.bytes, tar.etag)
     with storage.open_to_read(url) as file:
         for sample in _read_samples(file, url, tar.bytes):

@@ -1,0 +1,101 @@
+"""How long a failed request is repeated: each for itself, and those of one web server together."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from clipmill.errors import UserError
+from clipmill.storage.blame import chain
+from clipmill.storage.urls import is_web, server
+
+__all__ = ["RETRY_SECONDS_VARIABLE", "Patience"]
+
+RETRY_SECONDS_VARIABLE = "CLIPMILL_STORAGE_RETRY_SECONDS"
+DEFAULT_RETRY_SECONDS = 120.0
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 15.0
+
+_lock = threading.Lock()
+_waiting: Counter[str] = Counter()
+_wasted_seconds: dict[str, float] = {}
+"""Waited for each web server since waiting last helped. Where a list names ten thousand files of a server that
+answers 503 to all, each waits only as long as the budget of the server lasts."""
+
+
+class Patience:
+    """The pauses between the attempts of one call.
+
+    Attributes:
+        num_pauses: taken so far.
+        seconds: that the call may be repeated, from its first failure on.
+    """
+
+    def __init__(self, url: str, longest_seconds: float) -> None:
+        self.num_pauses = 0
+        self.seconds = 0.0
+        self._server = server(url) if is_web(url) else None
+        self._longest_seconds = longest_seconds
+        self._deadline: float | None = None
+
+    def next_pause(self, error: BaseException) -> float | None:
+        """Seconds to wait before the next attempt; None: it is time to give up."""
+        now = time.monotonic()
+        if self._deadline is None:
+            self.seconds = min(_retry_seconds(), self._longest_seconds)
+            self._deadline = now + self.seconds
+        # Half of the pause is random: thousands of workers that lost one server must not return in step.
+        pause = min(FIRST_PAUSE_SECONDS * 2**self.num_pauses, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
+        pause = max(pause, _asked_for_seconds(error))
+        is_over = now + pause > self._deadline
+        if self._server is not None:
+            is_over |= _wasted_seconds.get(self._server, 0.0) + pause > _retry_seconds()
+        return None if is_over else pause
+
+    def wait(self, pause_seconds: float) -> None:
+        """Waits, at the cost of the server's budget; those who wait at once share the cost."""
+        self.num_pauses += 1
+        if self._server is None:
+            time.sleep(pause_seconds)
+            return
+        with _lock:
+            _waiting[self._server] += 1
+            cost = pause_seconds / _waiting[self._server]
+            _wasted_seconds[self._server] = _wasted_seconds.get(self._server, 0.0) + cost
+        time.sleep(pause_seconds)
+        with _lock:
+            _waiting[self._server] -= 1
+
+    def helped(self) -> None:
+        """The call succeeded: where it took patience, the server's budget is whole again."""
+        if self.num_pauses and self._server is not None:
+            with _lock:
+                _wasted_seconds.pop(self._server, None)
+
+
+def _retry_seconds() -> float:
+    text = os.environ.get(RETRY_SECONDS_VARIABLE, "")
+    try:
+        return float(text or DEFAULT_RETRY_SECONDS)
+    except ValueError as error:
+        raise UserError(f"{RETRY_SECONDS_VARIABLE}={text} is not a number of seconds; correct or unset it") from error
+
+
+def _asked_for_seconds(error: BaseException) -> float:
+    """What the server's ``Retry-After`` says, as seconds or as a date; 0 without one."""
+    headers: Any = next((found for one in chain(error) if (found := getattr(one, "headers", None))), {})
+    text = headers.get("Retry-After", "")
+    try:
+        return max(float(text), 0.0) if text else 0.0
+    except ValueError:
+        pass
+    try:
+        return max((parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds(), 0.0)
+    except (TypeError, ValueError):
+        return 0.0

@@ -1,0 +1,181 @@
+"""Files of web servers, of which a list may name thousands: hosts of all kinds, some of them broken.
+
+A server need not tell a file's length or ETag, may refuse HEAD where it answers GET (as signed URLs do), know no
+ranges, or never end an answer. What it does not tell is found out as cheaply as possible; what does not end is ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aiohttp import ClientResponse, ClientSession, ClientTimeout
+from fsspec.implementations.http import HTTPFileSystem
+from yarl import URL
+
+from clipmill.storage.blame import Unreadable
+from clipmill.storage.entry import Limits
+from clipmill.storage.urls import shown
+
+__all__ = ["EDGE_BYTES", "WebFiles", "connected"]
+
+EDGE_BYTES = 64 * 2**10
+"""The first and the last bytes of a file, whose hash tells it from others where its server has no tag for it."""
+LOOK_LIMITS = Limits(seconds=300, bytes=2**31)
+"""For reading a file whose length nothing else tells."""
+UNLIMITED = Limits(seconds=30 * 24 * 3600, bytes=2**60)
+
+_BLOCK_BYTES = 2**20
+_HEADERS = {"Accept-Encoding": "identity"}
+"""Else the length is that of a compressed copy."""
+_FINAL = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+"""Answers to HEAD that GET would repeat."""
+_TOTAL = re.compile(r"bytes (?:[0-9]+-[0-9]+|\*)/([0-9]+)")
+_SESSION_OPTIONS: dict[str, Any] = {
+    "timeout": ClientTimeout(total=None, sock_connect=10, sock_read=60),
+    "requote_redirect_url": False,  # a signature covers the URL as it stands
+    "max_line_size": 2**17,  # signed URLs of redirects are long
+    "max_field_size": 2**17,
+}
+
+
+class _Answer(NamedTuple):
+    """What a server says about a file.
+
+    Attributes:
+        bytes: its length.
+        tag: its ETag; else when it was last modified.
+    """
+
+    bytes: int | None
+    tag: str | None
+
+
+class WebFiles(HTTPFileSystem):
+    """fsspec's file system of web servers, with looks and copies of our own."""
+
+    async def _info(self, url: str, limits: Limits = LOOK_LIMITS, **_: Any) -> dict[str, Any]:
+        """A file's length and tag: with one HEAD, at most by reading all of it."""
+        session = await self.set_session()
+        async with _ends_in_time(url, limits):
+            num_bytes, tag = await _ask(session, url)
+            if num_bytes is not None and tag is None:
+                tag = await _tag_of_edges(session, url, num_bytes)
+            if num_bytes is None or tag is None:
+                num_bytes, tag = await _read_through(session, url, limits, tag)
+        return {"name": url, "type": "file", "size": num_bytes, "ETag": tag}
+
+    async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        """The first bytes, also of servers that know no ranges."""
+        if start != 0 or end is None:
+            return await super()._cat_file(url, start, end, **kwargs)
+        session = await self.set_session()
+        async with _get(session, url, 0, end) as response:
+            return b"" if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE else await _read(response, end)
+
+    async def _get_file(self, rpath: str, lpath: str, limits: Limits = UNLIMITED, **_: Any) -> None:
+        session = await self.set_session()
+        with Path(lpath).open("wb") as copy:
+            async with _ends_in_time(rpath, limits):
+                async for block in _blocks(session, rpath, limits):
+                    copy.write(block)
+
+
+def connected() -> WebFiles:
+    """A new client. URLs go over the wire as they are given: a signature covers them."""
+    return WebFiles(encoded=True, client_kwargs=_SESSION_OPTIONS, use_listings_cache=False, skip_instance_cache=True)
+
+
+async def _ask(session: ClientSession, url: str) -> _Answer:
+    async with session.head(URL(url, encoded=True), headers=_HEADERS, allow_redirects=True) as response:
+        if response.status in _FINAL:
+            response.raise_for_status()
+        answer = _described(response)
+        if response.ok and answer.bytes and answer.tag:
+            return answer
+    async with _get(session, url, 0, 1) as response:
+        return _described(response)
+
+
+def _described(response: ClientResponse) -> _Answer:
+    headers = response.headers
+    length: str | None = None
+    if response.status in (HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
+        found = _TOTAL.match(headers.get("Content-Range", ""))
+        length = found[1] if found else None
+    elif headers.get("Content-Encoding", "identity") == "identity":
+        length = headers.get("Content-Length")
+    modified = headers.get("Last-Modified")
+    tag = headers.get("ETag", "").strip('"') or (f"modified:{modified}" if modified else None)
+    return _Answer(int(length) if length and length.isdigit() else None, tag)
+
+
+async def _tag_of_edges(session: ClientSession, url: str, num_bytes: int) -> str | None:
+    """A hash of the first and the last bytes; None where the file is short, or its server knows no ranges."""
+    edges = b""
+    for first in (0, num_bytes - EDGE_BYTES):
+        async with _get(session, url, first, first + EDGE_BYTES) as response:
+            if num_bytes <= 2 * EDGE_BYTES or response.status != HTTPStatus.PARTIAL_CONTENT:
+                return None
+            edges += await _read(response, EDGE_BYTES)
+    return _tag(edges)
+
+
+async def _read_through(session: ClientSession, url: str, limits: Limits, tag: str | None) -> tuple[int, str]:
+    num_bytes, start, end = 0, b"", b""
+    async for block in _blocks(session, url, limits):
+        num_bytes += len(block)
+        start += block[: EDGE_BYTES - len(start)]
+        end = (end + block)[-EDGE_BYTES:]
+    return num_bytes, tag or _tag(start + end)
+
+
+def _tag(edges: bytes) -> str:
+    return f"edges:{hashlib.sha256(edges).hexdigest()}"
+
+
+@asynccontextmanager
+async def _get(session: ClientSession, url: str, start: int, end: int) -> AsyncIterator[ClientResponse]:
+    """An answer with these bytes, or with all of the file; 416 where the file has no such bytes."""
+    headers = {**_HEADERS, "Range": f"bytes={start}-{end - 1}"}
+    async with session.get(URL(url, encoded=True), headers=headers) as response:
+        if response.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            response.raise_for_status()
+        yield response
+
+
+async def _read(response: ClientResponse, num_bytes: int) -> bytes:
+    """The first bytes of an answer, which may have no end."""
+    data = b""
+    while len(data) < num_bytes and (block := await response.content.read(num_bytes - len(data))):
+        data += block
+    return data
+
+
+async def _blocks(session: ClientSession, url: str, limits: Limits) -> AsyncIterator[bytes]:
+    """The content of a file, as far as the limits allow."""
+    num_bytes = 0
+    async with session.get(URL(url, encoded=True), headers=_HEADERS) as response:
+        response.raise_for_status()
+        while block := await response.content.read(_BLOCK_BYTES):
+            num_bytes += len(block)
+            if max(num_bytes, response.content_length or 0) > limits.bytes:
+                raise Unreadable(f"{shown(url)} has more than {limits.bytes} bytes (data.fetch_bytes)")
+            yield block
+
+
+@asynccontextmanager
+async def _ends_in_time(url: str, limits: Limits) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(limits.seconds) as timeout:
+            yield
+    except TimeoutError as error:
+        if not timeout.expired():
+            raise
+        raise Unreadable(f"{shown(url)} does not end within {limits.seconds:.0f} s (data.fetch_seconds)") from error

@@ -1,0 +1,90 @@
+"""One object's fault or everything's: what a worker makes of a file that its storage does not give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clipmill.config import DataConfig
+from clipmill.errors import UserError
+from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
+from clipmill.pipeline.plan import PlannedVideo
+from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.storage import connection
+from tests.storage.s3_server import Answer, S3Server
+
+FORBIDDEN = (403, "AccessDenied")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    server = S3Server()
+    server.use(monkeypatch)
+    server.objects = {f"raw/{name}.mp4": b"1234" for name in ("a", "b", "c")}
+    yield server
+    connection._connected.cache_clear()
+    server.stop()
+
+
+def fetch(source: dict[str, object], url: str, folder: Path) -> None:
+    data = DataConfig.model_validate({"source": source})
+    video = PlannedVideo("0" * 16, url, 4, None, None, None, None, None, None)
+    fetch_video(data, video, folder, KeptFiles(folder / "kept"))
+
+
+def refuse(*keys: str, answer: Answer = FORBIDDEN):
+    return lambda request, _: answer if request.split(" ", 1)[-1] in keys else None
+
+
+def test_one_forbidden_object_costs_one_video(s3: S3Server, tmp_path: Path) -> None:
+    s3.fault = refuse("raw/a.mp4")
+    with pytest.raises(ExcludedVideo, match="access denied"):
+        fetch({"url": "s3://b/raw"}, "a.mp4", tmp_path)
+    assert s3.num_lists() == 1
+
+
+def test_where_every_object_is_forbidden_the_stage_ends(s3: S3Server, tmp_path: Path) -> None:
+    s3.fault = lambda request, _: FORBIDDEN if request.startswith("GET") else None
+    with pytest.raises(UserError, match="access denied"):
+        fetch({"url": "s3://b/raw"}, "a.mp4", tmp_path)
+
+
+def test_wrong_credentials_end_the_stage_at_once(s3: S3Server, tmp_path: Path) -> None:
+    s3.fault = lambda request, _: (403, "InvalidAccessKeyId")
+    with pytest.raises(UserError, match="InvalidAccessKeyId"):
+        fetch({"url": "s3://b/raw"}, "a.mp4", tmp_path)
+    assert sum(s3.requests.values()) == 1
+
+
+def test_a_bucket_that_is_gone_ends_the_stage(s3: S3Server, tmp_path: Path) -> None:
+    s3.fault = lambda request, _: (404, "NoSuchBucket")
+    with pytest.raises(UserError, match="does not exist"):
+        fetch({"url": "s3://b/raw"}, "a.mp4", tmp_path)
+
+
+def test_a_list_may_name_a_bucket_that_is_gone(s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url\ns3://gone/x.mp4\ns3://b/raw/b.mp4\n")
+    s3.fault = refuse("x.mp4", answer=(404, "NoSuchBucket"))
+    with pytest.raises(ExcludedVideo, match="does not exist"):
+        fetch({"url": str(tmp_path / "list.csv"), "type": "table"}, "s3://gone/x.mp4", tmp_path)
+
+
+def test_an_archived_object_costs_one_video(s3: S3Server, tmp_path: Path) -> None:
+    s3.classes = {"raw/b.mp4": "GLACIER"}
+    with pytest.raises(ExcludedVideo, match="is archived"):
+        fetch({"url": "s3://b/raw"}, "b.mp4", tmp_path)
+
+
+@pytest.mark.parametrize("answer", [(400, "InvalidRequest"), (405, "MethodNotAllowed"), (403, "KMS.Disabled")])
+def test_whatever_a_bucket_answers_for_one_object_is_its_fault(s3: S3Server, tmp_path: Path, answer: Answer) -> None:
+    s3.fault = refuse("raw/a.mp4", answer=answer)
+    with pytest.raises(ExcludedVideo, match=answer[1]):
+        fetch({"url": "s3://b/raw"}, "a.mp4", tmp_path)
+
+
+def test_a_missing_object_costs_one_request(s3: S3Server, tmp_path: Path) -> None:
+    with pytest.raises(ExcludedVideo, match=r"gone\.mp4 is missing"):
+        fetch({"url": "s3://b/raw"}, "gone.mp4", tmp_path)
+    assert dict(s3.requests) == {"GET raw/gone.mp4": 1}

@@ -1,0 +1,79 @@
+"""Listings of a bucket: page by page, in order, under true names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clipmill import storage
+from clipmill.errors import StorageUnavailable
+from clipmill.storage import patience
+from tests.storage.s3_server import S3Server
+
+STRANGE = [
+    "/leading",
+    "//",
+    "a//b.mp4",
+    "a/x?y#z.mp4",
+    "a/q?versionId=abc.mp4",
+    "a/sp ace+plus%20.mp4",
+    "a/new\nline.mp4",
+    "a/ctrl\x01.mp4",
+    "a/\u00e9\U0001f600.mp4",
+    "a/end ",
+    "a/back\\xe9",
+    "http://x/y.mp4",
+    "s3://x/y.mp4",
+    "./here.mp4",
+]
+
+
+def names_of(url: str, after: str | None = None) -> list[str]:
+    return [entry.name for entry in storage.walk(url, after)]
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_every_key_is_listed_and_read_under_its_true_name(s3: S3Server, tmp_path: Path, key: str) -> None:
+    if key.endswith("/"):
+        key += "x"
+    s3.objects = {f"raw/{key}": b"content", "raw": b"no folder", "rawest/x": b"beside it"}
+    (entry,) = storage.walk("s3://b/raw")
+    url = storage.resolve("s3://b/raw", entry.name)
+    assert url == f"s3://b/raw/{key}"
+    assert (entry.bytes, storage.stat(url).bytes) == (7, 7)
+    assert storage.read_bytes(url) == b"content"
+    assert storage.read_start(url, 3) == b"con"
+    with storage.open_to_read(url) as file:
+        file.seek(3)
+        assert file.read() == b"tent"
+    storage.fetch(url, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"content"
+
+
+def test_a_listing_goes_on_behind_any_name(s3: S3Server) -> None:
+    s3.objects = {f"raw/{key}": b"" for key in (*STRANGE, "a-b", "a/c", "ab", "folder/", "x_$folder$")}
+    names = names_of("s3://b/raw")
+    assert len(names) == len(STRANGE) + 2  # of those that end in a slash, and the Hadoop marker, none is a file
+    for s3.knows_start_after in (True, False):
+        for place, name in enumerate(names):
+            assert names_of("s3://b/raw", after=name) == names[place + 1 :]
+
+
+def test_a_page_is_one_request_and_is_repeated_alone(s3: S3Server) -> None:
+    s3.objects = {f"raw/{number:05d}": b"x" for number in range(4321)}
+    s3.fault = lambda request, number: (503, "SlowDown") if request == "LIST" and number == 3 else None
+    walk = storage.walk("s3://b/raw")
+    next(walk)
+    assert s3.num_lists() == 1
+    assert sum(1 for _ in walk) == 4320
+    assert s3.num_lists() == 5 + 1
+
+
+def test_a_page_that_never_comes_is_an_outage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "0.3")
+    s3.objects = {f"raw/{number:05d}": b"x" for number in range(1500)}
+    s3.fault = lambda request, number: (503, "SlowDown") if number else None
+    walk = storage.walk("s3://b/raw")
+    with pytest.raises(StorageUnavailable, match="SlowDown"):
+        list(walk)
