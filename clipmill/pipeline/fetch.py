@@ -17,7 +17,7 @@ from clipmill.pipeline.sources import base_url, extract, is_gone, is_refused_alo
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.npy import open_array
 from clipmill.pipeline.sources.record import DamagedVideo
-from clipmill.video import write_raw_video
+from clipmill.video import Limits, write_raw_video
 from clipmill.video.kinds import suffix_of
 
 __all__ = ["ExcludedVideo", "LocalVideo", "fetch_video"]
@@ -61,7 +61,7 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
     Raises:
         ExcludedVideo: its source cannot give it, it is missing, damaged or has changed since it was planned, or its
             actions are bad.
-        OSError: the environment failed.
+        OSError, DecoderLost: the environment failed.
         UserError: storage refuses this video, and others too.
     """
     if video.fault is not None:
@@ -100,12 +100,17 @@ def _extract(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFile
         path = extract(data.source, url, video.member, video.bytes, folder)
         if path is not None:
             return LocalVideo(path, None)
-        array = read_array(data.source, url, video.member, video.bytes, kept)
+        array = read_array(data.source, url, video.member, video.bytes, kept, _limits(data))
     except DamagedVideo as damaged:
         raise ExcludedVideo("fetch", str(damaged)) from damaged
     path = folder / "video.nut"
     write_raw_video(path, array.frames, data.source.array_fps)
     return LocalVideo(path, array.actions)
+
+
+def _limits(data: DataConfig) -> Limits:
+    """A read may have to wait for storage: the processor time tells a loop from a wait."""
+    return Limits(data.cpu_seconds_per_video, data.memory_bytes_per_video, data.fetch_seconds)
 
 
 def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:

@@ -51,10 +51,16 @@ class Limits:
 
 
 class Child:
-    """The parent's end of one child process."""
+    """The parent's end of one child process.
 
-    def __init__(self, limits: Limits, spool: int):
-        program = "from clipmill.video.worker import serve; serve()"
+    Args:
+        limits: of each request.
+        spool: descriptor of a file that both write to.
+        module: of the child, whose ``serve`` it runs.
+    """
+
+    def __init__(self, limits: Limits, spool: int, module: str = "clipmill.video.worker"):
+        program = f"from {module} import serve; serve()"
         arguments = [spool, os.getpid(), limits.memory_bytes, limits.cpu_seconds]
         self._process = subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import json
-import math
-import os
-import resource
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from clipmill.video import confine
 from clipmill.video.clips import ClipCutter, ClipFrames, ClipRule
+from clipmill.video.confine import Say
 from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.decoders.picture import Reading, Span
 from clipmill.video.decoders.whole import span_seconds
@@ -30,9 +25,6 @@ from clipmill.video.views import draw_view, take_view, view_frame_size
 
 __all__ = ["is_measured", "serve"]
 
-Say = Callable[[dict[str, Any]], None]
-"""Sends one message to the parent."""
-
 Timed = tuple[float, np.ndarray]
 """(presentation time in seconds, uint8 [H, W, 3])."""
 
@@ -43,7 +35,6 @@ _ENCODERS: dict[str, Callable[[np.ndarray, float, Any], bytes]] = {
 }
 _DECODERS = {"mp4": decode_mp4, "mjpeg": decode_mjpeg}
 
-_PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1
 
 _EXACT_VALUES = 256
@@ -57,23 +48,8 @@ _LONGEST_CPU_SECONDS = 48 * 3600
 
 
 def serve() -> None:
-    """Answers requests on stdin until it closes. Arguments: spool descriptor, parent's pid, bytes, CPU seconds."""
-    spool, parent, memory_bytes = map(int, sys.argv[1:4])
-    cpu_seconds = float(sys.argv[4])
-    _die_with(parent)
-    # Decoders print to stdout: the messages get a descriptor of their own, and stdout becomes stderr.
-    messages = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    _limit_memory(memory_bytes)
-
-    def say(message: dict[str, Any]) -> None:
-        # Nobody reads of a clip before its video has ended: no reason to wake the parent for each.
-        print(json.dumps(message), file=messages, flush=message["kind"] != "clip")
-
-    say({"kind": "ready"})
-    for line in sys.stdin:
-        _limit_cpu(cpu_seconds)
-        _answer({**json.loads(line), "cpu_seconds": cpu_seconds}, spool, say)
+    """Answers requests until its parent closes the pipe."""
+    confine.serve(_answer)
 
 
 def _answer(request: dict[str, Any], spool: int, say: Say) -> None:
@@ -94,7 +70,7 @@ def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
     say({"kind": "decoder", "name": info.decoder})
     span: Span = tuple(request["span"])
     seconds = span_seconds(info, span)
-    _limit_cpu(max(request["cpu_seconds"], _slowest_seconds(info, seconds)))
+    confine.limit_cpu(max(request["cpu_seconds"], _slowest_seconds(info, seconds)))
     rule, video_filter = ClipRule(*request["rule"]), VideoFilter(*request["filter"])
     cutter, reading = ClipCutter(rule, info.fps), Reading()
     writer = _ClipWriter(request, rule.fps or info.fps / rule.frame_stride, spool, say)
@@ -182,7 +158,7 @@ class _ClipWriter:
                 view = draw_view(key, height, width, self._size, may_flip=self._may_flip)
                 pixels = take_view(pixels, view, self._size)
             data = _ENCODERS[self._codec](pixels, self._fps, self._quality)
-            _write_all(self._spool, data, self._end)
+            confine.write_all(self._spool, data, self._end)
             self._say(
                 {
                     "kind": "clip",
@@ -236,42 +212,3 @@ def _with_signs_of_life(frames: Iterator[Timed], say: Say) -> Iterator[Timed]:
             say({"kind": "progress"})
             said_at = now
         yield timed_frame
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    """``pwrite`` until everything is written: a signal or a nearly full disk cuts it short."""
-    view = memoryview(data)
-    while view:
-        num_written = os.pwrite(descriptor, view, offset)
-        view, offset = view[num_written:], offset + num_written
-
-
-def _die_with(parent: int) -> None:
-    """The kernel kills this process when its parent dies, whatever a decoder is doing then (Linux only)."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)
-
-
-def _limit_memory(memory_bytes: int) -> None:
-    """Limits the address space to ``memory_bytes`` beyond what is mapped now; a crash leaves no core file."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "linux":
-        return
-    with open("/proc/self/statm") as statm:
-        mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, mapped_bytes + memory_bytes)
-
-
-def _limit_cpu(cpu_seconds: float) -> None:
-    """Allows ``cpu_seconds`` more; SIGXCPU ends the process then."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + cpu_seconds))
-
-
-def _limit(kind: int, soft: int) -> None:
-    """Sets a soft limit, as far as the hard one allows."""
-    _, hard = resource.getrlimit(kind)
-    resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))

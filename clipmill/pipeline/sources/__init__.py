@@ -14,9 +14,11 @@ from pathlib import Path, PurePosixPath
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.sources import arrays, bair, folder, hdf5, lerobot, table, tgif, ucf101, webdataset
+from clipmill.pipeline.sources import arrays, bair, folder, lerobot, table, tgif, ucf101, webdataset
+from clipmill.pipeline.sources.apart import list_apart, read_apart
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo, TimedRows
+from clipmill.video import Limits
 
 __all__ = [
     "base_url",
@@ -33,7 +35,7 @@ __all__ = [
 _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
     "table": table.list_videos,
     "lerobot": lerobot.list_videos,
-    "hdf5": hdf5.list_videos,
+    "hdf5": list_apart,
 }
 _WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]] = {
     "folder": folder.list_videos,
@@ -191,7 +193,9 @@ def _some_files(source: SourceConfig) -> list[str]:
     return [storage.resolve(base, name) for name in names[:: -(-len(names) // _FILES_ASKED_FOR) or 1]]
 
 
-def read_array(source: SourceConfig, url: str, member: str, num_bytes: int, kept: KeptFiles) -> ArrayVideo:
+def read_array(
+    source: SourceConfig, url: str, member: str, num_bytes: int, kept: KeptFiles, limits: Limits
+) -> ArrayVideo:
     """Reads one video without a codec out of a file of several.
 
     Args:
@@ -200,17 +204,16 @@ def read_array(source: SourceConfig, url: str, member: str, num_bytes: int, kept
         member: of the listed video.
         num_bytes: of the listed video.
         kept: local copies of files that can only be read whole.
+        limits: of the child process that reads HDF5 and TFRecord files.
 
     Raises:
         DamagedVideo: that part of the file is damaged, or was changed since the listing.
         FileNotFoundError: the file is missing.
+        DecoderLost: the environment ended the child.
     """
-    if source.type == "bair":
-        return bair.read_array(url, member, num_bytes)
     if source.type == "arrays":
         return arrays.read_array(source, url, member, num_bytes, kept)
-    assert source.type == "hdf5", source.type
-    return hdf5.read_array(url, member, num_bytes)
+    return read_apart(source, url, member, num_bytes, limits)
 
 
 def extract(source: SourceConfig, url: str, member: str, num_bytes: int, folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.pipeline.sources.folder import walk_files
+from clipmill.pipeline.sources.many import list_each
 from clipmill.pipeline.sources.record import ArrayVideo, DamagedVideo, SourceVideo, file_identity
 from clipmill.pipeline.sources.tfrecord import index_records, read_features, read_record
 
@@ -31,23 +33,27 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
 
     ``others`` counts the other files by ending.
     """
-    cameras = ("image_main", "image_aux1") if source.camera == "both" else (source.camera,)
     base = storage.absolute(source.url)
-    for path, entry in walk_files(base, _SUFFIXES, others):
-        url = storage.resolve(base, entry.name)
-        identity = file_identity(url, entry.bytes, entry.etag)
-        with storage.open_to_read(url) as file:
-            for number, (offset, num_bytes) in enumerate(index_records(file, entry.bytes)):
-                for camera in cameras:
-                    yield SourceVideo(
-                        name=entry.name,
-                        bytes=num_bytes,
-                        etag=entry.etag,
-                        split=_split(path),
-                        member=f"{number}@{offset}/{camera}",
-                        identity=f"{identity}:{offset}:{camera}",
-                        group=f"{identity}:{offset}",  # two views of one scene
-                    )
+    files = (entry for _, entry in walk_files(base, _SUFFIXES, others))
+    return list_each(base, files, partial(_list_file, source, base))
+
+
+def _list_file(source: SourceConfig, base: str, entry: storage.Entry) -> Iterator[SourceVideo]:
+    cameras = ("image_main", "image_aux1") if source.camera == "both" else (source.camera,)
+    url = storage.resolve(base, entry.name)
+    identity = file_identity(url, entry.bytes, entry.etag)
+    with storage.open_to_read(url) as file:
+        for number, (offset, num_bytes) in enumerate(index_records(file, entry.bytes)):
+            for camera in cameras:
+                yield SourceVideo(
+                    name=entry.name,
+                    bytes=num_bytes,
+                    etag=entry.etag,
+                    split=_split(PurePosixPath(entry.name)),
+                    member=f"{number}@{offset}/{camera}",
+                    identity=f"{identity}:{offset}:{camera}",
+                    group=f"{identity}:{offset}",  # two views of one scene
+                )
 
 
 def _split(path: PurePosixPath) -> Literal["train", "val"] | None:

@@ -46,8 +46,7 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
                 )
             splits: dict[str, Literal["train", "val"]] = {"train": "train", "test": "val"} if len(parts) == 2 else {}
             for part in parts:
-                frames = content[f"{part}_data"]
-                starts = content[f"{part}_idx"][:]
+                frames, starts = content[f"{part}_data"], content[f"{part}_idx"][:]
                 frame_bytes = int(np.prod(frames.shape[1:]))
                 for number, num_frames in enumerate(np.diff(starts, append=len(frames)).tolist()):
                     yield SourceVideo(
@@ -63,7 +62,10 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
 def _has_part(url: str, content: Any, part: str) -> bool:
     """Whether a part is there and is what the layout says."""
     names = [f"{part}_data", f"{part}_idx"]
-    present = [name for name in names if isinstance(content.get(name), h5py.Dataset)]
+    try:
+        present = [name for name in names if _dataset(content, name) is not None]
+    except DamagedVideo as damaged:
+        raise UserError(f"data.source.url {url}: {damaged}") from damaged
     if not present:
         return False
     if len(present) == 1:
@@ -82,6 +84,25 @@ def _has_part(url: str, content: Any, part: str) -> bool:
     return True
 
 
+def _dataset(content: Any, name: str) -> Any | None:
+    """A dataset that lies in this file; None where there is none.
+
+    Raises:
+        DamagedVideo: its values lie elsewhere: HDF5 would open any file that it names.
+    """
+    link = content.get(name, getlink=True)
+    if link is None:
+        return None
+    if not isinstance(link, h5py.HardLink):
+        raise DamagedVideo(f"{name} is a link; copy what it points to into the file")
+    dataset = content[name]
+    if not isinstance(dataset, h5py.Dataset):
+        return None
+    if dataset.is_virtual or dataset.external:
+        raise DamagedVideo(f"the values of {name} lie in other files; copy them into this one")
+    return dataset
+
+
 def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
     """The frames of one video, and its rows of actions where the file has them.
 
@@ -91,12 +112,15 @@ def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
     """
     part, number = member.split("/")
     with storage.open_to_read(url, _BLOCK_BYTES) as file, _blame_file(), h5py.File(file, "r") as content:
-        data, actions = content[f"{part}_data"], content.get(f"{part}_actions")
-        bounds = content[f"{part}_idx"][int(number) : int(number) + 2].tolist()
+        data, starts, actions = (_dataset(content, f"{part}_{kind}") for kind in ("data", "idx", "actions"))
+        if data is None or starts is None:
+            raise DamagedVideo(f"changed since it was planned: no {part}_data or {part}_idx")
+        bounds = starts[int(number) : int(number) + 2].tolist()
         rows = slice(bounds[0], bounds[1] if len(bounds) == 2 else len(data))
+        found_bytes = (rows.stop - rows.start) * int(np.prod(data.shape[1:]))
+        if found_bytes != num_bytes:
+            raise DamagedVideo(f"changed since it was planned: {num_bytes} -> {found_bytes} bytes")
         frames = data[rows]
-        if frames.nbytes != num_bytes:
-            raise DamagedVideo(f"changed since it was planned: {num_bytes} -> {frames.nbytes} bytes")
         return ArrayVideo(frames, None if actions is None else np.asarray(actions[rows], np.float32))
 
 

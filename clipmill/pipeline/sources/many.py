@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -10,12 +11,15 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from clipmill import storage
+from clipmill.errors import StorageUnavailable
 from clipmill.pipeline.sources.folder import walk_files
-from clipmill.pipeline.sources.record import SourceVideo
+from clipmill.pipeline.sources.record import DamagedVideo, SourceVideo
 
 __all__ = ["KeptFiles", "find_files", "list_each"]
 
 _FILES_AT_ONCE = 16
+
+logger = logging.getLogger(__name__)
 
 
 def find_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> tuple[str, Iterator[storage.Entry]]:
@@ -37,16 +41,40 @@ def find_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> tupl
 def list_each(
     base: str, files: Iterable[storage.Entry], list_one: Callable[[storage.Entry], Iterable[SourceVideo]]
 ) -> Iterator[SourceVideo]:
-    """The videos of each file, in the order of the files; in a bucket several files are read at once."""
-    if storage.is_local(base):
-        for file in files:
+    """The videos of each file, in the order of the files; in a bucket several files are read at once.
+
+    A file that cannot be read is one video with that fault.
+
+    Raises:
+        Refused: storage refuses them all.
+    """
+    refused, num_files = [], 0
+
+    def list_or_blame(file: storage.Entry) -> Iterator[SourceVideo]:
+        try:
             yield from list_one(file)
-        return
+        except FileNotFoundError:
+            logger.warning("%s vanished while the source was listed", storage.shown(file.name))
+        except (OSError, DamagedVideo, storage.Refused) as error:
+            if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
+                raise  # a bucket is away
+            if isinstance(error, storage.Refused):
+                refused.append(error)
+            fault = str(error).partition("\n")[0] or type(error).__name__
+            identity = f"fault:{file.name}:{file.bytes}:{file.etag}"
+            yield SourceVideo(file.name, file.bytes, file.etag, member="0", identity=identity, fault=fault)
+
     files = iter(files)
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        while batch := list(islice(files, _FILES_AT_ONCE)):
-            for videos in pool.map(lambda file: list(list_one(file)), batch):
+        while batch := list(islice(files, 1 if storage.is_local(base) else _FILES_AT_ONCE)):
+            num_files += len(batch)
+            listings = (
+                map(list_or_blame, batch) if len(batch) == 1 else pool.map(lambda f: list(list_or_blame(f)), batch)
+            )
+            for videos in listings:
                 yield from videos
+    if refused and len(refused) == num_files:
+        raise refused[0]
 
 
 class KeptFiles:

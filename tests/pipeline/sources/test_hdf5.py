@@ -9,7 +9,10 @@ import pytest
 
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.sources import list_videos
+from clipmill.pipeline.sources import list_videos, read_array
+from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.record import DamagedVideo
+from clipmill.video import Limits
 from tests.pipeline.corpus import make_plan
 from tests.pipeline.sources.fixtures import random_frames, shard_in_process, source_config, write_hdf5
 
@@ -106,3 +109,62 @@ def test_another_layout_is_one_clear_line(tmp_path: Path, make: Callable[[Path],
     with pytest.raises(UserError, match=message) as error:
         list(list_videos(SourceConfig.model_validate(source(tmp_path / "file.hdf5"))))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_promises_terabytes_costs_that_video_alone(tmp_path):
+    path = tmp_path / "bomb.hdf5"
+    with h5py.File(path, "w") as file:
+        frames = file.create_dataset("train_data", (10**9, 64, 64, 3), np.uint8, chunks=(16, 64, 64, 3))
+        frames[:32] = 1
+        file["train_idx"] = np.array([0, 16, 32])
+    config = SourceConfig.model_validate(source(path))
+    first, second, bomb = list_videos(config)
+    limits = Limits(60, 2**28, 60)
+    kept = KeptFiles(tmp_path / "kept")
+    for video, cause in ((first, None), (bomb, "memory limit reached"), (second, None)):
+        arguments = (config, str(path), video.member, video.bytes, kept, limits)
+        if cause is None:
+            assert read_array(*arguments).frames.shape == (16, 64, 64, 3)
+        else:
+            with pytest.raises(DamagedVideo, match=cause):
+                read_array(*arguments)
+
+
+def _external(file):
+    file.create_dataset("train_data", (4, 2, 2, 3), np.uint8, external=[("secret.bin", 0, 48)])
+
+
+def _link(file):
+    file["train_data"] = h5py.ExternalLink("secret.hdf5", "frames")
+
+
+def _virtual(file):
+    layout = h5py.VirtualLayout((4, 2, 2, 3), np.uint8)
+    layout[:] = h5py.VirtualSource("secret.hdf5", "frames", (4, 2, 2, 3))
+    file.create_virtual_dataset("train_data", layout)
+
+
+@pytest.mark.parametrize("make", [_external, _link, _virtual])
+def test_a_file_that_points_at_other_files_is_refused(tmp_path, make):
+    with h5py.File(tmp_path / "file.hdf5", "w") as file:
+        make(file)
+        file["train_idx"] = np.array([0, 2])
+    with pytest.raises(UserError, match="train_data"):
+        list(list_videos(SourceConfig.model_validate(source(tmp_path / "file.hdf5"))))
+
+
+def test_what_brings_down_its_reader_twice_is_the_files_fault(tmp_path, monkeypatch):
+    write_hdf5(tmp_path / "file.hdf5", LENGTHS)
+    config = SourceConfig.model_validate(source(tmp_path / "file.hdf5"))
+    video = next(iter(list_videos(config)))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "import h5py\n"
+        "if 'apart_child' in ' '.join(sys.orig_argv):\n"
+        "    h5py.File = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DamagedVideo, match=r"crashed \(SIGSEGV\)"):
+        read_array(
+            config, str(tmp_path / "file.hdf5"), video.member, video.bytes, KeptFiles(tmp_path), Limits(9, 2**29, 9)
+        )
