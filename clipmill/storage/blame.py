@@ -131,7 +131,8 @@ def _transient_web_reason(url: str, error: Exception) -> str | None:
         if isinstance(one, ssl.SSLCertVerificationError):
             raise ServerLost(f"{shown(url)}: {one.verify_message}") from error
     if isinstance(error, ValueError | TypeError):
-        raise Unreadable(f"{shown(url)}: no address of a file ({type(error).__name__})") from error
+        what = type(error).__name__ if "://" in str(error) else line(error)  # which may hold credentials
+        raise Unreadable(f"{shown(url)}: no address of a file ({what})") from error
     return line(error.__cause__ or error) if _is_network(error) else None
 
 

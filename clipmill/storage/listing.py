@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
-from clipmill.storage import bucket
+from clipmill.storage import bucket, pages
 from clipmill.storage.blame import S3_SCHEMES
 from clipmill.storage.entry import Entry
 from clipmill.storage.urls import relative_name, scheme
@@ -38,22 +37,10 @@ def walk(url: str, after: str) -> Iterator[Entry]:
 
 
 def _walk_s3(url: str, after: str) -> Iterator[Entry]:
-    """Page by page, each a request of its own: an outage repeats one page."""
     folder = bucket.s3_folder(url)
-    page = _page(url, folder, {"StartAfter": folder.prefix + after} if after else {})
-    while True:
-        for item in page.get("Contents", ()):
-            path = item["Key"].removeprefix(folder.prefix)
-            if path > after and not _is_marker(item["Key"]):  # some servers do not know StartAfter
-                etag = item.get("ETag", "").strip('"')
-                yield Entry(relative_name(path), item["Size"], etag or None, _seconds(item))
-        if not page.get("IsTruncated"):
-            return
-        page = _page(url, folder, {"ContinuationToken": page["NextContinuationToken"]})
-
-
-def _page(url: str, folder: bucket.S3Folder, place: dict[str, str]) -> dict[str, Any]:
-    return bucket.call(url, lambda filesystem, _: filesystem.page(*folder, **place))
+    for key, num_bytes, etag, modified in pages.keys(url, folder, folder.prefix + after if after else ""):
+        if not _is_marker(key):
+            yield Entry(relative_name(key.removeprefix(folder.prefix)), num_bytes, etag, modified)
 
 
 def _is_marker(key: str) -> bool:
@@ -65,13 +52,8 @@ def _is_folder_marker(info: dict[str, Any]) -> bool:
     return info["type"] == "file" and _is_marker(info["name"])
 
 
-def _seconds(item: dict[str, Any]) -> float | None:
-    modified = item.get("LastModified")
-    return modified.timestamp() if isinstance(modified, datetime) else None
-
-
 def entry_of(info: dict[str, Any], folder: str) -> Entry:
     """An fsspec info as an entry of a folder (a path without its protocol)."""
     etag = info.get("ETag") or info.get("etag")
     name = info["name"].removeprefix(folder).strip("/")
-    return Entry(name, info.get("size") or 0, etag.strip('"') if etag else None, _seconds(info))
+    return Entry(name, info.get("size") or 0, etag.strip('"') if etag else None, pages.seconds_of(info))

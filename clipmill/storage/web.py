@@ -15,7 +15,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aiohttp import ClientResponse, ClientSession, ClientTimeout
+from aiohttp import ClientResponse, ClientResponseError, ClientSession, ClientTimeout
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
@@ -93,12 +93,15 @@ def connected() -> WebFiles:
 
 
 async def _ask(session: ClientSession, url: str) -> _Answer:
-    async with session.head(URL(url, encoded=True), headers=_HEADERS, allow_redirects=True) as response:
-        if response.status in _FINAL:
-            response.raise_for_status()
-        answer = _described(response)
-        if response.ok and answer.bytes and answer.tag:
-            return answer
+    try:
+        async with session.head(URL(url, encoded=True), headers=_HEADERS, allow_redirects=True) as response:
+            answer = _described(response)
+    except ClientResponseError:  # no answer to HEAD: some servers send the file with it
+        response = None
+    if response is not None and response.status in _FINAL:
+        response.raise_for_status()
+    if response is not None and response.ok and answer.bytes and answer.tag:
+        return answer
     async with _get(session, url, 0, 1) as response:
         return _described(response)
 

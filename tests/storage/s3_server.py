@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,8 @@ class S3Server:
         fault: (request, how often it was made before) to what goes wrong, or None.
         knows_start_after: whether listings heed StartAfter.
         is_fenced: whether puts heed If-None-Match.
+        delay_seconds: of each answer.
+        most_at_once: requests that were answered at the same time.
     """
 
     def __init__(self) -> None:
@@ -36,6 +39,8 @@ class S3Server:
         self.requests: Counter[str] = Counter()
         self.fault: Callable[[str, int], Answer | None] = lambda request, number: None
         self.knows_start_after = self.is_fenced = True
+        self.delay_seconds = 0.0
+        self.num_at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -104,6 +109,11 @@ class S3Server:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 request = "LIST" if "list-type" in query else f"{self.command} {key}"
                 with server.lock:
+                    server.num_at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.num_at_once)
+                time.sleep(server.delay_seconds)
+                with server.lock:
+                    server.num_at_once -= 1
                     number = server.requests[request]
                     server.requests[request] += 1
                     self._answer(request, key, query, body, server.fault(request, number))

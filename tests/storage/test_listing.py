@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from clipmill import storage
-from clipmill.errors import StorageUnavailable
-from clipmill.storage import patience
+from clipmill.errors import StorageUnavailable, UserError
+from clipmill.storage import pages, patience
 from tests.storage.s3_server import S3Server
 
+FORBIDDEN = (403, "AccessDenied")
 STRANGE = [
     "/leading",
     "//",
@@ -76,4 +78,57 @@ def test_a_page_that_never_comes_is_an_outage(s3: S3Server, monkeypatch: pytest.
     s3.fault = lambda request, number: (503, "SlowDown") if number else None
     walk = storage.walk("s3://b/raw")
     with pytest.raises(StorageUnavailable, match="SlowDown"):
+        list(walk)
+
+
+def corpus(num_folders: int, num_files: int) -> dict[str, bytes]:
+    """Folders of files, and files beside them."""
+    names = [f"raw/deep/c{folder:02d}/{number:04d}" for folder in range(num_folders) for number in range(num_files)]
+    return dict.fromkeys([*names, "raw/deep/c00-x", "raw/deep/c05", "raw/deep/c050", "raw/zzz"], b"")
+
+
+@pytest.mark.parametrize("num_serial", [1, 2, 7, 100])
+@pytest.mark.parametrize("knows_start_after", [True, False])
+def test_folders_listed_ahead_come_in_the_order_of_keys(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, num_serial: int, knows_start_after: bool
+) -> None:
+    monkeypatch.setattr(pages, "SERIAL_PAGES", num_serial)
+    monkeypatch.setattr("clipmill.storage.s3.PAGE_KEYS", 10)
+    s3.objects, s3.knows_start_after = corpus(24, 23), knows_start_after
+    expected = [key.removeprefix("raw/") for key in sorted(s3.objects)]
+    assert names_of("s3://b/raw") == expected
+    num_pages = -(-len(expected) // 10)
+    lost = 0 if num_serial == 100 else 24 + 4 * 7  # the rest of a page at each border, and looks for borders
+    assert num_pages <= s3.num_lists() <= num_pages + lost
+    assert names_of("s3://b/raw", after=expected[300]) == expected[301:]
+
+
+def test_folders_are_listed_side_by_side(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "SERIAL_PAGES", 1)
+    monkeypatch.setattr("clipmill.storage.s3.PAGE_KEYS", 10)
+    s3.objects = corpus(24, 23)
+    s3.delay_seconds = 0.05
+    assert len(names_of("s3://b/raw")) == len(s3.objects)
+    assert s3.most_at_once >= 4
+
+
+def test_a_listing_that_is_left_ends_its_threads(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "SERIAL_PAGES", 1)
+    monkeypatch.setattr(pages, "PAGES_AHEAD", 1)
+    monkeypatch.setattr("clipmill.storage.s3.PAGE_KEYS", 10)
+    s3.objects = corpus(24, 50)
+    walk = storage.walk("s3://b/raw")
+    for _ in range(30):
+        next(walk)
+    walk.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("listing")]
+
+
+def test_an_error_ahead_is_met_in_its_place(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "SERIAL_PAGES", 1)
+    monkeypatch.setattr("clipmill.storage.s3.PAGE_KEYS", 10)
+    s3.objects = corpus(24, 23)
+    s3.fault = lambda request, number: FORBIDDEN if request == "LIST" and number > 20 else None
+    walk = storage.walk("s3://b/raw")
+    with pytest.raises(UserError, match="access denied"):
         list(walk)

@@ -1,0 +1,153 @@
+"""Pages of a listing of S3, in the order of keys: first one after the other, then many folders at once.
+
+A page must be there before the next can be asked for, and takes some 100 ms: 100 million keys would take three hours.
+Folders can be listed side by side. So a long listing asks which folders follow, cuts the keys behind it into ranges at
+their borders, and lists some ranges ahead. Few requests are lost to that: one to find the borders, and the rest of a
+page at each. A listing within one folder has nothing to cut, and stays serial.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from clipmill.storage import bucket
+from clipmill.storage.bucket import S3Folder
+
+__all__ = ["Key", "keys", "seconds_of"]
+
+SERIAL_PAGES = 16
+"""Before the borders of folders are looked for, and again after each time: the first 16,000 keys cost no request more
+than their pages."""
+RANGES = 16
+RANGES_AT_ONCE = 8
+PAGES_AHEAD = 64
+"""Of a range, compressed to some 30 kB each."""
+
+
+class Key(NamedTuple):
+    """One key of a listing."""
+
+    key: str
+    bytes: int
+    etag: str | None
+    modified: float | None
+
+
+class _Page(NamedTuple):
+    keys: list[Key]
+    token: str | None
+    """Of the next page; None where this is the last."""
+
+
+def keys(url: str, folder: S3Folder, after: str) -> Iterator[Key]:
+    """All keys of a folder behind ``after``, in order."""
+    serial_pages, num_pages = SERIAL_PAGES, 0
+    page = _page(url, folder, StartAfter=after) if after else _page(url, folder)
+    while True:
+        for key in page.keys:
+            if key.key > after:  # some servers do not know StartAfter
+                yield key
+        token = page.token
+        if token is None:
+            return
+        num_pages += 1
+        if num_pages >= serial_pages and page.keys:
+            after, num_pages = max(after, page.keys[-1].key), 0
+            borders = _borders(url, folder, after)
+            if borders:
+                yield from _ranges(url, folder, [after, *borders])
+                after = borders[-1]
+                page = _page(url, folder, StartAfter=after)
+                continue
+            serial_pages *= 2
+        page = _page(url, folder, ContinuationToken=token)
+
+
+def _page(url: str, folder: S3Folder, **place: str) -> _Page:
+    answer = _ask(url, folder.bucket, folder.prefix, place)
+    found = [
+        Key(item["Key"], item["Size"], item.get("ETag", "").strip('"') or None, seconds_of(item))
+        for item in answer.get("Contents", ())
+    ]
+    return _Page(found, answer["NextContinuationToken"] if answer.get("IsTruncated") else None)
+
+
+def _ask(url: str, bucket_name: str, prefix: str, place: dict[str, str]) -> dict[str, Any]:
+    answer: dict[str, Any] = bucket.call(url, lambda filesystem, _: filesystem.page(bucket_name, prefix, **place))
+    return answer
+
+
+def seconds_of(item: dict[str, Any]) -> float | None:
+    """When an object was last modified, in seconds since the epoch."""
+    modified = item.get("LastModified")
+    return modified.timestamp() if isinstance(modified, datetime) else None
+
+
+def _borders(url: str, folder: S3Folder, after: str) -> list[str]:
+    """Where to cut the keys behind ``after``: at most `RANGES` strings, each behind all keys of a folder.
+
+    The folders are those beside the one that holds ``after``, on the highest level where there are any.
+    """
+    parts = after.removeprefix(folder.prefix).split("/")
+    for depth in range(len(parts)):
+        prefix = folder.prefix + "".join(f"{part}/" for part in parts[:depth])
+        answer = _ask(url, folder.bucket, prefix, {"Delimiter": "/", "StartAfter": after})
+        found = [item["Prefix"] for item in answer.get("CommonPrefixes", ())]
+        names = [*found, *(item["Key"] for item in answer.get("Contents", ()))]
+        if any(name <= after and not after.startswith(f"{name}/") and name[-1:] != "/" for name in names):
+            return []  # a server that does not know StartAfter: ranges would each begin at the first key
+        if len(found) > 1:
+            step = -(-len(found) // RANGES)
+            return [name[:-1] + chr(ord("/") + 1) for name in found[step - 1 :: step]]
+    return []
+
+
+def _ranges(url: str, folder: S3Folder, borders: list[str]) -> Iterator[Key]:
+    """The keys between the first and the last border, several ranges listed at once."""
+    is_closed = threading.Event()
+    with ThreadPoolExecutor(RANGES_AT_ONCE, thread_name_prefix="listing") as pool:
+        listed: list[tuple[queue.Queue[bytes | None], Future[None]]] = []
+        for first, last in pairwise(borders):
+            pages: queue.Queue[bytes | None] = queue.Queue(PAGES_AHEAD)
+            listed.append((pages, pool.submit(_list_range, url, folder, first, last, pages, is_closed)))
+        try:
+            for pages, listing in listed:
+                while (packed := pages.get()) is not None:
+                    yield from map(Key._make, pickle.loads(zlib.decompress(packed)))
+                listing.result()
+        finally:
+            is_closed.set()
+
+
+def _list_range(
+    url: str, folder: S3Folder, first: str, last: str, pages: queue.Queue[bytes | None], is_closed: threading.Event
+) -> None:
+    """Lists the keys behind ``first`` up to ``last`` into a queue; None ends them."""
+    try:
+        page = _page(url, folder, StartAfter=first)
+        while not is_closed.is_set():
+            found = [tuple(key) for key in page.keys if first < key.key <= last]
+            _put(pages, zlib.compress(pickle.dumps(found), 1), is_closed)
+            if page.token is None or (page.keys and page.keys[-1].key > last):
+                break
+            page = _page(url, folder, ContinuationToken=page.token)
+    finally:
+        _put(pages, None, is_closed)
+
+
+def _put(pages: queue.Queue[bytes | None], item: bytes | None, is_closed: threading.Event) -> None:
+    """Waits for room; not after the listing was left."""
+    while not is_closed.is_set():
+        try:
+            pages.put(item, timeout=1)
+        except queue.Full:
+            continue
+        return
