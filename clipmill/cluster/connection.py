@@ -9,7 +9,9 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted, StageFailed, UserError
@@ -18,15 +20,18 @@ __all__ = [
     "POLL_SECONDS",
     "WAIT_WARNING_SECONDS",
     "WORKER_ENVIRONMENT",
+    "LivingNodes",
     "cluster_error",
     "connect",
     "death",
+    "drain_seconds",
     "is_death",
     "is_embedded",
     "last_line",
-    "node_resources",
+    "living_nodes",
     "num_bundles",
     "require_capacity",
+    "spared_nodes",
     "stop_signals",
     "waiting_message",
 ]
@@ -41,6 +46,13 @@ WAIT_WARNING_SECONDS = 60
 """How often somebody who waits for resources is told so."""
 CAPACITY_TIMEOUT_SECONDS = 600
 """How long an existing cluster may take to grow a node that can hold a worker at all."""
+NODES_SECONDS = 2.0
+GIVE_UP_SECONDS = 10.0
+"""How long units that are given up get to remove their temporary files."""
+JOB_STOP_WAIT_SECONDS = 3.0
+"""Ray's default of RAY_JOB_STOP_WAIT_TIME_S."""
+
+logger = logging.getLogger(__name__)
 
 
 def is_embedded(config: ClusterConfig) -> bool:
@@ -156,20 +168,99 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def node_resources() -> list[dict[str, float]]:
-    """The resources of each living node, such as ``{"CPU": 8.0, "GPU": 1.0}``."""
+def drain_seconds(config: ClusterConfig) -> tuple[float, float]:
+    """After a stop: seconds for running units to finish, and seconds for those given up to clean up.
+
+    A Ray job is killed RAY_JOB_STOP_WAIT_TIME_S after its SIGTERM, so both shrink to fit.
+    """
+    wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S")
+    if wait is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # nobody submitted this process
+        return config.drain_seconds, GIVE_UP_SECONDS
+    left = float(wait or JOB_STOP_WAIT_SECONDS)
+    give_up = min(GIVE_UP_SECONDS, left / 2)
+    return max(0.0, min(config.drain_seconds, left - 2 * give_up)), give_up
+
+
+class Node(NamedTuple):
+    """A living node of the cluster."""
+
+    id: str
+    host: str
+    resources: dict[str, float]
+    """Such as ``{"CPU": 8.0, "GPU": 1.0}``."""
+
+    @property
+    def is_head(self) -> bool:
+        """Whether Ray's own head runs there."""
+        return "node:__internal_head__" in self.resources
+
+
+def living_nodes() -> list[Node]:
+    """The nodes that are alive now."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [
+        Node(node["NodeID"], node["NodeManagerHostname"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+    ]
 
 
-def num_bundles(bundle: dict[str, float]) -> int:
-    """How many workers that ask for ``bundle`` the empty cluster holds at once."""
+class LivingNodes:
+    """The living nodes as of NODES_SECONDS ago at most: asking costs a large cluster's head some work."""
+
+    def __init__(self) -> None:
+        self._asked = float("-inf")
+        self._nodes: list[Node] = []
+        self._hosts: dict[str, str] = {}
+
+    def all(self) -> list[Node]:
+        """The living nodes."""
+        if time.monotonic() - self._asked >= NODES_SECONDS:
+            self._nodes, self._asked = living_nodes(), time.monotonic()
+            self._hosts |= {node.id: node.host for node in self._nodes}
+        return self._nodes
+
+    def ids(self) -> set[str]:
+        """Their ids."""
+        return {node.id for node in self.all()}
+
+    def host(self, node: str) -> str:
+        """Host name of a node that lives or lived."""
+        if node not in self._hosts:
+            self._asked = float("-inf")  # it came since
+            self.all()
+        return self._hosts.get(node, "an unknown host")
+
+
+def spared_nodes(config: ClusterConfig, nodes: LivingNodes) -> frozenset[str]:
+    """Ids of the nodes that ``cluster.spare_head`` keeps free of decoders."""
+    if not config.spare_head:
+        return frozenset()
+    if is_embedded(config):
+        logger.warning("cluster.spare_head has no effect: an embedded Ray has no node but its head")
+        return frozenset()
+    heads = frozenset(node.id for node in nodes.all() if node.is_head)
+    if len(heads) == len(nodes.all()):
+        logger.warning("cluster.spare_head: the head is the only node of the cluster; waiting for another one")
+    return heads
+
+
+def num_bundles(bundle: dict[str, float], nodes: Iterable[Node], excluded: Collection[str] = ()) -> int:
+    """How many workers that ask for ``bundle`` these nodes hold at once when empty."""
     asked = {name: amount for name, amount in bundle.items() if amount > 0}
-    return sum(int(min(node.get(name, 0) // amount for name, amount in asked.items())) for node in node_resources())
+    return sum(
+        int(min(node.resources.get(name, 0) // amount for name, amount in asked.items()))
+        for node in nodes
+        if node.id not in excluded
+    )
 
 
-def require_capacity(config: ClusterConfig, bundle: dict[str, float], count: int, waited_seconds: float) -> None:
+def require_capacity(
+    config: ClusterConfig,
+    bundle: dict[str, float],
+    count: int,
+    waited_seconds: float,
+    excluded: Collection[str] = (),
+) -> None:
     """Raises when ``count`` workers of ``bundle`` can never be placed.
 
     An embedded Ray never grows, so that is known at once; a cluster gets CAPACITY_TIMEOUT_SECONDS to add nodes.
@@ -179,11 +270,16 @@ def require_capacity(config: ClusterConfig, bundle: dict[str, float], count: int
     """
     if waited_seconds < CAPACITY_TIMEOUT_SECONDS and not is_embedded(config):
         return
-    if num_bundles(bundle) < count:
-        raise UserError(
-            f"{count} worker(s) of {_amounts(bundle)} do not fit {_cluster_summary()}: lower cluster.fanout_cpus, "
-            "cluster.training_workers, cluster.training_cpus or cluster.use_gpu, or add nodes"
-        )
+    nodes = living_nodes()
+    if num_bundles(bundle, nodes, excluded) >= count:
+        return
+    barred = [f"{node.host} ({node.id})" for node in nodes if node.id in excluded]
+    raise UserError(
+        f"{count} worker(s) of {_amounts(bundle)} do not fit {_cluster_summary()}"
+        + (f", of which sick or spared by cluster.spare_head: {', '.join(barred)}" if barred else "")
+        + ": lower cluster.fanout_cpus, cluster.training_workers, cluster.training_cpus or cluster.use_gpu, or add "
+        "nodes"
+    )
 
 
 def waiting_message(bundle: dict[str, float], count: int, waited_seconds: float) -> str:
@@ -202,8 +298,8 @@ def _amounts(bundle: dict[str, float]) -> str:
 
 
 def _cluster_summary() -> str:
-    nodes = node_resources()
-    largest = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("CPU", "GPU")}
+    nodes = living_nodes()
+    largest = {name: max((node.resources.get(name, 0.0) for node in nodes), default=0.0) for name in ("CPU", "GPU")}
     return f"the cluster ({len(nodes)} node(s), the largest {largest['CPU']:g} CPU + {largest['GPU']:g} GPU)"
 
 

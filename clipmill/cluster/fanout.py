@@ -1,96 +1,39 @@
 """Runs one function over many units of work on Ray actors that may die at any time.
 
-The driver holds all state: which units wait, which actor has which, how often each was tried. An actor is a place
-to run and nothing else, so losing one loses at most its running unit. A unit's result must be safe to produce twice
-(first commit wins): a cut network makes Ray report an actor dead that still works.
+The driver holds all state: which units wait (`queue`), what is known about the nodes (`nodes`), which actor has which
+unit (`workers`). An actor is a place to run and nothing else, so losing one loses at most its running unit. A unit's
+result must be safe to produce twice (first commit wins): a cut network makes Ray report an actor dead that still works.
 
 A node that is short of memory gets no more units until it has some again: its actors say after each unit how much is
-left, and while they wait. Only where no unit runs anywhere one is handed out nevertheless, so that the work always goes
-on.
+left, and while they wait. If no unit runs anywhere, one is started despite low memory, to guarantee progress.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from clipmill.cluster import connection
-from clipmill.cluster.memory import free_share
+from clipmill.cluster.actor import Outcome
+from clipmill.cluster.nodes import NodeWatch
+from clipmill.cluster.queue import UnitQueue
+from clipmill.cluster.workers import Worker, Workers
 from clipmill.config import ClusterConfig
-from clipmill.errors import ClipmillError, Interrupted, StageFailed
-
-if TYPE_CHECKING:
-    from ray import ObjectRef
-    from ray.actor import ActorHandle
+from clipmill.errors import Interrupted, StageFailed
 
 __all__ = ["fan_out"]
 
 logger = logging.getLogger(__name__)
 
 U = TypeVar("U")
-Outcome = tuple[str, Any]
-"""("done", dict), ("raised", (class name, message)) for a ClipmillError, or ("failed", traceback text)."""
 
-MIN_FREE_SHARE = 0.1
-"""Of a node's memory. Ray kills workers at 5 %, whichever video happens to be in them."""
-WATCH_SECONDS = 2.0
-"""How often an actor of a node that is short of memory looks again."""
 WINDOW = 2
 """Units an actor holds: the one it works on, and the next, so that it never waits for the driver."""
 SLOW_UNIT_SECONDS = 600
 """How often a unit that still runs is mentioned: Ray has no time limit for a task, and only stages can know one."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-
-
-class FanoutActor:
-    """One worker process: builds the stage's worker once, then does one unit after the other."""
-
-    def __init__(self, num_threads: int) -> None:
-        # Before the stage's modules arrive with start(): libraries read these when they are loaded.
-        self._num_threads = num_threads
-        os.environ.update(connection.WORKER_ENVIRONMENT | dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
-
-    def place(self) -> None:
-        """Returns as soon as the actor has been given its resources."""
-
-    def start(self, make_worker: Callable[..., Callable[[Any], dict[str, Any]]], arguments: tuple[Any, ...]) -> Outcome:
-        """Builds the function that does a unit."""
-
-        def build() -> dict[str, Any]:
-            self._work = make_worker(*arguments)
-            return {}
-
-        outcome = _attempt(build)
-        if "torch" in sys.modules:
-            sys.modules["torch"].set_num_threads(self._num_threads)
-        return outcome
-
-    def run(self, unit: Any) -> tuple[Outcome, float]:
-        """Does one unit; with it comes the share of the node's memory that is free afterwards."""
-        return _attempt(lambda: self._work(unit)), free_share()
-
-    def watch(self) -> float:
-        """The share of the node's memory that is free a little later."""
-        time.sleep(WATCH_SECONDS)
-        return free_share()
-
-
-def _attempt(work: Callable[[], dict[str, Any]]) -> Outcome:
-    """Exceptions become plain values: Ray would wrap them, and not all of them can be pickled."""
-    try:
-        return ("done", work())
-    except ClipmillError as error:
-        return ("raised", (type(error).__name__, str(error)))
-    except Exception:
-        return ("failed", traceback.format_exc())
 
 
 def fan_out(
@@ -110,12 +53,15 @@ def fan_out(
         config: ``fanout_workers`` actors (never more than units) of ``fanout_cpus`` CPUs, and one GPU with ``use_gpu``.
         on_result: called here with each finished unit and its small dict, in order of completion.
 
-    A unit that raises or whose actor dies is tried again on a fresh actor, at most ``config.max_failures`` times.
+    A unit that raises is tried again on a fresh actor, at most ``config.max_failures`` times, after the other units
+    and if possible on another node. The death of its actor or node is not its failure, unless its actors die again
+    and again. A node on which units fail that succeed elsewhere gets no more.
 
     Raises:
-        UserError: raised by a unit (not tried again), or no node can hold a worker.
-        Interrupted: SIGTERM or SIGINT; finished units stay finished.
-        StageFailed: a unit is out of attempts (the others were finished first), or no worker can be started.
+        UserError: raised by a unit or a start, on a second node too if there is one; or no node can hold a worker.
+        Interrupted: SIGTERM or SIGINT; finished units stay finished, running ones got ``config.drain_seconds``.
+        StageFailed: a unit is out of attempts (the others were finished first), units fail on every node one after the
+            other, or no worker can be started.
     """
     if not units:
         return
@@ -124,28 +70,8 @@ def fan_out(
         try:
             driver.run(stop)
         finally:
-            driver.kill_actors()
+            driver.end()
     driver.raise_failures()
-
-
-@dataclass(eq=False)
-class _Slot:
-    """An actor and the calls it still owes us, in the order in which it answers them."""
-
-    actor: ActorHandle
-    calls: deque[tuple[ObjectRef, int | None]]
-    """(call, index of its unit); None: not a unit but ``place``, ``start`` or ``watch``."""
-    created: float = field(default_factory=time.monotonic)
-    answered: float = field(default_factory=time.monotonic)
-    placed: bool = False
-    started: bool = False
-    free_share: float = 1.0
-    """Of its node's memory, when it last said so."""
-
-    @property
-    def is_short(self) -> bool:
-        """Whether its node has too little memory left for another unit."""
-        return self.free_share < MIN_FREE_SHARE
 
 
 class _Driver(Generic[U]):
@@ -159,192 +85,155 @@ class _Driver(Generic[U]):
         config: ClusterConfig,
         on_result: Callable[[U, dict[str, Any]], None],
     ) -> None:
-        import ray
-
         self._config = config
         self._units = units
         self._on_result = on_result
-        self._bundle = {"CPU": float(config.fanout_cpus), "GPU": 1.0 if config.use_gpu else 0.0}
-        connection.require_capacity(config, self._bundle, 1, waited_seconds=0)
-        # Once into the object store instead of once an actor: arguments may hold a model's weights.
-        self._worker = (ray.put(make_worker), ray.put(arguments))
-        self._actor_class = ray.remote(
-            num_cpus=self._bundle["CPU"], num_gpus=self._bundle["GPU"], max_restarts=0, max_task_retries=0
-        )(FanoutActor)
-        self._waiting = deque(range(len(units)))
-        self._unfinished = len(units)
-        self._attempts = [0] * len(units)
-        self._failures: list[tuple[int, str]] = []
-        self._failed_starts = 0
-        self._slots: list[_Slot] = []
-        self._next_warning = time.monotonic() + connection.WAIT_WARNING_SECONDS
+        self._nodes = NodeWatch()
+        self._queue = UnitQueue(len(units), config.max_failures)
+        self._workers = Workers(make_worker, arguments, config, self._nodes)
+        self._failures: dict[int, str] = {}
+        self._raised_on: dict[int, set[str]] = {}
+        """Units that raised a ClipmillError, and on which nodes."""
+        self._mentioned: dict[int, float] = {}
 
     def run(self, stop: threading.Event) -> None:
-        import ray
-
-        while self._unfinished:
+        while self._queue.num_unfinished:
             if stop.is_set():
+                self._drain()
                 raise Interrupted(
-                    f"stopped with {self._unfinished} of {len(self._units)} units to do; run the same command again"
+                    f"stopped with {self._queue.num_unfinished} of {len(self._units)} units to do; "
+                    "run the same command again"
                 )
-            self._start_actors()
+            self._workers.fill(self._queue.num_unfinished)
             self._hand_out()
-            heads = {slot.calls[0][0]: slot for slot in self._slots if slot.calls}
-            ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=0) if heads else ([], [])
-            if not ready and heads:
-                ready, _ = ray.wait(list(heads), num_returns=1, timeout=connection.POLL_SECONDS)
-            for call in ready:
-                self._take(heads[call])
-            self._mention_waiting()
+            self._take_answers()
+            self._workers.mention_unplaced()
+            self._mention_slow_units()
 
-    def kill_actors(self) -> None:
-        for slot in list(self._slots):
-            self._drop(slot)
+    def _drain(self) -> None:
+        """Running units get time to finish."""
+        seconds = connection.drain_seconds(self._config)[0]
+        self._workers.ring(1)
+        if seconds and any(worker.units for worker in self._workers.all):
+            logger.warning("stopping: units that run get %.0f s to finish", seconds)
+        deadline = time.monotonic() + seconds
+        while any(worker.units for worker in self._workers.all) and time.monotonic() < deadline:
+            self._take_answers()
+
+    def end(self) -> None:
+        self._workers.end(connection.drain_seconds(self._config)[1])
 
     def raise_failures(self) -> None:
         if self._failures:
-            index, line = min(self._failures)
+            unit = min(self._failures)
             raise StageFailed(
-                f"{len(self._failures)} of {len(self._units)} units failed; unit {self._name(index)} "
-                f"{self._attempts[index]} times, at last: {line}"
+                f"{len(self._failures)} of {len(self._units)} units failed; unit {self._name(unit)} "
+                f"{self._queue.attempts(unit)} times, at last: {self._failures[unit]}"
             )
 
-    def _start_actors(self) -> None:
-        num_workers = self._config.fanout_workers or max(1, connection.num_bundles(self._bundle))
-        while len(self._slots) < min(num_workers, self._unfinished):
-            actor = self._actor_class.remote(self._config.fanout_cpus)
-            self._slots.append(_Slot(actor, deque([(actor.place.remote(), None)])))
-
     def _hand_out(self) -> None:
-        # Near the end a second unit would wait behind a first one while other actors have nothing to do.
-        window = WINDOW if len(self._waiting) > len(self._slots) else 1
-        for depth in range(window):
-            for slot in self._slots:
-                if self._waiting and slot.started and len(slot.calls) == depth and not slot.is_short:
-                    self._give(slot)
-        self._watch_short()
-
-    def _give(self, slot: _Slot) -> None:
-        """Hands the next unit to an actor."""
-        index = self._waiting.popleft()
-        if not slot.calls:
-            slot.answered = time.monotonic()
-        slot.calls.append((slot.actor.run.remote(self._units[index]), index))
-
-    def _watch_short(self) -> None:
-        """Idle actors of nodes short of memory tell when there is more; one of them works if nobody else does."""
-        idle = [slot for slot in self._slots if slot.started and slot.is_short and not slot.calls]
-        runs = any(index is not None for slot in self._slots for _, index in slot.calls)
-        if idle and self._waiting and not runs:
-            slot = max(idle, key=lambda slot: slot.free_share)
-            idle.remove(slot)
-            self._give(slot)
-        for slot in idle:
-            if self._waiting:
-                slot.calls.append((slot.actor.watch.remote(), None))
-
-    def _take(self, slot: _Slot) -> None:
-        """Reads the answer to the oldest call of an actor."""
-        import ray
-
-        call, index = slot.calls.popleft()
-        slot.answered = time.monotonic()
-        try:
-            answer = ray.get(call)
-        except ray.exceptions.RayError as error:  # the actor or its node died, or the arguments do not unpickle
-            lost = ("failed", connection.death(error) if connection.is_death(error) else str(error))
-            answer = lost if index is None else (lost, slot.free_share)
-        if not slot.placed:
-            self._take_place(slot, answer)
-        elif not slot.started:
-            self._take_start(slot, answer)
-        elif index is None:
-            self._take_watch(slot, answer)
-        else:
-            outcome, slot.free_share = answer
-            self._take_unit(slot, index, outcome)
-
-    def _take_watch(self, slot: _Slot, answer: float | Outcome) -> None:
-        if isinstance(answer, float):
-            slot.free_share = answer
-        else:
-            self._drop(slot)  # it died, with nothing in its hands
-
-    def _take_place(self, slot: _Slot, outcome: Outcome | None) -> None:
-        if outcome is not None:
-            self._lose_start(slot, outcome[1])
-            return
-        slot.placed = True
-        slot.calls.append((slot.actor.start.remote(*self._worker), None))
-
-    def _take_start(self, slot: _Slot, outcome: Outcome) -> None:
-        kind, body = outcome
-        if kind == "raised":
-            raise connection.cluster_error(*body)
-        if kind == "failed":
-            self._lose_start(slot, body)
-            return
-        slot.started = True
-        self._failed_starts = 0
-
-    def _lose_start(self, slot: _Slot, reason: str) -> None:
-        self._drop(slot)
-        self._failed_starts += 1
-        logger.warning("a worker could not start (%d in a row): %s", self._failed_starts, connection.last_line(reason))
-        if self._failed_starts > self._config.max_failures:
-            raise StageFailed(f"no worker can start, at last: {connection.last_line(reason)}")
-
-    def _take_unit(self, slot: _Slot, index: int, outcome: Outcome) -> None:
-        kind, body = outcome
-        if kind == "done":
-            self._unfinished -= 1
-            self._on_result(self._units[index], body)
-        elif kind == "raised":
-            raise connection.cluster_error(*body)
-        else:
-            self._drop(slot)  # before the unit goes back: it comes first again
-            self._lose_unit(index, body)
-
-    def _lose_unit(self, index: int, reason: str) -> None:
-        self._attempts[index] += 1
-        line = connection.last_line(reason)
-        again = self._attempts[index] <= self._config.max_failures
-        logger.warning(
-            "unit %s failed, attempt %d of %d: %s",
-            self._name(index),
-            self._attempts[index],
-            self._config.max_failures + 1,
-            line if again else reason,
-        )
-        if again:
-            self._waiting.appendleft(index)
-        else:
-            self._unfinished -= 1
-            self._failures.append((index, line))
-
-    def _drop(self, slot: _Slot) -> None:
-        """Ends an actor; units it had not come to are no failures of theirs."""
-        import ray
-
-        self._slots.remove(slot)
-        ray.kill(slot.actor)
-        self._waiting.extendleft(index for _, index in reversed(slot.calls) if index is not None)
-
-    def _mention_waiting(self) -> None:
         now = time.monotonic()
-        for slot in self._slots:
-            if slot.calls and slot.calls[0][1] is not None and now - slot.answered > SLOW_UNIT_SECONDS:
-                logger.warning("unit %s still runs after %d s", self._name(slot.calls[0][1]), SLOW_UNIT_SECONDS)
-                slot.answered = now
-        unplaced = [slot for slot in self._slots if not slot.placed]
-        if not unplaced or now < self._next_warning:
+        workers, places = self._workers, self._workers.nodes_at_work()
+        ready = [worker for worker in workers.all if worker.is_started and not worker.is_spent]
+        # Near the end a second unit would wait behind a first one while other actors have nothing to do.
+        window = WINDOW if self._queue.num_waiting > len(workers.all) else 1
+        for depth in range(window):
+            for worker in ready:
+                if len(worker.calls) == depth and not worker.is_short:
+                    self._give(worker, places, now)
+        self._watch_short([worker for worker in ready if worker.is_short and not worker.calls], places, now)
+
+    def _give(self, worker: Worker, places: set[str], now: float) -> None:
+        """Hands the next unit to an actor, if its node may have one."""
+        node = worker.node
+        if not self._nodes.may_work(node, self._workers.num_running(node), now):
             return
-        self._next_warning = now + connection.WAIT_WARNING_SECONDS
-        waited_seconds = now - min(slot.created for slot in unplaced)
-        if waited_seconds >= connection.WAIT_WARNING_SECONDS:
-            if len(unplaced) == len(self._slots):
-                connection.require_capacity(self._config, self._bundle, 1, waited_seconds)
-            logger.warning("fan-out: %s", connection.waiting_message(self._bundle, len(unplaced), waited_seconds))
+        trials = set() if self._nodes.is_suspect(node) else self._nodes.trials() | self._raised_on.keys()
+        unit = self._queue.take(node, places - {node}, trials, now)
+        if unit is not None:
+            self._workers.give(worker, unit, self._units[unit])
+
+    def _watch_short(self, idle: list[Worker], places: set[str], now: float) -> None:
+        """Idle actors of nodes short of memory tell when there is more; one of them works if nobody else does."""
+        if idle and not any(worker.units for worker in self._workers.all):
+            self._give(max(idle, key=lambda worker: worker.free_share), places, now)
+        for worker in idle:
+            if self._queue.num_waiting and not worker.calls:
+                self._workers.watch(worker)
+
+    def _take_answers(self) -> None:
+        for worker, unit, began, (kind, body) in self._workers.answers(connection.POLL_SECONDS):
+            if kind == "done":
+                self._take_result(worker, unit, body)
+            elif kind == "returned":
+                self._queue.put_back(unit)
+            else:
+                self._take_failure(worker, unit, began, (kind, body))
+            if kind == "lost":
+                self._drop_dead(worker)
+
+    def _take_result(self, worker: Worker, unit: int, result: dict[str, Any]) -> None:
+        num_sick = len(self._nodes.sick)
+        self._queue.finish(unit)
+        self._raised_on.pop(unit, None)
+        self._nodes.succeeded(worker.node, unit, time.monotonic())
+        if len(self._nodes.sick) > num_sick:
+            for revived in self._queue.forgive(self._nodes.sick):
+                del self._failures[revived]
+        self._on_result(self._units[unit], result)
+
+    def _take_failure(self, worker: Worker, unit: int, began: float, outcome: Outcome) -> None:
+        kind, body = outcome
+        now, node = time.monotonic(), worker.node
+        error = connection.cluster_error(*body) if kind == "raised" else None
+        cause = str(error) if error else connection.last_line(body)
+        self._nodes.failed(node, unit, began, cause, now)
+        sick = self._nodes.sick
+        if kind == "lost":
+            again = self._queue.lose(unit, node, self._workers.cluster.ids() - sick, now)
+        else:
+            again = self._queue.fail(unit, node, sick, now)
+        if error:
+            tried = self._raised_on.setdefault(unit, set())
+            tried.add(node)
+            if not again or not self._workers.nodes_at_work() - tried:
+                raise error
+        logger.warning(
+            "unit %s failed on %s, attempt %d: %s",
+            self._name(unit),
+            self._nodes.name(node),
+            self._queue.attempts(unit),
+            cause if again or error else body,
+        )
+        if not again:
+            self._failures[unit] = cause
+        self._require_hope(cause)
+
+    def _require_hope(self, cause: str) -> None:
+        """Ends the stage when units fail on every node one after the other."""
+        if self._nodes.is_hopeless(self._workers.cluster.ids()):
+            raise StageFailed(
+                f"units fail on every node one after the other, {self._queue.num_unfinished} of {len(self._units)} "
+                f"are to do; at last: {cause}"
+            )
+
+    def _drop_dead(self, worker: Worker) -> None:
+        """Forgets an actor that died; units it had not begun keep their places."""
+        for unit in worker.units:
+            self._queue.put_back(unit)
+        self._workers.drop(worker)
+
+    def _mention_slow_units(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers.all:
+            if worker.units and now - max(worker.began, self._mentioned.get(worker.units[0], 0)) > SLOW_UNIT_SECONDS:
+                logger.warning(
+                    "unit %s still runs on %s after %.0f s",
+                    self._name(worker.units[0]),
+                    self._nodes.name(worker.node),
+                    now - worker.began,
+                )
+                self._mentioned[worker.units[0]] = now
 
     def _name(self, index: int) -> str:
         name = repr(self._units[index])

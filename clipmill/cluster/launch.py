@@ -29,7 +29,7 @@ from clipmill.cluster.connection import (
     is_death,
     is_embedded,
     last_line,
-    node_resources,
+    living_nodes,
     num_bundles,
     require_capacity,
     stop_signals,
@@ -240,9 +240,10 @@ def _training_bundle(config: ClusterConfig) -> dict[str, float]:
     num_gpus = 1.0 if config.use_gpu else 0.0
     if config.training_cpus is not None:
         return {"CPU": float(config.training_cpus), "GPU": num_gpus}
-    most = int(max((node.get("CPU", 0) for node in node_resources()), default=1))
+    nodes = living_nodes()
+    most = int(max((node.resources.get("CPU", 0) for node in nodes), default=1))
     for num_cpus in range(most, 1, -1):
-        if num_bundles({"CPU": num_cpus, "GPU": num_gpus}) >= config.training_workers:
+        if num_bundles({"CPU": num_cpus, "GPU": num_gpus}, nodes) >= config.training_workers:
             return {"CPU": float(num_cpus), "GPU": num_gpus}
     return {"CPU": 1.0, "GPU": num_gpus}
 
@@ -378,12 +379,14 @@ def _watch(
             relayed = True
         if not started and relayed:
             return ("Interrupted", "stopped before the training began; submit the same command again")
-        if relayed and num_bundles(bundle) < config.training_workers:  # a node died: nobody is there to checkpoint
+        if (
+            relayed and num_bundles(bundle, living_nodes()) < config.training_workers
+        ):  # a node died: nobody is there to checkpoint
             return verdict or ("Interrupted", "stopped while a node was missing; submit the same command again")
         if (now := time.monotonic()) < next_look:
             continue
         next_look = now + WAIT_WARNING_SECONDS
-        if started and num_bundles(bundle) >= config.training_workers:
+        if started and num_bundles(bundle, living_nodes()) >= config.training_workers:
             homeless_since = None
             continue
         # Not yet placed, or a node died: then Ray Train waits for another one in silence, and without an end.

@@ -87,7 +87,8 @@ class ClusterConfig(Section):
     num_cpus: Annotated[PositiveInt | None, FREE] = None
     """CPUs of the embedded Ray; none: all of this machine."""
     fanout_workers: Annotated[PositiveInt | None, FREE] = None
-    """Workers of shard, tokenize and sample; none: as many as the cluster's CPUs (or GPUs) hold."""
+    """Workers of shard, tokenize and sample; None: as many as the cluster's CPUs (or GPUs) hold. More than fit now are
+    demand that an autoscaler sees."""
     fanout_cpus: Annotated[PositiveInt, FREE] = 1
     """CPUs, and so threads, of one such worker: sums are split over them, so bytes of samples depend on it."""
     training_workers: Annotated[PositiveInt, FREE] = 1
@@ -96,8 +97,14 @@ class ClusterConfig(Section):
     use_gpu: Annotated[bool, FREE] = False
     """Give each training, tokenize and sample worker one GPU, and evaluate on one; without, all of them compute on the
     CPU. A training under torchrun or in this process takes the GPUs it sees."""
+    spare_head: Annotated[bool, FREE] = False
+    """Keep the workers of shard, tokenize and sample off the cluster's head node; no effect on an embedded Ray."""
     max_failures: Annotated[int, Field(ge=0), FREE] = 3
     """How often a failed unit or a failed group of training workers is tried again."""
+    drain_seconds: Annotated[int, Field(ge=0), FREE] = 15
+    """After SIGTERM or Ctrl-C, running units of shard, tokenize and sample get this long to finish; then they are given
+    up, with 10 s to clean up, and the next run does them again. Both fit Kubernetes' 30 s. In a Ray job they shrink to
+    ``RAY_JOB_STOP_WAIT_TIME_S``."""
 
 
 class RunConfig(Section):

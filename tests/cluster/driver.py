@@ -1,4 +1,6 @@
-"""A driver process for the signal tests: ``python driver.py fan_out|train FOLDER``; exits as clipmill's CLI does."""
+"""A driver process for the signal tests: ``python driver.py fan_out|scratch|train FOLDER [DRAIN_SECONDS]``; exits as
+clipmill's CLI does.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,24 @@ from typing import Any
 from clipmill.cluster import Report, fan_out, run_workers
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted
+from clipmill.scratch import ScratchFolder
 
 
 def make_worker(folder: str) -> Callable[[int], dict[str, Any]]:
     def work(unit: int) -> dict[str, Any]:
         time.sleep(0.2)
         (Path(folder) / f"unit-{unit}").touch()
+        return {}
+
+    return work
+
+
+def make_scratch_worker(folder: str) -> Callable[[int], dict[str, Any]]:
+    def work(unit: int) -> dict[str, Any]:
+        with ScratchFolder("test") as scratch:
+            (scratch / "video").touch()
+            time.sleep(8)
+            (scratch / "video").rename(Path(folder) / str(unit))
         return {}
 
     return work
@@ -32,11 +46,13 @@ def train(folder: str, report: Report) -> None:
             raise Interrupted(f"stopped after step {step}")
 
 
-def main(mode: str, folder: str) -> int:
-    config = ClusterConfig(num_cpus=2)
+def main(mode: str, folder: str, drain_seconds: str = "15") -> int:
+    config = ClusterConfig(num_cpus=2, drain_seconds=int(drain_seconds))
     try:
         if mode == "fan_out":
             fan_out(make_worker, (folder,), range(1000), config=config, on_result=lambda unit, _: print("at work"))
+        elif mode == "scratch":
+            fan_out(make_scratch_worker, (folder,), range(100), config=config, on_result=lambda *_: None)
         else:
             run_workers(train, folder, config=config, name="test", on_progress=lambda _: print("at work"))
     except ClipmillError as error:
