@@ -1,10 +1,10 @@
-"""What planning costs at scale: a synthetic bucket listing of many videos, and the resume decision over many units.
+"""What planning costs at scale: the listing of a bucket of many videos, and the resume decision over many units.
 
-    python benchmarks/plan.py --videos 10000000 --units 100000 [--root s3://bucket/prefix]
+    python benchmarks/plan.py --videos 10000000 --units 100000 [--root FOLDER]
 
-Prints seconds and the peak resident set of each, and one JSON line last. The listing is made up in this process, so its
-own cost (some microseconds a video) is in the numbers; a real bucket adds a request for every 1,000 names. ``--root``:
-where plan and commit records go, a new temporary folder unless it is named.
+Prints seconds and the peak resident set of each, and one JSON line last. The bucket is an S3 server in a process of its
+own on this machine, which makes pages of 1,000 objects up; its work is part of the seconds. ``--root``: where plan and
+commit records go, a new temporary folder unless it is named.
 """
 
 from __future__ import annotations
@@ -12,19 +12,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.lease import hold
-from clipmill.pipeline import generation, listing, tally
+from clipmill.pipeline import tally
 from clipmill.pipeline.plan import load_plan
+from clipmill.pipeline.planning import generation, listing
+from clipmill.pipeline.planning.yields import NOTHING_KNOWN
 from clipmill.pipeline.sources.record import SourceVideo
-from clipmill.pipeline.yields import NOTHING_KNOWN
 
 VIDEO_BYTES = 2 * 2**20
 PUT_THREADS = 32
@@ -46,10 +52,19 @@ def main() -> None:
 
 
 def measure_plan(root: str, num_videos: int) -> dict[str, float]:
-    """Plans a listing, loads the plan as a resumed run does, and extends it by what has not been there."""
-    config = _config(root, unit_bytes=256 * 2**20)
-    generation.measure_yield = lambda *_: NOTHING_KNOWN  # there are no files to look at
-    listing.list_videos = lambda *_: _listed(num_videos)
+    """Plans a bucket, loads the plan as a resumed run does, and extends it by what has not been there."""
+    num_more = num_videos + num_videos // 100
+    with _emulated_s3(num_videos, num_more):
+        return _measure_plan(root, f"s3://b{num_videos}/raw", f"s3://b{num_more}/raw", num_videos)
+
+
+def _measure_plan(root: str, url: str, more_url: str, num_videos: int) -> dict[str, float]:
+    config = _config(root, unit_bytes=256 * 2**20, url=url)
+    generation.measure_yield = lambda *_: NOTHING_KNOWN  # the objects have no content
+    start_mib = _peak_gib() * 1024
+    next(iter(storage.walk(url)))
+    first_mib = _peak_gib() * 1024 - start_mib
+    print(f"first entry of the listing: {first_mib:.0f} MiB more than the {start_mib:.0f} before", flush=True)
     began = time.monotonic()
     with hold(config.folder("clips"), "shard") as lease:
         generation.make_plan(config, lease)
@@ -59,7 +74,7 @@ def measure_plan(root: str, num_videos: int) -> dict[str, float]:
     began = time.monotonic()
     plan = load_plan(config)
     load_seconds = time.monotonic() - began
-    listing.list_videos = lambda *_: _listed(num_videos + num_videos // 100)
+    config = _config(root, unit_bytes=256 * 2**20, url=more_url)
     began = time.monotonic()
     with hold(config.folder("clips"), "shard") as lease:
         generation.extend_plan(config, lease, plan)
@@ -69,6 +84,7 @@ def measure_plan(root: str, num_videos: int) -> dict[str, float]:
     )
     return {
         "videos": num_videos,
+        "first_entry_mib": round(first_mib, 1),
         "plan_seconds": round(seconds, 2),
         "plan_peak_gib": round(peak_gib, 3),
         "load_seconds": round(load_seconds, 2),
@@ -107,8 +123,26 @@ def measure_resume(root: str, num_units: int) -> dict[str, float]:
     return {"units": num_units, "first_resume_seconds": round(seconds[0], 2), "resume_seconds": round(seconds[1], 2)}
 
 
-def _config(root: str, unit_bytes: int) -> RunConfig:
-    data = {"source": {"url": "s3://bucket/videos"}, "unit_bytes": unit_bytes}
+@contextmanager
+def _emulated_s3(*nums_objects: int) -> Iterator[None]:
+    """A server of buckets of so many objects, ``b<number>``; this process reaches it by the usual variables."""
+    command = [sys.executable, "-m", "tests.s3.emulated", *map(str, nums_objects)]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        os.environ |= {
+            "AWS_ENDPOINT_URL": server.stdout.readline().strip(),
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        yield
+
+
+def _config(root: str, unit_bytes: int, url: str = "s3://bucket/videos") -> RunConfig:
+    data = {"source": {"url": url}, "unit_bytes": unit_bytes}
     return RunConfig.model_validate({"root": root, "data": data})
 
 

@@ -10,14 +10,16 @@ Moving or renaming a corpus changes nothing.
 Files under ``clips/plan``, none of which ever changes:
 
 ``gen-0000-<sha8>.parquet``
-    One generation (`generation.py` makes them): what one listing had that no earlier one had, or the quarantined videos
+    One generation (`planning` makes them): what one listing had that no earlier one had, or the quarantined videos
     that are tried again. One row a video, sorted by split, unit, ordinal: split, unit, ordinal, id, url (relative to
     the source, or absolute), bytes, etag, label, actions, text, member (which video of the file, where it holds
     several), metadata (JSON), start_seconds and end_seconds (the span of the file), sidecars (endings of the files
-    beside it that describe it), fault (why the source cannot give the video).
+    beside it that describe it), fault (why the source cannot give the video), file (identity of its file, where that
+    is not ``bucket:<bytes>:<etag>``). A unit never spans two row groups, so that it can be read alone.
 ``gen-0000.json``
     Created last, and only if there is none: of several planners of a generation one wins, whatever each of them knew.
-    {kind, file, sha256, videos, bytes, units: {split: count}, duplicates, ambiguous, other_files, yield, identity}.
+    {kind, file, sha256, videos, bytes, units: {split: count}, base_url, duplicates, ambiguous, other_files, yield,
+    identity}. ``base_url``: the folder that relative URLs were relative to.
     ``identity`` is the configuration it was made with. Units of a split are numbered through all generations.
     ``ambiguous``: hashes of identities behind which that listing found different contents (16 hex digits each).
     ``other_files``: files of the folder that are no videos, {ending: count}. The plan is generations 0, 1, 2, ... up to
@@ -27,29 +29,34 @@ Files under ``clips/plan``, none of which ever changes:
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipmill import storage
 from clipmill.config import RunConfig, changed_keys, identity
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease
-from clipmill.pipeline.listing import SOURCE_COLUMNS
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
+from clipmill.shards.manifest import SPLITS
 
 __all__ = [
     "PLAN_COLUMNS",
+    "SOURCE_COLUMNS",
     "GenerationKind",
     "Plan",
     "PlannedVideo",
     "Unit",
     "create_generation",
     "load_plan",
+    "numbers_of",
     "read_generations",
 ]
 
@@ -58,13 +65,30 @@ SCHEMA = 3
 GenerationKind = Literal["listed", "retried"]
 """``listed``: videos that no earlier generation has. ``retried``: quarantined ones of earlier generations."""
 
-BATCH_ROWS = 2**16
+_TEXT = pa.large_string()  # 32-bit offsets would overflow at some 20 million names
+SOURCE_COLUMNS: dict[str, pa.DataType] = {
+    "url": _TEXT,
+    "bytes": pa.int64(),
+    "etag": _TEXT,
+    "label": _TEXT,
+    "actions": _TEXT,
+    "text": _TEXT,
+    "member": _TEXT,
+    "metadata": _TEXT,
+    "start_seconds": pa.float64(),
+    "end_seconds": pa.float64(),
+    "sidecars": _TEXT,
+    "fault": _TEXT,
+}
+"""What a worker needs of a video, and a source says about it."""
+
 PLAN_COLUMNS: dict[str, pa.DataType] = {
     "split": pa.string(),
     "unit": pa.int32(),
     "ordinal": pa.int32(),
     "id": pa.string(),
     **SOURCE_COLUMNS,
+    "file": _TEXT,
 }
 
 
@@ -134,17 +158,20 @@ class Unit:
 
 
 class Plan:
-    """All generations of a plan. Videos become Python objects only when their unit is asked for.
+    """All generations of a plan. Memory holds an index of the units; rows are read from files on this machine.
 
     Attributes:
         generations: their documents, in order.
     """
 
-    def __init__(self, generations: list[dict[str, Any]], table: pa.Table) -> None:
+    def __init__(self, generations: list[dict[str, Any]], files: Sequence[pq.ParquetFile]) -> None:
+        """``files``: the rows of each generation."""
         self.generations = generations
-        self._table = table
-        self._rows = _unit_rows(table)
-        self._retried_in = self._find_retried()
+        self._files = files
+        self._groups = [(file, index) for file in files for index in range(file.num_row_groups)]
+        self._units = self._index_units()
+        self._retried_ids, self._retried_units = self._index_retried()
+        self._last_group: tuple[int, pa.Table] | None = None
 
     @property
     def num_videos(self) -> int:
@@ -167,48 +194,70 @@ class Plan:
 
     def is_retried(self, video_id: str, unit: int) -> bool:
         """Whether a video that ``unit`` of its split excluded is tried again in a later unit."""
-        return self._retried_in.get(video_id, -1) > unit
+        number = np.uint64(int(video_id, 16))
+        place = np.searchsorted(self._retried_ids, number)
+        is_found = place < len(self._retried_ids) and self._retried_ids[place] == number
+        return bool(is_found and self._retried_units[place] > unit)
 
-    def _find_retried(self) -> dict[str, int]:
-        """The last unit of each video that is tried again; a video never changes its split."""
-        retried: dict[str, int] = {}
-        first = 0
-        for generation in self.generations:
-            if generation["kind"] == "retried":
-                rows = self._table.slice(first, generation["videos"])
-                retried |= dict(zip(rows["id"].to_pylist(), rows["unit"].to_pylist(), strict=True))
-            first += generation["videos"]
-        return retried
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """All rows in order, a row group at a time. None: with all `PLAN_COLUMNS`."""
+        for _, table in self.tables_by_generation(columns):
+            yield table
 
-    def ids(self) -> np.ndarray:
-        """uint64[n]: the ids of all rows, as numbers."""
-        batches = self._table.select(["id"]).to_batches(BATCH_ROWS)
-        numbers = [np.array([int(i, 16) for i in batch["id"].to_pylist()], np.uint64) for batch in batches]
-        return np.concatenate([np.empty(0, np.uint64), *numbers])
+    def tables_by_generation(self, columns: Sequence[str] | None = None) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+        """As `tables`, each with the document of its generation."""
+        for generation, file in zip(self.generations, self._files, strict=True):
+            for index in range(file.num_row_groups):
+                yield generation, file.read_row_group(index, columns=columns)
 
-    def rows(self, places: np.ndarray) -> pa.Table:
-        """The rows, with `PLAN_COLUMNS`, at these places of all generations."""
-        return self._table.take(pa.array(places))
+    def url_of(self, number: int) -> str:
+        """The URL of the video with this id, as a number."""
+        for table in self.tables(["id", "url"]):
+            found = np.flatnonzero(numbers_of(table["id"]) == np.uint64(number))
+            if len(found):
+                return table["url"][int(found[0])].as_py()
+        raise KeyError(number)
 
     def unit(self, split: str, number: int) -> Unit:
         """The videos of one unit, in order."""
-        first, end = self._rows[split, number]
-        columns = ["id", *SOURCE_COLUMNS]
-        rows = self._table.select(columns).slice(first, end - first).to_pylist()
+        group, first, end = self._units[split][number].tolist()
+        if self._last_group is None or self._last_group[0] != group:  # units are asked for in order, mostly
+            file, index = self._groups[group]
+            self._last_group = group, file.read_row_group(index, columns=["id", *SOURCE_COLUMNS])
+        rows = self._last_group[1].slice(first, end - first).to_pylist()
         return Unit(split, number, tuple(PlannedVideo(**row) for row in rows))
 
+    def _index_units(self) -> dict[str, np.ndarray]:
+        """int32[num_units, 3] for each split: row group, first row in it, end row in it."""
+        found: dict[str, list[np.ndarray]] = {split: [np.empty((0, 3), np.int32)] for split in SPLITS}
+        for group, table in enumerate(self.tables(["split", "unit"])):
+            units = table["unit"].to_numpy()
+            for split in SPLITS:
+                rows = np.flatnonzero(pc.equal(table["split"], split).to_numpy())
+                if len(rows):  # consecutive, as are those of each unit
+                    firsts = rows[np.diff(units[rows], prepend=-1) != 0]
+                    ends = np.append(firsts[1:], rows[-1] + 1)
+                    found[split].append(np.stack([np.full(len(firsts), group), firsts, ends], 1).astype(np.int32))
+        return {split: np.concatenate(parts) for split, parts in found.items()}
 
-def _unit_rows(table: pa.Table) -> dict[tuple[str, int], tuple[int, int]]:
-    """First and end row of each unit: rows of a unit are consecutive."""
-    units = table.column("unit").to_numpy()
-    splits = table.column("split").combine_chunks().dictionary_encode()
-    codes, names = splits.indices.to_numpy(zero_copy_only=False), splits.dictionary.to_pylist()
-    firsts = np.flatnonzero((np.diff(units, prepend=-1) != 0) | (np.diff(codes, prepend=-1) != 0))
-    ends = np.append(firsts[1:], len(units))
-    return {
-        (names[codes[first]], int(units[first])): (int(first), int(end))
-        for first, end in zip(firsts, ends, strict=True)
-    }
+    def _index_retried(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted ids of the videos that are tried again, and the last unit of each; a video never changes its split."""
+        ids, units = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
+        for generation, file in zip(self.generations, self._files, strict=True):
+            if generation["kind"] == "retried":
+                table = file.read(columns=["id", "unit"])
+                ids.append(numbers_of(table["id"]))
+                units.append(table["unit"].to_numpy())
+        all_ids = np.concatenate(ids)
+        order = np.argsort(all_ids, kind="stable")
+        all_ids = all_ids[order]
+        is_last = np.append(all_ids[1:] != all_ids[:-1], True)[: len(order)]
+        return all_ids[is_last], np.concatenate(units)[order][is_last]
+
+
+def numbers_of(ids: pa.ChunkedArray) -> np.ndarray:
+    """uint64[n]: ids of 16 hex digits as numbers."""
+    return np.frombuffer(bytes.fromhex("".join(ids.to_pylist())), ">u8").astype(np.uint64)
 
 
 # ------------------------------------------------------------------------------------- reading a plan
@@ -279,18 +328,23 @@ def load_plan(config: RunConfig) -> Plan:
     generations = read_generations(config)
     if not generations:
         raise FileNotFoundError(_document_url(config, 0))
-    tables = [_read_table(config, generation) for generation in generations]
-    return Plan(generations, pa.concat_tables(tables))
+    return Plan(generations, [_open_rows(config, generation) for generation in generations])
 
 
-def _read_table(config: RunConfig, generation: dict[str, Any]) -> pa.Table:
+def _open_rows(config: RunConfig, generation: dict[str, Any]) -> pq.ParquetFile:
+    """The rows of a generation; those in a bucket in a local copy that ends with its last reader."""
     url = config.folder("clips", "plan", generation["file"])
-    with ScratchFolder("plan") as folder:
-        path = folder / "plan.parquet"
-        try:
-            storage.fetch(url, path)
-        except FileNotFoundError as error:
-            raise UserError(f"{url} is missing; restore it, or remove the clips folder and shard again") from error
-        if file_sha256(path) != generation["sha256"]:
-            raise UserError(f"{url} is damaged; restore it, or remove the clips folder and shard again")
-        return pq.read_table(path, memory_map=False)
+    try:
+        if storage.is_local(url):
+            return _open_whole(storage.local_path(url), url, generation["sha256"])
+        with ScratchFolder("plan") as folder:
+            storage.fetch(url, folder / "rows.parquet")
+            return _open_whole(folder / "rows.parquet", url, generation["sha256"])
+    except FileNotFoundError as error:
+        raise UserError(f"{url} is missing; restore it, or remove the clips folder and shard again") from error
+
+
+def _open_whole(path: Path, url: str, sha256: str) -> pq.ParquetFile:
+    if file_sha256(path) != sha256:
+        raise UserError(f"{url} is damaged; restore it, or remove the clips folder and shard again")
+    return pq.ParquetFile(pa.OSFile(str(path)))  # an open file can be read after it was removed

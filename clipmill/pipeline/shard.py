@@ -20,8 +20,8 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig, identity
 from clipmill.errors import StageFailed
 from clipmill.lease import Lease
-from clipmill.pipeline.generation import extend_plan, make_plan, retry_videos
 from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_generations
+from clipmill.pipeline.planning import extend_plan, make_plan, retry_videos
 from clipmill.pipeline.sources import check_source
 from clipmill.pipeline.tally import SEGMENT_UNITS, Tally, publish_tally, read_tally
 from clipmill.pipeline.unit import Allowance, allowed_failures, make_worker

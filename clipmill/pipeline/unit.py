@@ -28,6 +28,7 @@ from clipmill.pipeline.plan import PlannedVideo, Unit
 from clipmill.pipeline.samples import HeldSamples, clip_sample
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.record import edges_sha256
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import UnitWriter
 from clipmill.shards.manifest import commit_unit
@@ -146,7 +147,8 @@ def _make_samples(
         video = read_sidecars(config.data, video)
     with blame("decode", video.name, scratch):
         sums = _decode(config, video, fetched, decoder, samples, scratch)
-    return _entry(video, _finished(decoder), has_actions=fetched.actions is not None), sums
+    entry = _entry(video, _finished(decoder), has_actions=fetched.actions is not None)
+    return {**entry, "edges": _edges(video, fetched)}, sums
 
 
 def _decode(
@@ -176,6 +178,13 @@ def _decode(
         attempts = [clean(attempt) for attempt in bad.attempts]
         raise ExcludedVideo("decode", clean(bad.cause), attempts, clean(bad.stderr_tail)) from bad
     return sums
+
+
+def _edges(video: PlannedVideo, fetched: LocalVideo) -> str | None:
+    """What recognizes a file of a bucket that is moved or uploaded anew; on a disk the identity holds it already."""
+    if video.etag is None or video.member is not None:
+        return None
+    return edges_sha256(str(fetched.path), fetched.path.stat().st_size)
 
 
 def _entry(video: PlannedVideo, outcome: Outcome, has_actions: bool) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from clipmill.config import RunConfig
 from clipmill.lease import hold
-from clipmill.pipeline import generation, shard
-from clipmill.pipeline.plan import Plan, load_plan
+from clipmill.pipeline import planning, shard
+from clipmill.pipeline.plan import SOURCE_COLUMNS, Plan, load_plan
+from clipmill.pipeline.sources import list_videos
 from clipmill.video import encode_mp4
 
 CLASSES = ("down", "left", "right", "up")
@@ -62,16 +64,25 @@ def run_config(root: Path, source: Path, /, num_workers: int = 1, **data: Any) -
     )
 
 
+def listed(config: RunConfig) -> pa.Table:
+    """All rows of the source's listing, with the columns of a plan."""
+    columns = {name: [] for name in SOURCE_COLUMNS}
+    for video in list_videos(config.data.source):
+        for name in columns:
+            columns[name].append(getattr(video, "name" if name == "url" else name))
+    return pa.table(columns, pa.schema(SOURCE_COLUMNS))
+
+
 def make_plan(config: RunConfig) -> Plan:
     """Plans what the source holds."""
     with hold(shard.folder_url(config), "shard") as lease:
-        return generation.make_plan(config, lease)
+        return planning.make_plan(config, lease)
 
 
 def extend_plan(config: RunConfig) -> bool:
     """Plans what the source holds beyond the plan."""
     with hold(shard.folder_url(config), "shard") as lease:
-        return generation.extend_plan(config, lease, load_plan(config))
+        return planning.extend_plan(config, lease, load_plan(config))
 
 
 def run_shard(config: RunConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from clipmill import lease as leases
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import StageFailed
-from clipmill.pipeline import generation, shard
+from clipmill.pipeline import planning, shard
 from clipmill.pipeline.plan import Plan, load_plan
 from clipmill.shards.manifest import SPLITS
 from tests.pipeline.corpus import make_plan, run_config, video_bytes
@@ -65,16 +65,16 @@ def make(config: RunConfig, lease: leases.Lease) -> None:
     try:
         load_plan(config)
     except FileNotFoundError:
-        generation.make_plan(config, lease)
+        planning.make_plan(config, lease)
 
 
 def extend(config: RunConfig, lease: leases.Lease) -> None:
-    generation.extend_plan(config, lease, load_plan(config))
+    planning.extend_plan(config, lease, load_plan(config))
 
 
 def retry(config: RunConfig, lease: leases.Lease) -> None:
     plan = load_plan(config)
-    generation.retry_videos(config, lease, plan, [video.id for video in plan.unit("train", 0).videos])
+    planning.retry_videos(config, lease, plan, [video.id for video in plan.unit("train", 0).videos])
 
 
 @pytest.mark.parametrize(("first", "second"), [(make, make), (extend, extend), (extend, retry), (retry, extend)])
@@ -131,7 +131,7 @@ def test_a_planner_without_the_lease_changes_nothing(tmp_path: Path) -> None:
     folder = Path(config.folder("clips", "plan"))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     write_videos(tmp_path / "source", range(4, 6))
-    for act in (generation.make_plan, extend, retry):
+    for act in (planning.make_plan, extend, retry):
         with pytest.raises(StageFailed, match="was taken over by attempt 2 while attempt 1 still ran"):
             act(config, stale)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

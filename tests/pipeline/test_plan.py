@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.generation import cut_units
 from clipmill.pipeline.plan import Plan, load_plan
+from clipmill.pipeline.planning.units import UnitCutter, unit_goal
 from clipmill.pipeline.sources.record import EDGE_BYTES, SourceVideo
 from tests.pipeline.corpus import extend_plan, make_plan
 
@@ -161,7 +161,7 @@ def test_the_columns_on_disk(tmp_path):
     table = pq.read_table(plan_file(tmp_path, "-*.parquet"))
     assert table.column_names == [
         *("split", "unit", "ordinal", "id", "url", "bytes", "etag", "label", "actions", "text", "member", "metadata"),
-        *("start_seconds", "end_seconds", "sidecars", "fault"),
+        *("start_seconds", "end_seconds", "sidecars", "fault", "file"),
     ]
     (row,) = table.to_pylist()
     assert row["url"] == "a/one.mp4"
@@ -176,10 +176,19 @@ def test_the_columns_on_disk(tmp_path):
 # ----------------------------------------------------------------------------------------------- units
 
 
-def units_of(sizes, outputs, is_val, unit_bytes, shard_bytes):
-    return cut_units(
-        np.array(sizes, np.int64), np.array(outputs, float), np.array(is_val, bool), unit_bytes, shard_bytes
-    )
+def units_of(sizes, outputs, is_val, unit_bytes, shard_bytes, batch=7):
+    """Both splits, cut batch by batch."""
+    sizes, outputs, is_val = np.array(sizes, np.int64), np.array(outputs, float), np.array(is_val, bool)
+    goal = unit_goal(outputs.sum(), shard_bytes)
+    units, ordinals = np.empty(len(sizes), np.int32), np.empty(len(sizes), np.int32)
+    for split in (False, True):
+        rows = np.flatnonzero(is_val == split)
+        cutter = UnitCutter(outputs[rows].sum(), goal, unit_bytes)
+        for first in range(0, len(rows), batch):
+            some = rows[first : first + batch]
+            units[some], ordinals[some] = cutter.cut(sizes[some], outputs[some])
+        assert cutter.num_units == units[rows].max(initial=-1) + 1
+    return units, ordinals
 
 
 @given(
@@ -252,8 +261,9 @@ def test_the_spans_of_a_file_count_as_one_reading_of_it(tmp_path, monkeypatch):
 
 
 def listed(monkeypatch, videos):
-    """The plan's listing is these videos, whatever the source's type."""
-    monkeypatch.setattr("clipmill.pipeline.listing.list_videos", lambda source, others: iter(videos))
+    """The plan's listing is these videos, objects that were put whole, whatever the source's type."""
+    videos = [replace(video, etag=hashlib.md5(video.etag.encode()).hexdigest()) for video in videos]
+    monkeypatch.setattr("clipmill.pipeline.planning.listing.list_videos", lambda *_: iter(videos))
 
 
 def splits_of(plan):

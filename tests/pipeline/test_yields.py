@@ -9,14 +9,12 @@ import pytest
 
 from clipmill.config import ClipConfig, RunConfig
 from clipmill.lease import hold
-from clipmill.pipeline import generation, yields
-from clipmill.pipeline.generation import retry_videos
-from clipmill.pipeline.listing import list_source
 from clipmill.pipeline.plan import Plan, load_plan
+from clipmill.pipeline.planning import retry_videos, units, yields
+from clipmill.pipeline.planning.yields import NOTHING_KNOWN, Yield, measure_yield
 from clipmill.pipeline.unit import Allowance, make_worker
-from clipmill.pipeline.yields import NOTHING_KNOWN, Yield, measure_yield
 from clipmill.video import write_raw_video
-from tests.pipeline.corpus import make_plan, run_config, video_bytes
+from tests.pipeline.corpus import listed, make_plan, run_config, video_bytes
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_data_sets_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "_LEAST_OUTPUT_BYTES", 1)
+    monkeypatch.setattr(units, "_LEAST_OUTPUT_BYTES", 1)
     monkeypatch.setattr(yields, "SMALL_BYTES", 2**17)
 
 
@@ -103,17 +101,17 @@ def test_a_small_source_is_not_opened(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delattr(yields, "Decoder")
     (tmp_path / "a.mp4").write_bytes(video_bytes(1, 8))
     config = config_for(tmp_path / "run", tmp_path)
-    listing = list_source(config.data.source)
-    assert measure_yield(config, listing.table, np.arange(1)) == NOTHING_KNOWN
+    table = listed(config)
+    assert measure_yield(config, [table], sum(table["bytes"].to_pylist())) == NOTHING_KNOWN
 
 
 def test_where_no_video_can_be_looked_at_bytes_are_taken_for_bytes(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.mp4").write_bytes(bytes([number]) * 2**20)
     config = config_for(tmp_path / "run", tmp_path)
-    listing = list_source(config.data.source)
-    assert measure_yield(config, listing.table, np.arange(4)) == NOTHING_KNOWN
-    assert NOTHING_KNOWN.of(listing.table, config.data.clip).tolist() == [1.0 * 2**20] * 4
+    table = listed(config)
+    assert measure_yield(config, [table], sum(table["bytes"].to_pylist())) == NOTHING_KNOWN
+    assert NOTHING_KNOWN.of(table, config.data.clip).tolist() == [1.0 * 2**20] * 4
 
 
 def test_spans_make_what_their_seconds_hold() -> None:
@@ -134,7 +132,7 @@ def test_broken_videos_are_not_looked_at_for_long(tmp_path: Path, caplog: pytest
     for number in range(40):
         (tmp_path / f"{number}.mp4").write_bytes(video_bytes(number, 9)[:32] + bytes([number]) * 2**15)
     config = config_for(tmp_path / "run", tmp_path)
-    listing = list_source(config.data.source)
+    table = listed(config)
     caplog.set_level("DEBUG", logger=yields.__name__)
-    assert measure_yield(config, listing.table, np.arange(40)) == NOTHING_KNOWN
+    assert measure_yield(config, [table], sum(table["bytes"].to_pylist())) == NOTHING_KNOWN
     assert len(caplog.records) == 8

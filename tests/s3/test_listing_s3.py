@@ -11,10 +11,9 @@ import pytest
 
 from clipmill import storage
 from clipmill.config import RunConfig, SourceConfig
-from clipmill.pipeline import yields
-from clipmill.pipeline.listing import list_source
+from clipmill.pipeline.planning import yields
 from clipmill.pipeline.sources import list_videos
-from tests.pipeline.corpus import run_config, video_bytes
+from tests.pipeline.corpus import listed, run_config, video_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +63,7 @@ def test_the_edges_of_a_large_object_tell_what_it_will_make(
         run_config(tmp_path, Path("."), source={"url": url}) for url in (str(tmp_path / "v"), f"{bucket_url}/v")
     ]
     here, there = (
-        yields.measure_yield(config, list_source(config.data.source).table, np.arange(1)) for config in configs
+        yields.measure_yield(config, [listed(config)], (tmp_path / "v" / name).stat().st_size) for config in configs
     )
     assert there.num_videos == here.num_videos == 1
     assert there.bytes_per_byte == pytest.approx(here.bytes_per_byte, rel=0.2)

@@ -25,6 +25,7 @@ __all__ = [
     "check_source",
     "describe_files",
     "extract",
+    "is_file",
     "is_gone",
     "is_refused_alone",
     "list_videos",
@@ -33,12 +34,10 @@ __all__ = [
 ]
 
 _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
-    "table": table.list_videos,
     "lerobot": lerobot.list_videos,
     "hdf5": list_apart,
 }
 _WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]] = {
-    "folder": folder.list_videos,
     "webdataset": webdataset.list_videos,
     "arrays": arrays.list_videos,
     "bair": bair.list_videos,
@@ -58,12 +57,15 @@ _FILES_LOOKED_THROUGH = 1000
 _FILES_ASKED_FOR = 16
 
 
-def list_videos(source: SourceConfig, others: Counter[str] | None = None) -> Iterator[SourceVideo]:
+def list_videos(
+    source: SourceConfig, others: Counter[str] | None = None, after: str | None = None
+) -> Iterator[SourceVideo]:
     """Lists the videos of a source.
 
     Args:
         source: to list.
         others: counts the files of a folder that are no videos, by the ending of their names (``.txt``).
+        after: the ``mark`` of a video of an earlier listing, which goes on behind it. None: from the beginning.
 
     Raises:
         UserError: the source does not exist, may not be read, is not what its type says, or holds no video.
@@ -71,20 +73,29 @@ def list_videos(source: SourceConfig, others: Counter[str] | None = None) -> Ite
     url = _existing_source(source)
     num_videos = 0
     others = Counter() if others is None else others
-    walk = _WALKS.get(source.type)
     try:
-        for video in _LISTINGS[source.type](source) if walk is None else walk(source, others):
+        for video in _listing(source, others, after):
             num_videos += 1
             yield video
     except PermissionError as error:
         raise UserError(
             f"data.source.url {storage.shown(url)} cannot be listed ({error}); check its permissions"
         ) from error
-    if not num_videos:
+    if not num_videos and after is None:
         found = f"; it holds {describe_files(others)}" if others else ""
         raise UserError(
             f"data.source.url {storage.shown(url)} holds no video{_wanted(source)}{found}; name another {_kind(source)}"
         )
+
+
+def _listing(source: SourceConfig, others: Counter[str], after: str | None) -> Iterator[SourceVideo]:
+    if source.type == "folder":
+        return folder.list_videos(source, others, after)
+    if source.type == "table":
+        return table.list_videos(source, after)
+    assert after is None, f"a listing of type {source.type} has no marks"
+    walk = _WALKS.get(source.type)
+    return _LISTINGS[source.type](source) if walk is None else walk(source, others)
 
 
 def describe_files(others: Mapping[str, int]) -> str:
@@ -107,7 +118,7 @@ def _wanted(source: SourceConfig) -> str:
 
 
 def _kind(source: SourceConfig) -> str:
-    if _is_file(source):
+    if is_file(source):
         return "file"
     return "folder that holds train and test" if source.type == "bair" else "folder"
 
@@ -120,7 +131,7 @@ def check_source(source: SourceConfig) -> None:
                 return
 
 
-def _is_file(source: SourceConfig) -> bool:
+def is_file(source: SourceConfig) -> bool:
     """Whether the source's URL names a file rather than a folder."""
     suffixes = _FILES_OR_FOLDERS.get(source.type, frozenset())
     return (
@@ -130,14 +141,14 @@ def _is_file(source: SourceConfig) -> bool:
 
 
 def _existing_source(source: SourceConfig) -> str:
-    is_file = _is_file(source)
-    what = _FILES.get(source.type, "the file that holds the videos" if is_file else "the folder that holds the videos")
+    is_one = is_file(source)
+    what = _FILES.get(source.type, "the file that holds the videos" if is_one else "the folder that holds the videos")
     if not source.url:
-        raise UserError(f"data.source.url is empty; set it to {what}" + ("" if is_file else " (or a bucket prefix)"))
+        raise UserError(f"data.source.url is empty; set it to {what}" + ("" if is_one else " (or a bucket prefix)"))
     url = storage.absolute(source.url)
     if storage.is_local(url):
         path = storage.local_path(url)
-        if not (path.is_file() if is_file else path.is_dir()):
+        if not (path.is_file() if is_one else path.is_dir()):
             found = "a folder, not a file" if path.is_dir() else "a file, not a folder"
             raise UserError(
                 f"data.source.url {url} {f'is {found}' if path.exists() else 'does not exist'}; name {what}"
@@ -148,7 +159,7 @@ def _existing_source(source: SourceConfig) -> str:
 def base_url(source: SourceConfig) -> str:
     """The folder that the names of a source's files are relative to."""
     url = storage.absolute(source.url)
-    return storage.split(url)[0] if _is_file(source) else url
+    return storage.split(url)[0] if is_file(source) else url
 
 
 def is_gone(source: SourceConfig) -> bool:
@@ -159,7 +170,7 @@ def is_gone(source: SourceConfig) -> bool:
     url = storage.absolute(source.url)
     if not storage.is_local(url):
         return False
-    if _is_file(source):
+    if is_file(source):
         return not storage.exists(url)
     return next(storage.walk(url), None) is None
 
@@ -186,7 +197,7 @@ def _some_files(source: SourceConfig) -> list[str]:
     base = base_url(source)
     if source.type == "table":
         names = table.first_names(source, _FILES_LOOKED_THROUGH)
-    elif _is_file(source):
+    elif is_file(source):
         return []
     else:
         names = [entry.name for entry in islice(storage.walk(base), _FILES_LOOKED_THROUGH)]

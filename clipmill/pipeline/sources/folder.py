@@ -43,29 +43,38 @@ def walk_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> Iter
             others[suffix_of(path.name)] += 1
 
 
-def _classified(url: str) -> Iterator[tuple[File, bool]]:
-    """The visible files below a folder, sorted within each folder, and whether each is a video.
+def _classified(url: str, after: str | None) -> Iterator[tuple[File, bool]]:
+    """The visible files below a folder, behind ``after``, and whether each is a video.
 
     In a bucket, each file that only its first bytes tell costs a request; many are made at once.
     """
-    files = _visible_files(url)
+    files = _visible_files(url, after)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        apply = map if storage.is_local(url) else pool.map  # a disk answers sooner than a thread is woken
         while batch := list(islice(files, _ENTRIES_AT_ONCE)):
-            yield from zip(batch, apply(lambda file: _is_video(url, *file), batch), strict=True)
+            known = [_told_by_name(*file) for file in batch]
+            unknown = [file for file, is_video in zip(batch, known, strict=True) if is_video is None]
+            apply = map if storage.is_local(url) else pool.map  # a disk answers sooner than a thread is woken
+            looked_at = iter(apply(lambda file: _is_video(url, file[1]), unknown))
+            for file, is_video in zip(batch, known, strict=True):
+                yield file, next(looked_at) if is_video is None else is_video
 
 
-def _visible_files(url: str) -> Iterator[File]:
-    for entry in storage.walk(url):
+def _visible_files(url: str, after: str | None = None) -> Iterator[File]:
+    for entry in storage.walk(url, after):
         path = PurePosixPath(entry.name)
         if not any(part.startswith(".") for part in path.parts):
             yield path, entry
 
 
-def _is_video(url: str, path: PurePosixPath, entry: storage.Entry) -> bool:
+def _told_by_name(path: PurePosixPath, entry: storage.Entry) -> bool | None:
+    """Whether a file is a video; None: its first bytes tell."""
     suffix = suffix_of(path.name)
     if suffix in VIDEO_SUFFIXES or suffix not in SNIFFED_SUFFIXES or not entry.bytes:
         return suffix in VIDEO_SUFFIXES
+    return None
+
+
+def _is_video(url: str, entry: storage.Entry) -> bool:
     try:
         return is_video_head(storage.read_start(storage.resolve(url, entry.name), HEAD_BYTES))
     except (
@@ -77,13 +86,17 @@ def _is_video(url: str, path: PurePosixPath, entry: storage.Entry) -> bool:
         return False
 
 
-def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
+def list_videos(source: SourceConfig, others: Counter[str], after: str | None = None) -> Iterator[SourceVideo]:
     """The videos of a folder, with what its names say about them.
 
-    ``others`` counts the files that are neither videos nor describe one, by ending.
+    Args:
+        source: to list.
+        others: counts the files that are neither videos nor describe one, by ending.
+        after: a mark: the name behind which the listing goes on.
     """
     described = frozenset(f".{kind}" for kind in source.sidecars)
-    for (path, entry), sidecars in _with_sidecars(_classified(storage.absolute(source.url)), described, others):
+    files = _classified(storage.absolute(source.url), after)
+    for (path, entry), sidecars, mark in _with_sidecars(files, described, others):
         folder = str(path.parent)
         yield SourceVideo(
             name=entry.name,
@@ -93,6 +106,7 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
             actions=stem_of(entry.name) + source.actions_suffix if source.actions_suffix else None,
             sidecars=" ".join(sidecars) or None,
             group=f"folder:{folder}" if source.group == "parent_folder" and folder != "." else None,
+            mark=mark,
         )
 
 
@@ -111,10 +125,11 @@ class _Take:
 
 def _with_sidecars(
     files: Iterable[tuple[File, bool]], suffixes: frozenset[str], others: Counter[str]
-) -> Iterator[tuple[File, list[str]]]:
-    """The videos, each with the endings of its sidecars.
+) -> Iterator[tuple[File, list[str], str | None]]:
+    """The videos, each with the endings of its sidecars, and the name behind which a listing can go on.
 
-    Names that begin with the same stem and a dot follow each other in the listing, so few files wait for others.
+    Names that begin with the same stem and a dot follow each other in the listing, so few files wait for others. Where
+    none does, all files up to the last name have been given or counted: that name is a mark.
 
     Args:
         files: in the order of a listing, and whether each is a video.
@@ -122,24 +137,28 @@ def _with_sidecars(
         others: counts what is neither a video nor a sidecar of one, by ending.
     """
     takes: dict[str, _Take] = {}
+    last_name = None
     for (path, entry), is_video in files:
         suffix = suffix_of(path.name)
         if not is_video and suffix not in suffixes:
             others[suffix] += 1
+            last_name = entry.name
             continue
         for stem in [stem for stem in takes if not f"{entry.name}.".startswith(f"{stem}.")]:
-            yield from _close(takes.pop(stem), others)
+            take = takes.pop(stem)
+            yield from _close(take, others, None if takes else last_name)
+        last_name = entry.name
         take = takes.setdefault(stem_of(entry.name), _Take())
         if is_video:
             take.videos.append((path, entry))
         else:
             take.sidecars.append(entry.name[-len(suffix) :])
     for take in takes.values():
-        yield from _close(take, others)
+        yield from _close(take, others, None)
 
 
-def _close(take: _Take, others: Counter[str]) -> Iterator[tuple[File, list[str]]]:
-    for video in take.videos:
-        yield video, take.sidecars
+def _close(take: _Take, others: Counter[str], mark: str | None) -> Iterator[tuple[File, list[str], str | None]]:
+    for number, video in enumerate(take.videos, start=1):
+        yield video, take.sidecars, mark if number == len(take.videos) else None
     if not take.videos:
         others.update(suffix_of(f"x{suffix}") for suffix in take.sidecars)

@@ -10,7 +10,7 @@ import numpy as np
 
 from clipmill import storage
 
-__all__ = ["EDGE_BYTES", "ArrayVideo", "DamagedVideo", "SourceVideo", "TimedRows", "file_identity"]
+__all__ = ["EDGE_BYTES", "ArrayVideo", "DamagedVideo", "SourceVideo", "TimedRows", "edges_sha256", "file_identity"]
 
 EDGE_BYTES = 64 * 2**10
 
@@ -40,6 +40,7 @@ class SourceVideo:
             that cause.
         together: identity of a file that must be fetched whole for this video, though it holds others: they follow each
             other in the plan. None: the file, for a span; else any order is as good.
+        mark: where a listing that ended behind this video can go on (`list_videos` takes it); None: not here.
     """
 
     name: str
@@ -58,6 +59,7 @@ class SourceVideo:
     sidecars: str | None = None
     fault: str | None = None
     together: str | None = None
+    mark: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,27 @@ class DamagedVideo(Exception):
 def file_identity(url: str, num_bytes: int, etag: str | None) -> str:
     """What storage says about a file's content without reading all of it.
 
-    Where it has no content tag, the first and last bytes stand for the content.
+    The form is ``kind:bytes:tag``, without further colons. Where there is no content tag, the first and last bytes
+    stand for the content.
 
     Raises:
         FileNotFoundError: the file has vanished.
         OSError, UserError: it cannot be read.
     """
     if not storage.is_local(url) and etag is not None:
-        return f"bucket:{num_bytes}:{etag}"
+        return f"bucket:{num_bytes}:{etag.replace(':', '-')}"  # a web server's tag may be a time
+    return f"disk:{num_bytes}:{edges_sha256(url, num_bytes)}"
+
+
+def edges_sha256(url: str, num_bytes: int) -> str:
+    """Hash of the first and the last `EDGE_BYTES` of a file of ``num_bytes``.
+
+    Raises:
+        FileNotFoundError: the file has vanished.
+        OSError, UserError: it cannot be read.
+    """
     with storage.open_to_read(url, EDGE_BYTES) as file:
         digest = hashlib.sha256(file.read(EDGE_BYTES))
         file.seek(max(num_bytes - EDGE_BYTES, 0))
         digest.update(file.read(EDGE_BYTES))
-    return f"disk:{num_bytes}:{digest.hexdigest()}"
+    return digest.hexdigest()

@@ -39,8 +39,12 @@ _SPLITS: dict[str, Literal["train", "val"]] = {
 }
 
 
-def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
+def list_videos(source: SourceConfig, after: str | None = None) -> Iterator[SourceVideo]:
     """The rows of a table.
+
+    Args:
+        source: to list.
+        after: a mark, ``rows:faults``: the numbers of rows that were read and of those with a fault.
 
     Raises:
         UserError: another kind of file, a column that is not there, or no row that gives a video.
@@ -49,23 +53,24 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
     base, table_name = storage.split(url)
     suffix = _suffix(url)
     columns = {key: column for key, column in source.columns.model_dump().items() if column is not None}
-    num_rows = num_faults = 0
+    num_rows, num_faults = map(int, (after or "0:0").split(":"))
     fault = ""
-    is_checked = False
+    is_checked = after is not None
     with ExitStack() as stack:
         file = stack.enter_context(storage.open_to_read(url, _BLOCK_BYTES))
         find = _Finder(base, stack.enter_context(ThreadPoolExecutor(_REQUESTS_AT_ONCE)))
         try:
-            rows = read_rows(file, suffix)
+            rows = islice(read_rows(file, suffix), num_rows, None)
             while batch := list(islice(rows, _ROWS_AT_ONCE)):
                 if not is_checked:
                     is_checked = _check_columns(url, columns, batch)
+                last_row = num_rows + len(batch)
                 for video in find([_video_of(columns, row, table_name) for row in batch]):
                     num_rows += 1
                     if video.fault is not None:
                         num_faults += 1
                         fault = fault or video.fault
-                    yield video
+                    yield replace(video, mark=f"{num_rows}:{num_faults}") if num_rows == last_row else video
         except UnreadableTable as error:
             raise UserError(f"data.source.url {storage.shown(url)} cannot be read as {suffix}: {error}") from error
     if num_rows and num_rows == num_faults:

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
-from clipmill.pipeline.listing import list_source
 from clipmill.pipeline.sources import list_videos
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.pipeline.sources.rows import read_rows
@@ -136,10 +135,9 @@ def listed(folder: Path, name: str, content: str | bytes | pa.Table, **columns: 
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     columns = {"text": "text", **columns}
     source = SourceConfig.model_validate({"type": "table", "url": str(folder / name), "columns": columns})
-    listing = list_source(source)
-    rows = listing.table.to_pylist()
-    assert len({*listing.bases.tolist()}) == len(rows)  # no row counts as a repetition of another
-    return {row["url"]: row["text"] if row["fault"] is None else f"FAULT {row['fault']}" for row in rows}
+    rows = [vars(video) for video in list_videos(source)]
+    assert len({row["identity"] or row["name"] for row in rows}) == len(rows)  # none counts as a repetition of another
+    return {row["name"]: row["text"] if row["fault"] is None else f"FAULT {row['fault']}" for row in rows}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from clipmill import storage
 from clipmill.config import ClipConfig, RunConfig
 from clipmill.errors import StorageUnavailable
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
-from clipmill.pipeline.listing import SOURCE_COLUMNS
-from clipmill.pipeline.plan import PlannedVideo
+from clipmill.pipeline.plan import SOURCE_COLUMNS, PlannedVideo
 from clipmill.pipeline.samples import clip_sample
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources import base_url
@@ -102,7 +102,7 @@ NOTHING_KNOWN = Yield(bytes_per_byte=1.0, bytes_per_clip=0.0, fps=0.0, num_video
 """As many bytes of shards as of source."""
 
 
-def measure_yield(config: RunConfig, table: pa.Table, order: np.ndarray) -> Yield:
+def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int) -> Yield:
     """Looks at up to `NUM_LOOKS` videos, chosen evenly over the bytes of the source in the order of the plan.
 
     So a byte of every video has the same chance, and the mean over the chosen ones is that over all bytes, also where
@@ -110,23 +110,30 @@ def measure_yield(config: RunConfig, table: pa.Table, order: np.ndarray) -> Yiel
 
     Args:
         config: of the run.
-        table: `SOURCE_COLUMNS`.
-        order: int64[n], rows of the table in the order of the plan.
+        tables: `SOURCE_COLUMNS` of the videos, in the order of the plan.
+        num_bytes: of all of them.
 
     Raises:
         UserError, StorageUnavailable: the storage of the source is away.
     """
-    ends = np.cumsum(table["bytes"].to_numpy()[order])
-    if not len(ends) or ends[-1] < SMALL_BYTES:
+    if num_bytes < SMALL_BYTES:
         return NOTHING_KNOWN
-    points = (np.arange(NUM_LOOKS) + 0.5) / NUM_LOOKS * ends[-1]
-    places, weights = np.unique(np.searchsorted(ends, points, side="right"), return_counts=True)
-    rows = table.select(list(SOURCE_COLUMNS)).take(pa.array(order[places])).to_pylist()
+    points = (np.arange(NUM_LOOKS) + 0.5) / NUM_LOOKS * num_bytes
+    rows: list[dict[str, Any]] = []
+    weights: list[int] = []
+    first_byte = 0
+    for table in tables:
+        ends = first_byte + np.cumsum(table["bytes"].to_numpy())
+        inside = points[(points >= first_byte) & (points < ends[-1])]
+        places, counts = np.unique(np.searchsorted(ends, inside, side="right"), return_counts=True)
+        rows += table.select(list(SOURCE_COLUMNS)).take(pa.array(places)).to_pylist()
+        weights += counts.tolist()
+        first_byte = int(ends[-1])
     looks: list[_Look] = []
     looked: list[int] = []
     num_failures = 0
     with ScratchFolder("plan") as folder, Decoder(_LIMITS) as decoder:
-        for row, weight in zip(rows, weights.tolist(), strict=True):
+        for row, weight in zip(rows, weights, strict=True):
             if num_failures == _MOST_FAILURES:
                 break
             try:

@@ -1,0 +1,251 @@
+"""Makes the generations of a plan: the first from a listing, further ones from what came or failed since.
+
+A generation is planned once. Its rows are written first, under a name with their hash, and its document is created
+last: a planner that is killed, or loses against another one, leaves the plan as it was. The generation that a run has
+not finished yet is not planned again by the same command.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipmill import storage
+from clipmill.config import RunConfig
+from clipmill.lease import Lease
+from clipmill.pipeline.plan import GenerationKind, Plan, create_generation, load_plan, numbers_of, read_generations
+from clipmill.pipeline.planning.identity import NO_ELDERS, Elders, content_of, hash64, tell_apart
+from clipmill.pipeline.planning.listed import GivenSplits, ListedVideos
+from clipmill.pipeline.planning.listing import LISTED_COLUMNS, list_rows, with_hashes
+from clipmill.pipeline.planning.moved import Strangers, is_of_file, is_telling, listed_files, planned_files
+from clipmill.pipeline.planning.progress import Progress
+from clipmill.pipeline.planning.spool import Spool
+from clipmill.pipeline.planning.units import Draft, write_units
+from clipmill.pipeline.planning.yields import Yield, measure_yield
+from clipmill.pipeline.sources import base_url
+from clipmill.scratch import ScratchFolder
+from clipmill.shards.format import file_sha256
+from clipmill.shards.manifest import SPLITS
+
+__all__ = ["extend_plan", "make_plan", "retry_videos"]
+
+logger = logging.getLogger(__name__)
+
+_ENDINGS_KEPT = 100
+"""Of other files, the endings that the plan keeps."""
+
+
+def make_plan(config: RunConfig, lease: Lease) -> Plan:
+    """Lists the source once and publishes the plan.
+
+    Raises:
+        UserError: the source is missing, empty or unreadable; nothing has been written then.
+        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
+    """
+    _add_listed(config, lease, None)
+    return load_plan(config)
+
+
+def extend_plan(config: RunConfig, lease: Lease, plan: Plan) -> bool:
+    """Lists the source again and plans the videos that no generation has; False: there are none.
+
+    Raises:
+        UserError: the source is missing, empty or unreadable; nothing has been written then.
+        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
+    """
+    return _add_listed(config, lease, plan)
+
+
+def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[str]) -> bool:
+    """Plans videos of earlier generations anew, in units of their own; False: there are none.
+
+    Raises:
+        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
+    """
+    wanted = np.array([int(one, 16) for one in ids], np.uint64)
+    with ScratchFolder("plan") as folder:
+        rows = Spool(folder / "rows", "place")
+        for table in plan.tables():
+            numbers = numbers_of(table["id"])
+            table = table.append_column("place", pa.array(numbers))
+            rows.add(table.filter(pa.array(np.isin(numbers, wanted))))
+        if not rows.num_rows:
+            return False
+        draft = Draft(folder / "draft")
+        with draft:
+            for table in rows.ranges():
+                _, firsts = np.unique(table["place"].to_numpy(), return_index=True)  # one may have failed twice
+                chosen = table.take(pa.array(firsts))
+                for split in SPLITS:
+                    draft.add(split, chosen.filter(pc.equal(chosen["split"], split)))
+        known = Yield.of_generation(plan.generations[-1])
+        _publish(config, lease, plan, "retried", draft, known, {"duplicates": 0}, folder)
+    return True
+
+
+def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
+    elders = NO_ELDERS if plan is None else Elders.of_plan(plan)
+    others: Counter[str] = Counter()
+    with ScratchFolder("plan") as folder:
+        progress = Progress(config, lease, 0 if plan is None else len(plan.generations), folder / "progress")
+        listed = _list(config, plan, elders, progress, others, folder)
+        draft, num_repeated, ambiguous = _draft(config, listed, elders, folder)
+        num_videos = sum(draft.num_videos.values())
+        if plan is None or num_videos:
+            num_known_duplicates = 0 if plan is None else plan.num_duplicates
+            facts = {
+                "duplicates": max(num_repeated - num_known_duplicates, 0),
+                "ambiguous": sorted(f"{base:016x}" for base in ambiguous),
+                "other_files": dict(others.most_common(_ENDINGS_KEPT)),
+            }
+            found = measure_yield(config, draft.tables(*SPLITS), sum(draft.num_bytes.values()))
+            _publish(config, lease, plan, "listed", draft, found, facts, folder)
+        progress.remove()
+    return num_videos > 0
+
+
+def _list(
+    config: RunConfig, plan: Plan | None, elders: Elders, progress: Progress, others: Counter[str], folder: Path
+) -> ListedVideos:
+    """All videos of the source, those of moved files under the identity that is planned."""
+    source, base = config.data.source, base_url(config.data.source)
+    listed = ListedVideos(folder / "listed")
+    strangers = Strangers(folder / "strangers", base)
+    for table in list_rows(source, progress, others):
+        table = with_hashes(table)
+        is_known = is_telling(table, base) if plan is None else elders.knows(table["base"].to_numpy())
+        is_strange = is_of_file(table) & ~is_known
+        strangers.add(table.filter(pa.array(is_strange)).select(list(LISTED_COLUMNS)))
+        listed.add(table.filter(pa.array(~is_strange)))
+    if len(strangers):
+        known = (
+            listed_files(strangers, listed.ranges(), base) if plan is None else planned_files(strangers, plan, config)
+        )
+        strangers.add_known(known)
+        for table in strangers.recognized():
+            listed.add(with_hashes(table))
+    return listed
+
+
+def _draft(config: RunConfig, listed: ListedVideos, elders: Elders, folder: Path) -> tuple[Draft, int, set[int]]:
+    """The videos that are not planned yet, in order; how many rows repeat another; identities of several contents."""
+    base = base_url(config.data.source)
+    given = listed.given_splits()
+    draft = Draft(folder / "draft")
+    num_repeated, ambiguous = 0, set()
+    with draft:
+        for table in listed.ranges():
+            ids, keep, in_doubt = _tell_apart(table, base, elders)
+            num_repeated += int(len(keep) - keep.sum())
+            ambiguous |= in_doubt
+            rows = np.flatnonzero(keep & ~elders.holds(ids))
+            rows = rows[np.lexsort((ids[rows], table["place"].to_numpy()[rows]))]
+            chosen = table.take(pa.array(rows))
+            chosen = chosen.append_column("id", pa.array([f"{number:016x}" for number in ids[rows].tolist()]))
+            is_val = _is_val(config, chosen, given)
+            for split in SPLITS:
+                draft.add(split, chosen.filter(pa.array(is_val == (split == "val"))))
+    return draft, num_repeated, ambiguous
+
+
+def _tell_apart(table: pa.Table, base: str, elders: Elders) -> tuple[np.ndarray, np.ndarray, set[int]]:
+    def content(row: int) -> str:
+        return content_of(base, table.slice(row, 1).to_pylist()[0])
+
+    def url(row: int) -> str:
+        return table["url"][row].as_py()
+
+    return tell_apart(table["base"].to_numpy(), content, url, elders)
+
+
+def _is_val(config: RunConfig, table: pa.Table, given: GivenSplits) -> np.ndarray:
+    """bool[n]: a function of the origin, so that more videos never move one, unless the source gives splits."""
+    origins = table["origin"].to_numpy()
+    shares = (_share(config.seed, origin) for origin in origins.tolist())
+    is_val = np.fromiter((share < config.data.val_fraction for share in shares), bool, len(origins))
+    return given.apply(origins, is_val)
+
+
+def _share(seed: int, origin: int) -> float:
+    """A number in [0, 1) that decides the split of an origin, independent of the order."""
+    return hash64(f"split:{seed}:{origin:016x}") / 2**64
+
+
+def _publish(
+    config: RunConfig,
+    lease: Lease,
+    plan: Plan | None,
+    kind: GenerationKind,
+    draft: Draft,
+    expected: Yield,
+    facts: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Writes one more generation.
+
+    Args:
+        config: of the run.
+        lease: on its clips.
+        plan: the generations so far.
+        kind: of the generation.
+        draft: its videos.
+        expected: what they will make.
+        facts: for its document.
+        folder: for a file on this machine.
+    """
+    path = folder / "rows.parquet"
+    num_units, output_bytes = write_units(
+        path,
+        draft,
+        expected,
+        config.data.clip,
+        unit_bytes=config.data.unit_bytes,
+        shard_bytes=config.data.shard_bytes,
+        first_units={split: 0 if plan is None else plan.num_units(split) for split in SPLITS},
+    )
+    number = 0 if plan is None else len(plan.generations)
+    sha256 = file_sha256(path)
+    generation = {
+        "kind": kind,
+        "file": f"gen-{number:04d}-{sha256[:8]}.parquet",
+        "sha256": sha256,
+        "videos": sum(draft.num_videos.values()),
+        "bytes": sum(draft.num_bytes.values()),
+        "units": num_units,
+        "base_url": storage.shown(base_url(config.data.source)),
+        "yield": expected.document,
+        **facts,
+    }
+    lease.check()
+    storage.publish_file(path, config.folder("clips", "plan", generation["file"]))
+    try:
+        create_generation(config, lease, number, generation)
+    finally:
+        _remove_losers(config, number)
+    logger.info(
+        "planned %d videos in %d units (generation %d, %s; %d duplicates skipped)%s",
+        generation["videos"],
+        sum(num_units.values()),
+        number,
+        kind,
+        facts["duplicates"],
+        f"; expecting {output_bytes / 1e6:.3g} MB of shards" if expected.num_videos else "",
+    )
+
+
+def _remove_losers(config: RunConfig, number: int) -> None:
+    """Removes the rows of planners that were killed or lost, as soon as somebody's generation of this number holds."""
+    folder = config.folder("clips", "plan")
+    generations = read_generations(config)
+    if len(generations) <= number:
+        return
+    for entry in storage.list_folder(folder):
+        if entry.name.startswith(f"gen-{number:04d}-") and entry.name != generations[number]["file"]:
+            storage.remove(storage.join(folder, entry.name))

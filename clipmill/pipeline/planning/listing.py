@@ -1,0 +1,117 @@
+"""What a source holds now, as tables of rows. Python objects live for one batch of the listing."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from clipmill import storage
+from clipmill.config import SourceConfig
+from clipmill.pipeline.plan import SOURCE_COLUMNS
+from clipmill.pipeline.planning.identity import hash64
+from clipmill.pipeline.planning.progress import Progress
+from clipmill.pipeline.sources import base_url, describe_files, list_videos
+from clipmill.pipeline.sources.record import SourceVideo, file_identity
+from clipmill.shards.manifest import SPLITS
+
+__all__ = ["HASH_COLUMNS", "LISTED_COLUMNS", "NO_SPLIT", "list_rows", "with_hashes"]
+
+BATCH_ROWS = 2**16
+NO_SPLIT = -1
+
+_TEXT = pa.large_string()
+LISTED_COLUMNS: dict[str, pa.DataType] = {
+    **SOURCE_COLUMNS,
+    "given": pa.int8(),
+    "identity": _TEXT,
+    "group": _TEXT,
+    "together": _TEXT,
+}
+"""``given``: the split that the source gives (index in `SPLITS`), or `NO_SPLIT`. ``identity``, ``group`` and
+``together`` as `SourceVideo` explains them; group and together may be null."""
+
+HASH_COLUMNS: dict[str, pa.DataType] = {"base": pa.uint64(), "origin": pa.uint64(), "place": pa.uint64()}
+"""``base``: hash of the identity, with the span. ``origin``: of the group, which decides the split. ``place``: orders
+the plan: that of the identity, or of the file where videos share one that must be fetched whole."""
+
+logger = logging.getLogger(__name__)
+
+
+def list_rows(source: SourceConfig, progress: Progress, others: Counter[str]) -> Iterator[pa.Table]:
+    """Lists a source once, in a stream; goes on where a planner that was killed has left ``progress``.
+
+    Args:
+        source: to list.
+        progress: keeps what has been listed.
+        others: counts files of a folder that are no videos, by the ending of their names.
+
+    Yields:
+        Tables of `LISTED_COLUMNS`.
+
+    Raises:
+        UserError: the source is missing, empty or unreadable.
+    """
+    yield from progress.resume(others)
+    batch: list[tuple[SourceVideo, str]] = []
+    for video, identity in _identified(list_videos(source, others, progress.mark), base_url(source)):
+        batch.append((video, identity))
+        mark = video.mark if progress.is_due() else None
+        if mark is not None or len(batch) == BATCH_ROWS:
+            table = _table_of(batch)
+            batch = []
+            progress.keep(table)
+            if mark is not None:
+                progress.publish(mark, others)
+            yield table
+    if batch:
+        yield _table_of(batch)
+    if others:
+        logger.info("skipped what is no video: %s", describe_files(others))
+
+
+def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[SourceVideo, str]]:
+    """Videos with the identities of their files; one that cannot be read has a fault, one that vanished is skipped."""
+    for video in videos:
+        try:
+            identity = video.identity or file_identity(storage.resolve(base, video.name), video.bytes, video.etag)
+        except FileNotFoundError:
+            logger.warning("%s vanished while the source was listed", video.name)
+            continue
+        except OSError as error:
+            identity = f"fault:{video.name}"
+            video = replace(video, fault=f"{video.name} cannot be read: {error.strerror or error}")
+        yield video, identity
+
+
+def _table_of(batch: list[tuple[SourceVideo, str]]) -> pa.Table:
+    columns: dict[str, list] = {
+        "given": [SPLITS.index(video.split) if video.split else NO_SPLIT for video, _ in batch],
+        "identity": [identity for _, identity in batch],
+    }
+    for name in LISTED_COLUMNS.keys() - columns.keys():
+        attribute = "name" if name == "url" else name
+        columns[name] = [getattr(video, attribute) for video, _ in batch]
+    return pa.table({name: pa.array(columns[name], kind) for name, kind in LISTED_COLUMNS.items()})
+
+
+def with_hashes(table: pa.Table) -> pa.Table:
+    """Appends `HASH_COLUMNS` to rows of `LISTED_COLUMNS`."""
+    names = ("identity", "group", "together", "start_seconds", "end_seconds")
+    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+    hashes = np.array([_hashes(*row) for row in rows], np.uint64).reshape(-1, len(HASH_COLUMNS))
+    for name, numbers in zip(HASH_COLUMNS, hashes.T, strict=True):
+        table = table.append_column(name, pa.array(np.ascontiguousarray(numbers)))
+    return table
+
+
+def _hashes(
+    identity: str, group: str | None, together: str | None, start: float | None, end: float | None
+) -> tuple[int, int, int]:
+    whole = hash64(identity)
+    base = whole if start is None and end is None else hash64(f"{identity}:{start}:{end}")
+    return base, whole if group is None else hash64(group), whole if together is None else hash64(together)

@@ -1,0 +1,352 @@
+"""Recognizes files that were moved or uploaded anew: their identity has changed, their content has not.
+
+The identity of a file is ``kind:bytes:tag`` (`file_identity`). Two hashes of edges, or two MD5s of objects that were
+put whole, say whether the contents are equal. Others do not: an MD5 and the tag of a multipart upload, a tag and edges.
+Files of equal size whose identities say nothing are compared by their edges, the first and last 64 KiB. Nothing is read
+of files whose size no such other file has.
+
+A file that is recognized takes the identity of the planned one, or in a first listing of the one that its storage tells
+best. So its videos are those that are planned, and new spans and members of it are in the split of the old ones. The
+edges of a planned file are in its identity, in the commit record of its video, or where it was. If they are nowhere and
+its MD5 is no help, a file of its size is left out with a warning: rather that than one video in both splits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipmill import storage
+from clipmill.config import RunConfig
+from clipmill.errors import StorageUnavailable, UserError
+from clipmill.pipeline.plan import Plan
+from clipmill.pipeline.planning.identity import is_md5, whole_md5
+from clipmill.pipeline.planning.listing import LISTED_COLUMNS
+from clipmill.pipeline.planning.spool import Spool
+from clipmill.pipeline.sources.record import edges_sha256, file_identity
+from clipmill.shards.manifest import SPLITS, committed_units, read_commits
+
+__all__ = ["Strangers", "file_column", "is_of_file", "is_telling", "listed_files", "planned_files"]
+
+_TEXT = pa.large_string()
+_FILE = r"^(?P<file>[a-z]+:(?P<size>[0-9]+):[^:]*)"
+_NO_FILE = r"^(fault|missing):"
+_DISK, _WHOLE = r"^disk:", r"^bucket:[0-9]+:[0-9a-f]{32}(:|$)"
+"""Identities that tell content apart among themselves: of files on a disk, and of objects that were put whole."""
+
+_READS_AT_ONCE = 64
+_FILE_COLUMNS: dict[str, pa.DataType] = {
+    "file": _TEXT,
+    "size": pa.int64(),
+    "where": _TEXT,
+    "edges": _TEXT,
+    "is_known": pa.bool_(),
+}
+"""Identity and bytes of a file; the absolute URL where it is, or was; the hash of its edges where a record states it;
+whether it is no stranger."""
+
+logger = logging.getLogger(__name__)
+
+
+def is_telling(table: pa.Table, base_url: str) -> np.ndarray:
+    """bool[n]: whether the identity of a listed row tells its file from all that lie where its source does."""
+    return _matches(table["identity"], _DISK if storage.is_local(base_url) else _WHOLE)
+
+
+def is_of_file(table: pa.Table) -> np.ndarray:
+    """bool[n]: whether a listed row has a file that was looked at."""
+    return _matches(table["identity"], _FILE) & ~_matches(table["identity"], _NO_FILE)
+
+
+def file_column(table: pa.Table) -> pa.ChunkedArray:
+    """The identity of the file of each listed row; null where there is none, or the plan's columns state it."""
+    files, _ = _files_and_sizes(table["identity"])
+    is_stated = pc.fill_null(pc.equal(files, _bucket_identities(table)), False)
+    return pc.if_else(is_stated, pa.scalar(None, _TEXT), files)
+
+
+def _matches(identities: pa.ChunkedArray, pattern: str) -> np.ndarray:
+    return pc.fill_null(pc.match_substring_regex(identities, pattern), False).to_numpy()
+
+
+def _files_and_sizes(identities: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    no_file = pc.match_substring_regex(identities, _NO_FILE)
+    found = pc.extract_regex(pc.if_else(no_file, pa.scalar(None, _TEXT), identities), _FILE)
+    return pc.struct_field(found, "file").cast(_TEXT), pc.struct_field(found, "size").cast(pa.int64())
+
+
+def _bucket_identities(table: pa.Table) -> pa.ChunkedArray:
+    colon, kind = pa.scalar(":", _TEXT), pa.scalar("bucket", _TEXT)
+    return pc.binary_join_element_wise(kind, table["bytes"].cast(_TEXT), table["etag"].cast(_TEXT), colon)
+
+
+class Strangers:
+    """Listed rows whose files nobody knows, and the known files that they may be, joined by size on scratch."""
+
+    def __init__(self, folder: Path, base_url: str) -> None:
+        """Keeps rows in ``folder``; ``base_url``: what their relative URLs are relative to."""
+        self._spool = Spool(folder, "key")
+        self._base_url = base_url
+        self._sizes = [np.empty(0, np.int64)]
+        self._mixed_sizes = [np.empty(0, np.int64)]
+
+    def __len__(self) -> int:
+        return self._spool.num_rows
+
+    def add(self, table: pa.Table) -> None:
+        """Adds rows of `LISTED_COLUMNS`."""
+        files, sizes = _files_and_sizes(table["identity"])
+        numbers = sizes.to_numpy()
+        self._sizes.append(np.unique(numbers))
+        self._mixed_sizes.append(np.unique(numbers[~_matches(files, _WHOLE)]))
+        where = [storage.resolve(self._base_url, url) for url in table["url"].to_pylist()]
+        columns = {"file": files, "size": sizes, "where": where}
+        self._add({**{name: table[name] for name in LISTED_COLUMNS}, **columns}, is_known=False)
+
+    def add_known(self, tables: Iterable[pa.Table]) -> None:
+        """Adds files that the strangers may be: tables of ``file``, ``size``, ``where``, ``edges``."""
+        for table in tables:
+            self._add({name: table[name] for name in table.column_names}, is_known=True)
+
+    def may_be(self, files: pa.ChunkedArray, sizes: pa.ChunkedArray) -> np.ndarray:
+        """bool[n]: whether a stranger has the size of each file, and an identity that does not tell them apart."""
+        numbers = pc.fill_null(sizes, -1).to_numpy()
+        is_whole = _matches(files, _WHOLE)
+        some = np.isin(numbers, np.concatenate(self._sizes))
+        return np.where(is_whole, np.isin(numbers, np.concatenate(self._mixed_sizes)), some)
+
+    def recognized(self) -> Iterator[pa.Table]:
+        """The strangers, under the identities of the files that they are; those that may be planned are left out."""
+        num_left_out, example = 0, ""
+        for table in self._spool.ranges():
+            known = table.filter(table["is_known"])
+            rows = table.filter(pc.invert(table["is_known"]))
+            names = _recognize([*_files(known), *_files(rows)])
+            replacements = [names[file] for file in rows["file"].to_pylist()]
+            is_kept = np.array([name is not None for name in replacements], bool)
+            if not is_kept.all():
+                num_left_out += int((~is_kept).sum())
+                example = rows["where"][int(np.flatnonzero(~is_kept)[0])].as_py()
+            yield _renamed(rows, replacements).filter(pa.array(is_kept)).select(list(LISTED_COLUMNS))
+        if num_left_out:
+            logger.warning(
+                "left out %d videos, such as %s: a planned file of that size is no longer where it was, so nothing "
+                "tells whether they are the same; bring it back for the time of this command, or choose another root",
+                num_left_out,
+                example,
+            )
+
+    def _add(self, columns: dict[str, Any], *, is_known: bool) -> None:
+        num_rows = len(columns["file"])
+        kinds = {**LISTED_COLUMNS, **_FILE_COLUMNS}
+        table = pa.table(
+            {
+                name: columns[name] if name in columns else pa.nulls(num_rows, kind)
+                for name, kind in kinds.items()
+                if name != "is_known"
+            }
+        ).append_column("is_known", pa.array(np.full(num_rows, is_known)))
+        # Fibonacci hashing spreads sizes evenly over the ranges of the spool.
+        keys = table["size"].to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        self._spool.add(table.cast(pa.schema(kinds)).append_column("key", pa.array(keys)))
+
+
+def _renamed(rows: pa.Table, names: list[str | None]) -> pa.Table:
+    """Puts another file's identity for that of each row's file, also in what derives from it."""
+    files = rows["file"].to_pylist()
+    for column in ("identity", "group", "together"):
+        texts = [
+            text if text is None or name is None or not f"{text}:".startswith(f"{file}:") else name + text[len(file) :]
+            for text, file, name in zip(rows[column].to_pylist(), files, names, strict=True)
+        ]
+        rows = rows.set_column(rows.schema.get_field_index(column), column, pa.array(texts, _TEXT))
+    return rows
+
+
+# -------------------------------------------------------------------------------------- which file is which
+
+
+@dataclass(frozen=True)
+class _File:
+    identity: str
+    where: str
+    edges: str | None
+    is_known: bool
+
+    @property
+    def kind(self) -> str:
+        """``disk``, ``whole``: comparable among themselves; ``other``: with nothing."""
+        kind, _, tag = self.identity.split(":")
+        if kind == "disk":
+            return kind
+        return "whole" if kind == "bucket" and is_md5(tag) else "other"
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.identity.split(":")[1])
+
+    def may_be(self, other: _File) -> bool:
+        """Whether two different identities of one size may be of one content."""
+        return self.identity != other.identity and (self.kind != other.kind or self.kind == "other")
+
+
+def _files(table: pa.Table) -> Iterator[_File]:
+    for row in table.select(list(_FILE_COLUMNS)).to_pylist():
+        yield _File(row["file"], row["where"], row["edges"], row["is_known"])
+
+
+def _recognize(files: list[_File]) -> dict[str, str | None]:
+    """For the identity of each file, that of the known or the first file with the same content.
+
+    None: it may be a known file, which cannot be looked at any more.
+    """
+    by_size: dict[int, dict[str, _File]] = {}
+    for file in files:
+        known = by_size.setdefault(file.num_bytes, {})
+        if file.identity not in known or (known[file.identity].edges is None and file.edges is not None):
+            known[file.identity] = file
+    groups = [sorted(group.values(), key=_rank) for group in by_size.values()]
+    compared = [_compared(group) for group in groups]
+    edges = _look_at([file for group in compared for file in group])
+    names: dict[str, str | None] = {}
+    for group, looked_at in zip(groups, compared, strict=True):
+        names |= {file.identity: file.identity for file in group}
+        names |= _names_of(looked_at, edges)
+    return names
+
+
+def _rank(file: _File) -> tuple[bool, bool, str]:
+    """Whose identity a content gets: that of a known file, else of one whose tag covers its content."""
+    return not file.is_known, file.kind == "other", file.identity
+
+
+def _compared(group: list[_File]) -> list[_File]:
+    """The files of one size that have to be looked at: strangers, and what they may be."""
+    kinds = {(file.kind, file.is_known) for file in group}
+    if all(is_known for _, is_known in kinds) or (len({kind for kind, _ in kinds}) == 1 and group[0].kind != "other"):
+        return []
+    strangers = [file for file in group if not file.is_known]
+    kinds_of_strangers = {file.kind for file in strangers}
+    kinds_of_others = {file.kind for file in group}
+
+    def matters(file: _File) -> bool:
+        others = kinds_of_strangers if file.is_known else kinds_of_others
+        return bool(others - {file.kind}) or (file.kind == "other" and len(group) > 1)
+
+    return [file for file in group if matters(file)]
+
+
+def _look_at(files: list[_File]) -> dict[str, str | None]:
+    """The edges of files, by identity; None: they cannot be read."""
+    with ThreadPoolExecutor(_READS_AT_ONCE) as readers:
+        return dict(zip((file.identity for file in files), readers.map(_edges_of, files), strict=True))
+
+
+def _edges_of(file: _File) -> str | None:
+    if file.edges is not None:
+        return file.edges
+    if file.kind == "disk":
+        return file.identity.split(":")[2]
+    try:
+        entry = storage.stat(file.where)
+        if file_identity(file.where, entry.bytes, entry.etag) != file.identity:
+            return None  # another file lies there now
+        return edges_sha256(file.where, entry.bytes)
+    except (OSError, UserError) as error:
+        is_away = isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable)
+        if is_away and not file.is_known:
+            raise
+        return None
+
+
+def _names_of(files: list[_File], edges: dict[str, str | None]) -> dict[str, str | None]:
+    """As `_recognize`, of files of one size in the order of `_rank`."""
+    names: dict[str, str | None] = {}
+    by_edges: dict[str, str] = {}
+    unseen = [file for file in files if file.is_known and edges[file.identity] is None]
+    for file in files:
+        seen = edges[file.identity]
+        if file.is_known or seen is None:
+            names[file.identity] = file.identity
+            if seen is not None:
+                by_edges.setdefault(seen, file.identity)
+        elif seen in by_edges:
+            names[file.identity] = by_edges[seen]
+        else:
+            names[file.identity] = _name_among(file, [other for other in unseen if file.may_be(other)])
+            by_edges[seen] = names[file.identity] or file.identity
+    return names
+
+
+def _name_among(file: _File, unseen: list[_File]) -> str | None:
+    """The identity of a file that is none whose edges are known."""
+    if not unseen:
+        return file.identity
+    whole = {other.identity for other in unseen if other.kind == "whole"}
+    if whole:
+        identity = f"bucket:{file.num_bytes}:{whole_md5(file.where)}"
+        if identity in whole:
+            return identity
+    return file.identity if len(whole) == len(unseen) else None
+
+
+# ------------------------------------------------------------------------------------------- known files
+
+
+def listed_files(strangers: Strangers, rows: Iterable[pa.Table], base_url: str) -> Iterator[pa.Table]:
+    """The files of listed rows that a stranger may be, for `Strangers.add_known`.
+
+    Args:
+        strangers: of the same listing.
+        rows: with source columns and ``file``, as `file_column` gives it.
+        base_url: what relative URLs are relative to.
+    """
+    for table in rows:
+        files = pc.coalesce(table["file"], _bucket_identities(table))
+        yield _chosen(strangers, table, files, base_url)[0]
+
+
+def planned_files(strangers: Strangers, plan: Plan, config: RunConfig) -> Iterator[pa.Table]:
+    """The planned files that a stranger may be, for `Strangers.add_known`, with edges as commit records state them."""
+    committed = {split: set(committed_units(config.folder("clips", split))) for split in SPLITS}
+    columns = ["split", "unit", "id", "url", "bytes", "etag", "member", "fault", "file"]
+    for generation, table in plan.tables_by_generation(columns):
+        if generation["kind"] == "listed":
+            files = pc.coalesce(table["file"], _bucket_identities(table))
+            found, rows = _chosen(strangers, table, files, generation["base_url"])
+            edges = _committed_edges(config, rows, found, committed)
+            yield found.append_column("edges", pa.array(edges, _TEXT))
+
+
+def _chosen(strangers: Strangers, table: pa.Table, files: pa.ChunkedArray, base_url: str) -> tuple[pa.Table, pa.Table]:
+    """(``file``, ``size``, ``where``) of the rows that matter, and these rows."""
+    files, sizes = _files_and_sizes(files)
+    is_chosen = strangers.may_be(files, sizes) & pc.is_null(table["fault"]).to_numpy()
+    mask = pa.array(is_chosen)
+    rows = table.filter(mask)
+    where = pa.array([storage.resolve(base_url, url) for url in rows["url"].to_pylist()], _TEXT)
+    return pa.table({"file": files.filter(mask), "size": sizes.filter(mask), "where": where}), rows
+
+
+def _committed_edges(
+    config: RunConfig, rows: pa.Table, files: pa.Table, committed: dict[str, set[int]]
+) -> list[str | None]:
+    """The edges of the file of each planned row, where a worker has recorded them."""
+    edges: dict[str, str | None] = {}
+    is_open = pc.and_(pc.is_null(rows["member"]), pc.invert(pc.match_substring_regex(files["file"], _DISK)))
+    wanted = rows.filter(is_open)
+    pairs = sorted(set(zip(wanted["split"].to_pylist(), wanted["unit"].to_pylist(), strict=True)))
+    for split, group in groupby(pairs, key=lambda pair: pair[0]):
+        units = [unit for _, unit in group if unit in committed[split]]
+        for record in read_commits(config.folder("clips", split), units):
+            edges |= {video["id"]: video.get("edges") for video in record["videos"]}
+    return [edges.get(one) for one in rows["id"].to_pylist()]
