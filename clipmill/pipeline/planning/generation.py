@@ -26,6 +26,7 @@ from clipmill.pipeline.planning.listed import GivenSplits, ListedVideos
 from clipmill.pipeline.planning.listing import LISTED_COLUMNS, list_rows, with_hashes
 from clipmill.pipeline.planning.moved import Strangers, is_of_file, is_telling, listed_files, planned_files
 from clipmill.pipeline.planning.progress import Progress
+from clipmill.pipeline.planning.revived import look_again, revived_ids
 from clipmill.pipeline.planning.spool import Spool
 from clipmill.pipeline.planning.units import Draft, write_units
 from clipmill.pipeline.planning.yields import Yield, measure_yield
@@ -66,6 +67,8 @@ def extend_plan(config: RunConfig, lease: Lease, plan: Plan) -> bool:
 def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[str]) -> bool:
     """Plans videos of earlier generations anew, in units of their own; False: there are none.
 
+    A file that could not be had when it was listed is looked at again.
+
     Raises:
         StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
     """
@@ -82,7 +85,7 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
         with draft:
             for table in rows.ranges():
                 _, firsts = np.unique(table["place"].to_numpy(), return_index=True)  # one may have failed twice
-                chosen = table.take(pa.array(firsts))
+                chosen = look_again(table.take(pa.array(firsts)), base_url(config.data.source))
                 for split in SPLITS:
                     draft.add(split, chosen.filter(pc.equal(chosen["split"], split)))
         known = Yield.of_generation(plan.generations[-1])
@@ -91,7 +94,7 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
 
 
 def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
-    elders = NO_ELDERS if plan is None else Elders.of_plan(plan)
+    elders = NO_ELDERS if plan is None else Elders.of_plan(plan, revived_ids(plan))
     others: Counter[str] = Counter()
     with ScratchFolder("plan") as folder:
         progress = Progress(config, lease, 0 if plan is None else len(plan.generations), folder / "progress")

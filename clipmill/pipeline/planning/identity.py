@@ -84,10 +84,16 @@ class Elders:
     url: Callable[[int], str]
 
     @classmethod
-    def of_plan(cls, plan: Plan) -> Elders:
-        """Of all generations of a plan."""
-        ids = np.empty(sum(generation["videos"] for generation in plan.generations), np.uint64)
-        filled = 0
+    def of_plan(cls, plan: Plan, revived: np.ndarray) -> Elders:
+        """Of all generations of a plan.
+
+        Args:
+            plan: it.
+            revived: uint64[n], more ids of planned videos.
+        """
+        filled = len(revived)
+        ids = np.empty(filled + sum(generation["videos"] for generation in plan.generations), np.uint64)
+        ids[:filled] = revived
         for table in plan.tables(["id"]):
             ids[filled : filled + len(table)] = numbers_of(table["id"])
             filled += len(table)

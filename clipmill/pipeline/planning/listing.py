@@ -19,7 +19,7 @@ from clipmill.pipeline.sources import base_url, describe_files, list_videos
 from clipmill.pipeline.sources.record import SourceVideo, file_identity
 from clipmill.shards.manifest import SPLITS
 
-__all__ = ["HASH_COLUMNS", "LISTED_COLUMNS", "NO_SPLIT", "list_rows", "with_hashes"]
+__all__ = ["HASH_COLUMNS", "LISTED_COLUMNS", "NO_SPLIT", "base_of", "list_rows", "with_hashes"]
 
 BATCH_ROWS = 2**16
 NO_SPLIT = -1
@@ -109,9 +109,18 @@ def with_hashes(table: pa.Table) -> pa.Table:
     return table
 
 
+def base_of(identity: str, start_seconds: float | None, end_seconds: float | None) -> int:
+    """The hash of a video's identity: that of its file, with the span where it is one."""
+    is_whole = start_seconds is None and end_seconds is None
+    return hash64(identity if is_whole else f"{identity}:{start_seconds}:{end_seconds}")
+
+
 def _hashes(
     identity: str, group: str | None, together: str | None, start: float | None, end: float | None
 ) -> tuple[int, int, int]:
     whole = hash64(identity)
-    base = whole if start is None and end is None else hash64(f"{identity}:{start}:{end}")
-    return base, whole if group is None else hash64(group), whole if together is None else hash64(together)
+    return (
+        base_of(identity, start, end),
+        whole if group is None else hash64(group),
+        whole if together is None else hash64(together),
+    )

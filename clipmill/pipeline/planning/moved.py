@@ -35,7 +35,15 @@ from clipmill.pipeline.planning.spool import Spool
 from clipmill.pipeline.sources.record import edges_sha256, file_identity
 from clipmill.shards.manifest import SPLITS, committed_units, read_commits
 
-__all__ = ["Strangers", "file_column", "is_of_file", "is_telling", "listed_files", "planned_files"]
+__all__ = [
+    "Strangers",
+    "file_column",
+    "is_of_file",
+    "is_telling",
+    "listed_files",
+    "planned_files",
+    "planned_identities",
+]
 
 _TEXT = pa.large_string()
 _FILE = r"^(?P<file>[a-z]+:(?P<size>[0-9]+):[^:]*)"
@@ -72,6 +80,11 @@ def file_column(table: pa.Table) -> pa.ChunkedArray:
     files, _ = _files_and_sizes(table["identity"])
     is_stated = pc.fill_null(pc.equal(files, _bucket_identities(table)), False)
     return pc.if_else(is_stated, pa.scalar(None, _TEXT), files)
+
+
+def planned_identities(table: pa.Table) -> pa.ChunkedArray:
+    """The identity of the file of each planned row; null where it could not be looked at."""
+    return pc.coalesce(table["file"], _bucket_identities(table))
 
 
 def _matches(identities: pa.ChunkedArray, pattern: str) -> np.ndarray:
@@ -311,7 +324,7 @@ def listed_files(strangers: Strangers, rows: Iterable[pa.Table], base_url: str) 
         base_url: what relative URLs are relative to.
     """
     for table in rows:
-        files = pc.coalesce(table["file"], _bucket_identities(table))
+        files = planned_identities(table)
         yield _chosen(strangers, table, files, base_url)[0]
 
 
@@ -321,7 +334,7 @@ def planned_files(strangers: Strangers, plan: Plan, config: RunConfig) -> Iterat
     columns = ["split", "unit", "id", "url", "bytes", "etag", "member", "fault", "file"]
     for generation, table in plan.tables_by_generation(columns):
         if generation["kind"] == "listed":
-            files = pc.coalesce(table["file"], _bucket_identities(table))
+            files = planned_identities(table)
             found, rows = _chosen(strangers, table, files, generation["base_url"])
             edges = _committed_edges(config, rows, found, committed)
             yield found.append_column("edges", pa.array(edges, _TEXT))

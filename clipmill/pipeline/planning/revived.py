@@ -1,0 +1,62 @@
+"""Rows whose file could not be had when they were listed, and can be now."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipmill import storage
+from clipmill.errors import StorageUnavailable, UserError
+from clipmill.pipeline.plan import PLAN_COLUMNS, Plan
+from clipmill.pipeline.planning.listing import base_of
+from clipmill.pipeline.planning.moved import planned_identities
+from clipmill.pipeline.sources.record import file_identity
+
+__all__ = ["look_again", "revived_ids"]
+
+_REQUESTS_AT_ONCE = 32
+
+
+def look_again(table: pa.Table, base_url: str) -> pa.Table:
+    """Planned rows, without the faults that have gone.
+
+    A row that names no video keeps its fault: only its table could mend it. It is told from one whose file could not be
+    had by its id (`list_videos` of a table: ``fault:`` and its name, or its text).
+    """
+    rows = table.to_pylist()
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        rows = list(pool.map(lambda row: _look_again(row, base_url), rows))
+    return pa.Table.from_pylist(rows, table.schema)
+
+
+def _look_again(row: dict[str, Any], base_url: str) -> dict[str, Any]:
+    if row["fault"] is None or int(row["id"], 16) != base_of(
+        f"fault:{row['url']}", row["start_seconds"], row["end_seconds"]
+    ):
+        return row
+    try:
+        url = storage.resolve(base_url, row["url"])
+        entry = storage.stat(url)
+        identity = file_identity(url, entry.bytes, entry.etag)
+    except (OSError, ValueError, UserError) as error:
+        if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
+            raise  # a bucket is away
+        return row
+    return {**row, "fault": None, "bytes": entry.bytes, "etag": entry.etag, "file": identity}
+
+
+def revived_ids(plan: Plan) -> np.ndarray:
+    """uint64[n]: the ids that revived rows would have if they were listed now; they keep those of their faults."""
+    found = [np.empty(0, np.uint64)]
+    columns = [name for name in PLAN_COLUMNS if name not in ("split", "unit", "ordinal")]
+    for generation, table in plan.tables_by_generation(columns):
+        if generation["kind"] == "retried":
+            table = table.filter(pc.and_(pc.is_null(table["fault"]), pc.is_null(table["member"])))
+            identities = planned_identities(table).to_pylist()
+            spans = (table[name].to_pylist() for name in ("start_seconds", "end_seconds"))
+            found.append(np.array([base_of(*one) for one in zip(identities, *spans, strict=True)], np.uint64))
+    return np.concatenate(found)
