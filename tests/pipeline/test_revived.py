@@ -35,6 +35,20 @@ def test_a_file_that_came_is_looked_at_again_and_planned_once(tmp_path: Path, sp
     assert not extend_plan(config)  # it is in the plan
 
 
+def test_a_file_that_an_extension_found_is_not_revived(tmp_path: Path) -> None:
+    (tmp_path / "0.mp4").write_bytes(video_bytes(0, 9))
+    table = tmp_path / "table.csv"
+    table.write_text("url\n0.mp4\nlate.mp4\n")
+    config = run_config(tmp_path / "run", table, source={"type": "table", "url": str(table)})
+    make_plan(config)
+    (faulty,) = [video.id for video in all_videos(config) if video.fault is not None]
+    (tmp_path / "late.mp4").write_bytes(video_bytes(7, 9))
+    assert extend_plan(config)
+    with hold(shard.folder_url(config), "shard") as lease:
+        assert retry_videos(config, lease, load_plan(config), [faulty])
+    assert [video.fault is None for video in all_videos(config) if video.url == "late.mp4"].count(True) == 1
+
+
 def all_videos(config: RunConfig) -> list[PlannedVideo]:
     plan = load_plan(config)
     units = [(split, number) for split in SPLITS for number in range(plan.num_units(split))]

@@ -81,11 +81,12 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
             rows.add(table.filter(pa.array(np.isin(numbers, wanted))))
         if not rows.num_rows:
             return False
+        elders = Elders.of_plan(plan, revived_ids(plan))
         draft = Draft(folder / "draft")
         with draft:
             for table in rows.ranges():
                 _, firsts = np.unique(table["place"].to_numpy(), return_index=True)  # one may have failed twice
-                chosen = look_again(table.take(pa.array(firsts)), base_url(config.data.source))
+                chosen = look_again(table.take(pa.array(firsts)), base_url(config.data.source), elders)
                 for split in SPLITS:
                     draft.add(split, chosen.filter(pc.equal(chosen["split"], split)))
         known = Yield.of_generation(plan.generations[-1])

@@ -33,7 +33,7 @@ from clipmill.pipeline.planning.identity import is_md5, whole_md5
 from clipmill.pipeline.planning.listing import LISTED_COLUMNS
 from clipmill.pipeline.planning.spool import Spool
 from clipmill.pipeline.sources.record import edges_sha256, file_identity
-from clipmill.shards.manifest import SPLITS, committed_units, read_commits
+from clipmill.shards.manifest import committed_units, read_commits
 
 __all__ = [
     "Strangers",
@@ -52,6 +52,9 @@ _DISK, _WHOLE = r"^disk:", r"^bucket:[0-9]+:[0-9a-f]{32}(:|$)"
 """Identities that tell content apart among themselves: of files on a disk, and of objects that were put whole."""
 
 _READS_AT_ONCE = 64
+_NUM_SIZES = 2**28
+"""Sizes are told apart modulo this number: a table of bytes, of which the system gives only the pages in use."""
+
 _FILE_COLUMNS: dict[str, pa.DataType] = {
     "file": _TEXT,
     "size": pa.int64(),
@@ -109,8 +112,8 @@ class Strangers:
         """Keeps rows in ``folder``; ``base_url``: what their relative URLs are relative to."""
         self._spool = Spool(folder, "key")
         self._base_url = base_url
-        self._sizes = [np.empty(0, np.int64)]
-        self._mixed_sizes = [np.empty(0, np.int64)]
+        self._has_size = np.zeros(_NUM_SIZES, bool)
+        self._has_mixed_size = np.zeros(_NUM_SIZES, bool)
 
     def __len__(self) -> int:
         return self._spool.num_rows
@@ -118,9 +121,9 @@ class Strangers:
     def add(self, table: pa.Table) -> None:
         """Adds rows of `LISTED_COLUMNS`."""
         files, sizes = _files_and_sizes(table["identity"])
-        numbers = sizes.to_numpy()
-        self._sizes.append(np.unique(numbers))
-        self._mixed_sizes.append(np.unique(numbers[~_matches(files, _WHOLE)]))
+        numbers = sizes.to_numpy() % _NUM_SIZES
+        self._has_size[numbers] = True
+        self._has_mixed_size[numbers[~_matches(files, _WHOLE)]] = True
         where = [storage.resolve(self._base_url, url) for url in table["url"].to_pylist()]
         columns = {"file": files, "size": sizes, "where": where}
         self._add({**{name: table[name] for name in LISTED_COLUMNS}, **columns}, is_known=False)
@@ -131,11 +134,13 @@ class Strangers:
             self._add({name: table[name] for name in table.column_names}, is_known=True)
 
     def may_be(self, files: pa.ChunkedArray, sizes: pa.ChunkedArray) -> np.ndarray:
-        """bool[n]: whether a stranger has the size of each file, and an identity that does not tell them apart."""
-        numbers = pc.fill_null(sizes, -1).to_numpy()
-        is_whole = _matches(files, _WHOLE)
-        some = np.isin(numbers, np.concatenate(self._sizes))
-        return np.where(is_whole, np.isin(numbers, np.concatenate(self._mixed_sizes)), some)
+        """bool[n]: whether a stranger has the size of each file, and an identity that does not tell them apart.
+
+        True for a few others as well, which costs time alone.
+        """
+        numbers = pc.fill_null(sizes, 0).to_numpy() % _NUM_SIZES
+        is_wanted = np.where(_matches(files, _WHOLE), self._has_mixed_size[numbers], self._has_size[numbers])
+        return is_wanted & pc.is_valid(files).to_numpy()
 
     def recognized(self) -> Iterator[pa.Table]:
         """The strangers, under the identities of the files that they are; those that may be planned are left out."""
@@ -330,7 +335,7 @@ def listed_files(strangers: Strangers, rows: Iterable[pa.Table], base_url: str) 
 
 def planned_files(strangers: Strangers, plan: Plan, config: RunConfig) -> Iterator[pa.Table]:
     """The planned files that a stranger may be, for `Strangers.add_known`, with edges as commit records state them."""
-    committed = {split: set(committed_units(config.folder("clips", split))) for split in SPLITS}
+    committed: dict[str, set[int]] = {}
     columns = ["split", "unit", "id", "url", "bytes", "etag", "member", "fault", "file"]
     for generation, table in plan.tables_by_generation(columns):
         if generation["kind"] == "listed":
@@ -353,12 +358,14 @@ def _chosen(strangers: Strangers, table: pa.Table, files: pa.ChunkedArray, base_
 def _committed_edges(
     config: RunConfig, rows: pa.Table, files: pa.Table, committed: dict[str, set[int]]
 ) -> list[str | None]:
-    """The edges of the file of each planned row, where a worker has recorded them."""
+    """The edges of the file of each planned row, where a worker has recorded them; ``committed`` is filled by need."""
     edges: dict[str, str | None] = {}
     is_open = pc.and_(pc.is_null(rows["member"]), pc.invert(pc.match_substring_regex(files["file"], _DISK)))
     wanted = rows.filter(is_open)
     pairs = sorted(set(zip(wanted["split"].to_pylist(), wanted["unit"].to_pylist(), strict=True)))
     for split, group in groupby(pairs, key=lambda pair: pair[0]):
+        if split not in committed:
+            committed[split] = set(committed_units(config.folder("clips", split)))
         units = [unit for _, unit in group if unit in committed[split]]
         for record in read_commits(config.folder("clips", split), units):
             edges |= {video["id"]: video.get("edges") for video in record["videos"]}

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from clipmill import storage
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.pipeline.plan import PLAN_COLUMNS, Plan
+from clipmill.pipeline.planning.identity import Elders
 from clipmill.pipeline.planning.listing import base_of
 from clipmill.pipeline.planning.moved import planned_identities
 from clipmill.pipeline.sources.record import file_identity
@@ -21,22 +22,22 @@ __all__ = ["look_again", "revived_ids"]
 _REQUESTS_AT_ONCE = 32
 
 
-def look_again(table: pa.Table, base_url: str) -> pa.Table:
+def look_again(table: pa.Table, base_url: str, elders: Elders) -> pa.Table:
     """Planned rows, without the faults that have gone.
 
-    A row that names no video keeps its fault: only its table could mend it. It is told from one whose file could not be
-    had by its id (`list_videos` of a table: ``fault:`` and its name, or its text).
+    A video that an extension has found meanwhile is planned already and not revived. A row that names no video keeps its
+    fault: only its table could mend it. It is told from one whose file could not be had by its id (`list_videos` of a
+    table: ``fault:`` and its name, or its text).
     """
     rows = table.to_pylist()
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        rows = list(pool.map(lambda row: _look_again(row, base_url), rows))
+        rows = list(pool.map(lambda row: _look_again(row, base_url, elders), rows))
     return pa.Table.from_pylist(rows, table.schema)
 
 
-def _look_again(row: dict[str, Any], base_url: str) -> dict[str, Any]:
-    if row["fault"] is None or int(row["id"], 16) != base_of(
-        f"fault:{row['url']}", row["start_seconds"], row["end_seconds"]
-    ):
+def _look_again(row: dict[str, Any], base_url: str, elders: Elders) -> dict[str, Any]:
+    span = row["start_seconds"], row["end_seconds"]
+    if row["fault"] is None or int(row["id"], 16) != base_of(f"fault:{row['url']}", *span):
         return row
     try:
         url = storage.resolve(base_url, row["url"])
@@ -45,6 +46,8 @@ def _look_again(row: dict[str, Any], base_url: str) -> dict[str, Any]:
     except (OSError, ValueError, UserError) as error:
         if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
             raise  # a bucket is away
+        return row
+    if elders.knows(np.array([base_of(identity, *span)], np.uint64))[0]:
         return row
     return {**row, "fault": None, "bytes": entry.bytes, "etag": entry.etag, "file": identity}
 
