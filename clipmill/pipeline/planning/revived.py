@@ -25,9 +25,9 @@ _REQUESTS_AT_ONCE = 32
 def look_again(table: pa.Table, base_url: str, elders: Elders) -> pa.Table:
     """Planned rows, without the faults that have gone.
 
-    A video that an extension has found meanwhile is planned already and not revived. A row that names no video keeps its
-    fault: only its table could mend it. It is told from one whose file could not be had by its id (`list_videos` of a
-    table: ``fault:`` and its name, or its text).
+    A video that an extension has found meanwhile is planned already and not revived. A row that names no video keeps
+    its fault: only its table could mend it. It is told from one whose file could not be had by its id (`list_videos` of
+    a table: ``fault:`` and its name, or its text).
     """
     rows = table.to_pylist()
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
