@@ -133,7 +133,7 @@ class _Driver(Generic[U]):
 
     def _hand_out(self) -> None:
         now = time.monotonic()
-        workers, places = self._workers, self._workers.nodes_at_work()
+        workers, places = self._workers, self._workers.places()
         ready = [worker for worker in workers.all if worker.is_started and not worker.is_spent]
         # Near the end a second unit would wait behind a first one while other actors have nothing to do.
         window = WINDOW if self._queue.num_waiting > len(workers.all) else 1
@@ -196,11 +196,12 @@ class _Driver(Generic[U]):
         if error:
             tried = self._raised_on.setdefault(unit, set())
             tried.add(node)
-            if not again or not self._workers.nodes_at_work() - tried:
+            if not again or not self._workers.places() - tried:
                 raise error
         logger.warning(
-            "unit %s failed on %s, attempt %d: %s",
+            "unit %s %s on %s, attempt %d: %s",
             self._name(unit),
+            "was lost" if kind == "lost" else "failed",
             self._nodes.name(node),
             self._queue.attempts(unit),
             cause if again or error else body,

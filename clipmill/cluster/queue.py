@@ -64,7 +64,7 @@ class UnitQueue:
 
         Args:
             node: where it will run.
-            others: other nodes with workers; a unit that failed on ``node`` waits for one of them to take it.
+            others: other nodes that work or may soon; a unit that failed on ``node`` waits for one of them to take it.
             trials: units that go first on a node where they have not failed.
             now: monotonic seconds.
         """

@@ -118,6 +118,19 @@ class Workers:
         """The nodes with a started worker that still get units."""
         return {worker.node for worker in self.all if worker.is_started} - self._nodes.sick
 
+    def places(self) -> set[str]:
+        """The nodes that work or may soon: a worker that was asked for lately may start on any of them."""
+        now = time.monotonic()
+        young = [
+            worker
+            for worker in self.all
+            if not worker.is_started and now - worker.created < connection.WAIT_WARNING_SECONDS
+        ]
+        soon = {worker.node for worker in young if worker.node}
+        if any(not worker.node for worker in young):
+            soon |= self.cluster.ids() - self._excluded
+        return self.nodes_at_work() | (soon - self._nodes.sick)
+
     def num_running(self, node: str) -> int:
         """Workers of a node that have a unit."""
         return sum(worker.node == node and bool(worker.units) for worker in self.all)

@@ -1,5 +1,6 @@
-"""A driver process for the signal tests: ``python driver.py fan_out|scratch|train FOLDER [DRAIN_SECONDS]``; exits as
-clipmill's CLI does.
+"""A driver process for tests: ``python driver.py MODE FOLDER [NUMBER]``; exits as clipmill's CLI does.
+
+MODE is ``train``, ``grow`` (NUMBER 1: spare the head), or one of FAN_OUTS (NUMBER: ``drain_seconds``).
 """
 
 from __future__ import annotations
@@ -36,6 +37,17 @@ def make_scratch_worker(folder: str) -> Callable[[int], dict[str, Any]]:
     return work
 
 
+def make_disk_worker(folder: str) -> Callable[[int], dict[str, Any]]:
+    def work(unit: int) -> dict[str, Any]:
+        with ScratchFolder("test") as scratch:
+            (scratch / "clips").write_bytes(bytes(1_000_000))
+            time.sleep(2)
+        (Path(folder) / str(unit)).touch()
+        return {}
+
+    return work
+
+
 def train(folder: str, report: Report) -> None:
     for step in range(10_000):
         time.sleep(0.05)
@@ -46,15 +58,38 @@ def train(folder: str, report: Report) -> None:
             raise Interrupted(f"stopped after step {step}")
 
 
-def main(mode: str, folder: str, drain_seconds: str = "15") -> int:
-    config = ClusterConfig(num_cpus=2, drain_seconds=int(drain_seconds))
+def make_recording_worker(record: str) -> Callable[[int], dict[str, Any]]:
+    """Notes on which node each unit runs."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    resources = {each["NodeID"]: each["Resources"] for each in ray.nodes()}[node]
+    kind = "head" if "node:__internal_head__" in resources else "worker"
+
+    def work(unit: int) -> dict[str, Any]:
+        time.sleep(3)
+        with Path(record).open("a") as file:
+            file.write(f"{kind} {node}\n")
+        return {}
+
+    return work
+
+
+FAN_OUTS = {"fan_out": (make_worker, 1000), "scratch": (make_scratch_worker, 100), "disk": (make_disk_worker, 60)}
+
+
+def main(mode: str, folder: str, number: str = "15") -> int:
     try:
-        if mode == "fan_out":
-            fan_out(make_worker, (folder,), range(1000), config=config, on_result=lambda unit, _: print("at work"))
-        elif mode == "scratch":
-            fan_out(make_scratch_worker, (folder,), range(100), config=config, on_result=lambda *_: None)
-        else:
+        if mode == "train":
+            config = ClusterConfig(num_cpus=2)
             run_workers(train, folder, config=config, name="test", on_progress=lambda _: print("at work"))
+        elif mode == "grow":
+            config = ClusterConfig(fanout_workers=10, spare_head=number == "1")
+            fan_out(make_recording_worker, (folder,), range(30), config=config, on_result=lambda *_: None)
+        else:
+            config = ClusterConfig(num_cpus=2, drain_seconds=int(number))
+            make, num_units = FAN_OUTS[mode]
+            fan_out(make, (folder,), range(num_units), config=config, on_result=lambda unit, _: print("at work", unit))
     except ClipmillError as error:
         print(type(error).__name__, error)
         return error.exit_status

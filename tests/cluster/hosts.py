@@ -22,7 +22,7 @@ class Hosts:
     def __init__(self, count: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it becomes part of a socket's path
         self._hosts: list[subprocess.Popen[bytes]] = []
-        self._head = f"127.0.0.2:{_free_port()}"
+        self._head = f"127.0.0.2:{free_port()}"
         try:
             for _ in range(count):
                 self.add()
@@ -40,10 +40,15 @@ class Hosts:
         """Number of the host that came last."""
         return len(self._hosts) - 1
 
-    def add(self) -> None:
-        """Starts one more host; returns when it is part of the cluster."""
+    def add(self, temporary: Path | None = None) -> None:
+        """Starts one more host; returns when it is part of the cluster.
+
+        Args:
+            temporary: its folder for temporary files; None: a new one.
+        """
         number = len(self._hosts)
-        (temporary := self._folder / f"host-{number}").mkdir()
+        if temporary is None:
+            (temporary := self._folder / f"host-{number}").mkdir()
         place = [f"--address={self._head}"]
         if number == 0:
             port = self._head.rpartition(":")[2]
@@ -91,7 +96,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": str(START_SECONDS)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.2 that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.2", 0))
         return int(probe.getsockname()[1])
