@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from clipmill.config import RunConfig, load_config
 from clipmill.errors import ClipmillError, Interrupted, UserError
+
+if TYPE_CHECKING:
+    from clipmill.shards.verify import VerifyReport
 
 __all__ = ["app", "main"]
 
@@ -266,29 +269,39 @@ def submit(
 def verify(
     url: Target,
     deep: Annotated[bool, typer.Option("--deep", help="Also decode every sample.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Make damaged clip units again from the videos.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove orphans older than the grace period.")] = False,
     grace_seconds: Annotated[float, typer.Option(help="Age below which an orphan may still be in the making.")] = 86400,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="Of the run to repair; none: its own config.yaml.")
+    ] = None,
 ) -> None:
     """Check the shards of a data set, or of a whole run, against their commits and manifests."""
     from clipmill import stages
     from clipmill.shards.prune import prune as prune_orphans
     from clipmill.shards.verify import verify as verify_dataset
 
-    sound = True
-    for dataset_url in stages.find_datasets(url):
-        report = verify_dataset(dataset_url, deep)
+    reports = {dataset_url: verify_dataset(dataset_url, deep) for dataset_url in stages.find_datasets(url)}
+    damaged = {dataset_url: report.damaged_units for dataset_url, report in reports.items() if report.damaged_units}
+    if repair and damaged:
+        stages.repair(url, damaged, load_config(config) if config else None)
+        reports |= {dataset_url: verify_dataset(dataset_url, deep) for dataset_url in damaged}
+    for dataset_url, report in reports.items():
         removed = prune_orphans(dataset_url, report.orphans, grace_seconds) if prune else []
-        print(
-            f"{'whole' if not report.problems else 'DAMAGED'}: {dataset_url}: {report.num_units} units, "
-            f"{report.num_shards} shards, {report.num_samples} samples, {report.num_bytes:,} bytes"
-        )
-        for problem in report.problems:
-            print(f"  {problem}")
-        for orphan in report.orphans:
-            print(f"  orphan {'removed' if orphan in removed else 'left by a writer that did not finish'}: {orphan}")
-        sound = sound and not report.problems
-    if not sound:
+        _print_report(dataset_url, report, removed)
+    if any(report.problems for report in reports.values()):
         raise typer.Exit(1)
+
+
+def _print_report(url: str, report: VerifyReport, removed: list[str]) -> None:
+    print(
+        f"{'whole' if not report.problems else 'DAMAGED'}: {url}: {report.num_units} units, "
+        f"{report.num_shards} shards, {report.num_samples} samples, {report.num_bytes:,} bytes"
+    )
+    for problem in report.problems:
+        print(f"  {problem}")
+    for orphan in report.orphans:
+        print(f"  orphan {'removed' if orphan in removed else 'left by a writer that did not finish'}: {orphan}")
 
 
 @app.command("inspect")

@@ -25,7 +25,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
 from clipmill.progress import bar
 
-__all__ = ["STAGES", "Stage", "export_model", "find_datasets", "run_all", "run_stage"]
+__all__ = ["STAGES", "Stage", "export_model", "find_datasets", "repair", "run_all", "run_stage"]
 
 SUMMARY_SCHEMA = 1
 
@@ -142,6 +142,50 @@ def find_datasets(url: str) -> list[str]:
     if not found:
         raise UserError(f"no data set at or below {url}; name the root of a run, or a folder such as ROOT/clips/train")
     return found
+
+
+def repair(url: str, damaged: dict[str, set[int]], config: RunConfig | None = None) -> None:
+    """Restores damaged units of clips from the raw videos, byte for byte.
+
+    Args:
+        url: of what was verified: the root of a run, its ``clips`` or one of their splits.
+        damaged: the damaged units, by URL of their data set.
+        config: of the run that made it; None: as ``config.yaml`` in its folder says.
+
+    Raises:
+        UserError: it is no part of a run, or of another run than the config's; or a data set is not of clips, and the
+            message says which stage makes it. Clips have been restored then.
+        StageFailed: a unit comes out otherwise now; the message says why. The others are restored.
+    """
+    by_root: dict[str, dict[str, set[int]]] = {}
+    for dataset_url, units in damaged.items():
+        root, kind, split = dataset_url.rsplit("/", 2)
+        if kind == "clips":
+            by_root.setdefault(root, {})[split] = units
+    for root, units_by_split in by_root.items():
+        found = _recorded_config(root) if config is None else _with_absolute_urls(config)
+        if found.root != root:
+            raise UserError(f"{url} is no part of the run {found.root}; give its own config with --config")
+        module = STAGES["shard"].module
+        with hold(module.folder_url(found), "verify --repair") as lease:
+            module.run(found, lease, units_by_split)
+    for dataset_url in damaged:
+        kind = dataset_url.rsplit("/", 2)[1]
+        if kind != "clips":
+            stage = {"tokens": "`clipmill tokenize`", "samples": "`clipmill sample`"}.get(kind, "its stage")
+            raise UserError(f"{dataset_url} is not made of raw videos: remove it and run {stage} again")
+
+
+def _recorded_config(root: str) -> RunConfig:
+    """The config by which the clips of a run were made, with the root where they lie now."""
+    url = storage.join(root, "clips", "config.yaml")
+    try:
+        values = yaml.safe_load(storage.read_bytes(url))
+        return RunConfig.model_validate({**values, "root": root})
+    except FileNotFoundError:
+        raise UserError(f"{url} is missing; name the config of the run with --config") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
+        raise UserError(f"{url} is damaged; name the config of the run with --config") from error
 
 
 def _with_absolute_urls(config: RunConfig) -> RunConfig:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
 from clipmill import storage
@@ -20,14 +20,16 @@ from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig, identity
 from clipmill.errors import StageFailed
 from clipmill.lease import Lease
+from clipmill.pipeline.budget import Allowance, allowed_failures
 from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_generations
 from clipmill.pipeline.planning import extend_plan, make_plan, retry_videos
+from clipmill.pipeline.restore import Lost, LostUnit, find_lost, lost_units
 from clipmill.pipeline.sources import check_source
 from clipmill.pipeline.tally import SEGMENT_UNITS, Tally, publish_tally, read_tally
-from clipmill.pipeline.unit import Allowance, allowed_failures, make_worker
+from clipmill.pipeline.unit import make_worker
 from clipmill.progress import bar
 from clipmill.shards.interop import publish_energon
-from clipmill.shards.manifest import SPLITS, Manifest, freeze
+from clipmill.shards.manifest import SPLITS, Manifest, committed_units, freeze
 from clipmill.video import decord_version
 
 __all__ = ["folder_url", "is_finished", "plan_more", "run"]
@@ -35,23 +37,32 @@ __all__ = ["folder_url", "is_finished", "plan_more", "run"]
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
-    """Shards the source of ``config.data`` and freezes both splits.
+def run(config: RunConfig, lease: Lease, damaged: Mapping[str, Collection[int]] | None = None) -> dict[str, Any]:
+    """Shards the source of ``config.data`` and freezes both splits; restores units whose objects are lost.
+
+    Args:
+        config: of the run.
+        lease: of the stage's folder.
+        damaged: committed units that are damaged, by split (`clipmill verify` knows); those that lack an object are
+            found in any case.
 
     Returns:
         Counts for the summary.
 
     Raises:
         UserError: the source is missing or empty, or ``clips`` was planned with other settings. Nothing was written.
-        StageFailed: too many videos failed, none made a clip, or a unit failed at every attempt.
+        StageFailed: too many videos failed, none made a clip, a unit failed at every attempt, or one cannot be
+            restored.
     """
     try:
         plan = load_plan(config)
     except FileNotFoundError:
         plan = make_plan(config, lease)
-    tally = read_tally(config, plan)
+    damaged = damaged or {}
+    tally = read_tally(config, plan, damaged)
+    lost = find_lost(config, plan, tally, damaged)
     try:
-        clips_per_second = _shard_units(config, lease, plan, tally)
+        clips_per_second = _shard_units(config, lease, plan, tally, lost)
     finally:  # whoever has to find out why a run stopped needs the list most
         if lease.is_newest():  # a later run that took over knows more
             publish_tally(config, tally)
@@ -67,7 +78,7 @@ def folder_url(config: RunConfig) -> str:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether both splits are frozen at the newest generation of the plan.
+    """Whether both splits are frozen at the newest generation of the plan, and no listing lacks an object of theirs.
 
     Raises:
         UserError: without a plan, the source is missing or empty; with one, it was made with other settings; or the
@@ -90,7 +101,18 @@ def _is_frozen(config: RunConfig) -> bool:
         manifests = [Manifest.load(config.folder("clips", split), "clips") for split in SPLITS]
     except FileNotFoundError:
         return False
-    return all(manifest.facts["num_generations"] == num_generations for manifest in manifests)
+    if not all(manifest.facts["num_generations"] == num_generations for manifest in manifests):
+        return False
+    return not any(_has_lost(manifest) for manifest in manifests)
+
+
+def _has_lost(manifest: Manifest) -> bool:
+    """Whether a record or an object of a frozen split is missing."""
+    units = manifest.units()
+    lost = lost_units(manifest.url, units) | (units.keys() - set(committed_units(manifest.url)))
+    if lost:
+        logger.warning("%s has lost objects of %d units: they are made again", manifest.url, len(lost))
+    return bool(lost)
 
 
 def plan_more(config: RunConfig, lease: Lease, kind: GenerationKind) -> bool:
@@ -130,8 +152,8 @@ def plan_more(config: RunConfig, lease: Lease, kind: GenerationKind) -> bool:
 class _Pending(Sequence[Unit]):
     """The units to do; their videos are read from the plan when a worker is ready for them."""
 
-    def __init__(self, plan: Plan, names: list[tuple[str, int]]) -> None:
-        self._plan, self._names = plan, names
+    def __init__(self, plan: Plan, names: list[tuple[str, int]], lost: Lost) -> None:
+        self._plan, self._names, self._lost = plan, names, lost
 
     def __len__(self) -> int:
         return len(self._names)
@@ -142,12 +164,15 @@ class _Pending(Sequence[Unit]):
     def __getitem__(self, index: slice) -> Sequence[Unit]: ...
     def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
         if isinstance(index, slice):
-            return _Pending(self._plan, self._names[index])
-        return self._plan.unit(*self._names[index])
+            return _Pending(self._plan, self._names[index], self._lost)
+        unit = self._plan.unit(*self._names[index])
+        if self._names[index] not in self._lost:
+            return unit
+        return LostUnit(unit.split, unit.number, unit.videos, *self._lost[self._names[index]])
 
 
-def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> float:
-    """Does the units that are not committed yet, within the failure budget.
+def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost: Lost) -> float:
+    """Does the units that are not committed yet, within the failure budget, and restores those that are lost.
 
     Returns:
         Clips a second, of those that this run has made.
@@ -156,11 +181,12 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
         (split, number)
         for split in SPLITS
         for number in range(plan.num_units(split))
-        if number not in tally.parts[split]
+        if number not in tally.parts[split] or (split, number) in lost
     ]
     began, num_clips_before = time.monotonic(), tally.total("num_clips")
     num_accepted = _accepted_failures(config, plan)
     _check_budget(config, tally, num_accepted)
+    unrestored: list[str] = []
     with bar("shard", total=plan.num_videos, unit="videos") as progress:
 
         def show() -> None:
@@ -168,11 +194,18 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
             progress.update(tally.total("num_videos"), clips=tally.total("num_clips"), failed=failed)
 
         def on_result(unit: Unit, result: dict[str, Any]) -> None:
+            if "cause" in result:
+                unrestored.append(f"unit {unit!r}: {result['cause']}")
+                logger.warning("cannot restore unit %r: %s", unit, result["cause"])
+                return
             for exclusion in result["exclusions"]:
                 logger.warning("excluded %s: %s", exclusion["url"], exclusion["cause"])
             if "counts" not in result:
                 raise _over_budget(config, result["exclusions"], result["tried"])
-            tally.add(result)
+            if isinstance(unit, LostUnit):
+                logger.info("restored unit %r", unit)
+            if unit.number not in tally.parts[unit.split]:
+                tally.add(result)
             if len(tally.unpublished) >= SEGMENT_UNITS:
                 lease.check()
                 publish_tally(config, tally)
@@ -183,7 +216,12 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally) -> f
         if names:
             arguments = (config, lease, _allowance(config, plan, tally, num_accepted))
             cluster = config.cluster.model_copy(update={"use_gpu": False})  # decoding would only hold GPUs idle
-            fan_out(make_worker, arguments, _Pending(plan, names), config=cluster, on_result=on_result)
+            fan_out(make_worker, arguments, _Pending(plan, names, lost), config=cluster, on_result=on_result)
+    if unrestored:
+        raise StageFailed(
+            f"{len(unrestored)} of {len(lost)} damaged units of {folder_url(config)} cannot be restored: "
+            f"{unrestored[0]}. Restore their objects from a copy, or undo what changed and run the same command again"
+        )
     return (tally.total("num_clips") - num_clips_before) / (time.monotonic() - began)
 
 

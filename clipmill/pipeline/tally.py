@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -25,7 +25,7 @@ from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.digest import digest
 from clipmill.pipeline.plan import Plan
-from clipmill.shards.manifest import SPLITS, ShardEntry, committed_units, read_commits
+from clipmill.shards.manifest import SPLITS, ShardEntry, committed_units, read_commit, read_commits
 
 __all__ = ["SEGMENT_UNITS", "SplitCounts", "Tally", "publish_tally", "read_tally"]
 
@@ -121,12 +121,23 @@ class Tally:
         return b"".join(json.dumps(exclusion, sort_keys=True).encode() + b"\n" for exclusion in ordered)
 
 
-def read_tally(config: RunConfig, plan: Plan) -> Tally:
-    """What is committed, of all generations of the plan. The caller holds the lease."""
+def read_tally(config: RunConfig, plan: Plan, damaged: Mapping[str, Collection[int]] | None = None) -> Tally:
+    """What is committed, of all generations of the plan. The caller holds the lease.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        damaged: units, by split, whose commit records may be unreadable: such a unit counts as not committed.
+
+    Raises:
+        UserError: another commit record is unreadable.
+    """
     committed = {
         split: set(committed_units(config.folder("clips", split))) & set(range(plan.num_units(split)))
         for split in SPLITS
     }
+    for split, suspects in (damaged or {}).items():
+        committed[split] -= {unit for unit in suspects if not _is_readable(config.folder("clips", split), unit)}
     tally = Tally()
     for number, url, units in _segments(config):
         tally.num_segments = max(tally.num_segments, number)
@@ -148,6 +159,13 @@ def read_tally(config: RunConfig, plan: Plan) -> Tally:
             tally.add(unit)
     tally.leave_out_retried(plan)
     return tally
+
+
+def _is_readable(url: str, unit: int) -> bool:
+    try:
+        return _is_digest(digest(read_commit(url, unit)))
+    except (FileNotFoundError, UserError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def publish_tally(config: RunConfig, tally: Tally) -> None:

@@ -33,10 +33,12 @@ __all__ = [
     "ShardEntry",
     "commit_unit",
     "committed_units",
+    "entry_of",
     "freeze",
     "read_commit",
     "read_commits",
     "read_parts",
+    "restore_unit",
     "unit_of",
 ]
 
@@ -93,6 +95,11 @@ class ShardEntry(NamedTuple):
                 raise ValueError(f"{count!r:.80}, of {entry.name}, is no number of bytes or samples")
         return entry
 
+    @property
+    def index_name(self) -> str:
+        """Of its index, which lies beside it."""
+        return self.name + INDEX_SUFFIX
+
 
 def _is_count(value: Any) -> bool:
     """Whether a value is a count that int64 holds, sums over a data set included."""
@@ -125,6 +132,14 @@ class Manifest:
         """How many samples on average are of one video, and lie next to each other; 1 where that is not known."""
         num_videos = self.facts.get("num_videos")
         return max(1.0, self.num_samples / num_videos) if num_videos else 1.0
+
+    def units(self) -> dict[int, tuple[ShardEntry, ...]]:
+        """The shards of each unit, by its number; those of a unit without samples are none."""
+        found: dict[int, list[ShardEntry]] = {unit: [] for unit in range(self.facts.get("num_units") or 0)}
+        for shard in self.shards:
+            if (unit := unit_of(shard.name)) is not None:
+                found.setdefault(unit, []).append(shard)
+        return {unit: tuple(shards) for unit, shards in found.items()}
 
     @staticmethod
     def load(url: str, kind: Kind | None = None) -> Manifest:
@@ -238,18 +253,47 @@ def commit_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]
     Raises:
         ValueError: ``body`` has a key of the record itself.
     """
-    if taken := body.keys() & {"schema", "unit", "parts"}:
-        raise ValueError(f"the body of a commit record cannot have the keys {sorted(taken)}")
     if not storage.exists(_record_url(url, unit)):
-        for part in parts:
-            storage.publish_file(part.path, storage.join(url, part.name))
-            storage.publish_file(part.index_path, storage.join(url, part.name + INDEX_SUFFIX))
-        record = {"unit": unit, "parts": [_entry(part)._asdict() for part in parts], **body}
+        record = _record(unit, parts, body)
+        _publish_parts(url, parts)
         storage.create_document(_record_url(url, unit), record, SCHEMA)
     return read_commit(url, unit)
 
 
-def _entry(part: Part) -> ShardEntry:
+def restore_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:
+    """Publishes the shards of a committed unit again, and its record where that is missing or damaged.
+
+    Args:
+        url: the data set's folder.
+        unit: number of the unit in the plan.
+        parts: with the names and hashes that the unit had.
+        body: as for `commit_unit`.
+
+    Returns:
+        The record that holds from now on.
+    """
+    _publish_parts(url, parts)
+    try:
+        return read_commit(url, unit)
+    except (FileNotFoundError, UserError):
+        storage.publish_document(_record_url(url, unit), _record(unit, parts, body), SCHEMA)
+    return read_commit(url, unit)
+
+
+def _publish_parts(url: str, parts: Sequence[Part]) -> None:
+    for part in parts:
+        storage.publish_file(part.path, storage.join(url, part.name))
+        storage.publish_file(part.index_path, storage.join(url, part.name + INDEX_SUFFIX))
+
+
+def _record(unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:
+    if taken := body.keys() & {"schema", "unit", "parts"}:
+        raise ValueError(f"the body of a commit record cannot have the keys {sorted(taken)}")
+    return {"unit": unit, "parts": [entry_of(part)._asdict() for part in parts], **body}
+
+
+def entry_of(part: Part) -> ShardEntry:
+    """How commit records and manifests name a finished shard."""
     return ShardEntry(part.name, part.bytes, part.sha256, file_sha256(part.index_path), part.samples)
 
 

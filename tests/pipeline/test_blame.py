@@ -16,8 +16,8 @@ from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.pipeline import unit as unit_module
+from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.plan import Unit
-from clipmill.pipeline.unit import Allowance
 from clipmill.shards.manifest import committed_units
 from clipmill.video import DecoderLost
 from tests.pipeline.corpus import video_bytes

@@ -16,8 +16,9 @@ import pytest
 from clipmill.config import RunConfig
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease, hold
+from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.plan import PlannedVideo, Unit
-from clipmill.pipeline.unit import Allowance, make_worker
+from clipmill.pipeline.unit import make_worker
 from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import committed_units, read_commit
 from clipmill.video import decord_version, encode_mp4
@@ -252,7 +253,7 @@ def write_broken(tmp_path: Path, num_videos: int) -> None:
 
 
 def test_nothing_is_committed_when_everything_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipmill.pipeline.unit.FIRST_VIDEOS", 4)  # each costs two fresh children
+    monkeypatch.setattr("clipmill.pipeline.budget.FIRST_VIDEOS", 4)  # each costs two fresh children
     write_broken(tmp_path, 6)
     config, unit = one_unit(tmp_path, max_failed_videos=1)
     result = shard(config, unit, Allowance(100, is_new=True))
@@ -265,7 +266,7 @@ def test_nothing_is_committed_when_everything_fails(tmp_path: Path, monkeypatch:
 def test_a_budget_or_an_earlier_success_spares_videos_that_all_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_failed_videos: int, is_new: bool
 ) -> None:
-    monkeypatch.setattr("clipmill.pipeline.unit.FIRST_VIDEOS", 4)
+    monkeypatch.setattr("clipmill.pipeline.budget.FIRST_VIDEOS", 4)
     write_broken(tmp_path, 6)
     config, unit = one_unit(tmp_path, max_failed_videos=max_failed_videos)
     assert shard(config, unit, Allowance(100, is_new))["counts"]["num_excluded"] == 6

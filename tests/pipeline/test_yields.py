@@ -9,10 +9,11 @@ import pytest
 
 from clipmill.config import ClipConfig, RunConfig
 from clipmill.lease import hold
+from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.plan import Plan, load_plan
 from clipmill.pipeline.planning import retry_videos, units, yields
 from clipmill.pipeline.planning.yields import NOTHING_KNOWN, Yield, measure_yield
-from clipmill.pipeline.unit import Allowance, make_worker
+from clipmill.pipeline.unit import make_worker
 from clipmill.video import write_raw_video
 from tests.pipeline.corpus import listed, make_plan, run_config, video_bytes
 

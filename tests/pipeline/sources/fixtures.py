@@ -15,8 +15,9 @@ import numpy as np
 
 from clipmill.config import RunConfig
 from clipmill.lease import hold
+from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.sources.tfrecord import masked_crc32c
-from clipmill.pipeline.unit import Allowance, make_worker
+from clipmill.pipeline.unit import make_worker
 from clipmill.shards.manifest import SPLITS, committed_units, read_commits
 from tests.pipeline.corpus import make_plan, video_bytes
 

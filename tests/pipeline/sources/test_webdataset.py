@@ -286,7 +286,8 @@ def test_a_tar_without_an_end_mark_is_reported(tmp_path: Path, caplog: pytest.Lo
 
 def test_a_tar_that_changed_after_planning_costs_its_videos(tmp_path: Path) -> None:
     from clipmill.lease import hold
-    from clipmill.pipeline.unit import Allowance, make_worker
+    from clipmill.pipeline.budget import Allowance
+    from clipmill.pipeline.unit import make_worker
 
     damaged_corpus(tmp_path / "in")
     config = source_config(tmp_path, source(tmp_path / "in"))
