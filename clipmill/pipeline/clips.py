@@ -9,30 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from clipmill.config import RunConfig
+from clipmill.pipeline.ahead import Fetched
 from clipmill.pipeline.blame import blame, scrub
-from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo, fetch_video
+from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo
 from clipmill.pipeline.pairing import rows_of
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.samples import HeldSamples, clip_sample
-from clipmill.pipeline.sidecars import read_sidecars
-from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.video import BadVideo, Decoder, Outcome
 
 __all__ = ["make_samples"]
 
 
 def make_samples(
-    config: RunConfig, video: PlannedVideo, decoder: Decoder, samples: HeldSamples, copies: Path, kept: KeptFiles
+    config: RunConfig, fetched: Fetched, decoder: Decoder, samples: HeldSamples, scratch: Path
 ) -> tuple[dict[str, Any], Counter[str]]:
     """Makes all samples of a video.
 
     Args:
         config: of the run.
-        video: which video.
+        fetched: the video, on this machine.
         decoder: of this worker.
         samples: empty; takes them.
-        copies: for files of this video alone.
-        kept: local copies that the next videos may need too.
+        scratch: where this machine works.
 
     Returns:
         Its entry in the commit record, and what its clips add to the sums over the unit.
@@ -41,40 +39,36 @@ def make_samples(
         ExcludedVideo: the video, or something that comes with it, is bad.
         OSError, DecoderLost, MemoryError: the environment failed.
     """
-    scratch = copies.parent
-    with blame("fetch", video.name, scratch):
-        fetched = fetch_video(config.data, video, copies, kept)
-    with blame("sidecar", video.name, scratch):
-        video = read_sidecars(config.data, video)
+    video, local = fetched
     with blame("decode", video.name, scratch):
-        sums = _decode(config, video, fetched, decoder, samples, scratch)
-    return _entry(video, _finished(decoder), has_actions=fetched.actions is not None), sums
+        sums = _decode(config, video, local, decoder, samples, scratch)
+    return _entry(video, _finished(decoder), has_actions=local.actions is not None), sums
 
 
 def _decode(
     config: RunConfig,
     video: PlannedVideo,
-    fetched: LocalVideo,
+    local: LocalVideo,
     decoder: Decoder,
     samples: HeldSamples,
     scratch: Path,
 ) -> Counter[str]:
     """Decodes a video and packs its clips; the sums over them."""
-    data, actions = config.data, fetched.actions
+    data, actions = config.data, local.actions
     sums: Counter[str] = Counter()
     encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
     try:
-        for clip in decoder.clips(fetched.path, data.clip, data.decoder, encode=encode, key=key, span=video.span):
-            if actions is not None and clip.ordinal == 0 and fetched.action_seconds is None:
+        for clip in decoder.clips(local.path, data.clip, data.decoder, encode=encode, key=key, span=video.span):
+            if actions is not None and clip.ordinal == 0 and local.action_seconds is None:
                 _check_rows(len(actions), _finished(decoder).num_needed_frames)
             with blame("pack", video.name, scratch):
-                rows = None if actions is None else rows_of(clip, fetched, video.start_seconds or 0.0)
+                rows = None if actions is None else rows_of(clip, local, video.start_seconds or 0.0)
                 samples.add(clip_sample(data, video, clip, rows))
             sums.update(num_values=clip.num_values, pixel_sum=clip.pixel_sum, pixel_square_sum=clip.pixel_square_sum)
             if clip.squared_error is not None:
                 sums.update(num_measured_clips=1, num_measured_values=clip.num_values, squared_error=clip.squared_error)
     except BadVideo as bad:
-        clean = functools.partial(scrub, path=fetched.path, name=video.name)
+        clean = functools.partial(scrub, path=local.path, name=video.name)
         attempts = [clean(attempt) for attempt in bad.attempts]
         raise ExcludedVideo("decode", clean(bad.cause), attempts, clean(bad.stderr_tail)) from bad
     return sums

@@ -8,7 +8,6 @@ of a unit depend on the plan, the versions of the codecs and the CPU's instructi
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from clipmill.config import RunConfig
 from clipmill.lease import Lease
+from clipmill.pipeline.ahead import FetchAhead, Fetched
 from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.clips import make_samples
 from clipmill.pipeline.digest import digest
@@ -24,10 +24,10 @@ from clipmill.pipeline.fetch import ExcludedVideo
 from clipmill.pipeline.plan import Unit
 from clipmill.pipeline.restore import LostUnit, restore
 from clipmill.pipeline.samples import HeldSamples
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.uploads import Uploads
 from clipmill.pipeline.versions import versions
 from clipmill.scratch import ScratchFolder
-from clipmill.shards.format import Part, UnitWriter
+from clipmill.shards.format import UnitWriter
 from clipmill.shards.manifest import commit_unit
 from clipmill.video import Decoder, Limits, decord_version
 
@@ -74,31 +74,47 @@ def _shard_unit(config: RunConfig, lease: Lease, allowance: Allowance, decoder: 
         The unit's `digest`. Where its failures exceed the allowance nothing is committed, since the fault is
         then hardly the videos': only ``exclusions`` and ``tried`` are returned. For a `LostUnit` see `restore`.
     """
-    made = _Made()
+    is_restored = isinstance(unit, LostUnit)
+    made, url = _Made(), config.folder("clips", unit.split)
     with ScratchFolder("shard") as folder:
-        finished, kept = folder / "finished", KeptFiles(folder / "kept")
+        copies, finished = folder / "copies", folder / "finished"
+        copies.mkdir()
         finished.mkdir()
         writer = UnitWriter(finished, "clips", unit.number, config.data.shard_bytes)
-        for tried, video in enumerate(unit.videos, start=1):
-            try:
-                with tempfile.TemporaryDirectory(dir=folder) as copies, HeldSamples() as samples:
-                    entry, sums = make_samples(config, video, decoder, samples, Path(copies), kept)
-                    for sample in samples:
-                        writer.add(sample)
-                    made.videos.append(entry)
-                    made.sums.update(sums)
-            except ExcludedVideo as excluded:
-                made.exclusions.append({"id": video.id, "url": video.name, **excluded.document})
-                if not isinstance(unit, LostUnit) and allowance.is_exceeded(
-                    config.data, unit, tried, len(made.exclusions)
-                ):
-                    return {"exclusions": made.exclusions, "tried": tried}
-        parts, body = writer.finish(), made.body(unit.split, config.data.decoder)
+        with FetchAhead(config.data, unit.videos, copies) as ahead, Uploads(url, lease) as uploads:
+            for index, video in enumerate(unit.videos):
+                try:
+                    _shard_video(config, decoder, ahead.take(index), writer, made, copies)
+                except ExcludedVideo as excluded:
+                    made.exclusions.append({"id": video.id, "url": video.name, **excluded.document})
+                    num_failed = len(made.exclusions)
+                    if not is_restored and allowance.is_exceeded(config.data, unit, index + 1, num_failed):
+                        return {"exclusions": made.exclusions, "tried": index + 1}
+                ahead.release(index)
+                if not is_restored:
+                    uploads.begin(writer.closed)
+            parts, body = writer.finish(), made.body(unit.split, config.data.decoder)
+            if isinstance(unit, LostUnit):
+                lease.check()
+                return restore(url, unit, parts, body)
+            uploads.begin(parts)
+            uploads.wait()
         lease.check()
-        return _publish(config.folder("clips", unit.split), unit, parts, body)
+        return digest(commit_unit(url, unit.number, parts, body, are_published=True))
 
 
-def _publish(url: str, unit: Unit, parts: list[Part], body: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(unit, LostUnit):
-        return restore(url, unit, parts, body)
-    return digest(commit_unit(url, unit.number, parts, body))
+def _shard_video(
+    config: RunConfig, decoder: Decoder, fetched: Fetched, writer: UnitWriter, made: _Made, scratch: Path
+) -> None:
+    """Adds all clips of a video to a unit, or none.
+
+    Raises:
+        ExcludedVideo: the video, or something that comes with it, is bad.
+        OSError, DecoderLost, MemoryError: the environment failed.
+    """
+    with HeldSamples() as samples:
+        entry, sums = make_samples(config, fetched, decoder, samples, scratch)
+        for sample in samples:
+            writer.add(sample)
+    made.videos.append(entry)
+    made.sums.update(sums)

@@ -122,6 +122,11 @@ class UnitWriter:
         if self._open.num_bytes >= self._shard_bytes:
             self._full, self._open = self._open, None
 
+    @property
+    def closed(self) -> tuple[Part, ...]:
+        """The parts that are finished so far: nothing is added to them any more."""
+        return tuple(self._parts)
+
     def finish(self) -> list[Part]:
         """Closes the last part; all parts of the unit, none when it has no samples."""
         if self._full is not None and self._open is not None:

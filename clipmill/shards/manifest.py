@@ -35,6 +35,7 @@ __all__ = [
     "committed_units",
     "entry_of",
     "freeze",
+    "publish_part",
     "read_commit",
     "read_commits",
     "read_parts",
@@ -237,7 +238,9 @@ def _record_url(url: str, unit: int) -> str:
     return storage.join(url, "commits", f"{unit:06d}.json")
 
 
-def commit_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:
+def commit_unit(
+    url: str, unit: int, parts: Sequence[Part], body: dict[str, Any], *, are_published: bool = False
+) -> dict[str, Any]:
     """Publishes the shards of a finished unit and commits them; a unit without samples commits too.
 
     Args:
@@ -246,6 +249,7 @@ def commit_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]
         parts: what `UnitWriter.finish` returned.
         body: JSON facts of the stage to keep in the record: exclusions, videos, versions. Its keys stand beside
             ``unit`` and ``parts``.
+        are_published: `publish_part` has published all parts already.
 
     Returns:
         The record that holds from now on: that of the first writer. Another one's shards remain as orphans.
@@ -255,7 +259,8 @@ def commit_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]
     """
     if not storage.exists(_record_url(url, unit)):
         record = _record(unit, parts, body)
-        _publish_parts(url, parts)
+        for part in () if are_published else parts:
+            publish_part(url, part)
         storage.create_document(_record_url(url, unit), record, SCHEMA)
     return read_commit(url, unit)
 
@@ -272,7 +277,8 @@ def restore_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any
     Returns:
         The record that holds from now on.
     """
-    _publish_parts(url, parts)
+    for part in parts:
+        publish_part(url, part)
     try:
         return read_commit(url, unit)
     except (FileNotFoundError, UserError):
@@ -280,10 +286,10 @@ def restore_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any
     return read_commit(url, unit)
 
 
-def _publish_parts(url: str, parts: Sequence[Part]) -> None:
-    for part in parts:
-        storage.publish_file(part.path, storage.join(url, part.name))
-        storage.publish_file(part.index_path, storage.join(url, part.name + INDEX_SUFFIX))
+def publish_part(url: str, part: Part) -> None:
+    """Puts a shard and its index into a data set's folder, where they belong to nobody until a unit is committed."""
+    storage.publish_file(part.path, storage.join(url, part.name))
+    storage.publish_file(part.index_path, storage.join(url, part.name + INDEX_SUFFIX))
 
 
 def _record(unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.pipeline import unit as unit_module
+from clipmill.pipeline import ahead, clips
 from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.plan import Unit
 from clipmill.shards.manifest import committed_units
@@ -37,14 +37,14 @@ def planned(tmp_path: Path) -> tuple[RunConfig, Unit]:
 
 def fail_second(monkeypatch: pytest.MonkeyPatch, unit: Unit, step: str, error: BaseException) -> None:
     """Lets a step of the worker fail for the second video alone."""
-    real: Callable[..., Any] = getattr(unit_module, step)
+    real: Callable[..., Any] = getattr(ahead, step)
 
     def failing(*arguments: Any) -> Any:
         if unit.videos[1] in arguments:
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(unit_module, step, failing)
+    monkeypatch.setattr(ahead, step, failing)
 
 
 def check_second_is_excluded(config: RunConfig, unit: Unit, stage: str, cause: str) -> None:
@@ -114,7 +114,7 @@ def test_a_file_that_vanished_from_the_scratch_folder_is_no_fault_of_its_video(
     def failing(data: Any, video: Any, copies: Path, kept: Any) -> Any:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(copies / "video.mp4"))
 
-    monkeypatch.setattr(unit_module, "fetch_video", failing)
+    monkeypatch.setattr(ahead, "fetch_video", failing)
     with pytest.raises(FileNotFoundError):
         shard(config, unit)
 
@@ -144,13 +144,13 @@ def test_of_a_video_whose_second_clip_cannot_be_packed_no_clip_remains(
     planned: tuple[RunConfig, Unit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, unit = planned
-    real = unit_module.clip_sample
+    real = clips.clip_sample
 
     def failing(data: Any, video: Any, clip: Any, rows: Any) -> Any:
         sample = real(data, video, clip, rows)
         return replace(sample, key=sample.key + "/..") if (video.id, clip.ordinal) == (unit.videos[1].id, 1) else sample
 
-    monkeypatch.setattr(unit_module, "clip_sample", failing)
+    monkeypatch.setattr(clips, "clip_sample", failing)
     counts = shard(config, unit, Allowance(10, is_new=True))["counts"]
     samples = samples_of(config)
     assert {key[:16] for key in samples} == {unit.videos[0].id, unit.videos[2].id}

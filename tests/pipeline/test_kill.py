@@ -72,8 +72,10 @@ def _write_numbered(source: Path, number: int) -> None:
 
 
 def dataset(root: Path) -> dict[str, bytes]:
-    """What readers and later runs rely on: not the lease, nor the times of a summary and the root in a config."""
-    return files_of(root / "clips", but=("_lease", "summary.json", "config.yaml"))
+    """What readers and later runs rely on: not the lease, the times of a summary, the root in a config, nor the tally,
+    whose segments end where a run did.
+    """
+    return files_of(root / "clips", but=("_lease", "summary.json", "config.yaml", "tally"))
 
 
 @pytest.mark.parametrize(("num_kills", "seed"), [pytest.param(4, 1, marks=pytest.mark.ci), (25, 2)])

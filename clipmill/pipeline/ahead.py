@@ -1,0 +1,152 @@
+"""Brings the next videos of a unit to this machine while one is decoded.
+
+A bucket answers each request after tens of milliseconds and sends one stream at a fraction of the link's speed, so
+several videos are fetched at once. How many is bounded by their number and by the bytes that they take on the disk.
+What becomes of a video does not depend on when it was fetched: the caller takes them in order, each with its own error.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from clipmill.config import DataConfig
+from clipmill.pipeline.blame import blame
+from clipmill.pipeline.fetch import LocalVideo, fetch_video
+from clipmill.pipeline.plan import PlannedVideo
+from clipmill.pipeline.sidecars import read_sidecars
+from clipmill.pipeline.sources.many import KeptFiles
+
+__all__ = ["FetchAhead", "Fetched"]
+
+MOST_VIDEOS = 8
+"""Fetched at once or waiting, beside the one that is decoded."""
+MOST_BYTES = 2**29
+"""That they take on the disk; the one that is decoded next comes in any case."""
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Fetched(NamedTuple):
+    """A video that is here, and what its sidecars say about it."""
+
+    video: PlannedVideo
+    local: LocalVideo
+
+
+@dataclass
+class _Run:
+    """Videos of one file, which follow each other: what they share is brought here once, and removed after the last."""
+
+    kept: KeptFiles
+    folder: Path
+    last: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class FetchAhead:
+    """The videos of a unit, in order, each fetched before it is asked for.
+
+    As a context manager it leaves no thread behind::
+
+        with FetchAhead(config.data, unit.videos, folder) as ahead:
+            for index, video in enumerate(unit.videos):
+                fetched = ahead.take(index)
+                ...
+                ahead.release(index)
+
+    Args:
+        data: names the source.
+        videos: of the unit, in order.
+        folder: empty, for all copies.
+    """
+
+    def __init__(self, data: DataConfig, videos: Sequence[PlannedVideo], folder: Path) -> None:
+        self._data, self._videos, self._folder = data, videos, folder
+        self._runs = _runs_of(videos, folder)
+        self._pool = ThreadPoolExecutor(MOST_VIDEOS, thread_name_prefix="fetch-ahead")
+        self._begun: dict[int, Future[Fetched]] = {}
+        self._next = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self, index: int) -> Fetched:
+        """Waits for a video; those after it begin to come.
+
+        Raises:
+            ExcludedVideo: it cannot be had, or a sidecar of it is bad.
+            OSError, MemoryError: the environment failed.
+        """
+        self._begin(index)
+        try:
+            return self._begun[index].result()
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise
+        # The copies of later videos may be what filled the disk.
+        for begun in sorted(self._begun):
+            self._discard(begun)
+        self._next = index + 1
+        return self._fetch(index)
+
+    def release(self, index: int) -> None:
+        """Removes the copies of a video that is done with."""
+        self._discard(index)
+        if self._runs[index].last == index:
+            shutil.rmtree(self._runs[index].folder, ignore_errors=True)
+
+    def _begin(self, index: int) -> None:
+        """Starts what may be on its way while the video of this index is worked on."""
+        while self._next < len(self._videos) and self._next <= index + MOST_VIDEOS:
+            if self._next > index and self._num_bytes(index, self._next) > MOST_BYTES:
+                return
+            self._begun[self._next] = self._pool.submit(self._fetch, self._next)
+            self._next += 1
+
+    def _num_bytes(self, first: int, last: int) -> int:
+        """What the copies of these videos take, spans of one file counted once."""
+        sizes = {(self._videos[i].url, self._videos[i].member): self._videos[i].bytes for i in range(first, last + 1)}
+        return sum(sizes.values())
+
+    def _fetch(self, index: int) -> Fetched:
+        video, run = self._videos[index], self._runs[index]
+        copies = self._folder / f"video-{index}"
+        copies.mkdir(exist_ok=True)
+        with run.lock, blame("fetch", video.name, self._folder):
+            local = fetch_video(self._data, video, copies, run.kept)
+        with blame("sidecar", video.name, self._folder):
+            return Fetched(read_sidecars(self._data, video), local)
+
+    def _discard(self, index: int) -> None:
+        """Forgets a video, once nothing writes to its copies any more."""
+        future = self._begun.pop(index, None)
+        if future is not None and not future.cancel():
+            future.exception()
+        shutil.rmtree(self._folder / f"video-{index}", ignore_errors=True)
+
+
+def _runs_of(videos: Sequence[PlannedVideo], folder: Path) -> list[_Run]:
+    """For each video the run that it is part of."""
+    runs: list[_Run] = []
+    for index, video in enumerate(videos):
+        if index and videos[index - 1].url == video.url:
+            run = runs[-1]
+            run.last = index
+        else:
+            shared = folder / f"shared-{index}"
+            run = _Run(KeptFiles(shared), shared, index)
+        runs.append(run)
+    return runs

@@ -1,0 +1,63 @@
+"""Publishes the finished shards of a unit while the next ones are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from clipmill.lease import Lease
+from clipmill.shards.format import Part
+from clipmill.shards.manifest import publish_part
+
+__all__ = ["Uploads"]
+
+_AT_ONCE = 4
+"""Shards: one stream does not fill the link to a bucket."""
+
+
+class Uploads:
+    """Shards of one unit on their way to the data set's folder, where a killed worker leaves them as orphans.
+
+    Args:
+        url: the data set's folder.
+        lease: of the stage; checked before each shard.
+    """
+
+    def __init__(self, url: str, lease: Lease) -> None:
+        self._url, self._lease = url, lease
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="upload")
+        self._begun: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def begin(self, parts: Sequence[Part]) -> None:
+        """Starts those parts, of all that are finished so far, that are not on their way yet.
+
+        Raises:
+            OSError, StageFailed: an earlier one failed.
+        """
+        for upload in self._begun:
+            if upload.done():
+                upload.result()
+        self._begun += [self._pool.submit(self._publish, part) for part in parts[len(self._begun) :]]
+
+    def wait(self) -> None:
+        """Returns when all are there.
+
+        Raises:
+            OSError, StageFailed: one failed.
+        """
+        for upload in self._begun:
+            upload.result()
+
+    def _publish(self, part: Part) -> None:
+        self._lease.check()
+        publish_part(self._url, part)
