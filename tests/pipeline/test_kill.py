@@ -205,6 +205,30 @@ def _finish(config: RunConfig, *options: str) -> None:
 
 
 @pytest.mark.ci
+def test_lost_shards_of_a_killed_run_are_repaired_to_the_byte(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    config = undisturbed.config(tmp_path / "run")
+    with Job(config) as job:
+        while not list((tmp_path / "run" / "clips").glob("*/commits/*.json")):
+            assert job.driver.is_running(), job.output
+            time.sleep(0.02)
+        job.driver.kill()
+        assert job.leaked(patience_seconds=60) == []
+    _finish(config)
+    for path in random.Random(3).sample(sorted((tmp_path / "run" / "clips").glob("*/*.tar")), 3):
+        path.unlink()
+    repaired = subprocess.run(
+        [sys.executable, "-m", "clipmill.cli", "verify", str(tmp_path / "run"), "--repair"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
+    assert repaired.returncode == 0, repaired.stdout + repaired.stderr
+    assert dataset(tmp_path / "run").items() >= undisturbed.files.items()
+
+
+@pytest.mark.ci
 def test_of_two_runs_on_one_root_one_is_refused(undisturbed: Undisturbed, tmp_path: Path) -> None:
     config = undisturbed.config(tmp_path / "run")
     with Job(config) as first, Job(config) as second:
