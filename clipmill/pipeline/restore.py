@@ -47,7 +47,9 @@ def restore(url: str, unit: LostUnit, parts: Sequence[Part], body: dict[str, Any
         record = read_commit(url, unit.number)
     except (FileNotFoundError, UserError):
         record = None
-    wanted = unit.shards if record is None else tuple(map(ShardEntry.parse, record["parts"]))
+    wanted = unit.shards
+    if wanted is None and record is not None:
+        wanted = tuple(map(ShardEntry.parse, record["parts"]))
     if wanted is not None and wanted != tuple(map(entry_of, parts)):
         return {"cause": _difference(unit, record, body)}
     return digest(restore_unit(url, unit.number, parts, body))
@@ -94,7 +96,7 @@ def find_lost(config: RunConfig, plan: Plan, tally: Tally, damaged: Mapping[str,
         except FileNotFoundError:
             manifest = None
         frozen = {} if manifest is None else manifest.units()
-        versions = () if manifest is None else tuple(manifest.facts["versions"])
+        versions = () if manifest is None else tuple(manifest.facts.get("versions", ()))
         numbers = set(damaged.get(split, ())) | (frozen.keys() - tally.parts[split].keys())
         numbers |= lost_units(url, tally.parts[split])
         for number in numbers & set(range(plan.num_units(split))):

@@ -266,7 +266,7 @@ def commit_unit(
 
 
 def restore_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:
-    """Publishes the shards of a committed unit again, and its record where that is missing or damaged.
+    """Publishes the shards of a committed unit again, and its record where that is missing, damaged or of others.
 
     Args:
         url: the data set's folder.
@@ -279,10 +279,13 @@ def restore_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any
     """
     for part in parts:
         publish_part(url, part)
+    record = _record(unit, parts, body)
     try:
-        return read_commit(url, unit)
+        is_whole = read_commit(url, unit)["parts"] == record["parts"]
     except (FileNotFoundError, UserError):
-        storage.publish_document(_record_url(url, unit), _record(unit, parts, body), SCHEMA)
+        is_whole = False
+    if not is_whole:
+        storage.publish_document(_record_url(url, unit), record, SCHEMA)
     return read_commit(url, unit)
 
 
