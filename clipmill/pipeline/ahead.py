@@ -11,7 +11,7 @@ import errno
 import shutil
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
 
-__all__ = ["FetchAhead", "Fetched"]
+__all__ = ["FetchAhead", "Fetched", "fetch_pool"]
 
 MOST_VIDEOS = 8
 """Fetched at once or waiting, beside the one that is decoded."""
@@ -32,6 +32,15 @@ MOST_BYTES = 2**29
 """That they take on the disk; the one that is decoded next comes in any case."""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+_IN_CHILDREN = {"hdf5", "bair"}
+"""Source types of which each reading thread has a child process of its own."""
+
+
+def fetch_pool(data: DataConfig) -> ThreadPoolExecutor:
+    """The threads that fetch for one worker."""
+    return ThreadPoolExecutor(1 if data.source.type in _IN_CHILDREN else MOST_VIDEOS, thread_name_prefix="fetch-ahead")
 
 
 class Fetched(NamedTuple):
@@ -54,24 +63,26 @@ class _Run:
 class FetchAhead:
     """The videos of a unit, in order, each fetched before it is asked for.
 
-    As a context manager it leaves no thread behind::
+    As a context manager it leaves nothing running::
 
-        with FetchAhead(config.data, unit.videos, folder) as ahead:
+        with FetchAhead(pool, config.data, unit.videos, folder) as ahead:
             for index, video in enumerate(unit.videos):
                 fetched = ahead.take(index)
                 ...
                 ahead.release(index)
 
     Args:
+        pool: from `fetch_pool`; outlives the unit.
         data: names the source.
         videos: of the unit, in order.
         folder: empty, for all copies.
     """
 
-    def __init__(self, data: DataConfig, videos: Sequence[PlannedVideo], folder: Path) -> None:
-        self._data, self._videos, self._folder = data, videos, folder
+    def __init__(
+        self, pool: ThreadPoolExecutor, data: DataConfig, videos: Sequence[PlannedVideo], folder: Path
+    ) -> None:
+        self._pool, self._data, self._videos, self._folder = pool, data, videos, folder
         self._runs = _runs_of(videos, folder)
-        self._pool = ThreadPoolExecutor(MOST_VIDEOS, thread_name_prefix="fetch-ahead")
         self._begun: dict[int, Future[Fetched]] = {}
         self._next = 0
 
@@ -81,7 +92,9 @@ class FetchAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for future in self._begun.values():
+            future.cancel()
+        wait(self._begun.values())
 
     def take(self, index: int) -> Fetched:
         """Waits for a video; those after it begin to come.

@@ -29,10 +29,11 @@ Files under ``clips/plan``, none of which ever changes:
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +46,7 @@ from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
-from clipmill.shards.manifest import SPLITS
+from clipmill.shards.manifest import SHA256, SPLITS, is_count
 
 __all__ = [
     "PLAN_COLUMNS",
@@ -61,6 +62,8 @@ __all__ = [
 ]
 
 SCHEMA = 3
+
+_FILE_NAME = re.compile(r"gen-\d{4,9}-[0-9a-f]{8}\.parquet")
 
 GenerationKind = Literal["listed", "retried"]
 """``listed``: videos that no earlier generation has. ``retried``: quarantined ones of earlier generations."""
@@ -283,10 +286,27 @@ def read_generations(config: RunConfig) -> list[dict[str, Any]]:
                 f"the clips in {config.folder('clips')} were planned with other settings: {'; '.join(changed)}. "
                 "Restore them, or choose another root"
             )
+        _check(generation, _document_url(config, number))
         generations.append(generation)
     if not generations and storage.exists(config.folder("clips", "plan", "plan.json")):  # the plan up to schema 2
         raise _planned_earlier(config)
     return generations
+
+
+def _check(generation: dict[str, Any], url: str) -> None:
+    """Raises `UserError` where a generation is not of this form: its file's name becomes part of a path."""
+    try:
+        is_right = (
+            generation["kind"] in get_args(GenerationKind)
+            and _FILE_NAME.fullmatch(generation["file"])
+            and SHA256.fullmatch(generation["sha256"])
+            and generation["units"].keys() == set(SPLITS)
+            and all(map(is_count, [generation["videos"], generation["duplicates"], *generation["units"].values()]))
+        )
+    except (KeyError, TypeError, AttributeError):
+        is_right = False
+    if not is_right:
+        raise UserError(f"{url} is damaged; restore it, or remove the clips folder and shard again")
 
 
 def create_generation(config: RunConfig, lease: Lease, number: int, generation: dict[str, Any]) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipmill.config import RunConfig
 from clipmill.lease import Lease
-from clipmill.pipeline.ahead import FetchAhead, Fetched
+from clipmill.pipeline.ahead import FetchAhead, Fetched, fetch_pool
 from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.clips import make_samples
 from clipmill.pipeline.digest import digest
@@ -43,7 +44,7 @@ def make_worker(config: RunConfig, lease: Lease, allowance: Allowance) -> Callab
     if data.decoder == "decord":
         decord_version()  # raises where it is not installed, which is no fault of the videos
     decoder = Decoder(Limits(data.cpu_seconds_per_video, data.memory_bytes_per_video, data.no_progress_seconds))
-    return functools.partial(_shard_unit, config, lease, allowance, decoder)
+    return functools.partial(_shard_unit, config, lease, allowance, decoder, fetch_pool(data))
 
 
 @dataclass
@@ -67,7 +68,9 @@ class _Made:
         }
 
 
-def _shard_unit(config: RunConfig, lease: Lease, allowance: Allowance, decoder: Decoder, unit: Unit) -> dict[str, Any]:
+def _shard_unit(
+    config: RunConfig, lease: Lease, allowance: Allowance, decoder: Decoder, pool: ThreadPoolExecutor, unit: Unit
+) -> dict[str, Any]:
     """Decodes, packs and commits one unit, or restores one that was committed and is damaged.
 
     Returns:
@@ -81,7 +84,7 @@ def _shard_unit(config: RunConfig, lease: Lease, allowance: Allowance, decoder: 
         copies.mkdir()
         finished.mkdir()
         writer = UnitWriter(finished, "clips", unit.number, config.data.shard_bytes)
-        with FetchAhead(config.data, unit.videos, copies) as ahead, Uploads(url, lease) as uploads:
+        with FetchAhead(pool, config.data, unit.videos, copies) as ahead, Uploads(url, lease) as uploads:
             for index, video in enumerate(unit.videos):
                 try:
                     _shard_video(config, decoder, ahead.take(index), writer, made, copies)

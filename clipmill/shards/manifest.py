@@ -27,6 +27,7 @@ from clipmill.shards.format import INDEX_SUFFIX, Part, file_sha256
 from clipmill.shards.interop import publish_changed, shard_lists
 
 __all__ = [
+    "SHA256",
     "SPLITS",
     "Kind",
     "Manifest",
@@ -35,6 +36,7 @@ __all__ = [
     "committed_units",
     "entry_of",
     "freeze",
+    "is_count",
     "publish_part",
     "read_commit",
     "read_commits",
@@ -54,7 +56,8 @@ READ_AHEAD = 256
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.tar")
 _UNIT = re.compile(r"[a-z]+-(\d{6,9})-")
-_SHA256 = re.compile("[0-9a-f]{64}")
+SHA256 = re.compile("[0-9a-f]{64}")
+"""In hex, as documents have it."""
 
 Kind = Literal["clips", "tokens", "samples"]
 _MADE_BY: dict[Kind, str] = {"clips": "shard", "tokens": "tokenize", "samples": "sample"}
@@ -89,10 +92,10 @@ class ShardEntry(NamedTuple):
         if not (isinstance(entry.name, str) and _SHARD_NAME.fullmatch(entry.name)):
             raise ValueError(f"{entry.name!r:.80} is no name of a shard")
         for sha256 in (entry.sha256, entry.index_sha256):
-            if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+            if not (isinstance(sha256, str) and SHA256.fullmatch(sha256)):
                 raise ValueError(f"{sha256!r:.80}, of {entry.name}, is no SHA-256")
         for count in (entry.bytes, entry.samples):
-            if not _is_count(count):
+            if not is_count(count):
                 raise ValueError(f"{count!r:.80}, of {entry.name}, is no number of bytes or samples")
         return entry
 
@@ -102,8 +105,8 @@ class ShardEntry(NamedTuple):
         return self.name + INDEX_SUFFIX
 
 
-def _is_count(value: Any) -> bool:
-    """Whether a value is a count that int64 holds, sums over a data set included."""
+def is_count(value: Any) -> bool:
+    """Whether a value of a document is a count that int64 holds, sums over a data set included."""
     return type(value) is int and 0 <= value < 2**48
 
 
@@ -195,7 +198,7 @@ def _parse_manifest(url: str, document: dict[str, Any]) -> Manifest:
     if not (isinstance(recipe, dict) and isinstance(facts, dict)):
         raise ValueError("its recipe or facts are no object")
     for name in _COUNTED_FACTS & facts.keys():
-        if facts[name] is not None and not _is_count(facts[name]):
+        if facts[name] is not None and not is_count(facts[name]):
             raise ValueError(f"its {name} is {facts[name]!r:.80}")
     manifest = _manifest(url, document["kind"], shards, recipe, facts)
     if manifest.fingerprint != document["fingerprint"]:

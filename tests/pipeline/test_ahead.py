@@ -12,13 +12,14 @@ import pytest
 
 from clipmill.config import DataConfig
 from clipmill.pipeline import ahead as ahead_module
-from clipmill.pipeline.ahead import FetchAhead
+from clipmill.pipeline.ahead import FetchAhead, fetch_pool
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo
 from clipmill.pipeline.plan import PlannedVideo
 from tests.pipeline.corpus import files_of, write_corpus
 from tests.pipeline.test_unit import one_unit, shard
 
 PATIENCE_SECONDS = 20
+POOL = fetch_pool(DataConfig())
 
 
 def planned(index: int, num_bytes: int = 1, url: str | None = None, **more: Any) -> PlannedVideo:
@@ -51,7 +52,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 def test_the_next_videos_come_while_one_is_worked_on(tmp_path: Path, fetched: list[str]) -> None:
     videos = [planned(index) for index in range(20)]
-    with FetchAhead(DataConfig(), videos, tmp_path) as ahead:
+    with FetchAhead(POOL, DataConfig(), videos, tmp_path) as ahead:
         for index, video in enumerate(videos):
             assert ahead.take(index).local.path.read_text() == video.name
             wait_until(lambda: len(fetched) == min(index + 1 + ahead_module.MOST_VIDEOS, 20))  # noqa: B023
@@ -64,7 +65,7 @@ def test_the_next_videos_come_while_one_is_worked_on(tmp_path: Path, fetched: li
 def test_large_videos_do_not_fill_the_disk(tmp_path: Path, fetched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead_module, "MOST_BYTES", 100)
     videos = [planned(0, 40), planned(1, 40), planned(2, 40), planned(3, 500), planned(4, 40)]
-    with FetchAhead(DataConfig(), videos, tmp_path) as ahead:
+    with FetchAhead(POOL, DataConfig(), videos, tmp_path) as ahead:
         for index, begun in enumerate([2, 3, 3, 4, 5]):
             ahead.take(index)
             wait_until(lambda: len(fetched) == begun)  # noqa: B023
@@ -91,7 +92,7 @@ def test_what_videos_of_one_file_share_comes_once_and_goes_with_the_last(tmp_pat
 
     data = DataConfig.model_validate({"source": {"url": str(source)}})
     (tmp_path / "copies").mkdir()
-    with pytest.MonkeyPatch.context() as patch, FetchAhead(data, spans, tmp_path / "copies") as ahead:
+    with pytest.MonkeyPatch.context() as patch, FetchAhead(POOL, data, spans, tmp_path / "copies") as ahead:
         patch.setattr(ahead_module.KeptFiles, "get", counting)
         for index in range(6):
             path = ahead.take(index).local.path
@@ -110,7 +111,7 @@ def test_each_video_raises_its_own_error_in_its_turn(tmp_path: Path, monkeypatch
         return LocalVideo(folder, None)
 
     monkeypatch.setattr(ahead_module, "fetch_video", fetch)
-    with FetchAhead(DataConfig(), [planned(index) for index in range(4)], tmp_path) as ahead:
+    with FetchAhead(POOL, DataConfig(), [planned(index) for index in range(4)], tmp_path) as ahead:
         ahead.take(0)
         ahead.release(0)
         with pytest.raises(ExcludedVideo, match="ValueError: broken"):
@@ -136,7 +137,7 @@ def test_a_disk_that_later_videos_fill_is_no_fault_of_the_first(
 
     monkeypatch.setattr(ahead_module, "fetch_video", fetch)
     videos = [planned(index) for index in range(12)]
-    with FetchAhead(DataConfig(), videos, tmp_path) as ahead:
+    with FetchAhead(POOL, DataConfig(), videos, tmp_path) as ahead:
         for index, video in enumerate(videos):
             assert ahead.take(index).local.path.read_text() == video.name
             ahead.release(index)
