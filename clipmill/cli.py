@@ -289,6 +289,8 @@ def verify(
     for dataset_url, report in reports.items():
         removed = prune_orphans(dataset_url, report.orphans, grace_seconds) if prune else []
         _print_report(dataset_url, report, removed)
+        if report.damaged_units:
+            print(f"  {stages.way_back(dataset_url)}")
     if any(report.problems for report in reports.values()):
         raise typer.Exit(1)
 

@@ -25,7 +25,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
 from clipmill.progress import bar
 
-__all__ = ["STAGES", "Stage", "export_model", "find_datasets", "repair", "run_all", "run_stage"]
+__all__ = ["STAGES", "Stage", "export_model", "find_datasets", "repair", "run_all", "run_stage", "way_back"]
 
 SUMMARY_SCHEMA = 1
 
@@ -170,10 +170,17 @@ def repair(url: str, damaged: dict[str, set[int]], config: RunConfig | None = No
         with hold(module.folder_url(found), "verify --repair") as lease:
             module.run(found, lease, units_by_split)
     for dataset_url in damaged:
-        kind = dataset_url.rsplit("/", 2)[1]
-        if kind != "clips":
-            stage = {"tokens": "`clipmill tokenize`", "samples": "`clipmill sample`"}.get(kind, "its stage")
-            raise UserError(f"{dataset_url} is not made of raw videos: remove it and run {stage} again")
+        if dataset_url.rsplit("/", 2)[1] != "clips":
+            raise UserError(f"{dataset_url} is not made of raw videos: {way_back(dataset_url)}")
+
+
+def way_back(dataset_url: str) -> str:
+    """What to do about a damaged data set."""
+    kind = dataset_url.rsplit("/", 2)[1]
+    if kind == "clips":
+        return "run `clipmill verify --repair`, or `clipmill shard` with the run's config"
+    stage = {"tokens": "`clipmill tokenize`", "samples": "`clipmill sample`"}.get(kind, "its stage")
+    return f"remove it and run {stage} again"
 
 
 def _recorded_config(root: str) -> RunConfig:
