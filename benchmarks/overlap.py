@@ -27,7 +27,7 @@ from clipmill.lease import hold
 from clipmill.pipeline import unit
 from clipmill.pipeline.ahead import FetchAhead
 from clipmill.pipeline.budget import Allowance
-from clipmill.pipeline.generation import make_plan
+from clipmill.pipeline.planning import make_plan
 from clipmill.pipeline.unit import make_worker
 from clipmill.pipeline.uploads import Uploads
 from clipmill.video import encode_mp4

@@ -15,6 +15,7 @@ from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo
 from clipmill.pipeline.pairing import rows_of
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.samples import HeldSamples, clip_sample
+from clipmill.pipeline.sources.record import edges_sha256
 from clipmill.video import BadVideo, Decoder, Outcome
 
 __all__ = ["make_samples"]
@@ -42,7 +43,8 @@ def make_samples(
     video, local = fetched
     with blame("decode", video.name, scratch):
         sums = _decode(config, video, local, decoder, samples, scratch)
-    return _entry(video, _finished(decoder), has_actions=local.actions is not None), sums
+        entry = _entry(video, _finished(decoder), has_actions=local.actions is not None)
+        return {**entry, "edges": _edges(video, local)}, sums
 
 
 def _decode(
@@ -72,6 +74,13 @@ def _decode(
         attempts = [clean(attempt) for attempt in bad.attempts]
         raise ExcludedVideo("decode", clean(bad.cause), attempts, clean(bad.stderr_tail)) from bad
     return sums
+
+
+def _edges(video: PlannedVideo, local: LocalVideo) -> str | None:
+    """What recognizes a file of a bucket that is moved or uploaded anew; on a disk the identity holds it already."""
+    if video.etag is None or video.member is not None:
+        return None
+    return edges_sha256(str(local.path), local.path.stat().st_size)
 
 
 def _entry(video: PlannedVideo, outcome: Outcome, has_actions: bool) -> dict[str, Any]:
