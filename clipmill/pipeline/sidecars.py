@@ -82,4 +82,8 @@ def _from_json(data: DataConfig, video: PlannedVideo, text: str) -> dict[str, An
     taken = {"label"} if "label" in found else set()
     if caption is not None and not isinstance(values[caption], list):
         taken.add(caption)
-    return {**found, "metadata": metadata_json({key: value for key, value in values.items() if key not in taken})}
+    try:
+        metadata = metadata_json({key: value for key, value in values.items() if key not in taken})
+    except BadCell as bad:
+        raise _BadSidecar(str(bad)) from bad
+    return {**found, "metadata": metadata}

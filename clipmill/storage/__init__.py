@@ -27,7 +27,19 @@ from clipmill.storage.objects import (
     stat,
     walk,
 )
-from clipmill.storage.urls import absolute, escape, is_local, is_web, join, local_path, resolve, server, shown, split
+from clipmill.storage.urls import (
+    absolute,
+    escape,
+    escape_name,
+    is_local,
+    is_web,
+    join,
+    local_path,
+    resolve,
+    server,
+    shown,
+    split,
+)
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -41,6 +53,7 @@ __all__ = [
     "create_bytes",
     "create_document",
     "escape",
+    "escape_name",
     "exists",
     "fetch",
     "is_local",

@@ -31,6 +31,8 @@ def connect(url: str) -> tuple[Any, str]:
         with _connecting:
             filesystem = _connected(scheme(url), os.getpid())
     except (ImportError, TypeError, ValueError) as error:  # its package, or an option that it needs, is missing
+        if isinstance(error, ValueError) and scheme(url) in S3_SCHEMES:
+            raise  # an endpoint that is no address: `blame` says so
         what = f"no storage for {scheme(url)}:// ({line(error)})"
         raise UserError(f"cannot open {shown(url)}: {what}; use a local path or an s3:// URL") from error
     return filesystem, request_url(url) if scheme(url) in WEB_SCHEMES else filesystem._strip_protocol(url)

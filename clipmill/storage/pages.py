@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import queue
+import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ RANGES = 16
 RANGES_AT_ONCE = 8
 PAGES_AHEAD = 64
 """Of a range, compressed to some 30 kB each."""
+
+
+_NO_XML = re.compile("[\x00-\x1f\x7f-\x9f\ufffe\uffff]")
+"""Servers repeat ``StartAfter`` in an XML answer, and some (Ceph's, moto) answer 500 where that cannot hold it."""
 
 
 class Key(NamedTuple):
@@ -81,6 +86,11 @@ def _page(url: str, folder: S3Folder, **place: str) -> _Page:
 
 
 def _ask(url: str, bucket_name: str, prefix: str, place: dict[str, str]) -> dict[str, Any]:
+    """One answer; it may begin somewhat before ``StartAfter``."""
+    if start := _NO_XML.split(place.get("StartAfter", ""))[0]:
+        place = {**place, "StartAfter": start}
+    elif "StartAfter" in place:
+        place = {name: value for name, value in place.items() if name != "StartAfter"}
     answer: dict[str, Any] = bucket.call(url, lambda filesystem, _: filesystem.page(bucket_name, prefix, **place))
     return answer
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
 __all__ = ["PAGE_KEYS", "TrueNames", "connected"]
@@ -40,7 +41,9 @@ class TrueNames(S3FileSystem):
             place: ``StartAfter`` or ``ContinuationToken``; ``Delimiter``.
         """
         # botocore asks for keys in URL encoding and decodes them: XML cannot hold every key.
-        return self.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=PAGE_KEYS, **place)
+        asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **place}
+        answer: dict[str, Any] = sync(self.loop, self._call_s3, "list_objects_v2", **asked)
+        return answer
 
 
 def connected() -> TrueNames:

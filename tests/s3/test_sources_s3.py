@@ -33,10 +33,10 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     fetch = storage.fetch
 
-    def counting(url: str, path: Path) -> None:
+    def counting(url: str, path: Path, limits: storage.Limits | None = None) -> None:
         if "/in/" in url:
             counts[url.rsplit("/", 1)[1]] += 1
-        fetch(url, path)
+        fetch(url, path, limits)
 
     monkeypatch.setattr(storage, "fetch", counting)
     return counts

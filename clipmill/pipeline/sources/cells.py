@@ -67,8 +67,16 @@ def metadata_json(values: Mapping[str, Any]) -> str | None:
     """A JSON object of these values; None where there are none.
 
     What JSON cannot hold: NaN and infinities become null, halves of characters U+FFFD, bytes and dates text.
+
+    Raises:
+        BadCell: lists in lists, or digits of a number, beyond what Python handles.
     """
-    return json.dumps(_plain(values), sort_keys=True, default=str, allow_nan=False) if values else None
+    try:
+        return json.dumps(_plain(values), sort_keys=True, default=str, allow_nan=False) if values else None
+    except RecursionError as error:
+        raise BadCell("is nested too deeply") from error
+    except ValueError as error:
+        raise BadCell(f"cannot be written as JSON ({error})") from error
 
 
 def _plain(value: Any) -> Any:

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from clipmill import storage
-from clipmill.errors import StorageUnavailable
+from clipmill.errors import ClipmillError
 from clipmill.pipeline.sources.folder import walk_files
-from clipmill.pipeline.sources.record import DamagedVideo, SourceVideo
+from clipmill.pipeline.sources.record import SourceVideo
 
 __all__ = ["KeptFiles", "find_files", "list_each"]
 
@@ -55,9 +55,10 @@ def list_each(
             yield from list_one(file)
         except FileNotFoundError:
             logger.warning("%s vanished while the source was listed", storage.shown(file.name))
-        except (OSError, DamagedVideo, storage.Refused) as error:
-            if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
-                raise  # a bucket is away
+        except Exception as error:
+            is_files = isinstance(error, storage.Refused | storage.Unreadable)
+            if isinstance(error, ClipmillError | MemoryError) and not is_files:
+                raise
             if isinstance(error, storage.Refused):
                 refused.append(error)
             fault = str(error).partition("\n")[0] or type(error).__name__

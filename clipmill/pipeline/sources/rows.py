@@ -14,6 +14,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -218,11 +219,21 @@ def _values(column: pa.Array) -> list[Any]:
     """As Python objects, also where one of them has no such form."""
     try:
         return column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError):  # bytes that are not UTF-8, times beyond Python's
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """A text, where a value has no other form; None where it has not even that."""
+    try:
+        return scalar.as_py()
     except UnicodeDecodeError:
-        texts = column.cast(pa.large_binary()).to_pylist()
-        return [None if text is None else text.decode("utf-8", "surrogateescape") for text in texts]
-    except (ValueError, OverflowError):  # times beyond Python's
-        return column.cast(pa.string()).to_pylist()
+        with suppress(pa.ArrowException, ValueError):
+            return scalar.cast(pa.large_binary()).as_py().decode("utf-8", "surrogateescape")
+    except (pa.ArrowException, ValueError, OverflowError):
+        with suppress(pa.ArrowException, ValueError):
+            return scalar.cast(pa.string()).as_py()
+    return None
 
 
 _READERS: dict[str, Callable[[Any], Iterator[Row]]] = {

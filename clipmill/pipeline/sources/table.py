@@ -121,7 +121,7 @@ def _video_of(columns: dict[str, str], row: Row, table_name: str) -> SourceVideo
     place = f"{table_name}#{row.place.replace(' ', '=')}"
     try:
         return _described(columns, row, place)
-    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:  # numbers too large, lists too deep
+    except (BadCell, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         fault = f"{row.place}: {str(error).partition(chr(10))[0] or type(error).__name__}"
         return SourceVideo(place, 0, None, fault=fault, identity=f"fault:{place}:{row.raw}")
 
@@ -148,6 +148,10 @@ def _described(columns: dict[str, str], row: Row, place: str) -> SourceVideo:
     if isinstance(row.cells.get(columns.get("text", "")), list):
         taken.remove(columns["text"])  # only the first of the captions is the text
     others = {name: value for name, value in row.cells.items() if name not in taken}
+    try:
+        metadata = metadata_json(others)
+    except BadCell as bad:
+        return _faulty(video, f"{row.place}: a cell {bad}", row)
     return replace(
         video,
         label=values.get("label"),
@@ -157,15 +161,15 @@ def _described(columns: dict[str, str], row: Row, place: str) -> SourceVideo:
         group=values.get("group"),
         start_seconds=start,
         end_seconds=end,
-        metadata=metadata_json(others),
+        metadata=metadata,
     )
 
 
 def _name(row: Row, column: str) -> str:
     """A file's name or URL. It may be any bytes: they are those of the name on the disk."""
     value = row.cells.get(column)
-    name = value.strip() if isinstance(value, str) else as_text(value)
-    if not name:
+    name = value if isinstance(value, str) else as_text(value)
+    if not name or not name.strip():
         raise BadCell("is empty")
     if "\0" in name:
         raise BadCell("holds a zero byte")
@@ -221,13 +225,10 @@ class _Finder:
             return video
         name = storage.shown(video.name)
         try:
-            url = storage.resolve(self._base, video.name)
-            server = storage.server(url)
-            if server in self._lost:
-                raise OSError(self._lost[server])
-            entry = self._stat(url, server)
-            return replace(video, bytes=entry.bytes, etag=entry.etag)
-        except FileNotFoundError:
+            for spelling in _spellings(video.name):
+                with suppress(FileNotFoundError):
+                    entry = self._stat(storage.resolve(self._base, spelling))
+                    return replace(video, name=spelling, bytes=entry.bytes, etag=entry.etag)
             fault = f"{name} is missing"
         except (OSError, ValueError, UserError) as error:
             if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
@@ -235,7 +236,10 @@ class _Finder:
             fault = str(error).splitlines()[0]
         return replace(video, fault=fault, identity=f"fault:{name}")
 
-    def _stat(self, url: str, server: str) -> storage.Entry:
+    def _stat(self, url: str) -> storage.Entry:
+        server = storage.server(url)
+        if server in self._lost:
+            raise OSError(self._lost[server])
         try:
             entry = storage.stat(url)
         except (storage.Unreadable, UserError) as error:
@@ -245,3 +249,14 @@ class _Finder:
             raise
         self._answered.add(server)
         return entry
+
+
+def _spellings(name: str) -> Iterator[str]:
+    r"""What a cell may mean: the name as it stands; without the spaces around it; with a backslash that is one.
+
+    A name on a disk may end in a space, and hold what looks like our way to write a byte (``caf\xe9``).
+    """
+    if storage.is_web(name.strip()):
+        yield name.strip()
+        return
+    yield from dict.fromkeys((name, name.strip(), storage.escape_name(name), storage.escape_name(name.strip())))

@@ -133,7 +133,11 @@ def _describe(source: SourceConfig, sample: _Sample) -> SourceVideo:
                 del values[key]
     except BadCell as bad:
         return replace(nothing, fault=sample.fault or f"in {sample.key}.json, a text, label or group {bad}")
-    return replace(nothing, label=label, group=group, text=text, metadata=metadata_json(values))
+    try:
+        metadata = metadata_json(values)
+    except BadCell as bad:
+        return replace(nothing, fault=sample.fault or f"{sample.key}.json {bad}")
+    return replace(nothing, label=label, group=group, text=text, metadata=metadata)
 
 
 def extract(url: str, member: str, num_bytes: int, folder: Path) -> Path:

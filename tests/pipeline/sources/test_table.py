@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
@@ -472,3 +473,40 @@ def test_a_server_that_refuses_a_worker_costs_one_video(
     monkeypatch.setattr(_Files, "do_GET", lambda handler: handler.send_error(status))
     with pytest.raises(ExcludedVideo, match=f"{status}"):
         fetch_video(config.data, videos[0], tmp_path, KeptFiles(tmp_path / "kept"))
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "cell"),
+    [
+        (b"end .mp4 ", "end .mp4 "),
+        (b"plain.mp4", " plain.mp4 "),
+        (b"back\\xe9.mp4", "back\\xe9.mp4"),
+        (b"byte\xe9.mp4", "byte\\xe9.mp4"),
+        (b"new\nline\x1b.mp4", '"new\nline\x1b.mp4"'),
+        (b"a:b.mp4", "a:b.mp4"),
+    ],
+)
+def test_a_cell_finds_the_file_whatever_its_name_holds(tmp_path: Path, on_disk: bytes, cell: str) -> None:
+    (good,) = write_videos(tmp_path, 1)
+    os.rename(tmp_path / good, os.path.join(os.fsencode(tmp_path), on_disk))
+    (tmp_path / "list.csv").write_text(f"url\n{cell}\n")
+    (video,) = list_videos(SourceConfig.model_validate({"type": "table", "url": str(tmp_path / "list.csv")}))
+    assert video.fault is None
+    assert os.fsencode(storage.local_path(storage.resolve(str(tmp_path), video.name)).name) == on_disk
+
+
+def test_whatever_is_wrong_with_a_row_is_its_own_fault(tmp_path: Path) -> None:
+    write_videos(tmp_path, 4)
+    deep = "[" * 600 + "]" * 600
+    lines = [
+        '{"url": "0.mp4"}',
+        f'{{"url": "1.mp4", "deep": {deep}}}',
+        '{"url": "2.mp4", "odd": [NaN, Infinity, {"a": -Infinity}]}',
+        '{"url": {"a": 1}}',
+        '{"url": "3.mp4", "text": 1%s}' % ("0" * 5000),
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    videos = list(list_videos(SourceConfig.model_validate({"type": "table", "url": str(tmp_path / "list.jsonl")})))
+    assert [video.fault is None for video in videos] == [True, False, True, False, False]
+    assert "nested too deeply" in (videos[1].fault or "")
+    assert videos[2].metadata == '{"odd": [null, null, {"a": null}]}'
