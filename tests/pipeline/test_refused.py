@@ -13,6 +13,8 @@ from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.storage import connection
+from tests.pipeline.corpus import video_bytes
+from tests.pipeline.sources.fixtures import shard_in_process, source_config
 from tests.storage.s3_server import Answer, S3Server
 
 FORBIDDEN = (403, "AccessDenied")
@@ -88,3 +90,13 @@ def test_a_missing_object_costs_one_request(s3: S3Server, tmp_path: Path) -> Non
     with pytest.raises(ExcludedVideo, match=r"gone\.mp4 is missing"):
         fetch({"url": "s3://b/raw"}, "gone.mp4", tmp_path)
     assert dict(s3.requests) == {"GET raw/gone.mp4": 1}
+
+
+def test_forbidden_archived_and_strangely_named_objects_cost_no_other(s3: S3Server, tmp_path: Path) -> None:
+    names = ["a.mp4", "/b?c#d.mp4", "e f\n.mp4", "cold.mp4", "denied.mp4"]
+    s3.objects = {f"raw/{name}": video_bytes(seed, 8) for seed, name in enumerate(names)}
+    s3.classes = {"raw/cold.mp4": "GLACIER"}
+    s3.fault = refuse("raw/denied.mp4")
+    found = shard_in_process(source_config(tmp_path, {"url": "s3://b/raw", "label": "none"}))
+    assert found.excluded().keys() == {"cold.mp4", "denied.mp4"}
+    assert {described["source"] for described in found.described("train")} == {"a.mp4", ".//b?c#d.mp4", "e f\\n.mp4"}

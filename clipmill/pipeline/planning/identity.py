@@ -51,7 +51,7 @@ def content_of(base_url: str, video: dict[str, Any]) -> str:
         return f"{video['etag']}:{part}"
     try:
         return f"{whole_md5(storage.resolve(base_url, video['url']))}:{part}"
-    except (FileNotFoundError, storage.Unreadable):
+    except (FileNotFoundError, storage.Unreadable, storage.Refused):
         return f"missing:{video['url']}:{part}"
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from clipmill import storage
 from clipmill.config import SourceConfig
+from clipmill.errors import StorageUnavailable
 from clipmill.pipeline.plan import SOURCE_COLUMNS
 from clipmill.pipeline.planning.identity import hash64
 from clipmill.pipeline.planning.progress import Progress
@@ -82,9 +83,12 @@ def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[Sour
         except FileNotFoundError:
             logger.warning("%s vanished while the source was listed", video.name)
             continue
-        except OSError as error:
-            identity = f"fault:{video.name}"
-            video = replace(video, fault=f"{video.name} cannot be read: {error.strerror or error}")
+        except (OSError, storage.Refused) as error:
+            if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
+                raise  # a bucket is away
+            name, cause = storage.shown(video.name), getattr(error, "strerror", None) or error
+            identity = f"fault:{name}"
+            video = replace(video, fault=f"{name} cannot be read: {cause}")
         yield video, identity
 
 

@@ -37,7 +37,7 @@ def look_again(table: pa.Table, base_url: str, elders: Elders) -> pa.Table:
 
 def _look_again(row: dict[str, Any], base_url: str, elders: Elders) -> dict[str, Any]:
     span = row["start_seconds"], row["end_seconds"]
-    if row["fault"] is None or int(row["id"], 16) != base_of(f"fault:{row['url']}", *span):
+    if row["fault"] is None or int(row["id"], 16) != base_of(f"fault:{storage.shown(row['url'])}", *span):
         return row
     try:
         url = storage.resolve(base_url, row["url"])

@@ -140,7 +140,7 @@ def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int)
                 looks.append(_look_at(config, PlannedVideo(id="0" * 16, **row), decoder, folder))
                 looked.append(weight)
             # No reason to stop: its unit will say what is wrong with the video.
-            except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError) as error:
+            except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError, storage.Refused) as error:
                 if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
                     raise  # a bucket is away
                 logger.debug("no look at %s: %s", row["url"], error)
