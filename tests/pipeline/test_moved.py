@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +146,21 @@ def test_one_content_uploaded_in_two_ways_is_one_video(tmp_path: Path, bucket: E
     plan = make_plan(config)
     assert (plan.num_videos, plan.num_duplicates) == (NUM_VIDEOS, NUM_VIDEOS)
     assert not extend_plan(config)
+
+
+def test_the_videos_of_a_moved_tar_are_planned_once(tmp_path: Path, bucket: EmulatedS3) -> None:
+    (tmp_path / "one").mkdir()
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / "one" / f"{name}.tar", "w") as tar:
+            for number in range(6):
+                member = tarfile.TarInfo(f"{name}{number}.mp4")
+                member.size = VIDEO_BYTES
+                tar.addfile(member, io.BytesIO(content_of(number + 10 * ord(name))))
+        bucket.put("two", f"raw/{name}.tar", (tmp_path / "one" / f"{name}.tar").read_bytes(), 2**18)
+    source = {"type": "webdataset", "url": str(tmp_path / "one")}
+    config = run_config(tmp_path / "run", Path("x"), val_fraction=0.4, source=source)
+    assert make_plan(config).num_videos == 12
+    assert not extend_plan(moved(config, "s3://two/raw"))
 
 
 def test_spans_of_a_moved_film_stay_in_its_split(tmp_path: Path, bucket: EmulatedS3) -> None:
