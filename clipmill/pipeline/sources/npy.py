@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import tokenize
 import zipfile
 import zlib
@@ -104,7 +105,7 @@ def copy_member(file: BinaryIO, name: str, path: Path) -> None:
     """Copies one array of an ``.npz`` file into an ``.npy`` file.
 
     Raises:
-        DamagedVideo: it is damaged or not there.
+        DamagedVideo: it is damaged or not there, or unpacks to more than the disk can hold.
     """
     with (
         _blame_file(),
@@ -112,6 +113,9 @@ def copy_member(file: BinaryIO, name: str, path: Path) -> None:
         archive.open(f"{name}.npy") as member,
         path.open("wb") as copy,
     ):
+        num_bytes, free_bytes = archive.getinfo(f"{name}.npy").file_size, shutil.disk_usage(path.parent).free
+        if num_bytes > free_bytes:  # a few megabytes may unpack to gigabytes
+            raise DamagedVideo(f"{name} unpacks to {num_bytes} bytes, {free_bytes} are free")
         while block := member.read(_COPY_BYTES):
             copy.write(block)
 

@@ -4,6 +4,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.sources import list_videos
+from clipmill.pipeline.sources.npy import copy_member
+from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.stages import run_stage
 from tests.pipeline.sources.fixtures import Sharded, random_frames, shard_in_process, source_config
 
@@ -263,3 +266,10 @@ def test_a_bad_file_of_a_folder_costs_itself(tmp_path: Path, damage: Callable[[P
     found = shard_in_process(source_config(tmp_path, source(tmp_path / "in")))
     assert sorted(found.clips("train")) == ["a.npz#0:0", "c.npz#0:0"]
     assert [(name, cause in text) for name, text in found.excluded().items()] == [("b.npz#0", True)]
+
+
+def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros(10**6, np.uint8))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**5))
+    with (tmp_path / "a.npz").open("rb") as file, pytest.raises(DamagedVideo, match="unpacks to 1000128 bytes"):
+        copy_member(file, "x", tmp_path / "copy.npy")
