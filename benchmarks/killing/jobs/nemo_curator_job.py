@@ -21,8 +21,8 @@ def main() -> None:
     # Of two CPUs its two actors leave less than the one that a task of Ray Data asks for, and it stands still. The
     # executor starts Ray anew, so the number cannot be an argument.
     os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": 4})
-    # What a stage raises over one video ends the job, and again each time it continues. The message of Ray Data names the
-    # way out: with one video a block, a block that fails costs its video.
+    # An exception over one video ends the job, and every continuation of it. Ray Data's message names the way out; a
+    # block holds one video here, so a block that fails costs its video.
     DataContext.get_current().max_errored_blocks = -1
     pipeline = Pipeline(name="kills")
     pipeline.add_stage(VideoReader(input_video_path=videos))
