@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that no process of a tool is left
     venvs = {name: Path(folder) for name, _, folder in (venv.partition("=") for venv in arguments.venv)}
     results: dict[str, dict] = {}
     with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as temporary:
