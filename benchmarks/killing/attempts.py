@@ -17,6 +17,7 @@ __all__ = ["Attempt", "Kill", "Outcome", "kill_schedule", "run", "run_killed"]
 
 _MARK = "KILLS_ATTEMPT"
 _POLL_SECONDS = 0.1
+_WORKER_SECONDS = 30.0
 _MAX_FAILURES = 5
 """A tool that fails or hangs more often after the kills is given up."""
 
@@ -186,7 +187,7 @@ def run_killed(
                 outcome.landed += 1
                 delay = startup_seconds
             else:
-                outcome.landed += attempt.kill_worker(workers, kill.draw)
+                outcome.landed += _kill_worker(attempt, workers, kill.draw)
                 delay = 0.0
         # Neither the kills nor a busy machine make the rest last this long.
         limit_seconds = 60 + 4 * (startup_seconds + work_seconds)
@@ -201,6 +202,16 @@ def run_killed(
         attempt.kill_all()
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _kill_worker(attempt: Attempt, pattern: str, draw: float) -> bool:
+    """Waits a little for a worker that is busy: one unit may just have ended; False where none appears."""
+    deadline = time.monotonic() + _WORKER_SECONDS
+    while attempt.status is None and time.monotonic() < deadline:
+        if attempt.kill_worker(pattern, draw):
+            return True
+        time.sleep(_POLL_SECONDS)
+    return False
 
 
 def _wait(attempt: Attempt, seconds: float) -> None:
