@@ -1,6 +1,6 @@
 """A driver process for tests: ``python driver.py MODE FOLDER [NUMBER]``; exits as clipmill's CLI does.
 
-MODE is ``train``, ``grow`` (NUMBER 1: spare the head), or one of FAN_OUTS (NUMBER: ``drain_seconds``).
+MODE is ``train``, ``grow``, or one of FAN_OUTS (NUMBER: ``drain_seconds``).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(mode: str, folder: str, number: str = "15") -> int:
             config = ClusterConfig(num_cpus=2)
             run_workers(train, folder, config=config, name="test", on_progress=lambda _: print("at work"))
         elif mode == "grow":
-            config = ClusterConfig(fanout_workers=10, spare_head=number == "1")
+            config = ClusterConfig(fanout_workers=10)
             fan_out(make_recording_worker, (folder,), range(30), config=config, on_result=lambda *_: None)
         else:
             config = ClusterConfig(num_cpus=2, drain_seconds=int(number))
