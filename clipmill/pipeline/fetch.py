@@ -20,7 +20,7 @@ from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import Limits, write_raw_video
 from clipmill.video.kinds import suffix_of
 
-__all__ = ["ExcludedVideo", "LocalVideo", "fetch_video"]
+__all__ = ["ExcludedVideo", "LocalVideo", "fetch_limits", "fetch_video"]
 
 _MOST_ACTION_BYTES = 2**30
 """As float32, in memory: four million frames of 64 numbers."""
@@ -108,6 +108,11 @@ def _extract(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFile
     return LocalVideo(path, array.actions)
 
 
+def fetch_limits(data: DataConfig) -> storage.Limits:
+    """What a web server may take and send for one file."""
+    return storage.Limits(data.fetch_seconds, data.fetch_bytes)
+
+
 def _limits(data: DataConfig) -> Limits:
     """A read may have to wait for storage: the processor time tells a loop from a wait."""
     return Limits(data.cpu_seconds_per_video, data.memory_bytes_per_video, data.fetch_seconds)
@@ -129,7 +134,7 @@ def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
             copy.symlink_to(path)
             return copy
         return path
-    storage.fetch(url, copy, storage.Limits(data.fetch_seconds, data.fetch_bytes))
+    storage.fetch(url, copy, fetch_limits(data))
     return copy
 
 

@@ -128,7 +128,7 @@ def check_create(folder_url: str) -> None:
 
 def open_to_read(url: str, block_bytes: int) -> BinaryIO:
     """The object as a file that can be read and sought, in requests of at least ``block_bytes``."""
-    if scheme(url) not in S3_SCHEMES:  # a web server may not know ranges: fsspec finds out
+    if scheme(url) not in S3_SCHEMES and not is_web(url):
         return call(url, lambda filesystem, path: filesystem.open(path, "rb", block_size=block_bytes))
     size = call(url, lambda filesystem, path: filesystem.info(path)["size"])
     return io.BufferedReader(_Ranges(url, size), block_bytes)

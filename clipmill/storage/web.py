@@ -71,13 +71,16 @@ class WebFiles(HTTPFileSystem):
                 num_bytes, tag = await _read_through(session, url, limits, tag)
         return {"name": url, "type": "file", "size": num_bytes, "ETag": tag}
 
-    async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        """The first bytes, also of servers that know no ranges."""
-        if start != 0 or end is None:
-            return await super()._cat_file(url, start, end, **kwargs)
+    async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        """Some bytes; those before them are read and dropped where the server knows no ranges."""
+        first, last = start or 0, LOOK_LIMITS.bytes if end is None else end
         session = await self.set_session()
-        async with _get(session, url, 0, end) as response:
-            return b"" if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE else await _read(response, end)
+        async with _ends_in_time(url, LOOK_LIMITS), _get(session, url, first, last) as response:
+            if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return b""
+            if response.status != HTTPStatus.PARTIAL_CONTENT:
+                await _skip(response, first)
+            return await _read(response, last - first)
 
     async def _get_file(self, rpath: str, lpath: str, limits: Limits = UNLIMITED, **_: Any) -> None:
         session = await self.set_session()
@@ -155,10 +158,15 @@ async def _get(session: ClientSession, url: str, start: int, end: int) -> AsyncI
 
 async def _read(response: ClientResponse, num_bytes: int) -> bytes:
     """The first bytes of an answer, which may have no end."""
-    data = b""
+    data = bytearray()
     while len(data) < num_bytes and (block := await response.content.read(num_bytes - len(data))):
         data += block
-    return data
+    return bytes(data)
+
+
+async def _skip(response: ClientResponse, num_bytes: int) -> None:
+    while num_bytes and (block := await response.content.read(min(num_bytes, _BLOCK_BYTES))):
+        num_bytes -= len(block)
 
 
 async def _blocks(session: ClientSession, url: str, limits: Limits) -> AsyncIterator[bytes]:

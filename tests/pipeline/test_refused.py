@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,11 @@ from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources.many import KeptFiles
-from clipmill.storage import connection
-from tests.pipeline.corpus import video_bytes
+from clipmill.storage import connection, patience
+from tests.pipeline.corpus import make_plan, run_config, video_bytes, write_corpus
 from tests.pipeline.sources.fixtures import shard_in_process, source_config
 from tests.storage.s3_server import Answer, S3Server
+from tests.storage.test_web import ETAG, WebServer, drip
 
 FORBIDDEN = (403, "AccessDenied")
 
@@ -100,3 +102,22 @@ def test_forbidden_archived_and_strangely_named_objects_cost_no_other(s3: S3Serv
     found = shard_in_process(source_config(tmp_path, {"url": "s3://b/raw", "label": "none"}))
     assert found.excluded().keys() == {"cold.mp4", "denied.mp4"}
     assert {described["source"] for described in found.described("train")} == {"a.mp4", ".//b?c#d.mp4", "e f\\n.mp4"}
+
+
+@pytest.mark.parametrize("behave", [drip, lambda handler: handler.give(403), lambda handler: handler.give(503)])
+def test_look_alikes_that_their_web_server_does_not_send_cost_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behave: Callable[[Any], None]
+) -> None:
+    """Equal tag and length: only the contents could tell them apart."""
+    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "1")
+    patience._wasted_seconds.clear()
+    write_corpus(tmp_path, 1, with_bad=False)
+    server = WebServer()
+    server.behave = lambda handler: handler.give(headers=ETAG) if handler.command == "HEAD" else behave(handler)
+    names = [str(path) for path in sorted(tmp_path.rglob("*.mp4"))]
+    (tmp_path / "list.csv").write_text("\n".join(["url", *names, f"{server.url}/a.mp4", f"{server.url}/b.mp4"]))
+    source = {"type": "table", "url": str(tmp_path / "list.csv")}
+    config = run_config(tmp_path / "run", tmp_path, source=source, fetch_seconds=1)
+    plan = make_plan(config)
+    server.stop()
+    assert plan.num_videos == len(names) + 2

@@ -256,3 +256,20 @@ def test_what_no_url_may_hold_is_encoded() -> None:
 )
 def test_credentials_are_not_shown_and_hidden_characters_are(url: str, text: str) -> None:
     assert shown(url) == text
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_is_read_at_any_place_whether_its_server_knows_ranges_or_not(server: WebServer, ranges: bool) -> None:
+    server.behave = lambda handler: handler.give(headers=ETAG, ranges=ranges)
+    with storage.open_to_read(f"{server.url}/a.mp4", 2**12) as file:
+        assert file.read(10) == CONTENT[:10]
+        file.seek(len(CONTENT) - 100)
+        assert file.read() == CONTENT[-100:]
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_file_that_is_refused_while_it_is_read_is_unreadable(server: WebServer, status: int) -> None:
+    server.behave = lambda handler: handler.give(200 if handler.command == "HEAD" else status, ETAG)
+    with storage.open_to_read(f"{server.url}/a.mp4?token=hidden") as file:
+        with pytest.raises(storage.Unreadable, match=rf"a\.mp4\?token=\*\*\*.*{status}"):
+            file.read(10)

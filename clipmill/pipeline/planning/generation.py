@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.lease import Lease
+from clipmill.pipeline.fetch import fetch_limits
 from clipmill.pipeline.plan import GenerationKind, Plan, create_generation, load_plan, numbers_of, read_generations
 from clipmill.pipeline.planning.identity import NO_ELDERS, Elders, content_of, hash64, tell_apart
 from clipmill.pipeline.planning.listed import GivenSplits, ListedVideos
@@ -121,7 +122,7 @@ def _list(
     """All videos of the source, those of moved files under the identity that is planned."""
     source, base = config.data.source, base_url(config.data.source)
     listed = ListedVideos(folder / "listed")
-    strangers = Strangers(folder / "strangers", base)
+    strangers = Strangers(folder / "strangers", base, fetch_limits(config.data))
     for table in list_rows(source, progress, others):
         table = with_hashes(table)
         is_known = is_telling(table, base) if plan is None else elders.knows(table["base"].to_numpy())
@@ -146,7 +147,7 @@ def _draft(config: RunConfig, listed: ListedVideos, elders: Elders, folder: Path
     num_repeated, ambiguous = 0, set()
     with draft:
         for table in listed.ranges():
-            ids, keep, in_doubt = _tell_apart(table, base, elders)
+            ids, keep, in_doubt = _tell_apart(table, base, fetch_limits(config.data), elders)
             num_repeated += int(len(keep) - keep.sum())
             ambiguous |= in_doubt
             rows = np.flatnonzero(keep & ~elders.holds(ids))
@@ -159,9 +160,11 @@ def _draft(config: RunConfig, listed: ListedVideos, elders: Elders, folder: Path
     return draft, num_repeated, ambiguous
 
 
-def _tell_apart(table: pa.Table, base: str, elders: Elders) -> tuple[np.ndarray, np.ndarray, set[int]]:
+def _tell_apart(
+    table: pa.Table, base: str, limits: storage.Limits, elders: Elders
+) -> tuple[np.ndarray, np.ndarray, set[int]]:
     def content(row: int) -> str:
-        return content_of(base, table.slice(row, 1).to_pylist()[0])
+        return content_of(base, table.slice(row, 1).to_pylist()[0], limits)
 
     def url(row: int) -> str:
         return table["url"][row].as_py()

@@ -15,6 +15,7 @@ import numpy as np
 
 from clipmill import storage
 from clipmill.pipeline.plan import Plan, numbers_of
+from clipmill.scratch import ScratchFolder
 
 __all__ = ["NO_ELDERS", "Elders", "content_of", "hash64", "is_md5", "tell_apart", "whole_md5"]
 
@@ -37,12 +38,13 @@ def is_md5(etag: str | None) -> bool:
     return etag is not None and _MD5.fullmatch(etag) is not None
 
 
-def content_of(base_url: str, video: dict[str, Any]) -> str:
+def content_of(base_url: str, video: dict[str, Any], limits: storage.Limits) -> str:
     """What tells two videos of equal identity apart: the MD5 of the whole file, which is read where no etag is one.
 
     Args:
         base_url: the folder that relative URLs are relative to.
         video: source columns of its row.
+        limits: of what a web server may take and send.
     """
     part = ":".join(str(video[column]) for column in ("member", "start_seconds", "end_seconds"))
     if video["fault"] is not None:
@@ -50,18 +52,24 @@ def content_of(base_url: str, video: dict[str, Any]) -> str:
     if is_md5(video["etag"]):
         return f"{video['etag']}:{part}"
     try:
-        return f"{whole_md5(storage.resolve(base_url, video['url']))}:{part}"
+        return f"{whole_md5(storage.resolve(base_url, video['url']), limits)}:{part}"
     except (FileNotFoundError, storage.Unreadable, storage.Refused):
         return f"missing:{video['url']}:{part}"
 
 
 @functools.lru_cache  # a file of many videos stands in many rows
-def whole_md5(url: str) -> str:
-    """Hash of all bytes of a file, read as a stream.
+def whole_md5(url: str, limits: storage.Limits) -> str:
+    """Hash of all bytes of a file, read as a stream; that of a web server, which may know no ranges, as a copy.
 
     Raises:
         FileNotFoundError: it has vanished.
+        Unreadable: a web server does not give it within the limits.
+        Refused: storage refuses it.
     """
+    if storage.is_web(url):
+        with ScratchFolder("plan") as folder:
+            storage.fetch(url, folder / "copy", limits)
+            return whole_md5(str(folder / "copy"), limits)
     digest = hashlib.md5(usedforsecurity=False)
     with storage.open_to_read(url, _COPY_BYTES) as file:
         while block := file.read(_COPY_BYTES):

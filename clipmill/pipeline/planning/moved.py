@@ -108,10 +108,16 @@ def _bucket_identities(table: pa.Table) -> pa.ChunkedArray:
 class Strangers:
     """Listed rows whose files nobody knows, and the known files that they may be, joined by size on scratch."""
 
-    def __init__(self, folder: Path, base_url: str) -> None:
-        """Keeps rows in ``folder``; ``base_url``: what their relative URLs are relative to."""
+    def __init__(self, folder: Path, base_url: str, limits: storage.Limits) -> None:
+        """Keeps rows in ``folder``.
+
+        Args:
+            folder: on this machine; made here.
+            base_url: what relative URLs of the rows are relative to.
+            limits: of what a web server may take and send for one file.
+        """
         self._spool = Spool(folder, "key")
-        self._base_url = base_url
+        self._base_url, self._limits = base_url, limits
         self._has_size = np.zeros(_NUM_SIZES, bool)
         self._has_mixed_size = np.zeros(_NUM_SIZES, bool)
 
@@ -148,7 +154,7 @@ class Strangers:
         for table in self._spool.ranges():
             known = table.filter(table["is_known"])
             rows = table.filter(pc.invert(table["is_known"]))
-            names = _recognize([*_files(known), *_files(rows)])
+            names = _recognize([*_files(known), *_files(rows)], self._limits)
             replacements = [names[file] for file in rows["file"].to_pylist()]
             is_kept = np.array([name is not None for name in replacements], bool)
             if not is_kept.all():
@@ -222,7 +228,7 @@ def _files(table: pa.Table) -> Iterator[_File]:
         yield _File(row["file"], row["where"], row["edges"], row["is_known"])
 
 
-def _recognize(files: list[_File]) -> dict[str, str | None]:
+def _recognize(files: list[_File], limits: storage.Limits) -> dict[str, str | None]:
     """For the identity of each file, that of the known or the first file with the same content.
 
     None: it may be a known file, which cannot be looked at any more.
@@ -238,7 +244,7 @@ def _recognize(files: list[_File]) -> dict[str, str | None]:
     names: dict[str, str | None] = {}
     for group, looked_at in zip(groups, compared, strict=True):
         names |= {file.identity: file.identity for file in group}
-        names |= _names_of(looked_at, edges)
+        names |= _names_of(looked_at, edges, limits)
     return names
 
 
@@ -286,7 +292,7 @@ def _edges_of(file: _File) -> str | None:
         return None
 
 
-def _names_of(files: list[_File], edges: dict[str, str | None]) -> dict[str, str | None]:
+def _names_of(files: list[_File], edges: dict[str, str | None], limits: storage.Limits) -> dict[str, str | None]:
     """As `_recognize`, of files of one size in the order of `_rank`."""
     names: dict[str, str | None] = {}
     by_edges: dict[str, str] = {}
@@ -300,18 +306,21 @@ def _names_of(files: list[_File], edges: dict[str, str | None]) -> dict[str, str
         elif seen in by_edges:
             names[file.identity] = by_edges[seen]
         else:
-            names[file.identity] = _name_among(file, [other for other in unseen if file.may_be(other)])
+            names[file.identity] = _name_among(file, [other for other in unseen if file.may_be(other)], limits)
             by_edges[seen] = names[file.identity] or file.identity
     return names
 
 
-def _name_among(file: _File, unseen: list[_File]) -> str | None:
-    """The identity of a file that is none whose edges are known."""
+def _name_among(file: _File, unseen: list[_File], limits: storage.Limits) -> str | None:
+    """The identity of a file that is none whose edges are known; None: it may be one of the unseen."""
     if not unseen:
         return file.identity
     whole = {other.identity for other in unseen if other.kind == "whole"}
     if whole:
-        identity = f"bucket:{file.num_bytes}:{whole_md5(file.where)}"
+        try:
+            identity = f"bucket:{file.num_bytes}:{whole_md5(file.where, limits)}"
+        except (FileNotFoundError, storage.Unreadable, storage.Refused):
+            return None
         if identity in whole:
             return identity
     return file.identity if len(whole) == len(unseen) else None
