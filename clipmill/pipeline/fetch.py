@@ -154,8 +154,8 @@ def _read_actions(data: DataConfig, name: str, folder: Path) -> tuple[np.ndarray
     try:
         actions = open_array(path)
     except DamagedVideo as damaged:
-        raise ExcludedVideo("actions", f"{name}: {damaged}") from damaged
+        raise ExcludedVideo("actions", f"{storage.shown(name)}: {damaged}") from damaged
     if actions.ndim < 1 or actions.dtype.kind not in "fiub" or actions.size * 4 > _MOST_ACTION_BYTES:
         found = f"{actions.dtype} {list(actions.shape)}"
-        raise ExcludedVideo("actions", f"{name} is {found}; actions are numbers, a row for each frame")
+        raise ExcludedVideo("actions", f"{storage.shown(name)} is {found}; actions are numbers, a row for each frame")
     return np.asarray(actions, np.float32), None

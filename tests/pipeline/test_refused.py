@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from clipmill.config import DataConfig
+from clipmill.config import DataConfig, SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo
+from clipmill.pipeline.sources import list_videos
 from clipmill.pipeline.sources.many import KeptFiles
 from clipmill.storage import connection, patience
 from tests.pipeline.corpus import make_plan, run_config, video_bytes, write_corpus
@@ -121,3 +122,18 @@ def test_look_alikes_that_their_web_server_does_not_send_cost_themselves(
     plan = make_plan(config)
     server.stop()
     assert plan.num_videos == len(names) + 2
+
+
+def test_messages_hold_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = WebServer()
+    server.behave = lambda handler: handler.give(headers=ETAG)
+    (tmp_path / "list.csv").write_text("url\n")
+    (tmp_path / "a.mp4").write_bytes(b"1234")
+    data = DataConfig.model_validate({"source": {"type": "table", "url": str(tmp_path / "list.csv")}})
+    signed = f"{server.url}/a.npy?X-Amz-Signature=hidden"
+    video = PlannedVideo("0" * 16, "a.mp4", 4, None, None, signed, None, None, None)
+    with pytest.raises(ExcludedVideo, match=r"Signature=\*\*\*: no \.npy file"):
+        fetch_video(data, video, tmp_path, KeptFiles(tmp_path / "kept"))
+    with pytest.raises(UserError, match=r"list\.csv\?token=\*\*\* has no column"):
+        list(list_videos(SourceConfig(type="table", url=f"{server.url}/list.csv?token=hidden")))
+    server.stop()

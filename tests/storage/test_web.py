@@ -270,6 +270,8 @@ def test_a_file_is_read_at_any_place_whether_its_server_knows_ranges_or_not(serv
 @pytest.mark.parametrize("status", [403, 503])
 def test_a_file_that_is_refused_while_it_is_read_is_unreadable(server: WebServer, status: int) -> None:
     server.behave = lambda handler: handler.give(200 if handler.command == "HEAD" else status, ETAG)
-    with storage.open_to_read(f"{server.url}/a.mp4?token=hidden") as file:
-        with pytest.raises(storage.Unreadable, match=rf"a\.mp4\?token=\*\*\*.*{status}"):
-            file.read(10)
+    with (
+        storage.open_to_read(f"{server.url}/a.mp4?token=hidden") as file,
+        pytest.raises(storage.Unreadable, match=rf"a\.mp4\?token=\*\*\*.*{status}"),
+    ):
+        file.read(10)

@@ -186,5 +186,7 @@ def _find_elder(
     firsts = [rows[0] for rows in contents.values()]
     keep[firsts] = False
     logger.warning(
-        "left out %s: one of them is the planned %s, which is no longer there", ", ".join(map(url, firsts)), planned_url
+        "left out %s: one of them is the planned %s, which is no longer there",
+        ", ".join(storage.shown(url(row)) for row in firsts),
+        storage.shown(planned_url),
     )

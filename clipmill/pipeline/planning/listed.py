@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.pipeline.plan import SOURCE_COLUMNS
 from clipmill.pipeline.planning.listing import HASH_COLUMNS, NO_SPLIT
@@ -86,6 +87,7 @@ class ListedVideos:
                 urls.setdefault(given, url)
         (first_split, first), (second_split, second) = sorted(urls.items())
         return UserError(
-            f"{first} and {second} are of one group, but the source puts the one into {SPLITS[first_split]} and the "
-            f"other into {SPLITS[second_split]} ({num_origins} groups are split so); give each group one split"
+            f"{storage.shown(first)} and {storage.shown(second)} are of one group, but the source puts the one into "
+            f"{SPLITS[first_split]} and the other into {SPLITS[second_split]} ({num_origins} groups are split so); "
+            "give each group one split"
         )

@@ -81,7 +81,7 @@ def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[Sour
         try:
             identity = video.identity or file_identity(storage.resolve(base, video.name), video.bytes, video.etag)
         except FileNotFoundError:
-            logger.warning("%s vanished while the source was listed", video.name)
+            logger.warning("%s vanished while the source was listed", storage.shown(video.name))
             continue
         except (OSError, storage.Refused) as error:
             if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):

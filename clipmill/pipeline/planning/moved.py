@@ -166,7 +166,7 @@ class Strangers:
                 "left out %d videos, such as %s: a planned file of that size is no longer where it was, so nothing "
                 "tells whether they are the same; bring it back for the time of this command, or choose another root",
                 num_left_out,
-                example,
+                storage.shown(example),
             )
 
     def _add(self, columns: dict[str, Any], *, is_known: bool) -> None:

@@ -69,7 +69,7 @@ class Progress:
             return
         logger.info(
             "going on with the listing behind %s, after %d videos",
-            self.mark,
+            storage.shown(str(self.mark)),
             sum(part["videos"] for part in self._found),
         )
         others.update(self._found[-1]["others"])

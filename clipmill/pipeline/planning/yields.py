@@ -143,7 +143,7 @@ def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int)
             except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError, storage.Refused) as error:
                 if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
                     raise  # a bucket is away
-                logger.debug("no look at %s: %s", row["url"], error)
+                logger.debug("no look at %s: %s", storage.shown(row["url"]), error)
                 num_failures += not isinstance(error, _Unknown)
     if not looks:
         return NOTHING_KNOWN

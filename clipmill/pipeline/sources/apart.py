@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import StageFailed, StorageUnavailable, UserError
 from clipmill.pipeline.sources.record import ArrayVideo, DamagedVideo, SourceVideo
@@ -40,12 +41,13 @@ def list_apart(source: SourceConfig) -> Iterator[SourceVideo]:
     Raises:
         UserError: the file exceeds the limits, or is not what its type says.
     """
+    name = storage.shown(source.url)
     try:
         messages = _reader(LISTING_LIMITS).ask({"do": "list", "source": source.model_dump(mode="json")})
     except DamagedVideo as damaged:
-        raise UserError(f"data.source.url {source.url} cannot be read: {damaged}") from damaged
+        raise UserError(f"data.source.url {name} cannot be read: {damaged}") from damaged
     except DecoderLost as lost:
-        raise StageFailed(f"data.source.url {source.url} was not read: {lost}; run the same command again") from lost
+        raise StageFailed(f"data.source.url {name} was not read: {lost}; run the same command again") from lost
     for message in messages:
         for video in message.get("videos", ()):
             yield SourceVideo(**video)

@@ -32,16 +32,17 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
     url = storage.absolute(source.url)
     entry = storage.stat(url)
     identity = file_identity(url, entry.bytes, entry.etag)
+    shown = storage.shown(url)
     with storage.open_to_read(url, _BLOCK_BYTES) as file:
         try:
             content = h5py.File(file, "r")
         except OSError as error:
-            raise UserError(f"data.source.url {url} is no readable HDF5 file: {_line(error)}; restore it") from error
+            raise UserError(f"data.source.url {shown} is no readable HDF5 file: {_line(error)}; restore it") from error
         with content:
-            parts = [part for part in ("train", "test") if _has_part(url, content, part)]
+            parts = [part for part in ("train", "test") if _has_part(shown, content, part)]
             if not parts:
                 raise UserError(
-                    f"data.source.url {url} holds neither train_data and train_idx nor test_data and test_idx "
+                    f"data.source.url {shown} holds neither train_data and train_idx nor test_data and test_idx "
                     f"(found: {', '.join(sorted(content)) or 'nothing'}); docs/sources.md shows the layout"
                 )
             splits: dict[str, Literal["train", "val"]] = {"train": "train", "test": "val"} if len(parts) == 2 else {}

@@ -76,7 +76,7 @@ def list_videos(source: SourceConfig, after: str | None = None) -> Iterator[Sour
     if num_rows and num_rows == num_faults:
         raise UserError(
             f"none of the {num_rows} rows of {storage.shown(url)} gives a video; of the first: {fault} "
-            f"(relative names are sought in {base})"
+            f"(relative names are sought in {storage.shown(base)})"
         )
 
 
@@ -110,7 +110,7 @@ def _check_columns(url: str, columns: dict[str, str], rows: list[Row]) -> bool:
     for key, column in columns.items() if found else ():
         if column not in found:
             raise UserError(
-                f"data.source.url {url} has no column {column!r} (found: {', '.join(found)}); "
+                f"data.source.url {storage.shown(url)} has no column {column!r} (found: {', '.join(found)}); "
                 f"correct data.source.columns.{key}"
             )
     return bool(found)

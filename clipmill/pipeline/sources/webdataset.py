@@ -98,7 +98,7 @@ def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]
         if sample.videos:
             yield sample
         if damaged.offset == tar_bytes:  # between two members: whether any is missing is not known
-            logger.warning("%s: %s", url, damaged)
+            logger.warning("%s: %s", storage.shown(url), damaged)
             return
         lost = Member(damaged.name, damaged.offset, tar_bytes - damaged.offset)
         yield _Sample(f"@{damaged.offset}", [lost], fault=str(damaged))
