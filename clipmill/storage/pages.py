@@ -110,13 +110,13 @@ def _borders(url: str, folder: S3Folder, after: str) -> list[str]:
     for depth in range(len(parts)):
         prefix = folder.prefix + "".join(f"{part}/" for part in parts[:depth])
         answer = _ask(url, folder.bucket, prefix, {"Delimiter": "/", "StartAfter": after})
-        found = [item["Prefix"] for item in answer.get("CommonPrefixes", ())]
-        names = [*found, *(item["Key"] for item in answer.get("Contents", ()))]
-        if any(name <= after and not after.startswith(f"{name}/") and name[-1:] != "/" for name in names):
+        ends = [item["Prefix"][:-1] + chr(ord("/") + 1) for item in answer.get("CommonPrefixes", ())]
+        keys = [item["Key"] for item in answer.get("Contents", ())]
+        if any(end <= after for end in ends) or any(key <= after and not after.startswith(f"{key}/") for key in keys):
             return []  # a server that does not know StartAfter: ranges would each begin at the first key
-        if len(found) > 1:
-            step = -(-len(found) // RANGES)
-            return [name[:-1] + chr(ord("/") + 1) for name in found[step - 1 :: step]]
+        if len(ends) > 1:
+            step = -(-len(ends) // RANGES)
+            return ends[step - 1 :: step]
     return []
 
 

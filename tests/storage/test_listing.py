@@ -103,6 +103,18 @@ def test_folders_listed_ahead_come_in_the_order_of_keys(
     assert names_of("s3://b/raw", after=expected[300]) == expected[301:]
 
 
+@pytest.mark.parametrize("knows_start_after", [True, False])
+def test_a_listing_of_nothing_but_folders_ends(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, knows_start_after: bool
+) -> None:
+    monkeypatch.setattr(pages, "SERIAL_PAGES", 2)
+    monkeypatch.setattr("clipmill.storage.s3.PAGE_KEYS", 10)
+    s3.objects = {f"raw/{folder}/{number:02d}": b"" for folder in "abcdefgh" for number in range(20)}
+    s3.knows_start_after = knows_start_after
+    s3.fault = lambda _, number: (400, "TooMany") if number == 300 else None
+    assert names_of("s3://b/raw") == [key.removeprefix("raw/") for key in sorted(s3.objects)]
+
+
 def test_folders_are_listed_side_by_side(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "SERIAL_PAGES", 1)
     monkeypatch.setattr("clipmill.storage.s3.PAGE_KEYS", 10)
