@@ -24,7 +24,7 @@ from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources.many import KeptFiles
 
-__all__ = ["FetchAhead", "Fetched", "fetch_pool"]
+__all__ = ["FetchAhead", "Fetched", "fetch_pool", "longest_wait"]
 
 MOST_VIDEOS = 8
 """Fetched at once or waiting, beside the one that is decoded."""
@@ -32,6 +32,8 @@ MOST_BYTES = 2**29
 """That they take on the disk; the one that is decoded next comes in any case."""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_GIVEN_UP_SECONDS = 0.5
+"""A worker that is given up is killed a few seconds later, with its folder full of copies if that still stands."""
 
 
 _IN_CHILDREN = {"hdf5", "bair"}
@@ -41,6 +43,14 @@ _IN_CHILDREN = {"hdf5", "bair"}
 def fetch_pool(data: DataConfig) -> ThreadPoolExecutor:
     """The threads that fetch for one worker."""
     return ThreadPoolExecutor(1 if data.source.type in _IN_CHILDREN else MOST_VIDEOS, thread_name_prefix="fetch-ahead")
+
+
+def longest_wait(kind: type[BaseException] | None) -> float | None:
+    """Seconds to wait for threads at the end of a ``with`` block, by what ended it; None: until they are done.
+
+    What ends a unit that is given up is no `Exception`. Then a request that stalls is not waited for.
+    """
+    return None if kind is None or issubclass(kind, Exception) else _GIVEN_UP_SECONDS
 
 
 class Fetched(NamedTuple):
@@ -63,7 +73,7 @@ class _Run:
 class FetchAhead:
     """The videos of a unit, in order, each fetched before it is asked for.
 
-    As a context manager it leaves nothing running::
+    As a context manager it leaves nothing running, unless an interrupt ends it::
 
         with FetchAhead(pool, config.data, unit.videos, folder) as ahead:
             for index, video in enumerate(unit.videos):
@@ -85,6 +95,7 @@ class FetchAhead:
         self._runs = _runs_of(videos, folder)
         self._begun: dict[int, Future[Fetched]] = {}
         self._next = 0
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -92,9 +103,10 @@ class FetchAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._is_closed = True
         for future in self._begun.values():
             future.cancel()
-        wait(self._begun.values())
+        wait(self._begun.values(), longest_wait(kind))
 
     def take(self, index: int) -> Fetched:
         """Waits for a video; those after it begin to come.
@@ -139,6 +151,8 @@ class FetchAhead:
         copies = self._folder / f"video-{index}"
         copies.mkdir(exist_ok=True)
         with run.lock, blame("fetch", video.name, self._folder):
+            if self._is_closed:
+                raise OSError(errno.ECANCELED, "the unit was given up")  # nobody takes it, and the folder goes
             local = fetch_video(self._data, video, copies, run.kept)
         with blame("sidecar", video.name, self._folder):
             return Fetched(read_sidecars(self._data, video), local)

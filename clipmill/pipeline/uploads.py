@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
 from clipmill.lease import Lease
+from clipmill.pipeline.ahead import longest_wait
 from clipmill.shards.format import Part
 from clipmill.shards.manifest import publish_part
 
@@ -36,7 +37,8 @@ class Uploads:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        wait(self._begun, longest_wait(kind))
 
     def begin(self, parts: Sequence[Part]) -> None:
         """Starts those parts, of all that are finished so far, that are not on their way yet.

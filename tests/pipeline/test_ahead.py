@@ -153,3 +153,23 @@ def test_what_a_unit_becomes_does_not_depend_on_it(tmp_path: Path, monkeypatch: 
     found, wanted = (files_of(Path(run.folder("clips", "train"))) for run in (config, alone))
     assert sum(name.endswith(".tar") for name in wanted) > 1
     assert found == wanted
+
+
+def test_a_unit_that_is_given_up_does_not_wait_for_what_stalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_stalled, goes_on = threading.Event(), threading.Event()
+
+    def stall(*_: Any) -> LocalVideo:
+        is_stalled.set()
+        goes_on.wait(PATIENCE_SECONDS)
+        return LocalVideo(tmp_path, None)
+
+    monkeypatch.setattr(ahead_module, "fetch_video", stall)
+    pool = fetch_pool(DataConfig())
+    ahead = FetchAhead(pool, DataConfig(), [planned(0)], tmp_path)
+    ahead._begin(0)
+    assert is_stalled.wait(PATIENCE_SECONDS)
+    ahead.__exit__(KeyboardInterrupt, None, None)
+    (fetching,) = ahead._begun.values()
+    assert not fetching.done()
+    goes_on.set()
+    pool.shutdown()
