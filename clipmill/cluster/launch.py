@@ -379,9 +379,8 @@ def _watch(
             relayed = True
         if not started and relayed:
             return ("Interrupted", "stopped before the training began; submit the same command again")
-        if (
-            relayed and num_bundles(bundle, living_nodes()) < config.training_workers
-        ):  # a node died: nobody is there to checkpoint
+        # A node died: nobody is there to checkpoint.
+        if relayed and num_bundles(bundle, living_nodes()) < config.training_workers:
             return verdict or ("Interrupted", "stopped while a node was missing; submit the same command again")
         if (now := time.monotonic()) < next_look:
             continue

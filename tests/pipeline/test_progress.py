@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from clipmill import storage
 from clipmill.config import RunConfig
-from clipmill.errors import StageFailed
+from clipmill.errors import StageFailed, UserError
 from clipmill.lease import hold
 from clipmill.pipeline import shard
 from clipmill.pipeline.planning import listing, make_plan, progress, spool, units
@@ -110,6 +111,58 @@ def test_a_table_resumes_behind_every_batch(tmp_path: Path, monkeypatch: pytest.
     table.write_text("\n".join(lines))
     source = {"type": "table", "url": str(table), "columns": {"text": "text"}}
     assert resumed_everywhere(tmp_path, run_config(tmp_path / "run", table, source=source)) > 4
+
+
+def lose_rows(document: Path) -> None:
+    document.with_suffix(".parquet").unlink()
+
+
+def name_rows_elsewhere(document: Path) -> None:
+    document.with_suffix(".parquet").unlink()
+    document.write_text(json.dumps(json.loads(document.read_text()) | {"file": "../../../../stolen.parquet"}))
+
+
+def lose_form(document: Path) -> None:
+    document.write_text(json.dumps({"schema": 1, "after": [], "videos": "many"}))
+
+
+@pytest.mark.parametrize("damage", [lose_rows, name_rows_elsewhere, lose_form])
+def test_a_part_that_is_not_whole_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    config = killed_in_its_listing(tmp_path, monkeypatch)
+    damage(parts(config)[-1])
+    assert corpus.make_plan(config).num_videos == 4
+
+
+def test_damaged_rows_of_a_part_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = killed_in_its_listing(tmp_path, monkeypatch)
+    rows = parts(config)[-1].with_suffix(".parquet")
+    rows.write_bytes(rows.read_bytes()[:-9] + bytes(9))
+    with pytest.raises(UserError, match=r"parquet is damaged; remove .*/listing and run"):
+        corpus.make_plan(config)
+
+
+def killed_in_its_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """With two parts of four videos."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(4):
+        (source / f"{number}.mp4").write_bytes(bytes([number]))
+    config = run_config(tmp_path / "run", source)
+    real = progress.Progress.publish
+
+    def publish_and_die(self, *arguments) -> None:
+        real(self, *arguments)
+        if len(parts(config)) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "PUBLISH_SECONDS", 0.0)
+        patch.setattr(progress.Progress, "publish", publish_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            corpus.make_plan(config)
+    return config
 
 
 def resumed_everywhere(tmp_path: Path, config: RunConfig) -> int:

@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 
 from clipmill import storage
 from clipmill.config import RunConfig, SourceConfig
+from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.pipeline.sources import is_file
 from clipmill.shards.format import file_sha256
+from clipmill.shards.manifest import is_count
 
 __all__ = ["Progress"]
 
@@ -64,7 +66,11 @@ class Progress:
         self.mark: str | None = self._found[-1]["mark"] if self._found else None
 
     def resume(self, others: Counter[str]) -> Iterator[pa.Table]:
-        """The rows that earlier planners listed; adds what they counted to ``others``."""
+        """The rows that earlier planners listed; adds what they counted to ``others``.
+
+        Raises:
+            UserError: rows are damaged.
+        """
         if not self._found:
             return
         logger.info(
@@ -75,7 +81,10 @@ class Progress:
         others.update(self._found[-1]["others"])
         for part in self._found:
             path = self._folder / "found.parquet"
-            storage.fetch(storage.join(self._url, part["file"]), path)
+            url = storage.join(self._url, part["file"])
+            storage.fetch(url, path)
+            if file_sha256(path) != part["sha256"]:
+                raise UserError(f"{url} is damaged; remove {self._url} and run the same command again")
             for batch in pq.ParquetFile(path).iter_batches():
                 yield pa.Table.from_batches([batch])
 
@@ -109,13 +118,12 @@ class Progress:
             "attempt": self._lease.attempt,
             "after": self.mark,
             "mark": mark,
-            "file": f"{name}.parquet",
             "sha256": file_sha256(path),
             "videos": pq.read_metadata(path).num_rows,
             "others": dict(others),
         }
         self._lease.check()
-        storage.publish_file(path, storage.join(self._url, document["file"]))
+        storage.publish_file(path, storage.join(self._url, f"{name}.parquet"))
         storage.create_document(storage.join(self._url, f"{name}.json"), document, SCHEMA)
         self.mark = mark
         self._num_published += 1
@@ -129,16 +137,33 @@ class Progress:
             storage.remove_tree(self._url)
 
     def _find_chain(self) -> list[dict[str, Any]]:
-        names = sorted(entry.name for entry in storage.list_folder(self._url) if entry.name.endswith(".json"))
+        names = {entry.name for entry in storage.list_folder(self._url)}
         self._has_parts = bool(names)
-        parts = [storage.read_document(storage.join(self._url, name), SCHEMA) for name in names]
-        by_start = {part["after"]: part for part in parts if part["listing"] == self._key}  # later attempts win
+        by_start: dict[str | None, dict[str, Any]] = {}
+        for name in sorted(name for name in names if name.endswith(".json")):
+            rows = f"{name.removesuffix('.json')}.parquet"
+            document = storage.read_document(storage.join(self._url, name), SCHEMA)
+            if rows in names and _is_part(document) and document["listing"] == self._key:
+                by_start[document["after"]] = {**document, "file": rows}  # later attempts win
         chain: list[dict[str, Any]] = []
         mark = None
         while mark in by_start:
             chain.append(by_start.pop(mark))
             mark = chain[-1]["mark"]
         return chain
+
+
+def _is_part(document: dict[str, Any]) -> bool:
+    """Whether a document is of this form; what is not counts as not listed."""
+    texts = [document.get(name) for name in ("listing", "mark", "sha256")]
+    others = document.get("others")
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(document.get("after"), str | None)
+        and is_count(document.get("videos"))
+        and isinstance(others, dict)
+        and all(map(is_count, others.values()))
+    )
 
 
 def _key_of(source: SourceConfig, generation: int) -> str:

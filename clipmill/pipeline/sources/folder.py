@@ -77,13 +77,8 @@ def _told_by_name(path: PurePosixPath, entry: storage.Entry) -> bool | None:
 def _is_video(url: str, entry: storage.Entry) -> bool:
     try:
         return is_video_head(storage.read_start(storage.resolve(url, entry.name), HEAD_BYTES))
-    except (
-        FileNotFoundError,
-        PermissionError,
-        storage.Unreadable,
-        storage.Refused,
-    ):  # whatever it is, nothing calls it a video
-        return False
+    except (FileNotFoundError, PermissionError, storage.Unreadable, storage.Refused):
+        return False  # whatever it is, nothing calls it a video
 
 
 def list_videos(source: SourceConfig, others: Counter[str], after: str | None = None) -> Iterator[SourceVideo]:
