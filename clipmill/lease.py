@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipmill import storage
-from clipmill.errors import ClipmillError, StageFailed, StorageUnavailable, UserError
+from clipmill.errors import ClipmillError, StageFailed, UserError
 
 __all__ = ["Lease", "hold"]
 
@@ -79,11 +79,11 @@ def hold(
 
 
 def _release(lease: Lease, stage: str, owner: dict[str, Any]) -> None:
-    """Says that the folder is free. The next run finds out by itself where the storage is away: our error stands."""
+    """Says that the folder is free. If storage is away or full, the next run finds out by itself: our error stands."""
     try:
         if lease.is_newest():
             storage.publish_document(_claim_url(lease), {"stage": stage, "released": True, **owner}, SCHEMA)
-    except StorageUnavailable as error:
+    except (OSError, ClipmillError) as error:
         logger.warning("cannot release the lease: %s", error)
 
 

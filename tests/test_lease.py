@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -47,6 +48,15 @@ def test_attempts_count_on_after_a_release(tmp_path):
         with hold(str(tmp_path), "shard") as lease:
             assert lease.attempt == attempt
     assert len(storage.list_folder(str(tmp_path / "_lease"))) == 1
+
+
+def test_a_full_disk_at_the_release_does_not_hide_why_a_run_ended(tmp_path, monkeypatch):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "publish_document", fill)
+    with pytest.raises(StageFailed, match="12 of 12"), hold(str(tmp_path), "shard"):
+        raise StageFailed("12 of 12 units failed")
 
 
 def test_an_owner_that_lost_the_folder_notices_before_it_publishes(tmp_path):

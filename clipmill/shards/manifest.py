@@ -200,6 +200,8 @@ def _parse_manifest(url: str, document: dict[str, Any]) -> Manifest:
     for name in _COUNTED_FACTS & facts.keys():
         if facts[name] is not None and not is_count(facts[name]):
             raise ValueError(f"its {name} is {facts[name]!r:.80}")
+    if facts.get("num_units") not in (None, len(document["units"])):  # readers count up to it
+        raise ValueError(f"its num_units is {facts['num_units']}, it names {len(document['units'])} units")
     manifest = _manifest(url, document["kind"], shards, recipe, facts)
     if manifest.fingerprint != document["fingerprint"]:
         raise ValueError("its content does not hash to its fingerprint")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from clipmill.errors import UserError
 from clipmill.storage import bucket, pages
 from clipmill.storage.blame import S3_SCHEMES
 from clipmill.storage.entry import Entry
-from clipmill.storage.urls import relative_name, scheme
+from clipmill.storage.urls import is_web, relative_name, scheme, shown
 
 __all__ = ["children", "entry_of", "walk"]
 
@@ -28,6 +29,8 @@ def walk(url: str, after: str) -> Iterator[Entry]:
     if scheme(url) in S3_SCHEMES:
         yield from _walk_s3(url, after)
         return
+    if is_web(url):
+        raise UserError(f"{shown(url)}: files of a web server cannot be listed; name them in a table")
     folder, found = bucket.call(url, lambda filesystem, path: (path, filesystem.find(path, detail=True)))
     for name in sorted(found):
         if not _is_folder_marker(found[name]):

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from clipmill.storage import bucket, disk, listing
 from clipmill.storage.entry import Entry, Limits
-from clipmill.storage.urls import is_local, is_web, local_path, object_path
+from clipmill.storage.urls import is_local, is_web, local_path, object_path, split
 
 __all__ = [
     "check_create",
@@ -90,7 +90,7 @@ def stat(url: str) -> Entry:
         FileNotFoundError: there is none, or it is a folder, FIFO or socket.
         Unreadable: a web server refuses it, does not answer, or does not end it where only that tells how large it is.
     """
-    name = url.rsplit("/", 1)[-1]
+    name = url.removeprefix(f"{split(url)[0]}/")
     if is_local(url):
         path = local_path(url)
         if not path.is_file():

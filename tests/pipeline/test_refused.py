@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clipmill import storage
 from clipmill.config import DataConfig, SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources import list_videos
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.many import KeptFiles, find_files
 from clipmill.storage import connection, patience
 from tests.pipeline.corpus import make_plan, run_config, video_bytes, write_corpus
 from tests.pipeline.sources.fixtures import shard_in_process, source_config
@@ -136,4 +138,13 @@ def test_messages_hold_no_credentials(tmp_path: Path, monkeypatch: pytest.Monkey
         fetch_video(data, video, tmp_path, KeptFiles(tmp_path / "kept"))
     with pytest.raises(UserError, match=r"list\.csv\?token=\*\*\* has no column"):
         list(list_videos(SourceConfig(type="table", url=f"{server.url}/list.csv?token=hidden")))
+    server.stop()
+
+
+@pytest.mark.parametrize("query", ["?token=a", "?path=a/b"])
+def test_a_signed_file_of_videos_is_found_in_its_folder(query: str) -> None:
+    server = WebServer()
+    server.behave = lambda handler: handler.give(headers=ETAG)
+    base, files = find_files(f"{server.url}/raw/x.tar{query}", frozenset((".tar",)), Counter())
+    assert [storage.resolve(base, entry.name) for entry in files] == [f"{server.url}/raw/x.tar{query}"]
     server.stop()

@@ -85,6 +85,7 @@ def test_a_name_is_a_name_a_hash_a_hash_a_count_a_count(tmp_path: Path, field: s
         {"recipe": []},
         {"facts": None},
         {"facts": {"num_units": 10**30}},
+        {"facts": {"num_units": 2**40}},
         {"facts": {"num_videos": "many"}},
         {"shards": "clips"},
         {"shards": [[]]},

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from clipmill import storage
+from clipmill.errors import UserError
 from clipmill.storage import patience, web
 from clipmill.storage.urls import request_url, shown
 
@@ -275,3 +276,8 @@ def test_a_file_that_is_refused_while_it_is_read_is_unreadable(server: WebServer
         pytest.raises(storage.Unreadable, match=rf"a\.mp4\?token=\*\*\*.*{status}"),
     ):
         file.read(10)
+
+
+def test_a_web_server_is_not_listed(server: WebServer) -> None:
+    with pytest.raises(UserError, match="name them in a table"):
+        list(storage.walk(f"{server.url}/raw"))

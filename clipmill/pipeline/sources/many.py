@@ -33,8 +33,9 @@ def find_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> tupl
     Returns:
         The folder that their names are relative to, and the files.
     """
-    if PurePosixPath(url).suffix.lower() in suffixes:
-        return url.rsplit("/", 1)[0], iter([storage.stat(url)])
+    folder, name = storage.split(url)
+    if PurePosixPath(name).suffix.lower() in suffixes:
+        return folder, iter([storage.stat(url)])
     return url, (entry for _, entry in walk_files(url, suffixes, others))
 
 
