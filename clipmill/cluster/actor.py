@@ -118,6 +118,8 @@ class FanoutActor:
         try:
             self._is_busy = True
             try:
+                if self._gives_up:  # the signal came a moment before, when nothing ran
+                    raise _GivenUp
                 return ("done", work())
             except ClipmillError as error:
                 return ("raised", (type(error).__name__, str(error)))
