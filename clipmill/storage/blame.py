@@ -121,6 +121,8 @@ def _transient_web_reason(url: str, error: Exception) -> str | None:
     _, status = answer(error)
     if status == HTTPStatus.NOT_FOUND:
         raise FileNotFoundError(errno.ENOENT, "the server does not know it", shown(url)) from error
+    if status == 0:  # what aiohttp says of too many redirections
+        raise Unreadable(f"{shown(url)}: the server redirects without end") from error
     if status is not None:
         if status in _TRANSIENT_STATUSES or status >= 500:
             return f"HTTP {status}"
