@@ -18,6 +18,9 @@ TIMEOUT_SECONDS = 7200.0
 """Of every collective. Peers wait in one while rank 0 waits for the slowest node's upload, which must run out of
 patience first, as must the watchdog, who names the rank that all wait for: NCCL's own ten minutes would name nobody."""
 
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What tells a process its place in a group; DeepSpeed looks for MPI unless all five are set."""
+
 
 class World:
     """This process among its peers.
@@ -30,8 +33,8 @@ class World:
         device: where the model lives.
     """
 
-    def __init__(self, *, is_ours: bool) -> None:
-        self._is_ours = is_ours
+    def __init__(self, *, is_ours: bool, is_alone: bool = False) -> None:
+        self._is_ours, self._is_alone = is_ours, is_alone
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
@@ -96,6 +99,9 @@ class World:
         if self._is_ours:
             self.barrier()
             dist.destroy_process_group()
+        if self._is_alone:  # what this process starts or trains next is not a rank of this group
+            for name in _ENVIRONMENT:
+                os.environ.pop(name, None)
 
 
 def join_world() -> World:
@@ -103,14 +109,15 @@ def join_world() -> World:
     cuda = _has_cuda()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if "RANK" not in os.environ:  # DeepSpeed would look for MPI unless all five are set
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    is_alone = "RANK" not in os.environ
+    if is_alone:
+        os.environ.update(zip(_ENVIRONMENT, ("0", "1", "0", "127.0.0.1", _free_port()), strict=True))
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     is_ours = not dist.is_initialized()
     if is_ours:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=_patience())
-    return World(is_ours=is_ours)
+    return World(is_ours=is_ours, is_alone=is_alone)
 
 
 def _has_cuda() -> bool:
