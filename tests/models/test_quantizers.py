@@ -106,7 +106,7 @@ def test_gradient_goes_straight_through() -> None:
     torch.testing.assert_close(gradient, (rows - quantized.latents).detach() / 2)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(num_rows=st.integers(1, 70), num_codes=st.integers(1, 20), seed=st.integers(0, 1000))
 def test_nearest_codes_are_nearest_in_any_chunking(num_rows: int, num_codes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -210,8 +210,8 @@ def _bad(source: Path, rng: random.Random) -> Iterator[Specimen]:
 
 
 _NO_VIDEO = (
-    "^cannot open: (Invalid data|End of file|Operation not permitted|cannot identify image file)|^no video stream|"
-    "^cannot decode the first frame: Invalid data"
+    "^cannot open: (Invalid data|End of file|Operation not permitted|cannot identify image file|not in a video format)|"
+    "^no video stream|^cannot decode the first frame: Invalid data"
 )
 _DAMAGE = (
     "^cannot (open|decode|decode the first frame): |^the video stream holds no frame$|^no frame could be decoded$|"

@@ -74,7 +74,7 @@ def test_noise_is_keyed_by_seed_and_index() -> None:
     assert noise(2**64 - 1, [2**64 - 1], 3).shape == (3, 1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     weights=st.lists(st.integers(0, 20), min_size=1, max_size=9).filter(any),
     uniform=st.floats(0, 1, exclude_max=True),

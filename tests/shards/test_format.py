@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -174,7 +174,6 @@ def test_a_senseless_index_is_refused(offsets):
         read_index(np.array([0, 512], "<u8").tobytes()[:-1])
 
 
-@settings(deadline=None)
 @given(
     hnp.arrays(
         st.sampled_from(["u1", "<u2", ">u2", "<i8", "<f4", "<f2", "?", "<c8"]),

@@ -30,7 +30,6 @@ def build(mix):
     return Mix([np.array(part) for part in counts], *others)
 
 
-@settings(deadline=None)
 @given(total=st.integers(0, 10_000), weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=20).filter(any))
 def test_apportioned_parts_are_the_whole_and_within_one_of_their_shares(total, weights):
     parts = apportion(total, weights)
@@ -39,14 +38,12 @@ def test_apportioned_parts_are_the_whole_and_within_one_of_their_shares(total, w
         assert abs(part - total * weight / sum(weights)) < 1 + 1e-6
 
 
-@settings(deadline=None)
 @given(mix=mixes(), first=st.integers(0, 2**40))
 def test_any_thousand_positions_hold_the_exact_shares(mix, first):
     part, _ = build(mix).count(np.arange(first, first + NUM_SLOTS))
     assert np.bincount(part, minlength=len(mix[1])).tolist() == mix[1].tolist()
 
 
-@settings(deadline=None)
 @given(mix=mixes(), first=st.integers(0, 10**6), length=st.integers(1, NUM_SLOTS))
 def test_any_stretch_holds_nearly_its_shares(mix, first, length):
     slots = mix[1]
@@ -54,7 +51,7 @@ def test_any_stretch_holds_nearly_its_shares(mix, first, length):
     assert np.all(np.abs(np.bincount(part, minlength=len(slots)) - length * slots / NUM_SLOTS) <= len(slots))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(mix=mixes(), data=st.data())
 def test_each_sample_comes_once_in_each_epoch_of_its_data_set(mix, data):
     counts, slots, *_ = mix
@@ -72,7 +69,6 @@ def test_each_sample_comes_once_in_each_epoch_of_its_data_set(mix, data):
     assert np.all(np.diff(counters[parts == part]) == 1)
 
 
-@settings(deadline=None)
 @given(mix=mixes(), step=st.integers(0, 1000))
 def test_every_world_size_gets_the_same_batch_sorted_by_data_set_epoch_and_stream(mix, step):
     counts, slots, _, global_batch, _ = mix
@@ -89,7 +85,6 @@ def test_every_world_size_gets_the_same_batch_sorted_by_data_set_epoch_and_strea
         assert np.concatenate([mine[weight == 1] for mine, weight in ranks]).tolist() == positions.tolist()
 
 
-@settings(deadline=None)
 @given(mix=mixes(), first=st.integers(0, 50))
 def test_resuming_is_a_suffix(mix, first):
     global_batch = mix[3]
@@ -100,7 +95,6 @@ def test_resuming_is_a_suffix(mix, first):
         np.testing.assert_array_equal(np.stack(here), np.stack(sequence[step]))
 
 
-@settings(deadline=None)
 @given(mix=mixes(), position=st.integers(0, 2**40))
 def test_the_vectorised_mix_is_the_documented_one(mix, position):
     counts, slots, seed, global_batch, window = mix

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clipmill.errors import UserError
@@ -36,7 +36,6 @@ def epoch_ids(order, counts, epoch):
     return sample_ids(counts, *order.locate(positions))
 
 
-@settings(deadline=None)
 @given(epoch=st.integers(0, 2**30), **settings_of_an_order)
 def test_each_sample_comes_exactly_once_an_epoch(counts, seed, streams, window, epoch):
     order = Order(np.array(counts), seed, streams, window)
@@ -47,7 +46,6 @@ def test_each_sample_comes_exactly_once_an_epoch(counts, seed, streams, window, 
     assert sorted(sample_ids(counts, shards, rows)) == list(range(order.num_samples))
 
 
-@settings(deadline=None)
 @given(data=st.data(), **settings_of_an_order)
 def test_a_position_does_not_depend_on_the_call_that_asks_for_it(counts, seed, streams, window, data):
     order = Order(np.array(counts), seed, streams, window)
@@ -58,7 +56,6 @@ def test_a_position_does_not_depend_on_the_call_that_asks_for_it(counts, seed, s
         assert (alone[0][0], alone[1][0]) == (shard, row)
 
 
-@settings(deadline=None)
 @given(global_batch=st.integers(1, 60), step=st.integers(0, 1000), **settings_of_an_order)
 def test_every_world_size_gets_the_same_batch(counts, seed, streams, window, global_batch, step):
     order = Order(np.array(counts), seed, streams, window)
@@ -75,7 +72,6 @@ def test_every_world_size_gets_the_same_batch(counts, seed, streams, window, glo
         assert served == list(positions)
 
 
-@settings(deadline=None)
 @given(first=st.integers(0, 9), global_batch=st.integers(1, 20), **settings_of_an_order)
 def test_resuming_is_a_suffix(counts, seed, streams, window, first, global_batch):
     counts = np.array(counts)
@@ -97,7 +93,6 @@ def test_batches_are_sorted_by_epoch_and_stream():
     assert positions.min() < 101 <= positions.max()
 
 
-@settings(deadline=None)
 @given(position=st.integers(0, 2**40), **settings_of_an_order)
 def test_the_vectorised_order_is_the_documented_one(counts, seed, streams, window, position):
     shards, rows = Order(np.array(counts), seed, streams, window).locate(np.array([position]))

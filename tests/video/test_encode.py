@@ -62,7 +62,7 @@ def test_flat_colours_survive(colour):
     assert np.abs(decode_mp4(encode_mp4(clip, 10, 4)).astype(int) - clip).max() <= 3
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     num_frames=st.integers(1, 40),
     height=st.integers(8, 40).map(lambda n: 2 * n),
