@@ -180,8 +180,9 @@ class _ClipWriter:
 
 def _moments(pixels: np.ndarray) -> dict[str, int]:
     """Exact sums over all values of a clip."""
-    rows = np.zeros((-(-pixels.size // _EXACT_VALUES), _EXACT_VALUES), np.float32)  # zeros at the end add nothing
-    rows.reshape(-1)[: pixels.size] = pixels.reshape(-1)
+    rows = np.empty((-(-pixels.size // _EXACT_VALUES), _EXACT_VALUES), np.float32)
+    values = rows.reshape(-1)
+    values[: pixels.size], values[pixels.size :] = pixels.reshape(-1), 0  # zeros at the end add nothing
     sums, square_sums = rows @ np.ones(_EXACT_VALUES, np.float32), np.einsum("ij,ij->i", rows, rows)
     return {
         "num_values": pixels.size,
