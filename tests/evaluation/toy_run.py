@@ -11,10 +11,11 @@ import torch
 from clipmill import storage
 from clipmill.config import RunConfig, identity
 from clipmill.lease import Lease
-from clipmill.models.export import load_vqvae, read_latest, save_export
+from clipmill.models.export import load_vqvae, save_export
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.sampling import sample
+from clipmill.sampling.worker import make_worker
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.manifest import Manifest, commit_unit, freeze
 
@@ -67,9 +68,7 @@ def write_run_up_to_tokenizer(config: RunConfig, scratch: Path) -> dict[str, Man
 def make_samples(config: RunConfig) -> None:
     """The stage ``sample`` in this process: its units one after the other, then the stage, which finds them done."""
     lease = Unleased(sample.folder_url(config), 1)
-    latest = read_latest(config.folder("prior"))
-    assert latest is not None
-    work = sample.make_worker(config, lease, latest[1])
+    work = make_worker(sample.new_job(config, lease))
     for unit in range(-(-config.sample.num_samples // config.sample.batch_size)):
         work(unit)
     sample.run(config, lease)

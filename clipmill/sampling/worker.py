@@ -1,0 +1,108 @@
+"""Makes one unit of samples: draws the codes of a batch, decodes, packs and commits them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clipmill import storage
+from clipmill.config import RunConfig
+from clipmill.lease import Lease
+from clipmill.models.export import load_prior
+from clipmill.models.prior import Prior
+from clipmill.models.provenance import computed_with, deterministic_device
+from clipmill.models.vqvae import VQVAE, to_pixels
+from clipmill.sampling.generate import generate
+from clipmill.sampling.given import condition_of_clips, known_class, prefix_of_clips, require_given
+from clipmill.scratch import ScratchFolder
+from clipmill.shards.dataset import ShardDataset, decode_codes
+from clipmill.shards.format import Sample, UnitWriter, code_dtype, json_bytes, npy_bytes
+from clipmill.shards.manifest import commit_unit
+
+__all__ = ["Job", "make_worker"]
+
+_SHARD_BYTES = 128 * 2**20
+"""A constant: the bytes of a unit depend on the recipe only."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of a sample set share."""
+
+    config: RunConfig
+    lease: Lease
+    url: str
+    """Folder of the sample set."""
+    recipe: dict[str, Any]
+    labels: tuple[str | None, ...]
+    """Names of the classes that samples take in turn; (None,) for a prior without classes."""
+
+
+def make_worker(job: Job) -> Callable[[int], dict[str, Any]]:
+    """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one batch."""
+    device = deterministic_device(job.config.cluster)
+    url = storage.join(job.config.folder("prior"), "exports", job.recipe["prior"])
+    prior, tokenizer, body, _ = load_prior(url)
+    manifest = require_given(job.config, body)
+    given = None if manifest is None else ShardDataset(manifest, decode_codes)
+    return functools.partial(_make_batch, job, prior.to(device), tokenizer.to(device), body["classes"], given)
+
+
+def _make_batch(
+    job: Job, prior: Prior, tokenizer: VQVAE, classes: Sequence[str], given: ShardDataset | None, unit: int
+) -> dict[str, Any]:
+    """Generates, decodes, packs and commits the samples of one unit."""
+    settings = job.config.sample
+    indices = range(unit * settings.batch_size, (unit + 1) * settings.batch_size)
+    clips = [] if given is None else [given[index % len(given)] for index in indices]
+    names = [job.labels[index % len(job.labels)] for index in indices]
+    if clips and classes and settings.classes is None:
+        names = [known_class(clip, classes) for clip in clips]
+    class_numbers = torch.tensor([classes.index(name) for name in names if name is not None])
+    with torch.inference_mode():
+        codes = generate(
+            prior,
+            seed=settings.seed,
+            indices=list(indices),
+            labels=class_numbers if classes else None,
+            condition=condition_of_clips(clips, prior),
+            prefix=prefix_of_clips(clips, settings.prefix_latents),
+            guidance=settings.guidance,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
+        video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
+    narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))
+    with ScratchFolder("sample") as folder:
+        writer = UnitWriter(folder, "samples", unit, _SHARD_BYTES)
+        for row, index in enumerate(indices):
+            about = _about(job, index, names[row], clips[row]["key"] if clips else None)
+            members = {"npy": npy_bytes(video[row]), "codes.npy": npy_bytes(narrow_codes[row])}
+            writer.add(Sample(f"{index:016x}_000000", {**members, "json": json_bytes(about)}))
+        parts = writer.finish()
+        job.lease.check()
+        commit_unit(job.url, unit, parts, {"recipe": job.recipe, "versions": computed_with(codes.device)})
+    return {"samples": len(indices)}
+
+
+def _about(job: Job, index: int, label: str | None, given_key: str | None) -> dict[str, Any]:
+    """What made a sample."""
+    settings = job.config.sample
+    about = {
+        "index": index,
+        "seed": settings.seed,
+        "label": label,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "guidance": settings.guidance,
+        "prior": job.recipe["prior"],
+    }
+    if given_key is not None:
+        about |= {"given": given_key, "prefix_latents": settings.prefix_latents}
+    return about
