@@ -81,8 +81,9 @@ def write(name: str, folder: Path, num_samples: int, shape: tuple[int, ...]) -> 
 
 
 def write_shards(folder: Path, codes: np.ndarray) -> None:
+    from clipmill.shards.commits import commit_unit
     from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-    from clipmill.shards.manifest import commit_unit, freeze
+    from clipmill.shards.freeze import freeze
 
     (staging := folder / "staging").mkdir()
     writer = UnitWriter(staging, "tokens", 0, SHARD_BYTES)

@@ -46,9 +46,11 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmill.config import PriorModelConfig, TrainingConfig, load_config
 from clipmill.models.prior import Prior
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.dataset import ShardDataset, decode_codes, train_batches
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-from clipmill.shards.manifest import Manifest, commit_unit, freeze
+from clipmill.shards.freeze import freeze
+from clipmill.shards.manifest import Manifest
 from clipmill.shards.order import Order, num_streams
 from clipmill.training import loop
 from clipmill.training.estimate import estimate

@@ -22,7 +22,8 @@ from typing import Any
 from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.pipeline import tally
-from clipmill.shards import manifest
+from clipmill.shards import commits
+from clipmill.shards.freeze import freeze
 
 PUT_THREADS = 32
 HASH = "0" * 64
@@ -54,7 +55,7 @@ def measure(root: str, num_units: int) -> dict[str, dict[str, float]]:
     again = _count(steps, "read_with_segments", lambda: tally.read_tally(config, plan))
     assert again.total("num_videos") == NUM_VIDEOS * num_units
     known = again.parts["train"]
-    _count(steps, "freeze", lambda: manifest.freeze(url, "clips", range(num_units), {}, {}, known=known))
+    _count(steps, "freeze", lambda: freeze(url, "clips", range(num_units), {}, {}, known=known))
     return steps
 
 
@@ -124,11 +125,11 @@ def _publish_record(url: str, unit: int) -> None:
     }
     record_url = storage.join(url, "commits", f"{unit:06d}.json")
     if not storage.is_local(record_url):
-        storage.publish_document(record_url, body, manifest.SCHEMA)
+        storage.publish_document(record_url, body, commits.SCHEMA)
         return
     path = storage.local_path(record_url)  # not synced: that would take most of the time, and is not measured
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema": manifest.SCHEMA, **body}))
+    path.write_text(json.dumps({"schema": commits.SCHEMA, **body}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from clipmill.config import load_config
 from clipmill.models.export import save_export
 from clipmill.models.vqvae import VQVAE
-from clipmill.shards.manifest import freeze
+from clipmill.shards.freeze import freeze
 
 
 def clipmill(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,8 +86,8 @@ def test_a_prior_on_another_tokenizers_tokens(tmp_path):
 def _one_shard(folder: Path) -> None:
     import numpy as np
 
+    from clipmill.shards.commits import commit_unit
     from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-    from clipmill.shards.manifest import commit_unit
 
     staging = folder.parent / "staging"
     staging.mkdir(parents=True)

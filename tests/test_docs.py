@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-from clipmill.shards.manifest import commit_unit, freeze
+from clipmill.shards.freeze import freeze
 from clipmill.video import decode_mjpeg, decode_mp4, encode_mjpeg, encode_mp4
 from tests.video.test_encode import moving_disc
 

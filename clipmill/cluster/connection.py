@@ -40,6 +40,7 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 """OpenMP threads that spin while they wait made a step 4 times slower as soon as another process wanted a core."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Only small dicts travel; Ray's default of 30 % of the memory belongs to the decoders and the models."""
+START_ATTEMPTS = 3
 CONNECT_TIMEOUT_SECONDS = 15
 POLL_SECONDS = 0.5
 WAIT_WARNING_SECONDS = 60
@@ -73,6 +74,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
 
     Raises:
         UserError: Ray is not installed, or no cluster answers at the address.
+        StageFailed: an embedded Ray did not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # That tokens guard an embedded Ray is nothing a user has to decide on.
@@ -87,14 +89,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     previous = signal.getsignal(signal.SIGTERM)
     address = _address(config)
     if address is None:
-        # "local": without it Ray would join any cluster that somebody else started on this machine.
-        ray.init(
-            address="local",
-            num_cpus=config.num_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-        )
+        _start_embedded(config)
     else:
         _join(address)
     if callable(previous) and threading.current_thread() is threading.main_thread():
@@ -103,6 +98,34 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_embedded(config: ClusterConfig) -> None:
+    """Starts a Ray on this machine that ends with this process.
+
+    Raises:
+        StageFailed: it did not start. Ray gives a node 30 s, which a machine under heavy load can exceed.
+    """
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",  # else Ray joins any cluster that somebody else started on this machine
+                num_cpus=config.num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise StageFailed(
+                    f"Ray did not start on this machine in {attempt} attempts: {last_line(error)} Run again when the "
+                    "machine is less busy"
+                ) from error
+            logger.warning("Ray did not start: %s Trying again", last_line(error))
 
 
 def _join(address: str) -> None:

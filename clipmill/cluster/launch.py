@@ -1,14 +1,12 @@
 """Runs the ranks of one training run on Ray.
 
-The workers and the driver meet in a mailbox actor on the driver's node. Ranks leave their newest progress there
-(Ray Train's own ``report`` is a barrier without a timeout), the driver leaves the wish to stop, and a rank that
-ends with a ``ClipmillError`` leaves its verdict and returns normally: Ray Train retries every exception, but a user
-error or a clean interruption must be neither retried nor wrapped.
+The workers and the driver meet in a mailbox (see `clipmill.cluster.mailbox`). A rank that ends with a
+``ClipmillError`` leaves its verdict there and returns normally. Ray Train retries every exception, but a user error or
+a clean interruption must be neither retried nor wrapped.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
@@ -35,6 +33,7 @@ from clipmill.cluster.connection import (
     stop_signals,
     waiting_message,
 )
+from clipmill.cluster.mailbox import Report, start_mailbox
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted, StageFailed
 from clipmill.scratch import ScratchFolder
@@ -52,106 +51,6 @@ PEER_GRACE_SECONDS = 30
 """How long a rank that gave up lets the others come to the same end before it has the group torn down."""
 GROUP_START_TIMEOUT_SECONDS = 600
 """Ray Train's own 60 s start the wait anew on a busy machine while the workers still import torch."""
-
-
-class Mailbox:
-    """Actor on the driver's node: progress and verdicts of the ranks, and the driver's wish to stop."""
-
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
-        self._progress: dict[int, dict[str, Any]] = {}
-        self._newest: dict[int, tuple[int, int]] = {}
-        self._attempts = 0
-        self._begun_group: str | None = None
-        self._finished: set[int] = set()
-        self._verdict: tuple[str, str] | None = None
-        self._controller: ActorHandle | None = None
-        self._stop = asyncio.Event()
-        self._all_finished = asyncio.Event()
-
-    async def begin(self, rank: int, group: str) -> int | None:
-        """A rank of a new group starts, as attempt number so many; None: a verdict stands or the driver wants to stop.
-
-        Where one rank of a group has begun, a stop lets the others begin too: it would wait for them.
-        """
-        self._attempts += 1
-        self._finished.discard(rank)
-        self._all_finished.clear()
-        if self._verdict is None and self._stop.is_set() and group != self._begun_group:
-            self._verdict = ("Interrupted", "stopped before the training began; submit the same command again")
-        if self._verdict is not None:
-            return None
-        self._begun_group = group
-        return self._attempts
-
-    async def put(self, rank: int, number: tuple[int, int], progress: dict[str, Any]) -> None:
-        """Keeps the newest progress of a rank, by (attempt, update): async actors may run calls out of order."""
-        if number > self._newest.get(rank, (0, 0)):
-            self._newest[rank] = number
-            self._progress[rank] = progress
-
-    async def finish(self, rank: int, verdict: tuple[str, str] | None) -> None:
-        """A rank ends; the first verdict (class name and message of a ClipmillError) stands."""
-        self._verdict = self._verdict or verdict
-        self._finished.add(rank)
-        if len(self._finished) == self._num_ranks:
-            self._all_finished.set()
-
-    async def take(self) -> tuple[list[dict[str, Any]], bool, tuple[str, str] | None]:
-        """For the driver: progress since the last call in rank order, whether a rank began, the verdict."""
-        progress = [self._progress[rank] for rank in sorted(self._progress)]
-        self._progress.clear()
-        return progress, self._attempts > 0, self._verdict
-
-    async def introduce(self, controller: ActorHandle) -> None:
-        """Ray Train's controller of the ranks begins."""
-        self._controller = controller
-
-    async def controller(self) -> ActorHandle | None:
-        """Ray Train's controller, if it has begun."""
-        return self._controller
-
-    async def request_stop(self) -> None:
-        """The driver wants the ranks to checkpoint and end."""
-        self._stop.set()
-
-    async def stopped(self) -> None:
-        """Returns when the driver wants to stop: a rank holds this call open instead of asking again and again."""
-        await self._stop.wait()
-
-    async def all_finished(self) -> None:
-        """Returns when every rank has ended."""
-        await self._all_finished.wait()
-
-
-class Report:
-    """A training rank's line to the driver; neither direction ever blocks the training step."""
-
-    def __init__(self, mailbox: ActorHandle, rank: int, attempt: int) -> None:
-        self._mailbox = mailbox
-        self._rank, self._attempt, self._updates = rank, attempt, 0
-        self._sent: Any = None
-        self._stopped = mailbox.stopped.remote()
-
-    def update(self, progress: dict[str, Any]) -> None:
-        """Shows the driver this rank's newest progress: a small dict of plain values."""
-        self._updates += 1
-        self._sent = self._mailbox.put.remote(self._rank, (self._attempt, self._updates), progress)
-
-    def flush(self) -> None:
-        """Waits until the newest progress has arrived."""
-        import ray
-
-        if self._sent is not None:
-            ray.get(self._sent)
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether the driver was told to stop (or is gone): checkpoint, then raise Interrupted."""
-        import ray
-
-        ready, _ = ray.wait([self._stopped], timeout=0)
-        return bool(ready)
 
 
 def _run_rank(task: dict[str, Any]) -> None:
@@ -220,7 +119,7 @@ def run_workers(
     with connect(config), stop_signals() as stop:
         bundle = _training_bundle(config)
         require_capacity(config, bundle, config.training_workers, waited_seconds=0)
-        mailbox = _start_mailbox(config.training_workers)
+        mailbox = start_mailbox(config.training_workers)
         task = {"mailbox": mailbox, "train": train, "payload": payload, "num_threads": max(1, int(bundle["CPU"]))}
         storage = ScratchFolder("train")
         fit = _Fit(config, bundle, task, name, str(storage.path))
@@ -246,15 +145,6 @@ def _training_bundle(config: ClusterConfig) -> dict[str, float]:
         if num_bundles({"CPU": num_cpus, "GPU": num_gpus}, nodes) >= config.training_workers:
             return {"CPU": float(num_cpus), "GPU": num_gpus}
     return {"CPU": 1.0, "GPU": num_gpus}
-
-
-def _start_mailbox(num_ranks: int) -> ActorHandle:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # It must not die with another node, and one that outlives the driver has nobody to serve.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(num_ranks)
 
 
 def _trainer(base: type, mailbox: ActorHandle) -> type:

@@ -9,8 +9,9 @@ import numpy as np
 
 from clipmill import storage
 from clipmill.errors import UserError
+from clipmill.shards.commits import committed_units, read_commits
 from clipmill.shards.dataset import ShardDataset, decode_clip
-from clipmill.shards.manifest import Manifest, committed_units, read_commits
+from clipmill.shards.manifest import Manifest
 from clipmill.video.pictures import contact_sheet
 
 __all__ = ["inspect"]

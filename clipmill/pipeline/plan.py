@@ -45,8 +45,9 @@ from clipmill.config import RunConfig, changed_keys, identity
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import Lease
 from clipmill.scratch import ScratchFolder
+from clipmill.shards.commits import SHA256, is_count
 from clipmill.shards.format import file_sha256
-from clipmill.shards.manifest import SHA256, SPLITS, is_count
+from clipmill.shards.manifest import SPLITS
 
 __all__ = [
     "PLAN_COLUMNS",

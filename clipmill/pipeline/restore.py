@@ -12,8 +12,9 @@ from clipmill.errors import UserError
 from clipmill.pipeline.digest import digest
 from clipmill.pipeline.plan import Plan, Unit
 from clipmill.pipeline.tally import Tally
+from clipmill.shards.commits import ShardEntry, entry_of, read_commit, restore_unit
 from clipmill.shards.format import Part
-from clipmill.shards.manifest import SPLITS, Manifest, ShardEntry, entry_of, read_commit, restore_unit
+from clipmill.shards.manifest import SPLITS, Manifest
 
 __all__ = ["Lost", "LostUnit", "find_lost", "lost_units", "restore"]
 

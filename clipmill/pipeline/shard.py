@@ -28,8 +28,10 @@ from clipmill.pipeline.sources import check_source
 from clipmill.pipeline.tally import SEGMENT_UNITS, Tally, publish_tally, read_tally
 from clipmill.pipeline.unit import make_worker
 from clipmill.progress import bar
+from clipmill.shards.commits import committed_units
+from clipmill.shards.freeze import freeze
 from clipmill.shards.interop import publish_energon
-from clipmill.shards.manifest import SPLITS, Manifest, committed_units, freeze
+from clipmill.shards.manifest import SPLITS, Manifest
 from clipmill.video import decord_version
 
 __all__ = ["folder_url", "is_finished", "plan_more", "run"]

@@ -25,7 +25,8 @@ from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.digest import digest
 from clipmill.pipeline.plan import Plan
-from clipmill.shards.manifest import SPLITS, ShardEntry, committed_units, read_commit, read_commits
+from clipmill.shards.commits import ShardEntry, committed_units, read_commit, read_commits
+from clipmill.shards.manifest import SPLITS
 
 __all__ = ["SEGMENT_UNITS", "SplitCounts", "Tally", "publish_tally", "read_tally"]
 

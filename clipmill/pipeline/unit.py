@@ -28,8 +28,8 @@ from clipmill.pipeline.samples import HeldSamples
 from clipmill.pipeline.uploads import Uploads
 from clipmill.pipeline.versions import versions
 from clipmill.scratch import ScratchFolder
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import UnitWriter
-from clipmill.shards.manifest import commit_unit
 from clipmill.video import Decoder, Limits, decord_version
 
 __all__ = ["make_worker"]

@@ -9,8 +9,8 @@ from typing import Self
 
 from clipmill.lease import Lease
 from clipmill.pipeline.ahead import longest_wait
+from clipmill.shards.commits import publish_part
 from clipmill.shards.format import Part
-from clipmill.shards.manifest import publish_part
 
 __all__ = ["Uploads"]
 

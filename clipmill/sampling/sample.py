@@ -23,7 +23,9 @@ from clipmill.models.export import require_prior
 from clipmill.progress import bar
 from clipmill.sampling.given import require_given
 from clipmill.sampling.worker import Job, make_worker
-from clipmill.shards.manifest import Manifest, committed_units, freeze, read_commit
+from clipmill.shards.commits import committed_units, read_commit
+from clipmill.shards.freeze import freeze
+from clipmill.shards.manifest import Manifest
 
 __all__ = ["clip_recipes", "folder_url", "is_finished", "new_job", "run"]
 

@@ -19,9 +19,9 @@ from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.sampling.generate import generate
 from clipmill.sampling.given import condition_of_clips, known_class, prefix_of_clips, require_given
 from clipmill.scratch import ScratchFolder
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.format import Sample, UnitWriter, code_dtype, json_bytes, npy_bytes
-from clipmill.shards.manifest import commit_unit
 
 __all__ = ["Job", "make_worker"]
 

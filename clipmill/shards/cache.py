@@ -35,8 +35,9 @@ import numpy as np
 from clipmill import storage
 from clipmill.errors import StageFailed, StorageUnavailable, UserError
 from clipmill.scratch import private_folder
+from clipmill.shards.commits import ShardEntry
 from clipmill.shards.format import INDEX_SUFFIX, read_index
-from clipmill.shards.manifest import Manifest, ShardEntry
+from clipmill.shards.manifest import Manifest
 
 __all__ = ["OpenShard", "ShardCache", "needed_cache_bytes"]
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import yaml
 
 from clipmill import storage
-
-if TYPE_CHECKING:
-    from clipmill.shards.manifest import Manifest
+from clipmill.shards.manifest import Manifest
 
 __all__ = ["publish_changed", "publish_energon", "shard_lists"]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from clipmill import storage
 from clipmill.lease import Lease, hold
 from clipmill.scratch import ScratchFolder
+from clipmill.shards.commits import read_parts, unit_of
 from clipmill.shards.format import INDEX_SUFFIX
-from clipmill.shards.manifest import SPLITS, read_parts, unit_of
+from clipmill.shards.manifest import SPLITS
 from clipmill.shards.verify import find_orphans, named_shards
 
 __all__ = ["prune", "stage_folder"]

@@ -19,9 +19,10 @@ from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.progress import bar
 from clipmill.scratch import ScratchFolder
+from clipmill.shards.commits import ShardEntry, committed_units, read_parts, unit_of
 from clipmill.shards.format import INDEX_SUFFIX, file_sha256, parse_npy, read_index, read_sample
 from clipmill.shards.interop import shard_lists
-from clipmill.shards.manifest import Manifest, ShardEntry, committed_units, read_parts, unit_of
+from clipmill.shards.manifest import Manifest
 
 __all__ = ["VerifyReport", "find_orphans", "named_shards", "verify"]
 

@@ -36,10 +36,12 @@ from clipmill.models.quantizers import codebook_metrics, table_rows
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.progress import bar
 from clipmill.scratch import ScratchFolder
+from clipmill.shards.commits import commit_unit, committed_units, read_commits
 from clipmill.shards.dataset import ShardDataset, decode_clip
 from clipmill.shards.format import Sample, UnitWriter, code_dtype, npy_bytes, parse_npy
+from clipmill.shards.freeze import freeze
 from clipmill.shards.interop import publish_energon
-from clipmill.shards.manifest import SPLITS, Manifest, commit_unit, committed_units, freeze, read_commits
+from clipmill.shards.manifest import SPLITS, Manifest
 
 __all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
 

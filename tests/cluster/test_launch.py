@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from clipmill.cluster import Report, connect, is_embedded, run_workers
-from clipmill.cluster.launch import Mailbox
+from clipmill.cluster.mailbox import Mailbox
 from clipmill.config import ClusterConfig
 from clipmill.errors import StageFailed, UserError
 
@@ -128,7 +128,7 @@ class Driver:
         output, _ = self.process.communicate(timeout=120)
         return self.process.returncode, output.strip().splitlines()[-1]
 
-    def survivors(self, timeout_seconds: float = 30) -> list[psutil.Process]:
+    def survivors(self, timeout_seconds: float = 60) -> list[psutil.Process]:
         return psutil.wait_procs(self.family, timeout=timeout_seconds)[1]
 
 

@@ -16,8 +16,10 @@ from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.sampling import sample
 from clipmill.sampling.worker import make_worker
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-from clipmill.shards.manifest import Manifest, commit_unit, freeze
+from clipmill.shards.freeze import freeze
+from clipmill.shards.manifest import Manifest
 
 CLASSES = ["down", "left", "up"]
 HEIGHT, WIDTH = 12, 16

@@ -18,7 +18,7 @@ from clipmill.errors import StorageUnavailable, UserError
 from clipmill.pipeline import ahead, clips
 from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.plan import Unit
-from clipmill.shards.manifest import committed_units
+from clipmill.shards.commits import committed_units
 from clipmill.video import DecoderLost
 from tests.pipeline.corpus import video_bytes
 from tests.pipeline.test_unit import one_unit, samples_of, shard

@@ -20,7 +20,8 @@ from clipmill.pipeline.inspect import inspect
 from clipmill.pipeline.plan import Plan, load_plan
 from clipmill.pipeline.planning import generation
 from clipmill.pipeline.sources.record import EDGE_BYTES
-from clipmill.shards.manifest import SPLITS, Manifest, committed_units
+from clipmill.shards.commits import committed_units
+from clipmill.shards.manifest import SPLITS, Manifest
 from clipmill.shards.verify import verify
 from tests.pipeline.corpus import (
     CLASSES,

@@ -13,7 +13,8 @@ import pytest
 from clipmill.config import RunConfig
 from clipmill.pipeline.plan import load_plan
 from clipmill.pipeline.sources.record import edges_sha256
-from clipmill.shards.manifest import SPLITS, commit_unit
+from clipmill.shards.commits import commit_unit
+from clipmill.shards.manifest import SPLITS
 from clipmill.storage import connection
 from tests.pipeline.corpus import extend_plan, make_plan, run_config
 from tests.s3.emulated import EmulatedS3

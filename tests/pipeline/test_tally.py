@@ -12,7 +12,7 @@ from clipmill.config import RunConfig
 from clipmill.pipeline import tally as tally_module
 from clipmill.pipeline.plan import Plan
 from clipmill.pipeline.tally import Tally, publish_tally, read_tally
-from clipmill.shards.manifest import commit_unit
+from clipmill.shards.commits import commit_unit
 from tests.pipeline.corpus import make_plan, run_config, write_corpus
 
 

@@ -19,8 +19,8 @@ from clipmill.lease import Lease, hold
 from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.plan import PlannedVideo, Unit
 from clipmill.pipeline.unit import make_worker
+from clipmill.shards.commits import committed_units, read_commit
 from clipmill.shards.dataset import decode_clip
-from clipmill.shards.manifest import committed_units, read_commit
 from clipmill.video import decord_version, encode_mp4
 from clipmill.video.worker import is_measured
 from tests.pipeline.corpus import make_plan, run_config, video_bytes, write_corpus

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import Part, Sample, UnitWriter, json_bytes, npy_bytes
-from clipmill.shards.manifest import Manifest, commit_unit, freeze
+from clipmill.shards.freeze import freeze
+from clipmill.shards.manifest import Manifest
 
 
 def code_sample(video: int, clip: int) -> Sample:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from clipmill.shards.augment import ClipAugmentation
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.dataset import ShardDataset, decode_clip, train_batches
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-from clipmill.shards.manifest import commit_unit, freeze
+from clipmill.shards.freeze import freeze
 
 CROP = (5, 6)
 FRAMES = np.random.default_rng(0).integers(0, 255, (3, 8, 9, 3), np.uint8)

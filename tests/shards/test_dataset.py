@@ -19,9 +19,11 @@ import torch
 from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.shards import cache as shard_cache
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes, eval_batches, train_batches
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-from clipmill.shards.manifest import Manifest, commit_unit, freeze
+from clipmill.shards.freeze import freeze
+from clipmill.shards.manifest import Manifest
 from clipmill.shards.order import Order, num_streams
 from clipmill.video import encode_mp4
 from tests.shards.folders import write_dataset

@@ -10,7 +10,8 @@ import pytest
 
 from clipmill.errors import UserError
 from clipmill.models.export import read_latest
-from clipmill.shards.manifest import Manifest, ShardEntry, _manifest, read_commit
+from clipmill.shards.commits import ShardEntry, read_commit
+from clipmill.shards.manifest import Manifest, make_manifest
 from clipmill.training.checkpoint import Checkpoint, fetch
 from tests.shards.folders import write_dataset
 
@@ -50,7 +51,7 @@ def write_manifest(folder: Path, entry: dict[str, Any], **changed: Any) -> str:
     fields = {name: entry.get(name) for name in ShardEntry._fields}
     document: dict[str, Any] = {"kind": "clips", "recipe": {}, "facts": {}, **changed}
     try:
-        made = _manifest("", document["kind"], (ShardEntry(**fields),), document["recipe"], document["facts"])  # type: ignore[arg-type]
+        made = make_manifest("", document["kind"], (ShardEntry(**fields),), document["recipe"], document["facts"])  # type: ignore[arg-type]
         fingerprint = made.fingerprint
     except TypeError:  # counts that cannot be added
         fingerprint = HASH

@@ -11,8 +11,10 @@ import webdataset
 
 from clipmill import storage
 from clipmill.errors import UserError
+from clipmill.shards.commits import commit_unit, committed_units, read_commit
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, parse_npy
-from clipmill.shards.manifest import Manifest, commit_unit, committed_units, freeze, read_commit
+from clipmill.shards.freeze import freeze
+from clipmill.shards.manifest import Manifest
 from tests.shards.folders import write_dataset, write_parts
 
 

@@ -11,8 +11,9 @@ import pytest
 from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.lease import hold
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import Sample, UnitWriter, json_bytes
-from clipmill.shards.manifest import commit_unit, freeze
+from clipmill.shards.freeze import freeze
 from clipmill.shards.prune import prune
 from clipmill.shards.verify import verify
 from clipmill.video import encode_mp4

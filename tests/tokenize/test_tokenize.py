@@ -17,9 +17,10 @@ from clipmill.errors import UserError
 from clipmill.lease import hold
 from clipmill.models.export import load_vqvae, save_export
 from clipmill.models.vqvae import VQVAE, latent_shape, to_input
+from clipmill.shards.commits import committed_units, read_commit
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.format import code_dtype
-from clipmill.shards.manifest import SPLITS, Manifest, committed_units, read_commit
+from clipmill.shards.manifest import SPLITS, Manifest
 from clipmill.tokenize import tokenize
 from tests.pipeline.corpus import NUM_FRAMES, RESOLUTION, facts_of, files_of, run_config, run_shard, write_corpus
 

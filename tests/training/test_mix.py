@@ -14,7 +14,8 @@ from clipmill.config import RunConfig, load_config
 from clipmill.errors import UserError
 from clipmill.metrics import read_metrics
 from clipmill.models.export import read_latest
-from clipmill.shards.manifest import SCHEMA, Manifest, freeze
+from clipmill.shards.freeze import freeze
+from clipmill.shards.manifest import SCHEMA, Manifest
 from clipmill.training import prior, vqvae
 from tests.evaluation.toy_run import toy_config, write_run
 from tests.training.processes import start

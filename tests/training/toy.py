@@ -13,8 +13,9 @@ from clipmill.config import load_config
 from clipmill.metrics import read_metrics
 from clipmill.models.export import save_export
 from clipmill.models.vqvae import VQVAE
+from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
-from clipmill.shards.manifest import commit_unit, freeze
+from clipmill.shards.freeze import freeze
 
 STEPS = 40
 CHECKPOINT_EVERY = 8

@@ -33,7 +33,7 @@ from clipmill.pipeline.planning.identity import is_md5, whole_md5
 from clipmill.pipeline.planning.listing import LISTED_COLUMNS
 from clipmill.pipeline.planning.spool import Spool
 from clipmill.pipeline.sources.record import edges_sha256, file_identity
-from clipmill.shards.manifest import committed_units, read_commits
+from clipmill.shards.commits import committed_units, read_commits
 
 __all__ = [
     "Strangers",

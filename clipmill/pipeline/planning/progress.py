@@ -27,8 +27,8 @@ from clipmill.config import RunConfig, SourceConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.pipeline.sources import is_file
+from clipmill.shards.commits import is_count
 from clipmill.shards.format import file_sha256
-from clipmill.shards.manifest import is_count
 
 __all__ = ["Progress"]
 

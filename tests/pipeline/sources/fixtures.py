@@ -18,7 +18,8 @@ from clipmill.lease import hold
 from clipmill.pipeline.budget import Allowance
 from clipmill.pipeline.sources.tfrecord import masked_crc32c
 from clipmill.pipeline.unit import make_worker
-from clipmill.shards.manifest import SPLITS, committed_units, read_commits
+from clipmill.shards.commits import committed_units, read_commits
+from clipmill.shards.manifest import SPLITS
 from tests.pipeline.corpus import make_plan, video_bytes
 
 UCF_CLASSES = ("ApplyEyeMakeup", "YoYo")

@@ -1,0 +1,128 @@
+"""The mailbox in which the driver of a training and its ranks meet: an actor on the driver's node.
+
+Ranks leave their newest progress there, because Ray Train's own ``report`` is a barrier without a timeout. The driver
+leaves its wish to stop. A rank that ends with a `ClipmillError` leaves it as its verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+__all__ = ["Mailbox", "Report", "start_mailbox"]
+
+
+class Mailbox:
+    """Actor on the driver's node: progress and verdicts of the ranks, and the driver's wish to stop."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._progress: dict[int, dict[str, Any]] = {}
+        self._newest: dict[int, tuple[int, int]] = {}
+        self._attempts = 0
+        self._begun_group: str | None = None
+        self._finished: set[int] = set()
+        self._verdict: tuple[str, str] | None = None
+        self._controller: ActorHandle | None = None
+        self._stop = asyncio.Event()
+        self._all_finished = asyncio.Event()
+
+    async def begin(self, rank: int, group: str) -> int | None:
+        """Registers a rank of a new group.
+
+        Once one rank of a group has begun, a stop lets its other ranks begin too: the first would wait for them.
+
+        Returns:
+            The attempt's number. None: there is a verdict already, or the driver wants to stop.
+        """
+        self._attempts += 1
+        self._finished.discard(rank)
+        self._all_finished.clear()
+        if self._verdict is None and self._stop.is_set() and group != self._begun_group:
+            self._verdict = ("Interrupted", "stopped before the training began; submit the same command again")
+        if self._verdict is not None:
+            return None
+        self._begun_group = group
+        return self._attempts
+
+    async def put(self, rank: int, number: tuple[int, int], progress: dict[str, Any]) -> None:
+        """Keeps the newest progress of a rank, by (attempt, update): async actors may run calls out of order."""
+        if number > self._newest.get(rank, (0, 0)):
+            self._newest[rank] = number
+            self._progress[rank] = progress
+
+    async def finish(self, rank: int, verdict: tuple[str, str] | None) -> None:
+        """A rank ends; the first verdict (class name and message of a ClipmillError) stands."""
+        self._verdict = self._verdict or verdict
+        self._finished.add(rank)
+        if len(self._finished) == self._num_ranks:
+            self._all_finished.set()
+
+    async def take(self) -> tuple[list[dict[str, Any]], bool, tuple[str, str] | None]:
+        """For the driver: progress since the last call in rank order, whether a rank began, the verdict."""
+        progress = [self._progress[rank] for rank in sorted(self._progress)]
+        self._progress.clear()
+        return progress, self._attempts > 0, self._verdict
+
+    async def introduce(self, controller: ActorHandle) -> None:
+        """Ray Train's controller of the ranks begins."""
+        self._controller = controller
+
+    async def controller(self) -> ActorHandle | None:
+        """Ray Train's controller, if it has begun."""
+        return self._controller
+
+    async def request_stop(self) -> None:
+        """The driver wants the ranks to checkpoint and end."""
+        self._stop.set()
+
+    async def stopped(self) -> None:
+        """Returns when the driver wants to stop: a rank holds this call open instead of asking again and again."""
+        await self._stop.wait()
+
+    async def all_finished(self) -> None:
+        """Returns when every rank has ended."""
+        await self._all_finished.wait()
+
+
+class Report:
+    """A training rank's line to the driver; neither direction ever blocks the training step."""
+
+    def __init__(self, mailbox: ActorHandle, rank: int, attempt: int) -> None:
+        self._mailbox = mailbox
+        self._rank, self._attempt, self._updates = rank, attempt, 0
+        self._sent: Any = None
+        self._stopped = mailbox.stopped.remote()
+
+    def update(self, progress: dict[str, Any]) -> None:
+        """Shows the driver this rank's newest progress: a small dict of plain values."""
+        self._updates += 1
+        self._sent = self._mailbox.put.remote(self._rank, (self._attempt, self._updates), progress)
+
+    def flush(self) -> None:
+        """Waits until the newest progress has arrived."""
+        import ray
+
+        if self._sent is not None:
+            ray.get(self._sent)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the driver was told to stop (or is gone): checkpoint, then raise Interrupted."""
+        import ray
+
+        ready, _ = ray.wait([self._stopped], timeout=0)
+        return bool(ready)
+
+
+def start_mailbox(num_ranks: int) -> ActorHandle:
+    """Starts the mailbox of a group on this node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # It must not die with another node, and one that outlives the driver has nobody to serve.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(num_ranks)
