@@ -26,6 +26,9 @@ class TokenizeConfig(Section):
     file ``h.npy`` holds float [length, channels], of one shape for all. Any text encoder may write it."""
 
 
+Temperature = Annotated[float, Field(gt=0)]
+
+
 class SampleConfig(Section):
     """Stage ``sample``: videos from the newest export of the prior."""
 
@@ -33,9 +36,14 @@ class SampleConfig(Section):
     """Samples go to ``samples/NAME`` under ``root``."""
     num_samples: Annotated[PositiveInt, FREE] = 64
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Temperature | Annotated[tuple[Temperature, ...], Field(min_length=1)] = 1.0
+    """Divides the logits. A list has one for each latent frame; its last value holds for all later frames."""
     top_k: PositiveInt | None = None
+    """Keep the k most likely codes, and ties with the k-th. None keeps all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the most likely codes until their probabilities sum to this. 1 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Keep codes at least this many times as likely as the most likely one. 0 keeps all."""
     classes: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = None
     """Names of classes to draw from in turn; none: all of them in turn. Those of a published prior are numbers."""
     guidance: Annotated[float, Field(ge=0)] = 1.0

@@ -1,22 +1,27 @@
 """Draws codes from a prior, each sample from noise of its own.
 
-Sample i is a function of (prior, settings, seed, i): position p of it uses the p-th uniform of a
-counter-based generator (Philox, Salmon et al., SC 2011) keyed by (seed, i), and turns it into a code by
-the inverse of the distribution's cumulative sum in float64. Neither the other samples of the batch nor
-the order of the draws enter.
+Sample i is a function of (prior, settings, seed, i): the code at a position is the argmax of its filtered logits plus
+Gumbel noise that (seed, i, position, code) alone decides. Neither the other samples of the batch nor the order of the
+draws enter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from clipmill.errors import UserError
 from clipmill.models.prior import Prior
+from clipmill.sampling.filters import Filters, draw
+from clipmill.sampling.noise import Noise
 
-__all__ = ["draw", "generate", "noise"]
+__all__ = ["generate"]
+
+_NOISE_ELEMENTS = 2**20
+"""Noise made at once: enough to pay for its operations, little enough for a cache."""
 
 
 @torch.inference_mode()
@@ -29,9 +34,8 @@ def generate(
     condition: Tensor | None = None,
     prefix: Tensor | None = None,
     guidance: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
+    filters: Filters | None = None,
+    first_frame: int = 0,
 ) -> Tensor:
     """Draws the codes of samples ``indices``; nothing in the loop waits for the device.
 
@@ -45,16 +49,21 @@ def generate(
         prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M].
         guidance: logits become ``none + guidance * (class - none)`` of those without and with the class (arXiv
             2207.12598); other than 1 needs a prior that knows the null label.
-        temperature: divides the logits.
-        top_k: keep the so many likeliest codes (and those tied with the last of them).
-        top_p: keep the fewest likeliest codes whose probabilities sum to this.
+        filters: None draws from the prior's own distribution.
+        first_frame: latent frame of the whole video at which this window of it begins. Noise and a schedule of
+            temperatures go by the place in the whole video.
 
     Returns:
         int64 [B, t, h, w], or [B, t, h, w, M] of a prior over M codebooks.
+
+    Raises:
+        UserError: logits of a sample are not finite; the message names it.
     """
+    filters = filters or Filters()
     device = prior.head.weight.device
-    batch_size = len(indices)
-    uniforms = torch.from_numpy(noise(seed, indices, prior.num_positions)).to(device)  # [L, B]
+    batch_size, per_frame = len(indices), math.prod(prior.latent_shape[1:])
+    noise = Noise(seed, indices, prior.num_codes, device)
+    temperatures = filters.temperatures(first_frame, prior.latent_shape[0])
     labels, condition, prefix = (None if x is None else x.to(device) for x in (labels, condition, prefix))
     guided = guidance != 1.0
     if guided:  # each sample twice: with its class, then without
@@ -64,49 +73,29 @@ def generate(
         condition = None if condition is None else torch.cat((condition, condition))
     cache = prior.new_cache(batch_size * (1 + guided), labels, condition)
     codes = torch.empty(prior.num_positions, batch_size, dtype=torch.int64, device=device)
+    health = torch.zeros(batch_size, device=device)
     previous, first = None, 0
     if prefix is not None and prefix.shape[1] > 0:
         prior.prefill(cache, torch.cat((prefix, prefix)) if guided else prefix)
         first = prefix[0].numel()
         codes[:first] = prefix.flatten(1).t()
         previous = codes[first - 1]
+    chunk = max(1, _NOISE_ELEMENTS // (batch_size * prior.num_codes))
     for position in range(first, prior.num_positions):
+        if (position - first) % chunk == 0:
+            chunk_noise = noise.at(first_frame * per_frame + position, min(chunk, prior.num_positions - position))
         logits = prior.step(cache, previous.repeat(2) if guided and previous is not None else previous)
         if guided:
             with_class, without = logits.chunk(2)
             logits = without + guidance * (with_class - without)
-        previous = draw(logits, uniforms[position], temperature=temperature, top_k=top_k, top_p=top_p)
+        logits = logits / temperatures[position // per_frame]
+        health += logits.sum(-1) * 0  # not a number from the first logit on that is not finite
+        previous = draw(logits, chunk_noise[(position - first) % chunk], filters)
         codes[position] = previous
+    if not (finite := health.isfinite()).all():
+        sample = indices[int(finite.logical_not().nonzero()[0])]
+        raise UserError(
+            f"sample {sample}: the logits of the prior are not finite; its weights are damaged, or "
+            "sample.guidance is too large or sample.temperature too small"
+        )
     return codes.t().reshape(batch_size, *prior.latent_shape)
-
-
-def noise(seed: int, indices: Sequence[int], num_positions: int) -> np.ndarray:
-    """Uniforms in [0, 1), float64 [num_positions, len(indices)]; column j depends on (seed, indices[j]) alone."""
-    # The raw words: numpy promises these for ever, the numbers that its Generator makes of them only for a version.
-    words = [np.random.Philox(key=np.array([seed, index], np.uint64)).random_raw(num_positions) for index in indices]
-    return (np.stack(words, 1) >> np.uint64(11)) * 2.0**-53
-
-
-def draw(logits: Tensor, uniform: Tensor, *, temperature: float, top_k: int | None, top_p: float) -> Tensor:
-    """Codes int64 [B] for uniforms float64 [B], by the inverse of the filtered cumulative distribution.
-
-    Args:
-        logits: float [B, K].
-        uniform: in [0, 1), one for each row.
-        temperature: see `generate`, as the other two.
-        top_k: see `generate`.
-        top_p: see `generate`.
-    """
-    logits = logits.double() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(descending=True, stable=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # enough probability lies before such a code
-        probabilities = ordered.masked_fill(beyond, 0).gather(-1, order.argsort(-1))
-    cumulative = probabilities.cumsum(-1)
-    # A code owns [sum before it, sum with it): a code of probability 0 owns nothing.
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)

@@ -29,7 +29,8 @@ from clipmill.shards.manifest import Manifest
 
 __all__ = ["clip_recipes", "folder_url", "is_finished", "new_job", "run"]
 
-_PRECISION = "float32"
+_RECIPE_SCHEMA = 2
+"""Raised when the same settings begin to give other samples. 1 inverted the cumulative distribution."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -129,7 +130,7 @@ def new_job(config: RunConfig, lease: Lease) -> Job:
 def _recipe(config: RunConfig, prior_sha8: str, given: Manifest | None) -> dict[str, Any]:
     """Everything that sample i depends on beside i. Names are only places: a copy elsewhere is the same data."""
     settings = {key: value for key, value in identity(config.sample).items() if key not in ("name", "given")}
-    recipe = {"sample": settings, "prior": prior_sha8, "precision": _PRECISION}
+    recipe = {"schema": _RECIPE_SCHEMA, "sample": settings, "prior": prior_sha8}
     return recipe if given is None else recipe | {"given": given.fingerprint}
 
 
@@ -138,7 +139,13 @@ def _refuse_other_recipe(config: RunConfig, recipe: dict[str, Any]) -> None:
     committed = committed_units(url)
     if not committed:
         return
-    changes = changed_keys(read_commit(url, committed[0])["recipe"], recipe)
+    recorded = read_commit(url, committed[0])["recipe"]
+    if recorded.get("schema", 1) != _RECIPE_SCHEMA:
+        raise UserError(
+            f"the samples at {url} have recipe schema {recorded.get('schema', 1)}, this clipmill makes schema "
+            f"{_RECIPE_SCHEMA}, whose noise is another; choose another sample.name, or remove the folder"
+        )
+    changes = changed_keys(recorded, recipe)
     if changes:
         raise UserError(
             f"{url} holds samples made with other settings: {', '.join(changes)}; choose another sample.name, or "

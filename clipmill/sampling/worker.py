@@ -16,6 +16,7 @@ from clipmill.models.export import load_prior
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
+from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
 from clipmill.sampling.given import condition_of_clips, known_class, prefix_of_clips, require_given
 from clipmill.scratch import ScratchFolder
@@ -72,9 +73,7 @@ def _make_batch(
             condition=condition_of_clips(clips, prior),
             prefix=prefix_of_clips(clips, settings.prefix_latents),
             guidance=settings.guidance,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
+            filters=Filters(settings.temperature, settings.top_k, settings.top_p, settings.min_p),
         )
         video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
     narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))
@@ -100,6 +99,7 @@ def _about(job: Job, index: int, label: str | None, given_key: str | None) -> di
         "temperature": settings.temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,
+        "min_p": settings.min_p,
         "guidance": settings.guidance,
         "prior": job.recipe["prior"],
     }

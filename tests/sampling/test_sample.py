@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,7 +250,19 @@ def test_an_export_that_is_no_prior_of_this_clipmill_is_refused_before_anything_
         assert not (tmp_path / name / "samples").exists()
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"seed": 1}, {"batch_size": 2}, {"top_k": 4}])
+def test_samples_with_the_noise_of_an_older_clipmill_are_refused_by_name(root: Path):
+    config = toy_config(root)
+    make_samples(config)
+    record = Path(sample.folder_url(config), "commits", "000000.json")
+    document = json.loads(record.read_text())
+    del document["recipe"]["schema"]
+    record.write_text(json.dumps(document))
+    for ask in (sample.is_finished, run):
+        with pytest.raises(UserError, match=r"samples/\w+ have recipe schema 1, .* another sample\.name"):
+            ask(config)
+
+
+@pytest.mark.parametrize("change", [{"temperature": [1.0, 0.5]}, {"seed": 1}, {"batch_size": 2}, {"min_p": 0.1}])
 def test_other_settings_need_another_name(root: Path, change: dict):
     make_samples(toy_config(root, num_samples=3))
     before = sorted(path for path in root.rglob("*"))
