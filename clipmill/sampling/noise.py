@@ -4,9 +4,9 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 seed is its key; the counter is (code div 4, position, sample's low word, its high word); code mod 4 chooses among the
 four words that come out. Nothing waits for the device.
 
-A word w becomes the uniform (w + 1/2) / 2^32 and that becomes -log(-log u). The logarithms are written out in additions,
-multiplications and divisions, each an operation of torch of its own: IEEE 754 rounds each in one way, and no compiler
-can fuse two, so a CPU and a GPU make the same bits. `torch.log` differs between them in the last place.
+A word w becomes the uniform u = (w + 1/2) / 2^32, and u becomes -log(-log u). The logarithms are written out in
+additions, multiplications and divisions, each an operation of torch of its own: IEEE 754 rounds each in one way, and no
+compiler fuses two, so a CPU and a GPU make the same bits. `torch.log` differs between them in the last place.
 """
 
 from __future__ import annotations
