@@ -56,6 +56,9 @@ class SampleConfig(Section):
     takes its clip i, round and round; of a prior with classes it also takes its class, unless ``classes`` are set."""
     batch_size: PositiveInt = 16
     """Identity: samples are bit-identical at the recorded batch size, precision and hardware class."""
+    format: Literal["mp4", "npy"] = "mp4"
+    """How a sample's pixels are stored. ``mp4``: h264 at a constant rate factor of 10, which every player shows.
+    ``npy``: lossless uint8 [T, H, W, 3]."""
 
     @field_validator("name")
     @classmethod

@@ -20,28 +20,47 @@ SHEET_CLIPS = 16
 
 
 def inspect(url: str) -> dict[str, Any]:
-    """Describes one frozen split of clips (such as ``runs/demo/clips/train``).
+    """Describes one frozen split of clips (such as ``runs/demo/clips/train``), or a set of samples.
 
     Returns:
-        ``clips``, ``videos``, ``shards``, ``bytes``, ``fingerprint``, ``recipe``; ``classes`` {label: clips} (clips
-        without a label under ``"-"``); ``video_seconds`` {min, median, max, total}, of the videos that state a
-        duration; ``excluded`` [{url, cause}]; ``contact_sheet``, a PNG of up to `SHEET_CLIPS` clips spread evenly
-        over the split, none where it is empty.
+        ``clips`` or ``samples``, ``shards``, ``bytes``, ``fingerprint``, ``recipe``; ``contact_sheet``, a PNG of up to
+        `SHEET_CLIPS` clips spread evenly over the split, none where it is empty. Of clips also ``videos``;
+        ``classes`` {label: clips} (clips without a label under ``"-"``); ``video_seconds`` {min, median, max, total},
+        of the videos that state a duration; ``excluded`` [{url, cause}].
 
     Raises:
-        UserError: there is no clip manifest.
+        UserError: there is no manifest of clips or samples.
     """
     url = storage.absolute(url)
     try:
-        manifest = Manifest.load(url, "clips")
+        manifest = Manifest.load(url)
     except FileNotFoundError as error:
         raise UserError(
             f"{url} holds no finished clips; name a split of a run, such as runs/demo/clips/train"
         ) from error
+    if manifest.kind == "tokens":
+        raise UserError(f"{url} holds tokens, of which there is no picture; name a folder of clips or samples")
+    sheet = _sheet(manifest) if manifest.num_samples else None
+    return _common(manifest) | (_of_videos(manifest) if manifest.kind == "clips" else {}) | {"contact_sheet": sheet}
+
+
+def _common(manifest: Manifest) -> dict[str, Any]:
+    """What is known of clips and of samples."""
+    return {
+        manifest.kind: manifest.num_samples,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "fingerprint": manifest.fingerprint,
+        "recipe": manifest.recipe,
+    }
+
+
+def _of_videos(manifest: Manifest) -> dict[str, Any]:
+    """What commit records say of the videos behind clips."""
     classes: Counter[str] = Counter()
     durations: list[float] = []
     excluded: dict[str, dict[str, Any]] = {}
-    for record in read_commits(url, committed_units(url)):
+    for record in read_commits(manifest.url, committed_units(manifest.url)):
         # Units ascend, so what a retried video came to last holds.
         excluded |= {video["id"]: {"url": video["url"], "cause": video["cause"]} for video in record["exclusions"]}
         for video in record["videos"]:
@@ -50,16 +69,10 @@ def inspect(url: str) -> dict[str, Any]:
             if video["info"]["duration_seconds"] is not None:
                 durations.append(video["info"]["duration_seconds"])
     return {
-        "clips": manifest.num_samples,
         "videos": manifest.facts["num_videos"],
-        "shards": len(manifest.shards),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
-        "fingerprint": manifest.fingerprint,
-        "recipe": manifest.recipe,
         "classes": dict(sorted(classes.items())),
         "video_seconds": _spread(durations),
         "excluded": list(excluded.values()),
-        "contact_sheet": _sheet(manifest) if manifest.num_samples else None,
     }
 
 

@@ -1,36 +1,40 @@
 """Stage ``sample``: the newest export of the prior makes videos, into a data set of kind ``samples``.
 
-Sample i is a function of (export, settings, seed, i), and of clip i of the data set that gives conditions and first
-latents, where the prior or the settings want those. A unit is one batch of ``sample.batch_size`` consecutive
-indices, and every batch is whole: the last one holds the surplus samples that fill it. So a unit does not depend on
-``sample.num_samples``; raising that adds units, and those on disk stay as they are.
+Sample i is a function of (export, settings, seed, i), and of clip i of what gives conditions and first latents, where
+the prior or the settings want those. `clipmill.sampling.units` says which samples a unit holds.
 
-A sample is stored as it was made: ``npy`` uint8 [T, H, W, 3], ``codes.npy`` [t, h, w] or [t, h, w, M], and ``json``
-with what made it.
+A sample is ``mp4`` (or ``npy``, uint8 [T, H, W, 3]), ``codes.npy`` [t, h, w] or [t, h, w, M], and ``json`` with what
+made it. ``preview/`` beside the shards shows some of them (`clipmill.sampling.preview`).
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from typing import Any
 
 from clipmill.cluster.fanout import fan_out
-from clipmill.config import RunConfig, SampleConfig, changed_keys, identity
+from clipmill.config import RunConfig, SampleConfig, changed_keys, frame_size, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import require_prior
 from clipmill.progress import bar
 from clipmill.sampling.given import require_given
+from clipmill.sampling.preview import has_preview, publish_preview, remove_preview
+from clipmill.sampling.units import Unit, leading_units, missing_units
 from clipmill.sampling.worker import Job, make_worker
-from clipmill.shards.commits import committed_units, read_commit
+from clipmill.shards.commits import committed_units, read_commit, read_commits
 from clipmill.shards.freeze import freeze
-from clipmill.shards.manifest import Manifest
+from clipmill.shards.manifest import Manifest, ShardEntry
 
-__all__ = ["clip_recipes", "folder_url", "is_finished", "new_job", "run"]
+__all__ = ["check_settings", "clip_recipes", "folder_url", "is_finished", "new_job", "run"]
+
+logger = logging.getLogger(__name__)
 
 _RECIPE_SCHEMA = 2
 """Raised when the same settings begin to give other samples. 1 inverted the cumulative distribution."""
+_USUAL_FPS = 8.0
+"""Frames per second of samples whose training clips kept their videos' own rates: slow enough to judge motion by."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -50,24 +54,25 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether at least ``sample.num_samples`` samples of the newest prior are frozen.
+    """Whether at least ``sample.num_samples`` samples of the newest prior are frozen, and their preview is there.
 
     Raises:
-        UserError: there is no prior yet, it does not know a class or was not trained for guidance, what it is to be
-            told is missing, or the folder holds other samples.
+        UserError: there is no prior yet, it does not know a class or was not trained for guidance, its condition is
+            missing, its videos do not fit the format, or the folder holds other samples.
     """
     body, sha8 = require_prior(config.folder("prior"))
-    _labels_in_turn(config.sample, body)
+    check_settings(config.sample, body)
     _refuse_other_recipe(config, _recipe(config, sha8, require_given(config, body)))
+    url = folder_url(config)
     try:
-        manifest = Manifest.load(folder_url(config), "samples")
+        manifest = Manifest.load(url, "samples")
     except FileNotFoundError:
         return False
-    return manifest.num_samples >= config.sample.num_samples
+    return manifest.num_samples >= config.sample.num_samples and has_preview(url)
 
 
 def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
-    """Makes the missing batches and freezes the data set.
+    """Makes the missing samples, freezes the data set and publishes its preview.
 
     Returns:
         Counts for the summary.
@@ -76,43 +81,72 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         UserError: as `is_finished`. Nothing was written.
         StageFailed: a batch failed at every attempt; the others are kept.
     """
-    body, sha8 = require_prior(config.folder("prior"))
     job = new_job(config, lease)
-    url = folder_url(config)
-    batch_size = config.sample.batch_size
-    num_units = math.ceil(config.sample.num_samples / batch_size)
-    committed = set(committed_units(url))
-    missing = [unit for unit in range(num_units) if unit not in committed]
     began = time.monotonic()
-    with bar("sample", total=num_units * batch_size, unit="videos") as progress:
-        done = num_units - len(missing)
-        progress.update(done * batch_size)
-
-        def on_result(unit: int, facts: dict[str, Any]) -> None:
-            nonlocal done
-            done += 1
-            progress.update(done * batch_size)
-
-        if missing:
-            fan_out(make_worker, (job,), missing, config=config.cluster, on_result=on_result)
-    committed.update(missing)
-    while num_units in committed:  # of an earlier, larger num_samples: nothing that was made is dropped
-        num_units += 1
+    shards, num_made = _make_missing(job)
+    body, sha8 = require_prior(config.folder("prior"))
     facts = {
         "classes": sorted({label for label in job.labels if label is not None}),
         "latent_shape": body["latent_shape"],
         "num_codes": body["num_codes"],
         "prior_step": body["step"],
     }
+    units = leading_units({unit: _num_samples(entries) for unit, entries in shards.items()})
     lease.check()
-    manifest = freeze(url, "samples", range(num_units), job.recipe, facts)
+    remove_preview(job.url)
+    manifest = freeze(job.url, "samples", units, job.recipe, facts, known=shards)
+    publish_preview(manifest, job.fps)
+    logger.info(
+        "sample: %d samples at %s, some of them in %s/preview/grid.mp4; next: `clipmill evaluate`, then `clipmill "
+        "report`, with the same config",
+        manifest.num_samples,
+        job.url,
+        job.url,
+    )
     return {
         "samples": manifest.num_samples,
-        "samples_per_second": len(missing) * batch_size / (time.monotonic() - began),
+        "samples_per_second": num_made / (time.monotonic() - began),
         "classes": len(facts["classes"]),
         "prior": sha8,
         "bytes": sum(shard.bytes for shard in manifest.shards),
     }
+
+
+def _make_missing(job: Job) -> tuple[dict[int, tuple[ShardEntry, ...]], int]:
+    """The shards of all committed units, once they hold enough samples; the number of samples made for it."""
+    settings = job.config.sample
+    shards = _committed_shards(job.url, {})
+    num_made = 0
+    with bar("sample", total=settings.num_samples, unit="videos") as progress:
+        # Once is enough, unless a run that has lost the lease commits a shorter unit of the same number meanwhile.
+        while missing := missing_units(
+            settings.num_samples,
+            settings.batch_size,
+            {unit: _num_samples(entries) for unit, entries in shards.items()},
+        ):
+            done = settings.num_samples - sum(unit.num_samples for unit in missing)
+            progress.update(done)
+
+            def on_result(unit: Unit, facts: dict[str, Any]) -> None:
+                nonlocal done, num_made
+                done += facts["samples"]
+                num_made += facts["samples"]
+                progress.update(done)
+
+            fan_out(make_worker, (job,), missing, config=job.config.cluster, on_result=on_result)
+            shards = _committed_shards(job.url, shards)
+    return shards, num_made
+
+
+def _committed_shards(url: str, known: dict[int, tuple[ShardEntry, ...]]) -> dict[int, tuple[ShardEntry, ...]]:
+    """The shards of each committed unit; the records of known ones are not read again."""
+    unknown = [unit for unit in committed_units(url) if unit not in known]
+    records = read_commits(url, unknown)
+    return known | {record["unit"]: tuple(map(ShardEntry.parse, record["parts"])) for record in records}
+
+
+def _num_samples(entries: tuple[ShardEntry, ...]) -> int:
+    return sum(entry.samples for entry in entries)
 
 
 def new_job(config: RunConfig, lease: Lease) -> Job:
@@ -122,9 +156,30 @@ def new_job(config: RunConfig, lease: Lease) -> Job:
         UserError: as `is_finished`.
     """
     body, sha8 = require_prior(config.folder("prior"))
+    labels = check_settings(config.sample, body)
     recipe = _recipe(config, sha8, require_given(config, body))
     _refuse_other_recipe(config, recipe)
-    return Job(config, lease, folder_url(config), recipe, tuple(_labels_in_turn(config.sample, body)))
+    fps = body["tokenizer"]["clip"]["clip"].get("fps") or _USUAL_FPS
+    return Job(config, lease, folder_url(config), recipe, tuple(labels), fps)
+
+
+def check_settings(settings: SampleConfig, body: dict[str, Any]) -> list[str | None]:
+    """The classes that samples take in turn (None: of no class), of settings that fit a prior.
+
+    Args:
+        settings: of the section ``sample``.
+        body: of the prior's export.
+
+    Raises:
+        UserError: a class that the prior does not know, or a size that the format cannot hold.
+    """
+    height, width = frame_size(body["tokenizer"]["clip"]["clip"]["resolution"])
+    if settings.format == "mp4" and (height % 2 or width % 2):
+        raise UserError(
+            f"samples of {height} x {width} pixels cannot be sample.format=mp4 (h264 stores colour at half the "
+            "resolution, so both axes must be even); set sample.format=npy"
+        )
+    return _labels_in_turn(settings, body)
 
 
 def _recipe(config: RunConfig, prior_sha8: str, given: Manifest | None) -> dict[str, Any]:

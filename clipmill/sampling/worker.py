@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from clipmill import storage
@@ -19,15 +20,19 @@ from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
 from clipmill.sampling.given import condition_of_clips, known_class, prefix_of_clips, require_given
+from clipmill.sampling.units import Unit
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import commit_unit
 from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.format import Sample, UnitWriter, code_dtype, json_bytes, npy_bytes
+from clipmill.video import encode_mp4
 
 __all__ = ["Job", "make_worker"]
 
 _SHARD_BYTES = 128 * 2**20
 """A constant: the bytes of a unit depend on the recipe only."""
+_CRF = 10
+"""Constant rate factor of samples as mp4: their loss is far below a tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,11 @@ class Job:
     recipe: dict[str, Any]
     labels: tuple[str | None, ...]
     """Names of the classes that samples take in turn; (None,) for a prior without classes."""
+    fps: float
+    """Frames per second at which samples play."""
 
 
-def make_worker(job: Job) -> Callable[[int], dict[str, Any]]:
+def make_worker(job: Job) -> Callable[[Unit], dict[str, Any]]:
     """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one batch."""
     device = deterministic_device(job.config.cluster)
     url = storage.join(job.config.folder("prior"), "exports", job.recipe["prior"])
@@ -54,11 +61,11 @@ def make_worker(job: Job) -> Callable[[int], dict[str, Any]]:
 
 
 def _make_batch(
-    job: Job, prior: Prior, tokenizer: VQVAE, classes: Sequence[str], given: ShardDataset | None, unit: int
+    job: Job, prior: Prior, tokenizer: VQVAE, classes: Sequence[str], given: ShardDataset | None, unit: Unit
 ) -> dict[str, Any]:
     """Generates, decodes, packs and commits the samples of one unit."""
     settings = job.config.sample
-    indices = range(unit * settings.batch_size, (unit + 1) * settings.batch_size)
+    indices = unit.batch(settings.batch_size)
     clips = [] if given is None else [given[index % len(given)] for index in indices]
     names = [job.labels[index % len(job.labels)] for index in indices]
     if clips and classes and settings.classes is None:
@@ -78,15 +85,25 @@ def _make_batch(
         video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
     narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))
     with ScratchFolder("sample") as folder:
-        writer = UnitWriter(folder, "samples", unit, _SHARD_BYTES)
-        for row, index in enumerate(indices):
+        writer = UnitWriter(folder, "samples", unit.first, _SHARD_BYTES)
+        for index in range(unit.first, unit.first + unit.num_samples):
+            row = index - indices.start
             about = _about(job, index, names[row], clips[row]["key"] if clips else None)
-            members = {"npy": npy_bytes(video[row]), "codes.npy": npy_bytes(narrow_codes[row])}
-            writer.add(Sample(f"{index:016x}_000000", {**members, "json": json_bytes(about)}))
+            members = {
+                **_pixels(settings.format, video[row], job.fps),
+                "codes.npy": npy_bytes(narrow_codes[row]),
+                "json": json_bytes(about),
+            }
+            writer.add(Sample(f"{index:016x}_000000", members))
         parts = writer.finish()
         job.lease.check()
-        commit_unit(job.url, unit, parts, {"recipe": job.recipe, "versions": computed_with(codes.device)})
-    return {"samples": len(indices)}
+        commit_unit(job.url, unit.first, parts, {"recipe": job.recipe, "versions": computed_with(codes.device)})
+    return {"samples": unit.num_samples}
+
+
+def _pixels(kind: str, video: np.ndarray, fps: float) -> dict[str, bytes]:
+    """The member that holds uint8 [T, H, W, 3]."""
+    return {"mp4": encode_mp4(video, fps, _CRF)} if kind == "mp4" else {"npy": npy_bytes(video)}
 
 
 def _about(job: Job, index: int, label: str | None, given_key: str | None) -> dict[str, Any]:
@@ -96,6 +113,7 @@ def _about(job: Job, index: int, label: str | None, given_key: str | None) -> di
         "index": index,
         "seed": settings.seed,
         "label": label,
+        "fps": job.fps,
         "temperature": settings.temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipmill.video.encode import encode_mp4
 
-__all__ = ["contact_sheet", "playing_row", "png_bytes"]
+__all__ = ["contact_sheet", "playing_grid", "playing_row", "png_bytes"]
 
 _WHITE = 255
 _SHEET_COLUMNS = 8
@@ -43,19 +43,29 @@ def contact_sheet(clips: np.ndarray) -> bytes:
 
 
 def playing_row(clips: np.ndarray, *, fps: float, scale: int, gap: int) -> bytes:
-    """An mp4 file that plays clips side by side, for the ``<video>`` element of a page.
+    """An mp4 file that plays clips side by side, for the ``<video>`` element of a page; see `playing_grid`."""
+    return playing_grid(clips, fps=fps, scale=scale, gap=gap, columns=len(clips))
+
+
+def playing_grid(clips: np.ndarray, *, fps: float, scale: int, gap: int, columns: int) -> bytes:
+    """An mp4 file that plays clips in rows; what the last row lacks is white.
 
     Args:
         clips: uint8 [N, T, H, W, 3].
         fps: frames per second.
         scale: enlargement, by whole pixels.
         gap: white pixels between the clips.
+        columns: clips in a row.
     """
-    row = _beside(list(_enlarge(clips, scale)), gap, axis=2)
-    height, width = row.shape[1:3]
+    missing = -len(clips) % columns
+    clips = np.pad(clips, ((0, missing), *((0, 0) for _ in clips.shape[1:])), constant_values=_WHITE)
+    large = list(_enlarge(clips, scale))
+    rows = [_beside(large[start : start + columns], gap, axis=2) for start in range(0, len(large), columns)]
+    grid = _beside(rows, gap, axis=1)
+    height, width = grid.shape[1:3]
     # h264 in yuv420p needs even sizes.
-    row = np.pad(row, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=_WHITE)
-    return encode_mp4(row, fps, _ROW_CRF)
+    grid = np.pad(grid, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=_WHITE)
+    return encode_mp4(grid, fps, _ROW_CRF)
 
 
 def _enlarge(clips: np.ndarray, scale: int) -> np.ndarray:

@@ -15,8 +15,9 @@ from clipmill.models.export import load_vqvae, save_export
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.sampling import sample
+from clipmill.sampling.units import missing_units
 from clipmill.sampling.worker import make_worker
-from clipmill.shards.commits import commit_unit
+from clipmill.shards.commits import commit_unit, committed_units, read_commits
 from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.freeze import freeze
 from clipmill.shards.manifest import Manifest
@@ -71,7 +72,10 @@ def make_samples(config: RunConfig) -> None:
     """The stage ``sample`` in this process: its units one after the other, then the stage, which finds them done."""
     lease = Unleased(sample.folder_url(config), 1)
     work = make_worker(sample.new_job(config, lease))
-    for unit in range(-(-config.sample.num_samples // config.sample.batch_size)):
+    url = sample.folder_url(config)
+    records = read_commits(url, committed_units(url))
+    committed = {record["unit"]: sum(part["samples"] for part in record["parts"]) for record in records}
+    for unit in missing_units(config.sample.num_samples, config.sample.batch_size, committed):
         work(unit)
     sample.run(config, lease)
 
