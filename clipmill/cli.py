@@ -282,14 +282,14 @@ def verify(
     from clipmill.shards.verify import verify as verify_dataset
 
     reports = {dataset_url: verify_dataset(dataset_url, deep) for dataset_url in stages.find_datasets(url)}
-    damaged = {dataset_url: report.damaged_units for dataset_url, report in reports.items() if report.damaged_units}
+    damaged = {dataset_url: report.damaged_units for dataset_url, report in reports.items() if report.needs_repair}
     if repair and damaged:
         stages.repair(url, damaged, load_config(config) if config else None)
         reports |= {dataset_url: verify_dataset(dataset_url, deep) for dataset_url in damaged}
     for dataset_url, report in reports.items():
         removed = prune_orphans(dataset_url, report.orphans, grace_seconds) if prune else []
         _print_report(dataset_url, report, removed)
-        if report.damaged_units:
+        if report.needs_repair:
             print(f"  {stages.way_back(dataset_url)}")
     if any(report.problems for report in reports.values()):
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ Everything else is a bug or an outage: it keeps its traceback and exits 1.
 
 from __future__ import annotations
 
-__all__ = ["ClipmillError", "Interrupted", "StageFailed", "StorageUnavailable", "UserError"]
+__all__ = ["ClipmillError", "DamagedDocument", "Interrupted", "StageFailed", "StorageUnavailable", "UserError"]
 
 
 class ClipmillError(Exception):
@@ -26,6 +26,10 @@ class UserError(ClipmillError):
     """Something the user can fix (exit 2): the message says what is wrong, where, and what to do."""
 
     exit_status = 2
+
+
+class DamagedDocument(UserError):
+    """A document of a run cannot be read. Whoever can derive it from others writes it anew."""
 
 
 class Interrupted(ClipmillError):

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipmill import storage
 from clipmill.config import RunConfig
-from clipmill.errors import UserError
+from clipmill.errors import DamagedDocument, UserError
 from clipmill.pipeline.digest import digest
 from clipmill.pipeline.plan import Plan, Unit
 from clipmill.pipeline.tally import Tally
@@ -94,7 +94,7 @@ def find_lost(config: RunConfig, plan: Plan, tally: Tally, damaged: Mapping[str,
         url = config.folder("clips", split)
         try:
             manifest = Manifest.load(url, "clips")
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedDocument):  # then the commit records alone say what there was
             manifest = None
         frozen = {} if manifest is None else manifest.units()
         versions = () if manifest is None else tuple(manifest.facts.get("versions", ()))

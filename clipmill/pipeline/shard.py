@@ -18,7 +18,7 @@ from typing import Any, overload
 from clipmill import storage
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig, identity
-from clipmill.errors import StageFailed
+from clipmill.errors import DamagedDocument, StageFailed
 from clipmill.lease import Lease
 from clipmill.pipeline.budget import Allowance, allowed_failures
 from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_generations
@@ -102,6 +102,9 @@ def _is_frozen(config: RunConfig) -> bool:
     try:
         manifests = [Manifest.load(config.folder("clips", split), "clips") for split in SPLITS]
     except FileNotFoundError:
+        return False
+    except DamagedDocument as error:
+        logger.warning("%s: it is made again of the commit records", error)
         return False
     if not all(manifest.facts["num_generations"] == num_generations for manifest in manifests):
         return False

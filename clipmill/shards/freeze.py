@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipmill import storage
+from clipmill.errors import DamagedDocument
 from clipmill.shards.commits import SCHEMA, ShardEntry, read_commits
 from clipmill.shards.interop import publish_changed, shard_lists
 from clipmill.shards.manifest import Kind, Manifest, make_manifest
@@ -56,9 +57,10 @@ def freeze(
         "facts": facts,
     }
     document_url = storage.join(url, "manifest.json")
-    if not storage.exists(document_url) or storage.read_document(document_url, SCHEMA) != {
-        "schema": SCHEMA,
-        **document,
-    }:
+    try:
+        is_there = storage.read_document(document_url, SCHEMA) == {"schema": SCHEMA, **document}
+    except (FileNotFoundError, DamagedDocument):
+        is_there = False
+    if not is_there:
         storage.publish_document(document_url, document, SCHEMA)
     return manifest

@@ -17,7 +17,7 @@ import numpy as np
 
 from clipmill import storage
 from clipmill.config import fingerprint
-from clipmill.errors import UserError
+from clipmill.errors import DamagedDocument, UserError
 from clipmill.shards.commits import SCHEMA, ShardEntry, damage_of, is_count, unit_of
 
 __all__ = ["SPLITS", "Kind", "Manifest", "make_manifest"]
@@ -71,7 +71,8 @@ class Manifest:
 
         Raises:
             FileNotFoundError: there is none, the data set is not finished.
-            UserError: it is damaged, of a newer schema, or holds something else than ``kind``.
+            DamagedDocument: it cannot be read.
+            UserError: it has a newer schema, or holds something else than ``kind``.
         """
         document_url = storage.join(url, "manifest.json")
         with _garbage_collection_paused():
@@ -79,7 +80,7 @@ class Manifest:
             try:
                 manifest = _parse_manifest(url, document)
             except (KeyError, TypeError, ValueError, RecursionError) as error:
-                raise UserError(
+                raise DamagedDocument(
                     f"{document_url} is damaged ({damage_of(error)}); restore it, or remove it and run the data set's "
                     "stage again"
                 ) from error

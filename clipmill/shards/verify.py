@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from clipmill import storage
-from clipmill.errors import UserError
+from clipmill.errors import DamagedDocument, UserError
 from clipmill.progress import bar
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import ShardEntry, committed_units, read_parts, unit_of
@@ -42,12 +42,19 @@ class VerifyReport:
     """One line each: object and cause. Empty: the data set is whole."""
     damaged_units: set[int] = field(default_factory=set)
     """Units of which a shard, an index or the commit record is missing or damaged."""
+    has_damaged_lists: bool = False
+    """The manifest of a finished data set, or a list made of it, is damaged or missing."""
     orphans: list[str] = field(default_factory=list)
     """Names of files that no commit record names: left by killed writers, or being written right now."""
     num_units: int = 0
     num_shards: int = 0
     num_samples: int = 0
     num_bytes: int = 0
+
+    @property
+    def needs_repair(self) -> bool:
+        """Whether something is damaged that `clipmill.stages.repair` can make again."""
+        return bool(self.damaged_units) or self.has_damaged_lists
 
 
 def verify(url: str, deep: bool) -> VerifyReport:
@@ -58,19 +65,29 @@ def verify(url: str, deep: bool) -> VerifyReport:
         deep: parse and decode every member of every sample too.
 
     Raises:
-        UserError: the manifest is damaged or of a newer schema.
+        UserError: there is no data set, or its manifest has a newer schema.
     """
     units = committed_units(url)
-    manifest = _read_manifest(url)
-    if not units and manifest is None:
-        raise UserError(f"{url} holds no data set; name a folder with commits and tars, such as ROOT/clips/train")
     report = VerifyReport(num_units=len(units))
+    manifest = None
+    try:
+        manifest = Manifest.load(url)
+    except FileNotFoundError:
+        report.problems.append("manifest.json: absent; the stage that writes this data set has not finished")
+        if not units:
+            raise UserError(
+                f"{url} holds no data set; name a folder with commits and tars, such as ROOT/clips/train"
+            ) from None
+    except DamagedDocument as error:
+        report.problems.append(str(error))
+        report.has_damaged_lists = True
     committed = _committed_shards(url, units, report)
     shards = list(dict.fromkeys([*committed, *(manifest.shards if manifest else ())]))
     report.num_shards = len(shards)
     # What the objects of a unit are whose record cannot be read is not known.
     report.orphans = [name for name in find_orphans(url, shards) if unit_of(name) not in report.damaged_units]
-    _check_manifest(url, committed, manifest, report)
+    if manifest is not None:
+        _check_manifest(url, committed, manifest, report)
     present = {entry.name: entry.bytes for entry in storage.list_folder(url)}
     with bar("verify", total=len(shards), unit="shards") as progress:
         check = partial(_check_shard, url, present=present, deep=deep)
@@ -143,11 +160,8 @@ def _committed_shards(url: str, units: Sequence[int], report: VerifyReport) -> l
     return shards
 
 
-def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifest | None, report: VerifyReport) -> None:
+def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifest, report: VerifyReport) -> None:
     """The manifest against the commit records, which may have got ahead of it, and the lists for other readers."""
-    if manifest is None:
-        report.problems.append("manifest.json: absent; the stage that writes this data set has not finished")
-        return
     known = set(committed)
     for shard in manifest.shards:
         unit = unit_of(shard.name)
@@ -157,10 +171,12 @@ def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifes
                 report.damaged_units.add(unit)
     for name, content in shard_lists(manifest).items():
         try:
-            if storage.read_bytes(storage.join(url, name)) != content:
-                report.problems.append(f"{name}: names other shards than the manifest")
+            if storage.read_bytes(storage.join(url, name)) == content:
+                continue
+            report.problems.append(f"{name}: names other shards than the manifest")
         except FileNotFoundError:
             report.problems.append(f"{name}: absent")
+        report.has_damaged_lists = True
 
 
 def _check_shard(url: str, shard: ShardEntry, *, present: dict[str, int], deep: bool) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from clipmill.errors import UserError
+from clipmill.errors import DamagedDocument, UserError
 from clipmill.storage.objects import create_bytes, publish_bytes, read_bytes
 
 __all__ = ["create_document", "publish_document", "read_document"]
@@ -30,7 +30,8 @@ def read_document(url: str, newest_schema: int) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        UserError: it is no document of ours, or of a schema newer than ``newest_schema``.
+        DamagedDocument: it is not a document that clipmill writes.
+        UserError: its schema is newer than ``newest_schema``.
     """
     try:
         document = json.loads(read_bytes(url))
@@ -38,7 +39,7 @@ def read_document(url: str, newest_schema: int) -> dict[str, Any]:
         if type(schema) is not int:
             raise ValueError(f"schema {schema!r}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{url} is damaged or was not written by clipmill; restore or remove it") from error
+        raise DamagedDocument(f"{url} is damaged or was not written by clipmill; restore or remove it") from error
     if schema > newest_schema:
         raise UserError(
             f"{url} has schema {schema}, this clipmill reads up to {newest_schema}; upgrade clipmill to read it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def dataset(config: RunConfig) -> dict[str, bytes]:
 
 def repair(config: RunConfig) -> None:
     """As ``clipmill verify --repair`` with the run's config."""
-    damaged = {url: verify(url, False).damaged_units for url in stages.find_datasets(config.root)}
-    stages.repair(config.root, {url: units for url, units in damaged.items() if units}, config)
+    reports = {url: verify(url, deep=False) for url in stages.find_datasets(config.root)}
+    damaged = {url: report.damaged_units for url, report in reports.items() if report.needs_repair}
+    stages.repair(config.root, damaged, config)
 
 
 def tars(config: RunConfig) -> list[Path]:
@@ -76,6 +78,25 @@ def test_damage_of_every_kind_is_repaired(run: RunConfig) -> None:
     assert dataset(run) == before
     assert all(verify(url, deep=True).problems == [] for url in stages.find_datasets(run.root))
     assert shard.is_finished(run)
+
+
+@pytest.mark.parametrize("by", [repair, lambda config: run_stage("shard", config)], ids=["verify", "shard"])
+def test_a_damaged_manifest_is_made_again(run: RunConfig, by: Callable[[RunConfig], object]) -> None:
+    before = dataset(run)
+    cut, flipped = (Path(run.folder("clips", split, "manifest.json")) for split in ("train", "val"))
+    cut.write_bytes(cut.read_bytes()[:100])
+    flipped.write_text(flipped.read_text().replace('"num_videos": ', '"num_videos": -'))
+    by(run)
+    assert dataset(run) == before
+
+
+@pytest.mark.parametrize("name", ["shards.txt", "wids.json"])
+def test_a_lost_list_of_shards_is_made_again(run: RunConfig, name: str) -> None:
+    before = dataset(run)
+    Path(run.folder("clips", "train", name)).unlink()
+    Path(run.folder("clips", "val", name)).write_text("other.tar\n")
+    repair(run)
+    assert dataset(run) == before
 
 
 def record_of(tar: Path) -> Path:
