@@ -23,9 +23,9 @@ from clipmill.sampling.given import require_given
 from clipmill.sampling.preview import has_preview, publish_preview, remove_preview
 from clipmill.sampling.units import Unit, leading_units, missing_units
 from clipmill.sampling.worker import Job, make_worker
-from clipmill.shards.commits import committed_units, read_commit, read_commits
+from clipmill.shards.commits import ShardEntry, committed_units, read_commit, read_commits
 from clipmill.shards.freeze import freeze
-from clipmill.shards.manifest import Manifest, ShardEntry
+from clipmill.shards.manifest import Manifest
 
 __all__ = ["check_settings", "clip_recipes", "folder_url", "is_finished", "new_job", "run"]
 
