@@ -1,0 +1,225 @@
+"""Videos of any length from a prior of a fixed window.
+
+The window slides over the latent frames: its first ones are the last ones that are known, at the positions that the
+prior was trained on, and it draws the others. The last window ends with the video. What a window costs in memory does
+not depend on the length of the video.
+
+B: batch   t: latent frames of the window   L: of the video   T: frames of the video   n: of a condition
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from clipmill.config import PriorModelConfig, VQVAEModelConfig
+from clipmill.errors import UserError
+from clipmill.models.chunks import decode_to_pixels
+from clipmill.models.export import model_config
+from clipmill.models.vqvae import VQVAE, to_pixels
+
+__all__ = ["DrawWindow", "VideoLength", "Videos", "nearest_num_frames", "sample_videos", "video_length"]
+
+
+class DrawWindow(Protocol):
+    """`clipmill.sampling.generate.generate` with everything but these arguments."""
+
+    def __call__(self, *, condition: Tensor | None, prefix: Tensor | None, first_frame: int) -> Tensor:
+        """Codes int64 [B, t, h, w] or [B, t, h, w, M] of one window."""
+
+
+class Videos(NamedTuple):
+    """What `sample_videos` makes."""
+
+    codes: Tensor
+    """int64 [B, L, h, w] or [B, L, h, w, M]."""
+    pixels: Tensor
+    """uint8 [B, T, H, W, 3], on the host."""
+
+
+@dataclass(frozen=True)
+class VideoLength:
+    """How long videos are, and how the window gets there; made by `video_length`.
+
+    Attributes:
+        num_frames: T.
+        num_latents: L.
+        window_frames: frames of the window.
+        window_latents: t.
+        overlap_latents: latent frames of a window that the one before it has drawn, 1 .. t - 1; 0 if one window does.
+        frames_per_latent: by which the window moves for each latent frame.
+        condition: kind of the prior's condition.
+        condition_frames: n, of a prior that is conditioned on frames or actions.
+    """
+
+    num_frames: int
+    num_latents: int
+    window_frames: int
+    window_latents: int
+    overlap_latents: int
+    frames_per_latent: int
+    condition: str | None
+    condition_frames: int
+
+    @property
+    def slides(self) -> bool:
+        """Whether a video takes more than one window."""
+        return self.num_latents > self.window_latents
+
+    def start(self, num_known: int) -> int:
+        """Latent frame at which the next window begins, once so many are known."""
+        if num_known < self.window_latents:
+            return 0
+        return min(num_known - self.overlap_latents, self.num_latents - self.window_latents)
+
+
+def video_length(body: Mapping[str, Any], num_frames: int | None, overlap_latents: int | None = None) -> VideoLength:
+    """The length of videos of a prior.
+
+    Args:
+        body: of the prior's export.
+        num_frames: T; None is the window's.
+        overlap_latents: of consecutive windows; None is half of the window, or more if the condition needs it.
+
+    Raises:
+        UserError: the prior cannot make videos of this length, or its windows cannot overlap so.
+    """
+    settings = model_config(body["tokenizer"], VQVAEModelConfig)
+    model = model_config(body, PriorModelConfig)
+    step, absent = settings.downsample[0], settings.downsample[0] - 1 if settings.causal else 0
+    window_latents = body["latent_shape"][0]
+    window_frames = window_latents * step - absent  # the first latent frame of a causal tokenizer is one frame
+    num_frames = window_frames if num_frames is None else num_frames
+    nearest = _round_up(num_frames, window_frames, step)
+    if num_frames != nearest:
+        raise UserError(
+            f"num_frames={num_frames}: this prior makes {window_frames} frames, or more in steps of {step}; set it to "
+            f"{nearest}"
+        )
+    condition_frames = body["condition_shape"][0] if model.condition in ("frames", "actions") else 0
+    overlap = 0
+    if num_frames > window_frames:
+        shown = condition_frames if model.condition == "frames" else 1
+        overlap = _overlap(window_latents, overlap_latents, -(-(shown + absent) // step))
+    return VideoLength(
+        num_frames,
+        (num_frames + absent) // step,
+        window_frames,
+        window_latents,
+        overlap,
+        step,
+        model.condition,
+        condition_frames,
+    )
+
+
+def nearest_num_frames(body: Mapping[str, Any], at_least: int) -> int:
+    """The smallest number of frames from ``at_least`` on that a prior makes.
+
+    Args:
+        body: of the prior's export.
+        at_least: frames that are wanted.
+    """
+    window = video_length(body, None)
+    return _round_up(at_least, window.window_frames, window.frames_per_latent)
+
+
+def _round_up(num_frames: int, window_frames: int, step: int) -> int:
+    return window_frames + max(0, -(-(num_frames - window_frames) // step)) * step
+
+
+def _overlap(window_latents: int, wanted: int | None, least: int) -> int:
+    """Latent frames that consecutive windows share.
+
+    Args:
+        window_latents: t.
+        wanted: by the user.
+        least: whose frames the next window is conditioned on.
+    """
+    if least >= window_latents:
+        raise UserError(
+            f"num_frames is beyond the window of this prior, whose {window_latents} latent frames leave none to make "
+            f"after the {least} that must be known; leave num_frames out"
+        )
+    if wanted is None:
+        return max(least, window_latents // 2)
+    if not least <= wanted < window_latents:
+        raise UserError(
+            f"overlap_latents={wanted}: windows of {window_latents} latent frames of this prior overlap by {least} to "
+            f"{window_latents - 1}; leave it out for {max(least, window_latents // 2)}"
+        )
+    return wanted
+
+
+@torch.inference_mode()
+def sample_videos(
+    draw: DrawWindow,
+    tokenizer: VQVAE,
+    length: VideoLength,
+    *,
+    condition: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Videos:
+    """Draws videos of any length and decodes them.
+
+    Args:
+        draw: makes one window: `generate` with its prior, seed, indices, labels and filters.
+        tokenizer: of the prior, in eval mode on its device.
+        length: of the videos.
+        condition: of each video (see `clipmill.models.conditioning`). Actions are those of all T frames. A prior that
+            is conditioned on frames gets the first of the video here, and later those that it has made.
+        prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M], n < L.
+
+    Raises:
+        UserError: there are fewer actions than frames, or `generate` refuses something.
+    """
+    codes = None if prefix is None else prefix.to(tokenizer.from_latent.weight.device)
+    num_known = 0 if prefix is None else prefix.shape[1]
+    _check_given(length, condition, num_known)
+    while num_known < length.num_latents:
+        start = length.start(num_known)
+        known = None if codes is None or num_known == start else codes[:, start:]
+        told = _condition_at(tokenizer, length, start, condition, codes)
+        window = draw(condition=told, prefix=known, first_frame=start)
+        new = window[:, num_known - start :]
+        codes = new if codes is None else torch.cat((codes, new), 1)
+        num_known = start + length.window_latents
+    assert codes is not None
+    trained = (length.window_latents, *codes.shape[2:4])
+    return Videos(codes, decode_to_pixels(tokenizer, codes, trained))
+
+
+def _check_given(length: VideoLength, condition: Tensor | None, num_known: int) -> None:
+    if num_known >= length.num_latents:
+        raise UserError(
+            f"{num_known} latent frames are given, of {length.num_latents} that the video has; give fewer, or raise "
+            "num_frames"
+        )
+    if condition is None or length.condition != "actions" or not length.slides:
+        return
+    if condition.shape[1] < length.num_frames:
+        raise UserError(
+            f"the actions given are of {condition.shape[1]} frames, the video is to have {length.num_frames}; give "
+            "actions of every frame, or lower num_frames"
+        )
+
+
+def _condition_at(
+    tokenizer: VQVAE, length: VideoLength, start: int, condition: Tensor | None, codes: Tensor | None
+) -> Tensor | None:
+    """The condition of the window that begins at a latent frame."""
+    first = start * length.frames_per_latent  # of a causal tokenizer the last frame of that latent
+    if condition is None or not length.slides or length.condition == "text":
+        return condition
+    if length.condition == "actions":
+        return condition[:, first : first + length.condition_frames]
+    if not first or codes is None:
+        return condition
+    behind = max(0, codes.shape[1] - length.window_latents)
+    seen = to_pixels(tokenizer.decode(codes[:, behind:]))
+    offset = first - behind * length.frames_per_latent
+    return seen[:, offset : offset + length.condition_frames]
