@@ -199,9 +199,10 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
     """Workers start in other folders, so local paths must not depend on where they start."""
     source, tokenize, sample = config.data.source, config.tokenize, config.sample
     paths = {"root": config.root, "data.source.url": source.url, "tokenize.text_embeddings": tokenize.text_embeddings}
-    for key, name in {"tokenize.tokenizer": tokenize.tokenizer, "sample.given": sample.given}.items():
-        if "/" in name:  # else it is a name under the root
-            paths[key] = name
+    if "/" in tokenize.tokenizer:  # else it is a name under the root
+        paths["tokenize.tokenizer"] = tokenize.tokenizer
+    if sample.given_is_place:
+        paths["sample.given"] = sample.given
     paths |= {f"data.mix.{index}.url": part.url for index, part in enumerate(config.data.mix)}
     if not launch.is_embedded(config.cluster):
         for key, path in paths.items():

@@ -52,13 +52,19 @@ class SampleConfig(Section):
     prefix_latents: Annotated[int, Field(ge=0)] = 0
     """So many first latent frames of a clip are taken as given, and the prior goes on from them."""
     given: str = "val"
-    """Where given latents and conditions come from: a split of ``tokens/`` or the URL of such a data set. Sample i
-    takes its clip i, round and round; of a prior with classes it also takes its class, unless ``classes`` are set."""
+    """Where given latents and conditions come from: a split of ``tokens/``, the URL of such a data set, or the URL of a
+    video, a picture, a ``.npy`` file of actions or of an embedding, or a folder or table of them. Sample i takes its
+    clip i, round and round; of a prior with classes it also takes its class, unless ``classes`` are set."""
     batch_size: PositiveInt = 16
     """Identity: samples are bit-identical at the recorded batch size, precision and hardware class."""
     format: Literal["mp4", "npy"] = "mp4"
     """How a sample's pixels are stored. ``mp4``: h264 at a constant rate factor of 10, which every player shows.
     ``npy``: lossless uint8 [T, H, W, 3]."""
+
+    @property
+    def given_is_place(self) -> bool:
+        """Whether ``given`` is a path or URL, and not the name of a split."""
+        return "/" in self.given or "." in self.given
 
     @field_validator("name")
     @classmethod

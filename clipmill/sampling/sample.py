@@ -19,6 +19,7 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import require_prior
 from clipmill.progress import bar
+from clipmill.sampling.files import FileList
 from clipmill.sampling.given import require_given
 from clipmill.sampling.preview import has_preview, publish_preview, remove_preview
 from clipmill.sampling.units import Unit, leading_units, missing_units
@@ -182,7 +183,7 @@ def check_settings(settings: SampleConfig, body: dict[str, Any]) -> list[str | N
     return _labels_in_turn(settings, body)
 
 
-def _recipe(config: RunConfig, prior_sha8: str, given: Manifest | None) -> dict[str, Any]:
+def _recipe(config: RunConfig, prior_sha8: str, given: Manifest | FileList | None) -> dict[str, Any]:
     """Everything that sample i depends on beside i. Names are only places: a copy elsewhere is the same data."""
     settings = {key: value for key, value in identity(config.sample).items() if key not in ("name", "given")}
     recipe = {"schema": _RECIPE_SCHEMA, "sample": settings, "prior": prior_sha8}

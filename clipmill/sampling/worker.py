@@ -17,13 +17,14 @@ from clipmill.models.export import load_prior
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE, to_pixels
+from clipmill.sampling.files import GivenFiles
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
-from clipmill.sampling.given import condition_of_clips, known_class, prefix_of_clips, require_given
+from clipmill.sampling.given import class_of_clip, condition_of_clips, open_given, prefix_of_clips, require_given
 from clipmill.sampling.units import Unit
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import commit_unit
-from clipmill.shards.dataset import ShardDataset, decode_codes
+from clipmill.shards.dataset import ShardDataset
 from clipmill.shards.format import Sample, UnitWriter, code_dtype, json_bytes, npy_bytes
 from clipmill.video import encode_mp4
 
@@ -55,13 +56,19 @@ def make_worker(job: Job) -> Callable[[Unit], dict[str, Any]]:
     device = deterministic_device(job.config.cluster)
     url = storage.join(job.config.folder("prior"), "exports", job.recipe["prior"])
     prior, tokenizer, body, _ = load_prior(url)
-    manifest = require_given(job.config, body)
-    given = None if manifest is None else ShardDataset(manifest, decode_codes)
-    return functools.partial(_make_batch, job, prior.to(device), tokenizer.to(device), body["classes"], given)
+    prior, tokenizer = prior.to(device), tokenizer.to(device)
+    found = require_given(job.config, body)
+    given = None if found is None else open_given(found, body, prior, tokenizer, job.config.sample.prefix_latents)
+    return functools.partial(_make_batch, job, prior, tokenizer, body["classes"], given)
 
 
 def _make_batch(
-    job: Job, prior: Prior, tokenizer: VQVAE, classes: Sequence[str], given: ShardDataset | None, unit: Unit
+    job: Job,
+    prior: Prior,
+    tokenizer: VQVAE,
+    classes: Sequence[str],
+    given: ShardDataset | GivenFiles | None,
+    unit: Unit,
 ) -> dict[str, Any]:
     """Generates, decodes, packs and commits the samples of one unit."""
     settings = job.config.sample
@@ -69,7 +76,7 @@ def _make_batch(
     clips = [] if given is None else [given[index % len(given)] for index in indices]
     names = [job.labels[index % len(job.labels)] for index in indices]
     if clips and classes and settings.classes is None:
-        names = [known_class(clip, classes) for clip in clips]
+        names = [class_of_clip(clip, classes, name) for clip, name in zip(clips, names, strict=True)]
     class_numbers = torch.tensor([classes.index(name) for name in names if name is not None])
     with torch.inference_mode():
         codes = generate(

@@ -12,7 +12,7 @@ import re
 import struct
 from pathlib import PurePosixPath
 
-__all__ = ["HEAD_BYTES", "SNIFFED_SUFFIXES", "VIDEO_SUFFIXES", "is_video_head", "suffix_of"]
+__all__ = ["HEAD_BYTES", "PICTURE_SUFFIXES", "SNIFFED_SUFFIXES", "VIDEO_SUFFIXES", "is_video_head", "suffix_of"]
 
 HEAD_BYTES = 16 * 2**10
 """Bytes that `is_video_head` wants of a file: colour profiles may precede the chunk that makes a PNG an animation."""
@@ -35,6 +35,9 @@ _DOUBTFUL = "png webp avif heic heif ogg ism dat avs drc dif ser v vb son cgi"
 
 SNIFFED_SUFFIXES = frozenset(("", *(f".{name}" for name in _DOUBTFUL.split())))
 """Endings, in lower case, where the first bytes decide. The empty one: names without an ending."""
+
+PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".ppm"))
+"""Endings, in lower case, of still pictures that `clipmill.video.Decoder.picture` reads."""
 
 _SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+-]{1,12}|\.26[456]|\.302|\.722")
 """An ending has a letter: ``take.0001`` has none."""

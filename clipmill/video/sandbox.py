@@ -213,6 +213,22 @@ class Decoder:
         for message in messages:
             yield self._read_clip(message, clip, is_encoded=encode[0] != "npy")
 
+    def picture(self, path: str | Path, clip: ClipConfig) -> np.ndarray:
+        """A still picture in the size of a clip's frames: uint8 [H, W, 3].
+
+        Args:
+            path: local file.
+            clip: whose ``resolution`` and ``fit`` count.
+
+        Raises:
+            BadVideo: no picture, or a damaged one.
+            DecoderLost: the environment's fault.
+        """
+        request = {"path": os.path.abspath(path), "still": True, "size": clip.size, "fit": clip.fit}
+        messages, _ = self._decode(request)
+        data = os.pread(self._spool.fileno(), messages[-1]["num_bytes"], 0)
+        return np.frombuffer(data, np.uint8).reshape(*clip.size, 3)
+
     def _decode(self, request: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
         """(one message for each clip and a last one for the video, the failed attempts before)."""
         attempts: list[str] = []

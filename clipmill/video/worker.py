@@ -9,16 +9,19 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from av import VideoFrame
 
 from clipmill.video import confine
 from clipmill.video.clips import ClipCutter, ClipFrames, ClipRule
 from clipmill.video.confine import Say
 from clipmill.video.decode import is_truncated, read_frames
+from clipmill.video.decoders.by_pillow import read_still
 from clipmill.video.decoders.picture import Reading, Span
 from clipmill.video.decoders.whole import span_seconds
 from clipmill.video.encode import decode_mp4, encode_mp4
 from clipmill.video.faults import VideoError
 from clipmill.video.filters import VideoFilter
+from clipmill.video.geometry import UPRIGHT, Geometry, Resizer
 from clipmill.video.mjpeg import decode_mjpeg, encode_mjpeg
 from clipmill.video.probe import VideoInfo, probe
 from clipmill.video.views import draw_view, take_view, view_frame_size
@@ -55,13 +58,25 @@ def serve() -> None:
 def _answer(request: dict[str, Any], spool: int, say: Say) -> None:
     """Takes one video to its end, or says whose fault it is that there is none."""
     try:
-        _decode(request, spool, say)
+        (_show if request.get("still") else _decode)(request, spool, say)
     except VideoError as error:
         say({"kind": "video_fault", "cause": str(error)})
     except MemoryError:
         say({"kind": "video_fault", "cause": "memory limit reached"})
     except OSError as error:
         say({"kind": "environment_fault", "cause": f"{type(error).__name__}: {error}"})
+
+
+def _show(request: dict[str, Any], spool: int, say: Say) -> None:
+    """Puts a still picture into the spool file, resized as frames of a video are."""
+    say({"kind": "decoder", "name": "pillow"})
+    pixels = read_still(request["path"])
+    height, width = pixels.shape[:2]
+    frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    resized = Resizer(tuple(request["size"]), request["fit"], whole=False)(frame, Geometry(width, height, 1.0, UPRIGHT))
+    data = np.ascontiguousarray(resized).tobytes()
+    confine.write_all(spool, data, 0)
+    say({"kind": "done", "num_bytes": len(data)})
 
 
 def _decode(request: dict[str, Any], spool: int, say: Say) -> None:

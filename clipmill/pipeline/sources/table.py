@@ -21,7 +21,7 @@ from clipmill.config import SourceConfig
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.pipeline.sources.cells import BadCell, as_caption, as_seconds, as_text, metadata_json
 from clipmill.pipeline.sources.record import SourceVideo
-from clipmill.pipeline.sources.rows import SUFFIXES, Row, UnreadableTable, read_rows
+from clipmill.tables import SUFFIXES, Row, UnreadableTable, read_rows
 
 __all__ = ["first_names", "list_videos"]
 

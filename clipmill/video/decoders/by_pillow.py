@@ -1,4 +1,4 @@
-"""Animated WebP and PNG, by Pillow: FFmpeg reads no animated WebP, and drops the transparency of PNG.
+"""Animated WebP and PNG, and still pictures, by Pillow: FFmpeg reads no animated WebP, drops the transparency of PNG.
 
 Transparent pixels are shown over white: so do web pages as a rule, and so do GIFs come out of FFmpeg. Delays are
 interpreted as browsers do: one of 10 ms or less means 100 ms (Chromium and Firefox, for all three formats).
@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clipmill.video.decoders.picture import Picture
 from clipmill.video.faults import VideoError, blame_video
 from clipmill.video.geometry import Geometry
 
-__all__ = ["AnimationInfo", "is_animation", "read_animation", "read_pillow"]
+__all__ = ["AnimationInfo", "is_animation", "read_animation", "read_pillow", "read_still"]
 
+_STILL_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _SHORTEST_DELAY_MS, _USUAL_DELAY_MS = 10, 100
 
 
@@ -89,6 +90,19 @@ def _frames(path: str | Path, image: Any, first: int) -> Iterator[tuple[float, n
         yield elapsed_ms / 1000, pixels
         delay_ms = image.info.get("duration", 0)
         elapsed_ms += delay_ms if delay_ms > _SHORTEST_DELAY_MS else _USUAL_DELAY_MS
+
+
+def read_still(path: str | Path) -> np.ndarray:
+    """A still picture upright, uint8 [H, W, 3] RGB; of an animation its first frame.
+
+    Raises:
+        VideoError: not a picture, damaged, or one of so many pixels that Pillow takes it for an attack.
+        OSError: the file is missing, or the disk failed.
+    """
+    with blame_video("no picture that can be read", path):
+        image: Any = Image.open(path, formats=_STILL_FORMATS)
+        image.load()
+        return _over_white(ImageOps.exif_transpose(image))
 
 
 def _over_white(image: Any) -> np.ndarray:

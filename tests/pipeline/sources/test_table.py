@@ -27,7 +27,7 @@ from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.sources import list_videos
 from clipmill.pipeline.sources.many import KeptFiles
-from clipmill.pipeline.sources.rows import read_rows
+from clipmill.tables import read_rows
 from tests.pipeline.corpus import make_plan, video_bytes
 from tests.pipeline.sources.fixtures import shard_in_process, source_config, write_videos
 
