@@ -49,6 +49,10 @@ class SampleConfig(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Logits go this far from those of no class through those of the class (1: to them); needs
     ``prior.model.label_dropout``."""
+    decoder: Literal["sequential", "parallel"] = "sequential"
+    """``parallel`` draws the same codes, up to rounding, in several times fewer passes over many positions each."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the prior's weights, activations and cache."""
     prefix_latents: Annotated[int, Field(ge=0)] = 0
     """So many first latent frames of a clip are taken as given, and the prior goes on from them."""
     given: str = "val"

@@ -88,18 +88,14 @@ class CausalAttention(nn.Module):
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor | None, cache: KeysValues | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         """Mixes x [B, L, C] over the positions up to each.
 
         Args:
             x: of the positions from the first on.
             rotation: [2, L, D / 2], if the style turns queries and keys.
-            cache: keys and values are also written to its first L positions.
         """
         q, k, v = self._heads(x, rotation)
-        if cache is not None:
-            cache.keys[:, :, : x.shape[1]] = k
-            cache.values[:, :, : x.shape[1]] = v
         grouped = self.num_kv_heads < self.num_heads
         # Only CUDA's kernels of half precision know grouped heads: others would materialise the L x L scores.
         if grouped and not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
@@ -108,24 +104,6 @@ class CausalAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
         return self.out(mixed.transpose(1, 2).flatten(2))
-
-    def step(self, x: Tensor, rotation: Tensor | None, cache: KeysValues, position: int) -> Tensor:
-        """One position: x [B, C] -> [B, C]; writes its key and value into the cache.
-
-        Args:
-            x: of this position.
-            rotation: [2, 1, D / 2], this position's.
-            cache: holds the positions before.
-            position: 0 .. L - 1.
-        """
-        q, k, v = self._heads(x[:, None], rotation)
-        cache.keys[:, :, position] = k[:, :, 0]
-        cache.values[:, :, position] = v[:, :, 0]
-        # Heads that share keys stand as several queries of one head.
-        q = q.unflatten(1, (self.num_kv_heads, -1)).squeeze(3)  # [B, M, N / M, D]
-        seen = slice(position + 1)
-        mixed = F.scaled_dot_product_attention(q, cache.keys[:, :, seen], cache.values[:, :, seen])
-        return self.out(mixed.flatten(1))
 
     def _heads(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, L, D], keys and values [B, M, L, D] of x [B, L, C]."""

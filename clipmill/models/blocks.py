@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmill.config import PriorModelConfig
-from clipmill.models.attention import CausalAttention, CrossAttention, KeysValues
+from clipmill.models.attention import CausalAttention, CrossAttention
 from clipmill.models.norms import Norm, layer_norm, rms_norm
 
 __all__ = ["Block", "norms_per_block"]
@@ -49,7 +49,6 @@ class Block(nn.Module):
         norms: list[Norm],
         rotation: Tensor | None,
         memory: Tensor | None,
-        cache: KeysValues | None = None,
     ) -> Tensor:
         """Transforms x [B, L, C].
 
@@ -58,29 +57,12 @@ class Block(nn.Module):
             norms: this block's.
             rotation: see `CausalAttention.forward`.
             memory: what the prior is told, float [B, S, M].
-            cache: see `CausalAttention.forward`.
         """
-        x = x + self._drop(self.attention(self.normalise(x, norms[0]), rotation, cache))
+        x = x + self._drop(self.attention(self.normalise(x, norms[0]), rotation))
         if self.cross is not None:
             assert memory is not None
             x = x + self._drop(self.cross(self.normalise(x, norms[1]), self.cross.keys_values(memory)))
         return x + self._drop(self.mlp(self.normalise(x, norms[-1])))
-
-    def step(
-        self,
-        x: Tensor,
-        norms: list[Norm],
-        rotation: Tensor | None,
-        memory: KeysValues | None,
-        cache: KeysValues,
-        position: int,
-    ) -> Tensor:
-        """One position, x [B, C] -> [B, C], with keys and values of the memory; see `CausalAttention.step`."""
-        x = x + self.attention.step(self.normalise(x, norms[0]), rotation, cache, position)
-        if self.cross is not None:
-            assert memory is not None
-            x = x + self.cross(self.normalise(x, norms[1])[:, None], memory)[:, 0]
-        return x + self.mlp(self.normalise(x, norms[-1]))
 
     def mlp(self, x: Tensor) -> Tensor:
         """SwiGLU (arXiv 2002.05202), or the published quick-GELU network, x * sigmoid(1.702 x) between its layers;

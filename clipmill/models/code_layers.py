@@ -52,15 +52,15 @@ class CodeInput(nn.Module):
         nn.init.normal_(self.project.weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Embeds codes int64 [B, L] (or the first of them) as float [B, L, C]; position p holds the code at p - 1."""
+        """Embeds codes int64 [B, L] as float [B, L, C]; position p holds the code at p - 1."""
         # M * K projected codebook rows, not B * L: the look-up comes after the product.
         places = torch.arange(codes.shape[1] - 1, device=codes.device)
         before = F.embedding(self.rows(codes[:, :-1], places), self.table())
         start = self.start.to(before.dtype).expand(len(codes), 1, -1)
         x = torch.cat((start, before), 1)
-        return x if self.modern else x + raster(self.axes)[: x.shape[1]]
+        return x if self.modern else x + raster(self.axes)
 
-    def rows(self, codes: Tensor, position: Tensor | int) -> Tensor:
+    def rows(self, codes: Tensor, position: Tensor) -> Tensor:
         """Rows of `table` that codes at these positions mean."""
         return codes if self.num_codebooks == 1 else codes + position % self.num_codebooks * self.num_codes
 
@@ -89,17 +89,10 @@ class CodeHead(nn.Module):
         self.shape = (num_codebooks, num_codes, dim)
         self.weight = nn.Parameter(torch.zeros(num_codebooks * num_codes, dim))
 
-    def forward(self, hidden: Tensor, codebook: int | None = None) -> Tensor:
-        """Logits float [N, K] of hidden [N, C].
-
-        Args:
-            hidden: of positions in raster order, N a multiple of M.
-            codebook: instead, of positions that all are codes of this codebook.
-        """
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits float [N, K] of hidden [N, C], of positions in raster order, N a multiple of M."""
         if self.shape[0] == 1:
             return F.linear(hidden, self.weight)
         weights = self.weight.view(self.shape)
-        if codebook is not None:
-            return F.linear(hidden, weights[codebook])
         by_codebook = hidden.unflatten(0, (-1, self.shape[0])).transpose(0, 1)  # [M, N / M, C]
         return (by_codebook @ weights.transpose(1, 2)).transpose(0, 1).flatten(0, 1)

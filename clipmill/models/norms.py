@@ -31,13 +31,6 @@ class Norm(NamedTuple):
     gain: Tensor
     bias: Tensor | None
 
-    def frames(self, index: int | slice) -> Norm:
-        """That of some latent frames, where they differ."""
-        if self.gain.dim() < 3:
-            return self
-        assert self.bias is not None
-        return Norm(self.gain[:, index], self.bias[:, index])
-
 
 class Norms(nn.Module):
     """Gains and biases of all norms of a model (VideoGPT, arXiv 2104.10157, appendix).

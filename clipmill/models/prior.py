@@ -11,7 +11,6 @@ L = t * h * w * M, raster order   C: hidden channels
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,44 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmill.config import PriorModelConfig
 from clipmill.errors import UserError
-from clipmill.models.attention import KeysValues
 from clipmill.models.blocks import Block, norms_per_block
 from clipmill.models.code_layers import CodeHead, CodeInput
 from clipmill.models.conditioning import Condition, Told
 from clipmill.models.norms import Norm, Norms, layer_norm, rms_norm
 from clipmill.models.positions import rotations
 
-__all__ = ["Cache", "Prior"]
+__all__ = ["Prior"]
 
 CHUNK_LOGITS = 2**26
 """Logits held at once by the loss (float32: 256 MiB)."""
-
-
-class Cache:
-    """What ``Prior.step`` keeps between positions; made by ``Prior.new_cache``.
-
-    Attributes:
-        batch_size: B.
-        blocks: keys and values of each block.
-        memory: keys and values of what each block attends to, if there is something.
-        norms: gains and biases of the samples.
-        inputs: what each code adds to the next position, float [M * K, C].
-        offsets: what each position adds by itself, float [L, C].
-        told: what the prior is told of the samples.
-        position: the next position, 0 .. L.
-    """
-
-    def __init__(self, prior: Prior, batch_size: int, told: Told, norms: list[Norm]) -> None:
-        config = prior.config
-        self.batch_size = batch_size
-        self.inputs = prior.input.table()
-        self.offsets = prior.input.first_and_offsets(prior.num_positions)
-        self.told, self.norms = told, norms
-        shape = (config.num_layers, 2, batch_size, config.kv_heads, prior.num_positions, config.head_dim)
-        self.blocks = [KeysValues(*pair) for pair in self.inputs.new_empty(shape)]
-        crossings = [cast(Block, block).cross for block in prior.blocks]
-        self.memory = [None if c is None else c.keys_values(cast(Tensor, told.memory)) for c in crossings]
-        self.position = 0
 
 
 class Prior(nn.Module):
@@ -163,80 +134,34 @@ class Prior(nn.Module):
 
     def _hidden(self, codes: Tensor, label: Tensor | None, condition: Tensor | None) -> Tensor:
         """What the head reads, float [B, L, C]."""
-        told = self._told(condition)
+        told = self.told(condition)
         norms = self.norms(label, told.offsets)
-        return self.normalise(self._through_blocks(codes, norms, told, None), norms[-1])
+        return self.normalise(self._through_blocks(codes, norms, told), norms[-1])
 
-    def _told(self, condition: Tensor | None) -> Told:
+    def told(self, condition: Tensor | None) -> Told:
+        """The condition in the form in which blocks take it; see `Condition`."""
         if (condition is None) != (self.condition is None):
             kind = self.config.condition or "no condition"
             raise ValueError(f"a prior of {kind} got {'no' if condition is None else 'a'} condition")
         return Told() if self.condition is None else self.condition(condition)
 
-    def _through_blocks(self, codes: Tensor, norms: list[Norm], told: Told, cache: list[KeysValues] | None) -> Tensor:
-        """Hidden states of whole latent frames from the first on, float [B, L, C], which may also fill a cache."""
-        num_frames = codes.shape[1]
+    def _through_blocks(self, codes: Tensor, norms: list[Norm], told: Told) -> Tensor:
+        """Hidden states, float [B, L, C]."""
         x = self.input(codes.flatten(1))
         if told.added is not None:
-            x = (x.unflatten(1, (num_frames, -1)) + told.added[:, :num_frames, None]).flatten(1, 2)
+            x = (x.unflatten(1, (codes.shape[1], -1)) + told.added[:, :, None]).flatten(1, 2)
         if self.config.style == "modern" and torch.is_autocast_enabled(x.device.type):
             # What blocks add to is half as many bytes to move, for a twentieth of a step on a GPU; norms, attention and
             # the loss compute in float32 inside. The published style keeps it float32, as published.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        norms = [norm.frames(slice(num_frames)) for norm in norms]
-        rotation = None if self.rotation is None else self.rotation[:, : x.shape[1]]
         for index, block in enumerate(self.blocks):
-            arguments = (x, self._norms_of(norms, index), rotation, told.memory)
+            arguments = (x, self.norms_of(norms, index), self.rotation, told.memory)
             if self.training and index < self.config.num_checkpointed:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(*arguments, None if cache is None else cache[index])
+                x = block(*arguments)
         return x
 
-    def _norms_of(self, norms: list[Norm], block: int) -> list[Norm]:
+    def norms_of(self, norms: list[Norm], block: int) -> list[Norm]:
+        """Those of one block, among those of the whole model."""
         return norms[self.norms_per_block * block : self.norms_per_block * (block + 1)]
-
-    def new_cache(self, batch_size: int, label: Tensor | None = None, condition: Tensor | None = None) -> Cache:
-        """Room for the keys and values of a whole batch; call without gradients, in eval mode.
-
-        Args:
-            batch_size: B.
-            label: int64 [B]; none for an unconditional prior.
-            condition: as of ``forward``.
-        """
-        told = self._told(condition)
-        return Cache(self, batch_size, told, self.norms(label, told.offsets))
-
-    def prefill(self, cache: Cache, codes: Tensor) -> None:
-        """Takes the first latent frames as given: the next ``step`` follows the last of their codes.
-
-        Args:
-            cache: new.
-            codes: int64 [B, n, h, w] or [B, n, h, w, M], n < t.
-        """
-        assert cache.position == 0
-        self._through_blocks(codes, cache.norms, cache.told, cache.blocks)
-        cache.position = codes[0].numel()
-
-    def step(self, cache: Cache, previous: Tensor | None) -> Tensor:
-        """Logits of the next position, float [B, K].
-
-        Args:
-            cache: advances by one position.
-            previous: the codes at the position before, int64 [B]; none at the first.
-        """
-        position = cache.position
-        frame = position // math.prod(self.latent_shape[1:])
-        x = cache.offsets[position].expand(cache.batch_size, -1)
-        if previous is not None:
-            x = x + F.embedding(self.input.rows(previous, position - 1), cache.inputs)
-        if cache.told.added is not None:
-            x = x + cache.told.added[:, frame]
-        norms = [norm.frames(frame) for norm in cache.norms]
-        rotation = None if self.rotation is None else self.rotation[:, position : position + 1]
-        for index, block in enumerate(self.blocks):
-            x = cast(Block, block).step(
-                x, self._norms_of(norms, index), rotation, cache.memory[index], cache.blocks[index], position
-            )
-        cache.position += 1
-        return self.head(self.normalise(x, norms[-1]), codebook=position % self.input.num_codebooks)

@@ -37,14 +37,14 @@ class Noise:
     def __init__(self, seed: int, indices: Sequence[int], num_codes: int, device: torch.device) -> None:
         self.key = (seed & _LOW, seed >> 32)
         words = [[index & _LOW for index in indices], [index >> 32 for index in indices]]
-        self.samples = torch.tensor(words, device=device)[:, :, None]  # [2, B, 1]
-        self.num_codes = num_codes
+        self.samples = torch.tensor(words, device=device)[:, :, None, None]  # [2, B, 1, 1]
+        self.num_samples, self.num_codes = len(indices), num_codes
 
     def at(self, first: int, num_positions: int) -> Tensor:
-        """Of positions from ``first`` (below 2^32) on, float32 [positions, B, K]."""
+        """Of positions from ``first`` (below 2^32) on, float32 [B, positions, K]."""
         device = self.samples.device
         blocks = torch.arange(-(-self.num_codes // 4), device=device)
-        positions = torch.arange(first, first + num_positions, device=device)[:, None, None]
+        positions = torch.arange(first, first + num_positions, device=device)[:, None]
         low, high = self.samples
         words = philox((blocks, positions, low, high), self.key)
         shape = torch.broadcast_shapes(*(word.shape for word in words))

@@ -88,6 +88,8 @@ def _make_batch(
             prefix=prefix_of_clips(clips, settings.prefix_latents),
             guidance=settings.guidance,
             filters=Filters(settings.temperature, settings.top_k, settings.top_p, settings.min_p),
+            decoder=settings.decoder,
+            precision=settings.precision,
         )
         video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
     narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))

@@ -57,27 +57,6 @@ def some_codes(batch_size: int = 3) -> torch.Tensor:
     return torch.randint(11, (batch_size, *SHAPE))
 
 
-@torch.no_grad()
-@styles
-@conditions
-@pytest.mark.parametrize("num_classes", [0, 3])
-def test_cached_steps_equal_the_full_pass(condition: str, style: str, num_classes: int) -> None:
-    prior, codes, told = stirred(condition, style, num_classes), some_codes(), tell(condition)
-    label = torch.tensor([2, 0, 1]) if num_classes else None
-    expected = prior(codes, label, told)
-    for given_frames in (0, 1):
-        cache = prior.new_cache(3, label, told)
-        columns = codes.flatten(1).t()
-        first, previous = 0, None
-        if given_frames:
-            prior.prefill(cache, codes[:, :given_frames])
-            first, previous = 6 * given_frames, columns[6 * given_frames - 1]
-        for position in range(first, 12):
-            step = prior.step(cache, previous)
-            torch.testing.assert_close(step, expected[:, position], rtol=0, atol=1e-5)
-            previous = columns[position]
-
-
 @styles
 @conditions
 def test_gradients_reach_every_parameter_with_a_class_too(condition: str, style: str) -> None:

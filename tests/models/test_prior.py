@@ -95,21 +95,6 @@ def test_a_position_sees_only_the_codes_before_it(style: str, shape: tuple[int, 
 
 @torch.no_grad()
 @styles
-@shapes
-@pytest.mark.parametrize("num_classes", [0, 3])
-def test_cached_steps_equal_the_full_pass(num_classes: int, style: str, shape: tuple[int, ...]) -> None:
-    prior, codes = stirred(num_classes, style, shape=shape), some_codes(shape=shape)
-    label = torch.tensor([2, 0, 1]) if num_classes else None
-    cache = prior.new_cache(3, label)
-    previous, steps = None, []
-    for column in codes.flatten(1).t():
-        steps.append(prior.step(cache, previous))
-        previous = column
-    torch.testing.assert_close(torch.stack(steps, 1), prior(codes, label), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-@styles
 def test_each_codebook_has_embeddings_and_logits_of_its_own(style: str) -> None:
     """The same code of another codebook is another code: changing one's rows leaves the others' alone."""
     shape = (1, 1, 1, 3)

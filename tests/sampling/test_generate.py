@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -30,6 +31,12 @@ def prior(request: pytest.FixtureRequest) -> Prior:
     return stirred(num_classes=request.param)
 
 
+@pytest.fixture(params=["sequential", "parallel"], autouse=True)
+def _decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that holds of one decoder holds of the other."""
+    monkeypatch.setattr(f"{__name__}.generate", functools.partial(generate, decoder=request.param))
+
+
 def labels_of(prior: Prior, indices: list[int]) -> torch.Tensor | None:
     return torch.tensor([index % 3 for index in indices]) if prior.norms.num_classes else None
 
@@ -41,7 +48,7 @@ def make(prior: Prior, indices: list[int], seed: int = 5, **keys: Any) -> torch.
 
 def assert_drawn_from(logits: torch.Tensor, codes: torch.Tensor, indices: list[int], first: int = 0) -> None:
     """Whether each code has the greatest sum of logit [B, L, K] and noise of seed 5."""
-    noise = Noise(5, indices, K, torch.device("cpu")).at(first, logits.shape[1]).transpose(0, 1)
+    noise = Noise(5, indices, K, torch.device("cpu")).at(first, logits.shape[1])
     assert torch.equal((logits + noise).argmax(-1), codes.flatten(1))
 
 

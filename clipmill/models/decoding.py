@@ -1,0 +1,268 @@
+"""A prior made ready to draw one batch: weights in the compute dtype, and a static cache of keys and values.
+
+The same arithmetic as `Prior.forward`, arranged for few positions at a time: weights stand as matrix products read
+them, gains and biases of norms that all samples share are part of the weights behind them, and a code enters as a row
+of a table. Callers compute one position (sequential decoding), a window of them (parallel decoding), or a prefix.
+
+R: rows of the batch   n: positions computed at once   S: context, the first positions of the cache   L: all positions
+C: channels   N, M: heads of queries, of keys and values   D: channels of a head   K: codes   Q: codebooks
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipmill.models.attention import CrossAttention, KeysValues
+from clipmill.models.blocks import Block
+from clipmill.models.norms import EPS, Norm
+from clipmill.models.places import CONTEXT_MULTIPLE, HostPlaces, Places
+from clipmill.models.prior import Prior
+
+__all__ = ["CachedPrior"]
+
+_PREFILL_POSITIONS = 256
+"""Positions of a prefix computed at once: bounds their mask."""
+
+
+class _Linear(NamedTuple):
+    """A layer as ``x @ weight + bias``."""
+
+    weight: Tensor
+    """[in, out]: a CPU multiplies few rows in this order up to twice as fast as in the other."""
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+    def add_to(self, stream: Tensor, x: Tensor) -> None:
+        """Adds this layer's output to the stream in place."""
+        stream.addmm_(x, self.weight)
+        if self.bias is not None:
+            stream.add_(self.bias)
+
+
+class _Layer(NamedTuple):
+    """One block."""
+
+    qkv: _Linear
+    out: _Linear
+    cross_q: _Linear | None
+    cross_out: _Linear | None
+    memory: KeysValues | None
+    up: _Linear
+    down: _Linear
+    head_gains: Tensor | None
+    """Of queries and keys in the modern style, float32 [N + M, D]."""
+
+
+class CachedPrior:
+    """Logits of some positions after the codes so far; use without gradients.
+
+    Args:
+        prior: in eval mode.
+        num_rows: R.
+        label: int64 [R]; None for an unconditional prior.
+        condition: as of ``Prior.forward``.
+        dtype: of weights, activations and cache. Norms compute in float32 inside, and logits are float32.
+    """
+
+    def __init__(
+        self, prior: Prior, num_rows: int, label: Tensor | None, condition: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        config = prior.config
+        self.num_rows, self.dtype, self.modern = num_rows, dtype, config.style == "modern"
+        self.heads_shape = (config.num_heads, config.kv_heads, config.head_dim)
+        self.num_codes, self.num_codebooks = prior.num_codes, prior.input.num_codebooks
+        self.per_frame = math.prod(prior.latent_shape[1:])
+        self.normalise: Callable[[Tensor], Tensor] = _unit if self.modern else _standard
+        told = prior.told(condition)
+        norms = prior.norms(label, told.offsets)
+        self.norms_per_block = prior.norms_per_block
+        self.modulations = None if norms[0].gain.dim() == 1 else _stacked(norms)
+        self.layers = [
+            _layer(block, prior.norms_of(norms, index), told.memory, dtype)
+            for index, block in enumerate(cast("list[Block]", list(prior.blocks)))
+        ]
+        weights = prior.head.weight.unflatten(0, (self.num_codebooks, self.num_codes))
+        self.heads = [_linear(weight, None, dtype, norms[-1]) for weight in weights]
+        table = prior.input.table()
+        # The row behind those of the codes stands before the first position and adds nothing.
+        self.table = torch.cat((table, torch.zeros_like(table[:1]))).to(dtype)
+        self.offsets = prior.input.first_and_offsets(prior.num_positions).to(dtype)  # [L, C]
+        self.added = None if told.added is None else told.added.to(dtype)  # [R, t, C]
+        self.rotation = (
+            None if prior.rotation is None else torch.view_as_complex(prior.rotation.movedim(0, -1).contiguous())
+        )
+        length = -(-prior.num_positions // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+        shape = (config.num_layers, 2, num_rows, config.kv_heads, length, config.head_dim)
+        self.cache = torch.zeros(shape, dtype=dtype, device=table.device)
+        self.rows = torch.full((num_rows, prior.num_positions + 1), len(table), device=table.device)
+        """Row of the table that enters at each position: that of the code before it."""
+
+    def put(self, places: Places, codes: Tensor) -> None:
+        """Notes the codes int64 [R, n] at some positions, which later positions follow."""
+        if self.num_codebooks > 1:
+            codebooks = torch.arange(places.count, device=codes.device) + places.codebook(self.num_codebooks)
+            codes = codes + codebooks % self.num_codebooks * self.num_codes
+        places.put(self.rows[:, 1:], 1, codes)
+
+    def prefill(self, codes: Tensor) -> None:
+        """Takes codes int64 [R, P] as those of the first positions."""
+        self.put(HostPlaces(0, codes.shape[1]), codes)
+        for first in range(0, codes.shape[1], _PREFILL_POSITIONS):
+            self._hidden(HostPlaces(first, min(_PREFILL_POSITIONS, codes.shape[1] - first)))
+
+    def logits(self, places: Places) -> Tensor:
+        """Of the codes at some positions, float32 [R, n, K]; writes their keys and values into the cache.
+
+        All positions before them have been computed with the codes that `put` last noted.
+        """
+        hidden = self._hidden(places)
+        if self.num_codebooks == 1:
+            return self.heads[0](hidden).float().unflatten(0, (self.num_rows, -1))
+        hidden = hidden.unflatten(0, (self.num_rows, -1))
+        logits = hidden.new_empty(*hidden.shape[:2], self.num_codes, dtype=torch.float32)
+        for step in range(min(places.count, self.num_codebooks)):
+            head = self.heads[(places.codebook(self.num_codebooks) + step) % self.num_codebooks]
+            logits[:, step :: self.num_codebooks] = hidden[:, step :: self.num_codebooks] @ head.weight
+            if head.bias is not None:
+                logits[:, step :: self.num_codebooks] += head.bias
+        return logits
+
+    def _hidden(self, places: Places) -> Tensor:
+        """What the heads read, [R * n, C]."""
+        x = F.embedding(places.take(self.rows, 1), self.table).add_(places.take(self.offsets, 0))  # [R, n, C]
+        if self.added is not None:
+            x += places.frames(self.per_frame, x.device).take(self.added, 1)
+        x = x.flatten(0, 1)
+        modulations = self.modulations
+        if modulations is not None and modulations.shape[3] > 1:
+            modulations = places.frames(self.per_frame, x.device).take(modulations, 3)
+        rotation = None if self.rotation is None else places.take(self.rotation, 0)[:, None]
+        mask = places.mask(x.device)
+        for index, layer in enumerate(self.layers):
+            norms = iter(range(self.norms_per_block * index, self.norms_per_block * (index + 1)))
+            mixed = self._attention(self._norm(x, next(norms), modulations), layer, index, rotation, mask, places)
+            layer.out.add_to(x, mixed)
+            if layer.cross_q is not None and layer.cross_out is not None and layer.memory is not None:
+                queries = layer.cross_q(self._norm(x, next(norms), modulations))
+                layer.cross_out.add_to(x, self._cross(queries, layer.memory))
+            layer.down.add_to(x, self._gate(layer.up(self._norm(x, next(norms), modulations))))
+        return self._norm(x, self.norms_per_block * len(self.layers), modulations)
+
+    def _norm(self, x: Tensor, norm: int, modulations: Tensor | None) -> Tensor:
+        """Normalises x [R * n, C]; then gains and biases [2, norms, R, n or 1, C] where samples have their own."""
+        y = self.normalise(x)
+        if modulations is None:
+            return y
+        gain, bias = modulations[:, norm]
+        return torch.addcmul(bias, y.view(self.num_rows, -1, y.shape[-1]), gain).to(self.dtype).flatten(0, 1)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        if not self.modern:
+            return F.silu(x, inplace=True)  # the factors of the quick GELU are in the weights around it
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate).mul_(value)
+
+    def _attention(
+        self, x: Tensor, layer: _Layer, index: int, rotation: Tensor | None, mask: Tensor | None, places: Places
+    ) -> Tensor:
+        """Mixes x [R * n, C] over the context, -> [R * n, N * D]."""
+        num_heads, kv_heads, head_dim = self.heads_shape
+        cache = self.cache[index]
+        heads = layer.qkv(x).view(self.num_rows, places.count, -1, head_dim)
+        q = heads[:, :, :num_heads]
+        if layer.head_gains is not None and rotation is not None:
+            turning = _unit(heads[:, :, : num_heads + kv_heads].float()).mul_(layer.head_gains)
+            turned = torch.view_as_complex(turning.unflatten(-1, (-1, 2))).mul_(rotation)
+            q, k = torch.view_as_real(turned).flatten(-2).to(self.dtype).split((num_heads, kv_heads), 2)
+            places.put(cache[0], 2, k.transpose(1, 2))
+            places.put(cache[1], 2, heads[:, :, num_heads + kv_heads :].transpose(1, 2))
+        else:
+            kv = heads[:, :, num_heads:].unflatten(2, (2, kv_heads)).permute(2, 0, 3, 1, 4)  # [2, R, M, n, D]
+            places.put(cache, 3, kv)
+        keys, values = cache[:, :, :, : places.context]
+        # Heads that share keys stand as several queries of one head, n times.
+        q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N / M * n, D]
+        if mask is not None:
+            mask = mask.repeat(num_heads // kv_heads, 1)
+        mixed = places.attend(q, keys, values, mask)
+        mixed = mixed.unflatten(2, (-1, places.count)).permute(0, 3, 1, 2, 4)
+        return mixed.reshape(len(x), -1)
+
+    def _cross(self, queries: Tensor, memory: KeysValues) -> Tensor:
+        """Mixes the memory for queries [R * n, C], -> [R * n, channels of all values]."""
+        num_heads, _, head_dim = self.heads_shape
+        q = queries.view(self.num_rows, -1, num_heads, head_dim).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, *memory).transpose(1, 2).reshape(len(queries), -1)
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def _layer(block: Block, norms: list[Norm], memory: Tensor | None, dtype: torch.dtype) -> _Layer:
+    attention, cross = block.attention, block.cross
+    qkv, head_gains = attention.qkv.weight, None
+    up_scale = 1.0 if block.modern else 1.702
+    if attention.qk_gain is not None:  # pairs that turn together become neighbours: real and imaginary parts
+        num_turning, head_dim = attention.num_heads + attention.num_kv_heads, attention.qk_gain.shape[1]
+        neighbours = torch.arange(head_dim, device=qkv.device).view(2, -1).t().flatten()
+        turning, values = qkv.unflatten(0, (-1, head_dim)).split((num_turning, attention.num_kv_heads))
+        qkv = torch.cat((turning[:, neighbours], values)).flatten(0, 1)
+        counts = torch.tensor((attention.num_heads, attention.num_kv_heads), device=qkv.device)
+        head_gains = attention.qk_gain[:, neighbours].repeat_interleave(counts, 0, output_size=num_turning)
+    return _Layer(
+        qkv=_linear(qkv, None, dtype, norms[0]),
+        out=_linear(attention.out.weight, attention.out.bias, dtype),
+        cross_q=None if cross is None else _linear(cross.q.weight, None, dtype, norms[1]),
+        cross_out=None if cross is None else _linear(cross.out.weight, cross.out.bias, dtype),
+        memory=None if cross is None else _memory(cross, cast(Tensor, memory), dtype),
+        up=_linear(block.widen.weight, block.widen.bias, dtype, norms[-1], up_scale),
+        down=_linear(block.narrow.weight / up_scale, block.narrow.bias, dtype),
+        head_gains=head_gains,
+    )
+
+
+def _memory(cross: CrossAttention, memory: Tensor, dtype: torch.dtype) -> KeysValues:
+    return KeysValues(*(part.to(dtype).contiguous() for part in cross.keys_values(memory)))
+
+
+def _linear(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: Norm | None = None, scale: float = 1.0
+) -> _Linear:
+    """The layer of weight [out, in], times ``scale``, behind a norm that it includes if all samples share it."""
+    if norm is not None and norm.gain.dim() == 1:
+        if norm.bias is not None:
+            bias = weight @ norm.bias + (0 if bias is None else bias)
+        weight = weight * norm.gain
+    weight = (weight * scale).t().to(dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
+    return _Linear(weight, None if bias is None else (bias * scale).to(dtype))
+
+
+def _stacked(norms: list[Norm]) -> Tensor:
+    """Gains and biases of all norms, float32 [2, norms, R, t or 1, C]."""
+    parts = [torch.stack([part for norm in norms if (part := norm[side]) is not None]) for side in (0, 1)]
+    stacked = torch.stack(parts)
+    return stacked if stacked.dim() == 5 else stacked.unsqueeze(3)
+
+
+# ------------------------------------------------------------------------------------------ norms
+
+
+def _standard(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Scales x [..., D] to a mean square of one, in float32 inside."""
+    if x.device.type != "cpu":
+        return F.rms_norm(x, x.shape[-1:], eps=EPS)
+    # torch makes an RMS norm on a CPU of parts; the norm of a vector is one operation there.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x * length.square_().mul_(1 / x.shape[-1]).add_(EPS).rsqrt_()).to(x.dtype)

@@ -1,0 +1,121 @@
+"""The codes of one batch while they are drawn: what the sequential and the parallel decoder share.
+
+B: samples   R: rows of the prior, B or, under guidance, 2 B   n: positions at once   L: all positions   K: codes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clipmill.errors import UserError
+from clipmill.models.decoding import CachedPrior
+from clipmill.models.places import HostPlaces, Places
+from clipmill.models.prior import Prior
+from clipmill.sampling.filters import Filters, draw
+from clipmill.sampling.noise import Noise
+
+__all__ = ["Drawing"]
+
+_NOISE_ELEMENTS = 2**19
+"""Noise made at once: enough to pay for its operations, little enough for a cache."""
+
+
+class Drawing:
+    """A batch of which the first ``num_given`` positions are decided.
+
+    Args:
+        prior: in eval mode.
+        cached: the same, ready for R rows; with guidance the second half of them goes without the class.
+        noise: of the B samples.
+        prefix: codes of the first positions, int64 [B, P]; None: nothing is given.
+        guidance: see `clipmill.sampling.generate`.
+        filters: of the draws.
+        first_frame: latent frame of the whole video at which the batch begins.
+
+    Attributes:
+        codes: int64 [B, L].
+        num_given: P.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        cached: CachedPrior,
+        noise: Noise,
+        prefix: Tensor | None,
+        guidance: float,
+        filters: Filters,
+        first_frame: int,
+    ) -> None:
+        self.cached, self.noise, self.filters, self.guidance = cached, noise, filters, guidance
+        self.num_samples, self.num_positions = noise.num_samples, prior.num_positions
+        self.num_codebooks, self.device = cached.num_codebooks, cached.rows.device
+        self.copies = cached.num_rows // self.num_samples
+        self.per_frame = math.prod(prior.latent_shape[1:])
+        self.offset = first_frame * self.per_frame
+        temperatures = filters.temperatures(first_frame, prior.latent_shape[0])
+        self.temperatures = None  # [L, 1]
+        if set(temperatures) != {1.0}:
+            by_frame = torch.tensor(temperatures, device=self.device)
+            self.temperatures = by_frame.repeat_interleave(self.per_frame)[:, None]
+        self.codes = torch.zeros(self.num_samples, self.num_positions, dtype=torch.int64, device=self.device)
+        self.health = torch.zeros(self.num_samples, device=self.device)
+        self.noise_block, self.noise_first = torch.empty(self.num_samples, 0, noise.num_codes), 0
+        self.num_given = 0 if prefix is None else prefix.shape[1]
+        if prefix is not None and self.num_given:
+            self.codes[:, : self.num_given] = prefix
+            cached.prefill(prefix.repeat(self.copies, 1))
+
+    @property
+    def noise_positions(self) -> int:
+        """Positions whose noise is made at once."""
+        return max(1, _NOISE_ELEMENTS // (self.num_samples * self.noise.num_codes))
+
+    def noise_at(self, places: HostPlaces) -> Tensor:
+        """Float32 [B, n, K]."""
+        first = places.first - self.noise_first
+        if first < 0 or first + places.count > self.noise_block.shape[1]:
+            first, count = 0, max(places.count, self.noise_positions)
+            self.noise_first = places.first
+            count = min(count, self.num_positions - places.first)
+            self.noise_block = self.noise.at(self.offset + places.first, count)
+        return self.noise_block[:, first : first + places.count]
+
+    def logits(self, places: Places) -> Tensor:
+        """Of some positions given the codes so far, guided and divided by the temperature, float32 [B, n, K]."""
+        logits = self.cached.logits(places)
+        if self.copies == 2:
+            with_class, without = logits.chunk(2)
+            logits = without + self.guidance * (with_class - without)
+        return logits if self.temperatures is None else logits / places.take(self.temperatures, 0)
+
+    def draw(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """Codes int64 [B, n] from what `logits` and `noise_at` gave."""
+        return draw(logits, noise, self.filters)
+
+    def put(self, places: Places, codes: Tensor) -> None:
+        """Notes the codes int64 [B, n], which later positions follow."""
+        places.put(self.codes, 1, codes)
+        self.cached.put(places, codes.repeat(self.copies, 1) if self.copies > 1 else codes)
+
+    def examine(self, logits: Tensor) -> None:
+        """Notes whether logits [B, n, K] are finite; the host looks once, at the end."""
+        # 0 times a sum is not a number where the sum is not finite, and stays so.
+        self.health += logits.sum((1, 2)) * 0
+
+    def require_finite(self, indices: Sequence[int]) -> None:
+        """Looks at what was examined.
+
+        Raises:
+            UserError: logits of a sample were not finite.
+        """
+        sick = self.health.isnan().nonzero().flatten().tolist()
+        if sick:
+            raise UserError(
+                f"sample {indices[sick[0]]}: the logits of the prior are not finite; its weights are damaged, or "
+                "sample.guidance is too large or sample.temperature too small"
+            )
