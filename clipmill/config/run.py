@@ -59,6 +59,12 @@ class SampleConfig(Section):
     """Where given latents and conditions come from: a split of ``tokens/``, the URL of such a data set, or the URL of a
     video, a picture, a ``.npy`` file of actions or of an embedding, or a folder or table of them. Sample i takes its
     clip i, round and round; of a prior with classes it also takes its class, unless ``classes`` are set."""
+    num_frames: PositiveInt | None = None
+    """Frames of a sample: those of the prior's window, or more in steps of a latent frame; then the window slides. None
+    is the window."""
+    overlap_latents: PositiveInt | None = None
+    """Latent frames that consecutive windows of a longer sample share. None is half of the window, or as many as hold
+    the frames that the prior is conditioned on."""
     batch_size: PositiveInt = 16
     """Identity: samples are bit-identical at the recorded batch size, precision and hardware class."""
     format: Literal["mp4", "npy"] = "mp4"

@@ -232,6 +232,12 @@ class _Inputs:
                 f"the samples at {samples.url} were made by prior {samples.recipe['prior']}, the newest is "
                 f"{prior_sha8}; run `clipmill sample` with another sample.name"
             )
+        made, clip_frames = samples.recipe["sample"].get("num_frames"), clips.recipe["clip"]["num_frames"]
+        if made not in (None, clip_frames):
+            raise UserError(
+                f"the samples at {samples.url} have {made} frames, the clips {clip_frames}; name samples of as many "
+                "frames by sample.name"
+            )
         if config.evaluate.is_weights is not None and clips.recipe["clip"]["num_frames"] != C3D_FRAMES:
             raise UserError(
                 f"the Inception Score is one of clips of {C3D_FRAMES} frames, those at {clips.url} have "

@@ -60,7 +60,7 @@ class Film:
 
         Args:
             label: their class.
-            clips: uint8 [T, H, W, 3], all of one shape, by kind.
+            clips: uint8 [T, H, W, 3] by kind, all of one size and at least as many frames as the first.
         """
         kinds = tuple(kind for kind in clips if len(clips[kind]))
         missing = tuple(kind for kind in clips if not len(clips[kind]))
@@ -74,7 +74,7 @@ class Film:
         for row, kind in enumerate(kinds):
             top = row * (height + _GAP_PIXELS)
             for column, clip in enumerate(clips[kind]):
-                columns[column, :, top : top + height] = clip
+                columns[column, :, top : top + height] = clip[:num_frames]  # samples may be longer
         gap = _GAP_PIXELS * scale
         video = playing_row(columns, fps=FRAMES_PER_SECOND, scale=scale, gap=gap)
         return cls(

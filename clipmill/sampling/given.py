@@ -17,6 +17,7 @@ from clipmill.models.export import model_config, require_condition
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 from clipmill.sampling.files import FileList, GivenFiles, list_files
+from clipmill.sampling.long import VideoLength, video_length
 from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
 
@@ -42,16 +43,24 @@ def require_given(config: RunConfig, body: dict[str, Any]) -> Manifest | FileLis
         )
     if not settings.prefix_latents and model.condition is None:
         return None
-    num_frames = body["latent_shape"][0]
-    if settings.prefix_latents >= num_frames:
+    length = video_length(body, settings.num_frames, settings.overlap_latents)
+    most = min(length.window_latents, length.num_latents - 1)
+    if settings.prefix_latents > most:
         raise UserError(
-            f"sample.prefix_latents={settings.prefix_latents}: of {num_frames} latent frames one must be left"
+            f"sample.prefix_latents={settings.prefix_latents}: of {length.num_latents} latent frames one must be left, "
+            f"and a clip has {length.window_latents}; set it to {most} at most"
         )
     url = settings.given if settings.given_is_place else config.folder("tokens", settings.given)
     if settings.given_is_place and not storage.exists(storage.join(url, "manifest.json")):
         return list_files(url, model.condition, settings.prefix_latents)
     with suppress(FileNotFoundError):
-        return _tokens(url, body)
+        manifest = _tokens(url, body)
+        if length.slides and model.condition == "actions":
+            raise UserError(
+                f"sample.num_frames={length.num_frames} needs actions of as many frames, clips of sample.given {url} "
+                f"have those of {length.window_frames}; set sample.given to files of actions, or leave num_frames out"
+            )
+        return manifest
     raise UserError(
         f"no tokens at {url} to take conditions or first latents from; set sample.given to other tokens, or to a "
         "video, a picture, or a folder or table of them"
@@ -101,12 +110,24 @@ def prefix_of_clips(clips: Sequence[dict[str, Any]], prefix_latents: int) -> Ten
     return torch.from_numpy(np.stack([clip["codes"][:prefix_latents] for clip in clips], dtype=np.int64))
 
 
-def condition_of_clips(clips: Sequence[dict[str, Any]], prior: Prior) -> Tensor | None:
-    """The condition of clips, in the shape that `clipmill.models.conditioning` gives; None for a prior without."""
+def condition_of_clips(clips: Sequence[dict[str, Any]], prior: Prior, length: VideoLength) -> Tensor | None:
+    """The condition of clips, in the shape that `sample_videos` takes; None for a prior without.
+
+    Raises:
+        UserError: the actions of a clip end before its video.
+    """
     if prior.condition is None:
         return None
-    kind, length = str(prior.config.condition), prior.condition.shape[0]
-    return torch.from_numpy(np.stack([clip[kind][:length] for clip in clips]))
+    kind, rows = str(prior.config.condition), prior.condition.shape[0]
+    if kind == "actions" and length.slides:
+        rows = length.num_frames
+    for clip in clips:
+        if len(clip[kind]) < rows:
+            raise UserError(
+                f"{clip['key']} has {kind} of {len(clip[kind])} frames, and a sample {rows}; give {kind} of every "
+                "frame, or lower sample.num_frames"
+            )
+    return torch.from_numpy(np.stack([clip[kind][:rows] for clip in clips]))
 
 
 def class_of_clip(clip: dict[str, Any], classes: Sequence[str], otherwise: str | None) -> str | None:

@@ -21,6 +21,7 @@ from clipmill.models.export import require_prior
 from clipmill.progress import bar
 from clipmill.sampling.files import FileList
 from clipmill.sampling.given import require_given
+from clipmill.sampling.long import video_length
 from clipmill.sampling.preview import has_preview, publish_preview, remove_preview
 from clipmill.sampling.units import Unit, leading_units, missing_units
 from clipmill.sampling.worker import Job, make_worker
@@ -61,9 +62,9 @@ def is_finished(config: RunConfig) -> bool:
         UserError: there is no prior yet, it does not know a class or was not trained for guidance, its condition is
             missing, its videos do not fit the format, or the folder holds other samples.
     """
-    body, sha8 = require_prior(config.folder("prior"))
+    body, _ = require_prior(config.folder("prior"))
     check_settings(config.sample, body)
-    _refuse_other_recipe(config, _recipe(config, sha8, require_given(config, body)))
+    _refuse_other_recipe(config, _recipe(config, body, require_given(config, body)))
     url = folder_url(config)
     try:
         manifest = Manifest.load(url, "samples")
@@ -85,10 +86,10 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     job = new_job(config, lease)
     began = time.monotonic()
     shards, num_made = _make_missing(job)
-    body, sha8 = require_prior(config.folder("prior"))
+    body, _ = require_prior(config.folder("prior"))
     facts = {
         "classes": sorted({label for label in job.labels if label is not None}),
-        "latent_shape": body["latent_shape"],
+        "latent_shape": [job.length.num_latents, *body["latent_shape"][1:]],
         "num_codes": body["num_codes"],
         "prior_step": body["step"],
     }
@@ -108,7 +109,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         "samples": manifest.num_samples,
         "samples_per_second": num_made / (time.monotonic() - began),
         "classes": len(facts["classes"]),
-        "prior": sha8,
+        "prior": body["sha8"],
         "bytes": sum(shard.bytes for shard in manifest.shards),
     }
 
@@ -156,12 +157,13 @@ def new_job(config: RunConfig, lease: Lease) -> Job:
     Raises:
         UserError: as `is_finished`.
     """
-    body, sha8 = require_prior(config.folder("prior"))
+    body, _ = require_prior(config.folder("prior"))
     labels = check_settings(config.sample, body)
-    recipe = _recipe(config, sha8, require_given(config, body))
+    recipe = _recipe(config, body, require_given(config, body))
     _refuse_other_recipe(config, recipe)
+    length = video_length(body, config.sample.num_frames, config.sample.overlap_latents)
     fps = body["tokenizer"]["clip"]["clip"].get("fps") or _USUAL_FPS
-    return Job(config, lease, folder_url(config), recipe, tuple(labels), fps)
+    return Job(config, lease, folder_url(config), recipe, tuple(labels), length, fps)
 
 
 def check_settings(settings: SampleConfig, body: dict[str, Any]) -> list[str | None]:
@@ -183,10 +185,12 @@ def check_settings(settings: SampleConfig, body: dict[str, Any]) -> list[str | N
     return _labels_in_turn(settings, body)
 
 
-def _recipe(config: RunConfig, prior_sha8: str, given: Manifest | FileList | None) -> dict[str, Any]:
+def _recipe(config: RunConfig, body: dict[str, Any], given: Manifest | FileList | None) -> dict[str, Any]:
     """Everything that sample i depends on beside i. Names are only places: a copy elsewhere is the same data."""
     settings = {key: value for key, value in identity(config.sample).items() if key not in ("name", "given")}
-    recipe = {"schema": _RECIPE_SCHEMA, "sample": settings, "prior": prior_sha8}
+    length = video_length(body, config.sample.num_frames, config.sample.overlap_latents)
+    settings |= {"num_frames": length.num_frames, "overlap_latents": length.overlap_latents}
+    recipe = {"schema": _RECIPE_SCHEMA, "sample": settings, "prior": body["sha8"]}
     return recipe if given is None else recipe | {"given": given.fingerprint}
 
 

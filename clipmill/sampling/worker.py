@@ -16,11 +16,12 @@ from clipmill.lease import Lease
 from clipmill.models.export import load_prior
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
-from clipmill.models.vqvae import VQVAE, to_pixels
+from clipmill.models.vqvae import VQVAE
 from clipmill.sampling.files import GivenFiles
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
 from clipmill.sampling.given import class_of_clip, condition_of_clips, open_given, prefix_of_clips, require_given
+from clipmill.sampling.long import VideoLength, sample_videos
 from clipmill.sampling.units import Unit
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import commit_unit
@@ -47,6 +48,7 @@ class Job:
     recipe: dict[str, Any]
     labels: tuple[str | None, ...]
     """Names of the classes that samples take in turn; (None,) for a prior without classes."""
+    length: VideoLength
     fps: float
     """Frames per second at which samples play."""
 
@@ -78,20 +80,25 @@ def _make_batch(
     if clips and classes and settings.classes is None:
         names = [class_of_clip(clip, classes, name) for clip, name in zip(clips, names, strict=True)]
     class_numbers = torch.tensor([classes.index(name) for name in names if name is not None])
-    with torch.inference_mode():
-        codes = generate(
-            prior,
-            seed=settings.seed,
-            indices=list(indices),
-            labels=class_numbers if classes else None,
-            condition=condition_of_clips(clips, prior),
-            prefix=prefix_of_clips(clips, settings.prefix_latents),
-            guidance=settings.guidance,
-            filters=Filters(settings.temperature, settings.top_k, settings.top_p, settings.min_p),
-            decoder=settings.decoder,
-            precision=settings.precision,
-        )
-        video = to_pixels(tokenizer.decode(codes)).cpu().numpy()
+    draw = functools.partial(
+        generate,
+        prior,
+        seed=settings.seed,
+        indices=list(indices),
+        labels=class_numbers if classes else None,
+        guidance=settings.guidance,
+        filters=Filters(settings.temperature, settings.top_k, settings.top_p, settings.min_p),
+        decoder=settings.decoder,
+        precision=settings.precision,
+    )
+    codes, pixels = sample_videos(
+        draw,
+        tokenizer,
+        job.length,
+        condition=condition_of_clips(clips, prior, job.length),
+        prefix=prefix_of_clips(clips, settings.prefix_latents),
+    )
+    video = pixels.numpy()
     narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))
     with ScratchFolder("sample") as folder:
         writer = UnitWriter(folder, "samples", unit.first, _SHARD_BYTES)
@@ -123,6 +130,7 @@ def _about(job: Job, index: int, label: str | None, given_key: str | None) -> di
         "seed": settings.seed,
         "label": label,
         "fps": job.fps,
+        "num_frames": job.length.num_frames,
         "temperature": settings.temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,

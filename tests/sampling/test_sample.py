@@ -319,6 +319,38 @@ def test_samples_with_the_noise_of_an_older_clipmill_are_refused_by_name(root: P
 CHANGES = [{"temperature": [1.0, 0.5]}, {"seed": 1}, {"batch_size": 2}, {"min_p": 0.1}, {"format": "npy"}]
 
 
+def with_sample(config: RunConfig, **keys: object) -> RunConfig:
+    return config.model_copy(update={"sample": config.sample.model_copy(update=keys)})
+
+
+def test_samples_longer_than_the_window(root: Path, caplog: pytest.LogCaptureFixture):
+    config = with_sample(toy_config(root, format="npy"), num_frames=24)
+    make_samples(config)
+    manifest = Manifest.load(sample.folder_url(config), "samples")
+    settings = manifest.recipe["sample"]
+    assert (settings["num_frames"], settings["overlap_latents"]) == (24, 1)
+    assert manifest.facts["latent_shape"][0] == 6
+    prior, _, _, _ = load_prior(config.folder("prior"))
+    for each in members(config):
+        codes, about = parse_npy(each["codes.npy"]), json.loads(bytes(each["json"]))
+        assert (parse_npy(each["npy"]).shape[0], codes.shape[0], about["num_frames"]) == (24, 6, 24)
+    label = torch.tensor([CLASSES.index(about["label"])])
+    window = torch.from_numpy(codes[None, 4:6].astype(np.int64))
+    again = generate(prior, seed=0, indices=[4], labels=label, prefix=window[:, :1], first_frame=4)
+    assert torch.equal(again, window)  # of the last sample, the last window
+    assert sample.is_finished(config)
+    with pytest.raises(UserError, match=r"sample\.num_frames .*another sample\.name"):
+        sample.is_finished(with_sample(config, num_frames=28))
+
+
+def test_lengths_that_the_prior_does_not_make_are_refused(root: Path):
+    with pytest.raises(UserError, match="num_frames=10: this prior makes 8 frames, or more in steps of 4"):
+        sample.is_finished(with_sample(toy_config(root), num_frames=10))
+    with pytest.raises(UserError, match="of 2 latent frames one must be left, and a clip has 2; set it to 1"):
+        sample.is_finished(with_sample(toy_config(root), prefix_latents=2))
+    assert not (root / "samples").exists()
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_settings_need_another_name(root: Path, change: dict):
     make_samples(toy_config(root, num_samples=3))
