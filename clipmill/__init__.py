@@ -1,3 +1,40 @@
-"""VideoGPT at cluster scale: raw videos become a trained video generator, in stages that survive anything."""
+"""VideoGPT at cluster scale: raw videos become a trained video generator, in stages that survive anything.
 
+`load`, `open_dataset` and `write_video` are the way in from Python: ``docs/python.md``. They are imported when they are
+first used, so that ``import clipmill`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipmill.api import ClipDataset, Generator, Loader, Samples, Tokenizer, load, open_dataset, write_video
+    from clipmill.errors import ClipmillError, UserError
+
+__all__ = [
+    "ClipDataset",
+    "ClipmillError",
+    "Generator",
+    "Loader",
+    "Samples",
+    "Tokenizer",
+    "UserError",
+    "load",
+    "open_dataset",
+    "write_video",
+]
 __version__ = "0.1.0"
+
+_ERRORS = {"ClipmillError", "UserError"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'clipmill' has no attribute {name!r}")
+    return getattr(import_module("clipmill.errors" if name in _ERRORS else "clipmill.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -198,6 +198,47 @@ def export(
     print(json.dumps({"kind": stage, "export": url}))
 
 
+@app.command("generate")
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="An export of a prior, its training folder, or a run.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option("--out", help="The .mp4 file to write.")],
+    num: Annotated[int, typer.Option("--num", min=1, help="Videos; several become a grid.")] = 1,
+    label: Annotated[str | None, typer.Option("--label", help="Class; none: all in turn.")] = None,
+    first_frame: Annotated[
+        str | None, typer.Option("--first-frame", help="A picture or video to go on from, or to condition on.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0.001, help="Length; none: the prior's window.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", min=0.1, help="Frames per second; none: the training clips', else 8.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
+    temperature: Annotated[float, typer.Option("--temperature", help="Below 1: more likely codes.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw from the k most likely codes.")] = None,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from codes of this probability.")] = 1.0,
+) -> None:
+    """Export of a prior -> an mp4 file; no data set, no Ray."""
+    from clipmill.api.command import generate_file
+
+    facts = generate_file(
+        model,
+        out,
+        num=num,
+        label=label,
+        first_frame=first_frame,
+        seconds=seconds,
+        fps=fps,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    print(json.dumps(facts))
+
+
 @app.command("config")
 def show_config(assignments: Assignments = None, config: ConfigFiles = None) -> None:
     """Print the resolved configuration."""

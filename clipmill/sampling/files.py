@@ -12,23 +12,21 @@ needed; its names are relative to its folder.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from clipmill import storage
 from clipmill.config import PriorModelConfig, fingerprint
 from clipmill.errors import UserError
 from clipmill.models.vqvae import VQVAE
+from clipmill.sampling.arrays import check_array, read_array
 from clipmill.sampling.frames import FrameReader, clip_rule, encode_first, num_frames_of
 from clipmill.tables import SUFFIXES, UnreadableTable, read_rows
 from clipmill.video.kinds import PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
 
-__all__ = ["FileList", "GivenFile", "GivenFiles", "check_array", "list_files", "read_array"]
+__all__ = ["FileList", "GivenFile", "GivenFiles", "list_files"]
 
 _HEAD_BYTES = 2**20
 _MOST_FILES = 100_000
@@ -170,43 +168,6 @@ def _tag(url: str | None) -> str | None:
         return f"{storage.stat(url).bytes}:{hashlib.sha256(storage.read_start(url, _HEAD_BYTES)).hexdigest()}"
     except FileNotFoundError as error:
         raise UserError(f"sample.given: there is no file {storage.shown(url)}; correct its name") from error
-
-
-def read_array(url: str) -> np.ndarray:
-    """A ``.npy`` file of numbers, float32 of any shape.
-
-    Raises:
-        UserError: there is none, or it is something else.
-    """
-    try:
-        array = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
-            raise ValueError("no array of real numbers")
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {storage.shown(url)}; correct its name") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{storage.shown(url)} is no .npy file of real numbers ({error}); write it again") from error
-    return array.astype(np.float32)
-
-
-def check_array(array: np.ndarray, wanted: Sequence[int], name: str, condition: str) -> np.ndarray:
-    """The condition of one clip in the shape that a prior takes; of longer actions the first rows.
-
-    Args:
-        array: float32 [T, A] or [S, E].
-        wanted: the prior's ``condition_shape``.
-        name: of its file.
-        condition: ``actions`` or ``text``.
-
-    Raises:
-        UserError: it has another shape, or numbers that are not finite.
-    """
-    fits = array.ndim == len(wanted) and list(array.shape[1:]) == list(wanted[1:])
-    if not fits or (len(array) < wanted[0] if condition == "actions" else len(array) != wanted[0]):
-        raise UserError(f"{name} has the shape {list(array.shape)}, the prior takes {condition} of {list(wanted)}")
-    if not np.isfinite(array).all():
-        raise UserError(f"{name} holds numbers that are not finite; write it again")
-    return array
 
 
 class GivenFiles:

@@ -1,0 +1,39 @@
+"""Videos as files to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from clipmill import storage
+from clipmill.api.arrays import as_videos
+from clipmill.errors import UserError
+from clipmill.sampling.preview import film
+from clipmill.video import encode_mp4
+
+__all__ = ["USUAL_FPS", "write_video"]
+
+USUAL_FPS = 8.0
+_CRF = 10
+
+
+def write_video(url: str | Path, video: np.ndarray | Tensor, fps: float = USUAL_FPS) -> None:
+    """Writes an h264 mp4 file.
+
+    Args:
+        url: path or bucket URL, which should end in ``.mp4``.
+        video: uint8 [T, H, W, 3] as it is; of several [B, T, H, W, 3] a grid, small ones enlarged.
+        fps: frames per second.
+
+    Raises:
+        UserError: another dtype or shape, or an odd size of one video.
+    """
+    videos, is_single = as_videos(video)
+    height, width = videos.shape[2:4]
+    if is_single and (height % 2 or width % 2):
+        raise UserError(f"h264 needs an even height and width, not {height} x {width}; pad the video by one pixel")
+    pixels = videos.numpy()
+    data = encode_mp4(pixels[0], fps, _CRF) if is_single else film(pixels, fps)
+    storage.publish_bytes(storage.absolute(str(url)), data)

@@ -1,0 +1,200 @@
+"""A generator: a prior with its tokenizer makes videos."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from clipmill.api.given import Condition, Frames, GeneratorInfo, given_condition, given_frames
+from clipmill.api.tokenizer import Tokenizer
+from clipmill.config import SampleConfig
+from clipmill.errors import UserError
+from clipmill.models.prior import Prior
+from clipmill.sampling.filters import Filters
+from clipmill.sampling.generate import generate
+from clipmill.sampling.long import VideoLength, sample_videos, video_length
+
+__all__ = ["Generator", "Samples"]
+
+
+class Samples(NamedTuple):
+    """What a generator made, on the CPU."""
+
+    videos: Tensor
+    """uint8 [num, T, H, W, 3]."""
+    codes: Tensor
+    """int64 [num, t, h, w] or [num, t, h, w, M]."""
+
+
+class Generator:
+    """A prior with its tokenizer, in eval mode; made by `clipmill.load`. It keeps no gradients.
+
+    Attributes:
+        info: what it is.
+        tokenizer: its own.
+        model: the network itself.
+        body: of its export.
+    """
+
+    def __init__(self, model: Prior, tokenizer: Tokenizer, body: dict[str, Any]) -> None:
+        self.model, self.tokenizer, self.body = model, tokenizer, body
+        shape = body.get("condition_shape")
+        self.info = GeneratorInfo(
+            sha8=body["sha8"],
+            step=body["step"],
+            classes=tuple(body["classes"]),
+            condition=model.config.condition,
+            condition_shape=None if shape is None else tuple(shape),
+            num_frames=video_length(body, None).num_frames,
+            height=tokenizer.info.height,
+            width=tokenizer.info.width,
+            fps=tokenizer.info.fps,
+            codes_shape=tuple(body["latent_shape"]),
+            num_codes=body["num_codes"],
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+
+    def __repr__(self) -> str:
+        return f"Generator({self.info})"
+
+    def sample(
+        self,
+        num: int = 1,
+        *,
+        label: str | Sequence[str] | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        first_frames: Frames | None = None,
+        prefix_latents: int | None = None,
+        actions: Condition | None = None,
+        text: Condition | None = None,
+        num_frames: int | None = None,
+        overlap_latents: int | None = None,
+        guidance: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        batch_size: int = 16,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Samples:
+        """Makes videos.
+
+        Args:
+            num: how many.
+            label: class of all, or of each; None takes the classes in turn, as the stage ``sample`` does.
+            seed: of the noise. Sample i of a seed is the same in any call, up to rounding between batch sizes.
+            first_index: number of the first sample.
+            first_frames: what a generator that is conditioned on frames sees; for others, what videos go on from.
+            prefix_latents: latent frames that are taken from ``first_frames`` as they are. None: 0 for a generator
+                conditioned on frames; else all whole ones of an array, and 1 of a file.
+            actions: for a generator conditioned on them, float [T, A].
+            text: for a generator conditioned on it, an embedding float [S, E].
+            num_frames: T of the videos; None is the window's. Beyond the window, the window slides.
+            overlap_latents: of windows that slide; see `clipmill.sampling.long.video_length`.
+            guidance: as ``sample.guidance``, like the four below.
+            temperature: one, or one for each latent frame.
+            top_k: of the codes of a position.
+            top_p: of their probability.
+            min_p: over the most likely one.
+            batch_size: videos drawn at once.
+            on_progress: gets the number of windows made, and that of all.
+
+        Raises:
+            UserError: something does not fit this generator; the message says what it takes.
+        """
+        wanted = self._settings(
+            num_samples=num,
+            seed=seed,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            batch_size=batch_size,
+        )
+        length = video_length(self.body, num_frames, overlap_latents)
+        labels = self._labels(num, label, first_index)
+        prefix, frames = given_frames(self.info, self.tokenizer, num, first_frames, prefix_latents)
+        condition = given_condition(self.info, length, num, frames, {"actions": actions, "text": text})
+        progress = _Progress(on_progress, length, 0 if prefix is None else prefix.shape[1], num, batch_size)
+        made = []
+        for start in range(0, num, batch_size):
+            rows = slice(start, min(start + batch_size, num))
+            draw = functools.partial(
+                generate,
+                self.model,
+                seed=seed,
+                indices=range(first_index + rows.start, first_index + rows.stop),
+                labels=None if labels is None else labels[rows],
+                guidance=wanted.guidance,
+                filters=Filters(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p),
+            )
+            given = {"condition": condition, "prefix": prefix}
+            batch = {name: None if each is None else each[rows] for name, each in given.items()}
+            made.append(sample_videos(progress.count(draw), self.tokenizer.model, length, **batch))
+        # What concatenates is an ordinary tensor, with which a user may train.
+        return Samples(torch.cat([each.pixels for each in made]), torch.cat([each.codes.cpu() for each in made]))
+
+    def _settings(self, **settings: Any) -> SampleConfig:
+        """The settings of the draw, checked as the config checks them."""
+        try:
+            wanted = SampleConfig.model_validate(settings)
+        except ValidationError as error:
+            problem = error.errors()[0]  # of a union each member has its own
+            raise UserError(
+                f"{problem['loc'][0]}={problem['input']!r}: {problem['msg'].lower()}; correct it"
+            ) from error
+        if wanted.guidance != 1 and self.model.null_label is None:
+            raise UserError(
+                f"guidance={wanted.guidance:g} needs a generator trained with prior.model.label_dropout above 0; leave "
+                "it out"
+            )
+        return wanted
+
+    def _labels(self, num: int, label: str | Sequence[str] | None, first_index: int) -> Tensor | None:
+        """Class numbers int64 [num]."""
+        classes = self.info.classes
+        if not classes:
+            if label is not None:
+                raise UserError("this generator was trained without classes; leave label out")
+            return None
+        if label is None:
+            return torch.arange(first_index, first_index + num) % len(classes)
+        names = [label] * num if isinstance(label, str) else list(label)
+        if len(names) != num:
+            raise UserError(f"{len(names)} labels for {num} videos; give one for all, or one for each")
+        if unknown := sorted({str(name) for name in names if name not in classes}):
+            raise UserError(f"unknown label {', '.join(unknown)}; this generator knows {', '.join(classes)}")
+        return torch.tensor([classes.index(name) for name in names])
+
+
+class _Progress:
+    """Counts windows over all batches."""
+
+    def __init__(
+        self, tell: Callable[[int, int], None] | None, length: VideoLength, num_known: int, num: int, batch_size: int
+    ) -> None:
+        self._tell, self._done = tell, 0
+        windows = 0
+        while num_known < length.num_latents:
+            num_known = length.start(num_known) + length.window_latents
+            windows += 1
+        self._total = windows * -(-num // batch_size)
+
+    def count(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The draw of a window, counted."""
+
+        def counted(**window: Any) -> Tensor:
+            codes = draw(**window)
+            self._done += 1
+            if self._tell is not None:
+                self._tell(self._done, self._total)
+            return codes
+
+        return counted
