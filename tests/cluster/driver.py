@@ -41,7 +41,7 @@ def make_disk_worker(folder: str) -> Callable[[int], dict[str, Any]]:
     def work(unit: int) -> dict[str, Any]:
         with ScratchFolder("test") as scratch:
             (scratch / "clips").write_bytes(bytes(1_000_000))
-            time.sleep(2)
+            time.sleep(5)
         (Path(folder) / str(unit)).touch()
         return {}
 

@@ -92,8 +92,16 @@ class Hosts:
 
 
 def environment() -> dict[str, str]:
-    """What hosts and drivers need to meet: a token, of which only some of them know, would keep them apart."""
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": str(START_SECONDS)}
+    """What hosts and drivers need to meet, on a busy machine too.
+
+    A token, of which only some of them know, would keep them apart. A raylet whose agent is not there after 30 s aborts.
+    """
+    return {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_raylet_start_wait_time_s": str(START_SECONDS),
+        "RAY_agent_register_timeout_ms": str(1000 * START_SECONDS),
+    }
 
 
 def free_port() -> int:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from tests.cluster.hosts import Hosts, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-PREEMPTION_SECONDS = 20
+PREEMPTION_SECONDS = 60
+"""How long a host works before it is preempted."""
 
 
 @pytest.fixture
@@ -47,6 +47,14 @@ def hosts(full_disk: Path) -> Iterator[Hosts]:
         cluster.stop()
 
 
+def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 def test_a_full_disk_and_preemptions_cost_no_unit(hosts: Hosts, full_disk: Path, tmp_path: Path) -> None:
     (finished := tmp_path / "finished").mkdir()
     log = tmp_path / "log.txt"
@@ -60,12 +68,10 @@ def test_a_full_disk_and_preemptions_cost_no_unit(hosts: Hosts, full_disk: Path,
             env={**environment(), "RAY_ADDRESS": hosts.address},
         )
         try:
-            while driver.poll() is None:
-                time.sleep(PREEMPTION_SECONDS)
-                if driver.poll() is None:
-                    hosts.kill(hosts.newest)
-                    hosts.add()
-                    num_preemptions += 1
+            while not _ends_within(driver, PREEMPTION_SECONDS):
+                hosts.kill(hosts.newest)
+                hosts.add()
+                num_preemptions += 1
         finally:
             driver.kill()
             driver.wait()
