@@ -94,7 +94,7 @@ class Hosts:
 def environment() -> dict[str, str]:
     """What hosts and drivers need to meet, on a busy machine too.
 
-    A token, of which only some of them know, would keep them apart. A raylet whose agent is not there after 30 s aborts.
+    A token, of which only some of them know, would keep them apart. A raylet that waits 30 s for its agent aborts.
     """
     return {
         **os.environ,
