@@ -150,10 +150,10 @@ class Generator:
             raise UserError(
                 f"{problem['loc'][0]}={problem['input']!r}: {problem['msg'].lower()}; correct it"
             ) from error
-        if wanted.guidance != 1 and self.model.null_label is None:
+        if wanted.guidance != 1 and not self.model.guidable:
             raise UserError(
-                f"guidance={wanted.guidance:g} needs a generator trained with prior.model.label_dropout above 0; leave "
-                "it out"
+                f"guidance={wanted.guidance:g} needs a generator trained with prior.model.label_dropout or "
+                "condition_dropout above 0; leave it out"
             )
         return wanted
 

@@ -65,6 +65,9 @@ class PriorModelConfig(Section):
     each frame (``data.source.actions_suffix``), or its text's embedding (``tokenize.text_embeddings``)."""
     condition_by: Literal["cross_attention", "norm", "add"] = "cross_attention"
     """How it enters. ``norm`` (gains and biases of each latent frame) and ``add`` (to the input) are for actions."""
+    condition_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training clips whose condition is hidden behind a learned null: above 0, ``sample.guidance`` can
+    push away from a prior without it. One random number decides for a clip: at equal shares its class is hidden too."""
     checkpointed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
     """Share of the blocks whose activations are made again in the backward pass: 0 is fastest, 1 needs least memory."""
 
@@ -95,6 +98,8 @@ class PriorModelConfig(Section):
             )
         if self.label_dropout and not self.class_conditional:
             raise ValueError("label_dropout needs class_conditional=true: there is no class to hide")
+        if self.condition_dropout and self.condition is None:
+            raise ValueError("condition_dropout needs a condition: there is none to hide")
         if self.condition_by != "cross_attention" and self.condition != "actions":
             raise ValueError(f"condition_by={self.condition_by} needs condition=actions; others go by cross_attention")
         return self

@@ -47,8 +47,8 @@ class SampleConfig(Section):
     classes: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = None
     """Names of classes to draw from in turn; none: all of them in turn. Those of a published prior are numbers."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    """Logits go this far from those of no class through those of the class (1: to them); needs
-    ``prior.model.label_dropout``."""
+    """Logits go this far from those without class and condition through those with them (1: to them); needs
+    ``prior.model.label_dropout`` or ``prior.model.condition_dropout``. Only what training hid is left out."""
     decoder: Literal["sequential", "parallel"] = "sequential"
     """``parallel`` draws the same codes, up to rounding, in several times fewer passes over many positions each."""
     precision: Literal["float32", "bfloat16"] = "float32"

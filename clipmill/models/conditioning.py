@@ -75,22 +75,40 @@ class Condition(nn.Module):
                 self.project = nn.Linear(per_frame, dim * (2 * num_norms if self.way == "norm" else 1))
                 nn.init.zeros_(self.project.weight)
                 nn.init.zeros_(self.project.bias)
+        self.null = None
+        """What stands for a hidden condition in each latent frame or place of the memory; zero at the start."""
+        if config.condition_dropout:
+            self.null = nn.Parameter(torch.zeros(self.memory_dim or self.project.out_features))
 
-    def forward(self, condition: Tensor) -> Told:
-        """See the module's docstring for the shapes."""
+    def forward(self, condition: Tensor, hidden: Tensor | None = None) -> Told:
+        """The condition as blocks take it.
+
+        Args:
+            condition: see the module's docstring for the shapes.
+            hidden: clips whose condition the null replaces, bool [B]; needs ``condition_dropout``. None hides none.
+        """
         if condition.shape[1:] != self.shape:
             raise ValueError(f"a condition of shape {tuple(condition.shape[1:])} for a prior that takes {self.shape}")
         if self.kind == "frames":
             features = self.encoder(to_input(condition)).flatten(1, 3)
-            return Told(memory=features + raster(self.axes))
+            return Told(memory=self._hide(features + raster(self.axes), hidden))
         if self.kind == "text":  # whatever scale the encoder of the text has
-            return Told(memory=F.layer_norm(condition.float(), self.shape[1:]))
+            return Told(memory=self._hide(F.layer_norm(condition.float(), self.shape[1:]), hidden))
         projected = self.project(per_latent_frame(condition.float(), self.num_latent_frames))
         if self.way == "cross_attention":
-            return Told(memory=projected + raster(self.axes))
+            return Told(memory=self._hide(projected + raster(self.axes), hidden))
+        projected = self._hide(projected, hidden)
         if self.way == "norm":
             return Told(offsets=projected.unflatten(-1, (self.num_norms, 2, -1)))
         return Told(added=projected)
+
+    def _hide(self, features: Tensor, hidden: Tensor | None) -> Tensor:
+        """Features [B, S, M] with the null in the rows that are hidden."""
+        if hidden is None:
+            return features
+        if self.null is None:
+            raise ValueError("a prior that was trained without condition_dropout knows no hidden condition")
+        return torch.where(hidden[:, None, None], self.null, features)
 
 
 def per_latent_frame(actions: Tensor, num_latent_frames: int) -> Tensor:

@@ -70,10 +70,17 @@ class CachedPrior:
         label: int64 [R]; None for an unconditional prior.
         condition: as of ``Prior.forward``.
         dtype: of weights, activations and cache. Norms compute in float32 inside, and logits are float32.
+        hidden: rows whose condition is hidden, bool [R]; None hides none.
     """
 
     def __init__(
-        self, prior: Prior, num_rows: int, label: Tensor | None, condition: Tensor | None, dtype: torch.dtype
+        self,
+        prior: Prior,
+        num_rows: int,
+        label: Tensor | None,
+        condition: Tensor | None,
+        dtype: torch.dtype,
+        hidden: Tensor | None = None,
     ) -> None:
         config = prior.config
         self.num_rows, self.dtype, self.modern = num_rows, dtype, config.style == "modern"
@@ -81,7 +88,7 @@ class CachedPrior:
         self.num_codes, self.num_codebooks = prior.num_codes, prior.input.num_codebooks
         self.per_frame = math.prod(prior.latent_shape[1:])
         self.normalise: Callable[[Tensor], Tensor] = _unit if self.modern else _standard
-        told = prior.told(condition)
+        told = prior.told(condition, hidden)
         norms = prior.norms(label, told.offsets)
         self.norms_per_block = prior.norms_per_block
         self.modulations = None if norms[0].gain.dim() == 1 else _stacked(norms)

@@ -108,15 +108,24 @@ class Prior(nn.Module):
         """
         return self.head(self._hidden(codes, label, condition).flatten(0, 1)).unflatten(0, (len(codes), -1))
 
+    @property
+    def guidable(self) -> bool:
+        """Whether training hid the class or the condition, so that guidance has something to go away from."""
+        return self.null_label is not None or self.config.condition_dropout > 0
+
     def loss(self, codes: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each clip's codes in nats per code, float32 [B]; arguments as of ``forward``.
 
-        In training, classes are hidden at the config's ``label_dropout``.
+        In training, classes and conditions are hidden at the config's ``label_dropout`` and ``condition_dropout``.
         """
-        if self.training and label is not None and self.null_label is not None:
-            hide = torch.rand(label.shape, device=label.device) < self.config.label_dropout
-            label = label.masked_fill(hide, self.null_label)
-        hidden = self._hidden(codes, label, condition).flatten(0, 1)
+        hide = None
+        if self.training and self.guidable:
+            # One number for both: guidance goes away from the prior that knows neither, which must have been trained.
+            chance = torch.rand(len(codes), device=codes.device)
+            if label is not None and self.null_label is not None:
+                label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
+            hide = chance < self.config.condition_dropout if self.config.condition_dropout else None
+        hidden = self._hidden(codes, label, condition, hide).flatten(0, 1)
         targets = codes.flatten()
         num_codebooks = self.input.num_codebooks
         rows_per_chunk = max(1, CHUNK_LOGITS // self.num_codes // num_codebooks) * num_codebooks
@@ -132,18 +141,20 @@ class Prior(nn.Module):
         """Float32 [N] from hidden [N, C] and targets int64 [N]."""
         return F.cross_entropy(self.head(hidden).float(), targets, reduction="none")
 
-    def _hidden(self, codes: Tensor, label: Tensor | None, condition: Tensor | None) -> Tensor:
+    def _hidden(
+        self, codes: Tensor, label: Tensor | None, condition: Tensor | None, hide: Tensor | None = None
+    ) -> Tensor:
         """What the head reads, float [B, L, C]."""
-        told = self.told(condition)
+        told = self.told(condition, hide)
         norms = self.norms(label, told.offsets)
         return self.normalise(self._through_blocks(codes, norms, told), norms[-1])
 
-    def told(self, condition: Tensor | None) -> Told:
+    def told(self, condition: Tensor | None, hide: Tensor | None = None) -> Told:
         """The condition in the form in which blocks take it; see `Condition`."""
         if (condition is None) != (self.condition is None):
             kind = self.config.condition or "no condition"
             raise ValueError(f"a prior of {kind} got {'no' if condition is None else 'a'} condition")
-        return Told() if self.condition is None else self.condition(condition)
+        return Told() if self.condition is None else self.condition(condition, hide)
 
     def _through_blocks(self, codes: Tensor, norms: list[Norm], told: Told) -> Tensor:
         """Hidden states, float [B, L, C]."""

@@ -29,7 +29,7 @@ class Drawing:
 
     Args:
         prior: in eval mode.
-        cached: the same, ready for R rows; with guidance the second half of them goes without the class.
+        cached: the same, ready for R rows; with guidance the second half of them goes without what training hid.
         noise: of the B samples.
         prefix: codes of the first positions, int64 [B, P]; None: nothing is given.
         guidance: see `clipmill.sampling.generate`.
@@ -89,8 +89,8 @@ class Drawing:
         """Of some positions given the codes so far, guided and divided by the temperature, float32 [B, n, K]."""
         logits = self.cached.logits(places)
         if self.copies == 2:
-            with_class, without = logits.chunk(2)
-            logits = without + self.guidance * (with_class - without)
+            with_all, without = logits.chunk(2)
+            logits = without + self.guidance * (with_all - without)
         return logits if self.temperatures is None else logits / places.take(self.temperatures, 0)
 
     def draw(self, logits: Tensor, noise: Tensor) -> Tensor:

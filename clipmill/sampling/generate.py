@@ -49,8 +49,8 @@ def generate(
         labels: class of each sample, int64 [B], for a class-conditional prior.
         condition: what else the prior is told of each sample (see `clipmill.models.conditioning`).
         prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M].
-        guidance: logits become ``none + guidance * (class - none)`` of those without and with the class (arXiv
-            2207.12598); other than 1 needs a prior that knows the null label.
+        guidance: logits become ``none + guidance * (all - none)`` of those without what training hid now and then
+            (class, condition) and with all (arXiv 2207.12598); other than 1 needs a prior of which it hid something.
         filters: None draws from the prior's own distribution.
         decoder: both draw the same codes, up to rounding; ``parallel`` needs fewer passes through the prior, each over
             many positions.
@@ -66,15 +66,21 @@ def generate(
     """
     device, num_samples = prior.head.weight.device, len(indices)
     labels, condition, prefix = (None if x is None else x.to(device) for x in (labels, condition, prefix))
-    copies = 1
-    if guidance != 1.0:  # each sample twice: with its class, then without
-        if labels is None or prior.null_label is None:
-            raise ValueError("guidance needs labels and a prior that was trained with label dropout")
-        copies, labels = 2, torch.cat((labels, torch.full_like(labels, prior.null_label)))
-        condition = None if condition is None else torch.cat((condition, condition))
+    copies, hidden = 1, None
+    if guidance != 1.0:  # each sample twice: with everything, then without what training hid
+        if not prior.guidable:
+            raise ValueError("guidance needs a prior that was trained with label_dropout or condition_dropout")
+        copies = 2
+        if labels is not None:
+            without = labels if prior.null_label is None else torch.full_like(labels, prior.null_label)
+            labels = torch.cat((labels, without))
+        if condition is not None:
+            condition = torch.cat((condition, condition))
+            if prior.config.condition_dropout:
+                hidden = torch.arange(2 * num_samples, device=device) >= num_samples
     drawing = Drawing(
         prior,
-        CachedPrior(prior, copies * num_samples, labels, condition, getattr(torch, precision)),
+        CachedPrior(prior, copies * num_samples, labels, condition, getattr(torch, precision), hidden),
         Noise(seed, indices, prior.num_codes, device),
         None if prefix is None else prefix.flatten(1),
         guidance,

@@ -36,10 +36,10 @@ def require_given(config: RunConfig, body: dict[str, Any]) -> Manifest | FileLis
             nothing to make; the prior was not trained for guidance, or has settings that this clipmill does not know.
     """
     settings, model = config.sample, model_config(body, PriorModelConfig)
-    if settings.guidance != 1 and not model.label_dropout:
+    if settings.guidance != 1 and not (model.label_dropout or model.condition_dropout):
         raise UserError(
-            f"sample.guidance={settings.guidance} needs a prior trained with prior.model.label_dropout above 0; set "
-            "sample.guidance=1, or train such a prior"
+            f"sample.guidance={settings.guidance} needs a prior trained with prior.model.label_dropout or "
+            "condition_dropout above 0; set sample.guidance=1, or train such a prior"
         )
     if not settings.prefix_latents and model.condition is None:
         return None

@@ -100,7 +100,10 @@ def test_labels_are_checked_by_name(generator: Generator, tmp_path: Path):
         ({"temperature": 0}, "temperature=0: input should be greater than 0"),
         ({"top_p": 2}, "top_p=2: input should be less than or equal to 1"),
         ({"num": 0}, "num_samples=0: input should be greater than 0"),
-        ({"guidance": 2.0}, "guidance=2 needs a generator trained with .*label_dropout above 0; leave it out"),
+        (
+            {"guidance": 2.0},
+            "guidance=2 needs a generator trained with .*dropout above 0; leave it out",
+        ),
         ({"num_frames": 9}, "this prior makes 8 frames, or more in steps of 4; set it to 12"),
         ({"text": "x.npy"}, "conditioned on nothing; leave text out"),
         ({"prefix_latents": 1}, "prefix_latents=1 needs first_frames"),

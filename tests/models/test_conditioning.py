@@ -120,6 +120,44 @@ def test_hidden_labels_are_those_of_the_null_class() -> None:
     assert 16 < is_hidden.sum() < 48
 
 
+@conditions
+@styles
+def test_a_hidden_condition_is_the_same_whatever_it_was_and_is_learned(condition: str, style: str) -> None:
+    prior, codes = stirred(condition, style, condition_dropout=0.5), some_codes(3)
+    told, other = tell(condition), tell(condition)
+    hide = torch.tensor([True, False, True])
+    with torch.no_grad():
+        first, second = prior.told(told, hide), prior.told(other, hide)
+    for one, two in zip(first, second, strict=True):
+        if one is not None and two is not None:
+            assert torch.equal(one[hide], two[hide])
+            assert not torch.isclose(one[~hide], two[~hide]).all()
+    prior.train().loss(codes.repeat(8, 1, 1, 1), None, told.repeat(8, *[1] * (told.dim() - 1))).sum().backward()
+    gradient = prior.get_parameter("condition.null").grad
+    assert gradient is not None
+    assert gradient.any()
+
+
+@torch.no_grad()
+def test_class_and_condition_are_hidden_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = stirred("actions-add", num_classes=3, label_dropout=0.5, condition_dropout=0.5)
+    codes, told, label = some_codes(64), tell("actions-add", 64), torch.zeros(64, dtype=torch.int64)
+    known = prior.loss(codes, label, told)
+    mixed = prior.train().loss(codes, label, told)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", torch.zeros)  # below any share
+        neither = prior.loss(codes, label, told)
+        assert torch.equal(prior.loss(codes, label + 1, tell("actions-add", 64)), neither)
+    is_hidden = torch.isclose(mixed, neither)
+    torch.testing.assert_close(mixed[~is_hidden], known[~is_hidden])
+    assert 16 < is_hidden.sum() < 48
+
+
+def test_a_prior_that_never_hid_its_condition_knows_no_hidden_one() -> None:
+    with pytest.raises(ValueError, match="knows no hidden condition"):
+        build("text").told(tell("text"), torch.ones(3, dtype=torch.bool))
+
+
 def test_conditions_that_are_missing_or_of_another_shape_are_refused() -> None:
     prior = build("text")
     with pytest.raises(ValueError, match="got no condition"):
@@ -139,6 +177,7 @@ def test_conditions_that_are_missing_or_of_another_shape_are_refused() -> None:
         ({"condition": "text", "condition_by": "add"}, "condition_by=add needs condition=actions"),
         ({"condition_by": "norm"}, "condition_by=norm needs condition=actions"),
         ({"label_dropout": 0.1}, "label_dropout needs class_conditional=true"),
+        ({"condition_dropout": 0.1}, "condition_dropout needs a condition"),
     ],
 )
 def test_only_what_is_supported_can_be_asked_for(keys: dict[str, Any], message: str) -> None:

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from clipmill.config import PriorModelConfig
+from clipmill.models.decoding import CachedPrior
+from clipmill.models.places import HostPlaces
 from clipmill.models.prior import Prior
 from clipmill.sampling import parallel, sequential
 from clipmill.sampling.drawing import Drawing
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
 from clipmill.sampling.graphs import context_bucket
+from clipmill.sampling.noise import Noise
 from tests.models import test_conditioning, test_prior
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,6 +66,21 @@ def test_parallel_draws_what_sequential_draws_of_several_codebooks(style: str) -
 def test_parallel_draws_what_sequential_draws_under_conditions(condition: str, style: str) -> None:
     prior = test_conditioning.stirred(condition, style, 3)
     assert torch.equal(*both(prior, 3, condition=test_conditioning.tell(condition)))
+
+
+@torch.no_grad()
+@test_conditioning.styles
+@test_conditioning.conditions
+def test_guidance_goes_away_from_the_prior_without_its_condition(condition: str, style: str) -> None:
+    prior, told = test_conditioning.stirred(condition, style, condition_dropout=0.1), test_conditioning.tell(condition)
+    first, second = both(prior, 3, condition=told, guidance=2.0)
+    assert torch.equal(first, second)
+    hidden = CachedPrior(prior, 3, None, told, torch.float32, torch.ones(3, dtype=torch.bool))
+    window = HostPlaces(0, prior.num_positions)
+    hidden.put(window, first.flatten(1))
+    with_all, without = prior(first, None, told), hidden.logits(window)
+    noise = Noise(1, range(3), 11, torch.device("cpu")).at(0, prior.num_positions)
+    assert torch.equal((without + 2 * (with_all - without) + noise).argmax(-1), first.flatten(1))
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 100])

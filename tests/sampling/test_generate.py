@@ -99,8 +99,8 @@ def test_guidance_of_one_is_none_and_of_nought_forgets_the_class() -> None:
     assert torch.equal(nearly, generate(prior, seed=5, indices=[0, 1], labels=labels))
     blind = [generate(prior, seed=5, indices=[0, 1], labels=names, guidance=0.0) for names in (labels, labels.flip(0))]
     assert torch.equal(*blind)
-    with pytest.raises(ValueError, match="label dropout"):
-        generate(prior, seed=0, indices=[0], guidance=2.0)
+    with pytest.raises(ValueError, match="label_dropout"):
+        generate(stirred(), seed=0, indices=[0], guidance=2.0)
 
 
 def test_given_latents_stay_and_what_follows_is_what_would_have_followed(prior: Prior) -> None:
