@@ -162,6 +162,21 @@ def test_running_again_changes_nothing_and_redoes_what_is_missing(
     assert files_of(folder, but=("_lease",)) == before
 
 
+def test_tokenizing_goes_on_over_repaired_clips(finished: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, summary = finished
+    tokens, clips = Path(config.folder("tokens")), Path(config.folder("clips"))
+    before = files_of(tokens, but=("_lease",))
+    (tokens / "train" / "manifest.json").unlink()  # a run that was killed when one unit was missing
+    for part in read_commit(str(tokens / "train"), 0)["parts"]:
+        (tokens / "train" / part["name"]).unlink()
+    (tokens / "train" / "commits" / "000000.json").unlink()
+    for part in read_commit(str(clips / "train"), 0)["parts"]:
+        (clips / "train" / part["name"]).unlink()
+    run_shard(config)
+    assert facts_of(run(config)) == facts_of(summary)
+    assert files_of(tokens, but=("_lease",)) == before
+
+
 def test_tokens_of_another_tokenizer_are_not_mixed_in(finished: tuple[RunConfig, dict[str, Any]]) -> None:
     config, _ = finished
     latest = Path(config.folder("vqvae", "exports", "latest.json"))
