@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -15,9 +14,8 @@ from clipmill.api.tokenizer import Tokenizer
 from clipmill.config import SampleConfig
 from clipmill.errors import UserError
 from clipmill.models.prior import Prior
-from clipmill.sampling.filters import Filters
-from clipmill.sampling.generate import generate
 from clipmill.sampling.long import VideoLength, sample_videos, video_length
+from clipmill.sampling.settings import draw_by
 
 __all__ = ["Generator", "Samples"]
 
@@ -80,6 +78,8 @@ class Generator:
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        decoder: Literal["sequential", "parallel"] = "sequential",
+        precision: Literal["float32", "bfloat16"] = "float32",
         batch_size: int = 16,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
@@ -97,11 +97,13 @@ class Generator:
             text: for a generator conditioned on it, an embedding float [S, E].
             num_frames: T of the videos; None is the window's. Beyond the window, the window slides.
             overlap_latents: of windows that slide; see `clipmill.sampling.long.video_length`.
-            guidance: as ``sample.guidance``, like the four below.
+            guidance: as the key of the section ``sample``, like the six below.
             temperature: one, or one for each latent frame.
             top_k: of the codes of a position.
             top_p: of their probability.
             min_p: over the most likely one.
+            decoder: both draw the same codes, up to rounding.
+            precision: of the draw.
             batch_size: videos drawn at once.
             on_progress: gets the number of windows made, and that of all.
 
@@ -116,25 +118,20 @@ class Generator:
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
+            decoder=decoder,
+            precision=precision,
             batch_size=batch_size,
         )
         length = video_length(self.body, num_frames, overlap_latents)
         labels = self._labels(num, label, first_index)
-        prefix, frames = given_frames(self.info, self.tokenizer, num, first_frames, prefix_latents)
+        prefix, frames = given_frames(self.info, self.tokenizer, length, num, first_frames, prefix_latents)
         condition = given_condition(self.info, length, num, frames, {"actions": actions, "text": text})
         progress = _Progress(on_progress, length, 0 if prefix is None else prefix.shape[1], num, batch_size)
         made = []
         for start in range(0, num, batch_size):
             rows = slice(start, min(start + batch_size, num))
-            draw = functools.partial(
-                generate,
-                self.model,
-                seed=seed,
-                indices=range(first_index + rows.start, first_index + rows.stop),
-                labels=None if labels is None else labels[rows],
-                guidance=wanted.guidance,
-                filters=Filters(wanted.temperature, wanted.top_k, wanted.top_p, wanted.min_p),
-            )
+            indices = range(first_index + rows.start, first_index + rows.stop)
+            draw = draw_by(wanted, self.model, indices, None if labels is None else labels[rows])
             given = {"condition": condition, "prefix": prefix}
             batch = {name: None if each is None else each[rows] for name, each in given.items()}
             made.append(sample_videos(progress.count(draw), self.tokenizer.model, length, **batch))

@@ -68,13 +68,19 @@ class GeneratorInfo:
 
 
 def given_frames(
-    info: GeneratorInfo, tokenizer: Tokenizer, num: int, frames: Frames | None, prefix_latents: int | None
+    info: GeneratorInfo,
+    tokenizer: Tokenizer,
+    length: VideoLength,
+    num: int,
+    frames: Frames | None,
+    prefix_latents: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """First latents int64 [num, n, h, w] or [num, n, h, w, M], and the condition's frames; None if not given.
 
     Args:
         info: of the generator.
         tokenizer: of the generator.
+        length: of the videos, of which something must be left to make.
         num: samples.
         frames: as a user gives them.
         prefix_latents: how many first latents to take; None: 0 for a generator conditioned on frames, else all whole
@@ -91,11 +97,11 @@ def given_frames(
     clips, num_latents = read(info, tokenizer, frames, prefix_latents)  # type: ignore[arg-type]
     if len(clips) not in (1, num):
         raise UserError(f"first_frames are of {len(clips)} videos, of {num} asked for; give one, or one for each")
-    most = info.codes_shape[0] - 1
+    most = min(length.window_latents, length.num_latents - 1)
     if num_latents > most:
         raise UserError(
-            f"{num_latents} latent frames are given, of {most + 1} that the window has; give fewer frames, at most "
-            f"{num_frames_of(tokenizer.model.config, most)}"
+            f"{num_latents} latent frames are given, of {length.num_latents} that the video has; give fewer frames, at "
+            f"most {num_frames_of(tokenizer.model.config, most)}, or raise num_frames"
         )
     prefix = shown = None
     if num_latents:

@@ -18,10 +18,9 @@ from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE
 from clipmill.sampling.files import GivenFiles
-from clipmill.sampling.filters import Filters
-from clipmill.sampling.generate import generate
 from clipmill.sampling.given import class_of_clip, condition_of_clips, open_given, prefix_of_clips, require_given
 from clipmill.sampling.long import VideoLength, sample_videos
+from clipmill.sampling.settings import draw_by
 from clipmill.sampling.units import Unit
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import commit_unit
@@ -80,17 +79,7 @@ def _make_batch(
     if clips and classes and settings.classes is None:
         names = [class_of_clip(clip, classes, name) for clip, name in zip(clips, names, strict=True)]
     class_numbers = torch.tensor([classes.index(name) for name in names if name is not None])
-    draw = functools.partial(
-        generate,
-        prior,
-        seed=settings.seed,
-        indices=list(indices),
-        labels=class_numbers if classes else None,
-        guidance=settings.guidance,
-        filters=Filters(settings.temperature, settings.top_k, settings.top_p, settings.min_p),
-        decoder=settings.decoder,
-        precision=settings.precision,
-    )
+    draw = draw_by(settings, prior, indices, class_numbers if classes else None)
     codes, pixels = sample_videos(
         draw,
         tokenizer,

@@ -75,6 +75,7 @@ def test_samples_are_those_of_the_stage(run_root: Path, generator: Generator):
     )
     stored = ShardDataset(Manifest.load(str(run_root / "samples" / "default"), "samples"), decode_codes)
     assert np.array_equal(codes.numpy(), np.stack([stored[index]["codes"] for index in range(5)]))
+    assert torch.equal(generator.sample(5, batch_size=3, decoder="parallel").codes, codes)
     later = generator.sample(2, first_index=3, batch_size=2).codes
     assert torch.equal(later, codes[3:])
     assert not torch.equal(generator.sample(5, seed=1).codes, codes)
@@ -130,7 +131,10 @@ def test_videos_go_on_from_frames(generator: Generator, tokenizer: Tokenizer, tm
         (start[:3], "first_frames are 3 frames, this generator needs 4"),
         (start[:, :8], r"uint8 \[1, 4, 8, 16, 3\], this generator makes 12 x 16 pixels; resize them, or give a path"),
         (start / 255, r"first_frames must be uint8, not float64"),
-        (np.concatenate((start, start)), "2 latent frames are given, of 2 that the window has; .*at most 4"),
+        (
+            np.concatenate((start, start)),
+            "2 latent frames are given, of 2 that the video has; .*at most 4, or raise num_frames",
+        ),
         (str(tmp_path / "dog.png"), "dog.png cannot be read: no picture"),
         (str(tmp_path / "none.mp4"), "there is no file .*none.mp4"),
         (np.stack([start] * 3), "first_frames are of 3 videos, of 2 asked for"),
@@ -142,6 +146,8 @@ def test_longer_videos_slide_the_window(generator: Generator):
     videos, codes = generator.sample(1, num_frames=16)
     assert (videos.shape[1], codes.shape[1]) == (16, 4)
     assert torch.equal(codes[:, :2], generator.sample(1).codes)
+    onward = generator.sample(1, first_frames=videos[0, :8], num_frames=16).codes
+    assert torch.equal(onward[:, :2], generator.tokenizer.encode(videos[:, :8]))
 
 
 def test_a_generator_conditioned_on_actions_takes_them(tmp_path: Path):

@@ -24,14 +24,14 @@ _MARK = "CLIPMILL_TEST_JOB"
 
 
 class Job:
-    """``clipmill shard`` in a process of its own.
+    """A stage, ``clipmill shard`` by default, in a process of its own.
 
     Attributes:
         driver: the process that was started.
         zombies: processes that had ended and were not waited for by a living parent, for as long as a second.
     """
 
-    def __init__(self, config: RunConfig, *options: str) -> None:
+    def __init__(self, config: RunConfig, *options: str, stage: str = "shard") -> None:
         self._mark = uuid.uuid4().hex
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
             file.write(config.model_dump_json())  # JSON is YAML
@@ -39,7 +39,7 @@ class Job:
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by __exit__
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         self.driver = psutil.Popen(
-            [sys.executable, "-m", "clipmill.cli", "shard", *options, "--config", str(self._config)],
+            [sys.executable, "-m", "clipmill.cli", stage, *options, "--config", str(self._config)],
             cwd=REPOSITORY,
             env={**environment, _MARK: self._mark},
             stdout=self._output,

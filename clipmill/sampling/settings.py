@@ -1,0 +1,38 @@
+"""The section ``sample`` of a config as arguments of the draw: the stage and Python go through here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from clipmill.config import SampleConfig
+from clipmill.models.prior import Prior
+from clipmill.sampling.filters import Filters
+from clipmill.sampling.generate import generate
+from clipmill.sampling.long import DrawWindow
+
+__all__ = ["draw_by"]
+
+
+def draw_by(settings: SampleConfig, prior: Prior, indices: Sequence[int], labels: Tensor | None) -> DrawWindow:
+    """What draws the windows of a batch.
+
+    Args:
+        settings: of the draw.
+        prior: in eval mode.
+        indices: of the samples.
+        labels: class of each, int64 [B], for a prior with classes.
+    """
+    return functools.partial(
+        generate,
+        prior,
+        seed=settings.seed,
+        indices=indices,
+        labels=labels,
+        guidance=settings.guidance,
+        filters=Filters(settings.temperature, settings.top_k, settings.top_p, settings.min_p),
+        decoder=settings.decoder,
+        precision=settings.precision,
+    )
