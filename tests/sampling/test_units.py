@@ -15,8 +15,8 @@ def test_any_order_of_sizes_and_kills_ends_with_each_sample_once(counts, batch_s
     for num_samples in counts:
         missing = missing_units(num_samples, batch_size, committed)
         done = random.sample(missing, random.randint(0, len(missing)))  # then the run is killed
-        committed |= {unit.first: unit.count for unit in done}
-    committed |= {unit.first: unit.count for unit in missing_units(max(counts), batch_size, committed)}
+        committed |= {unit.first: unit.num_samples for unit in done}
+    committed |= {unit.first: unit.num_samples for unit in missing_units(max(counts), batch_size, committed)}
     held = [index for first in sorted(committed) for index in range(first, first + committed[first])]
     assert held == list(range(max(counts)))
     assert leading_units(committed) == sorted(committed)
