@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import struct
-from pathlib import PurePosixPath
 
 __all__ = ["HEAD_BYTES", "PICTURE_SUFFIXES", "SNIFFED_SUFFIXES", "VIDEO_SUFFIXES", "is_video_head", "suffix_of"]
 
@@ -87,7 +86,9 @@ def suffix_of(name: str) -> str:
 
     An ending has at most 12 letters, digits or ``_+-``, among them a letter (but for those of raw streams, ``.264``).
     """
-    suffix = PurePosixPath(name).suffix.lower()
+    last = name[name.rfind("/") + 1 :]
+    dot = last.rfind(".")  # as pathlib, at a tenth of its time: a listing asks twice for each object
+    suffix = last[dot:].lower() if 0 < dot < len(last) - 1 else ""
     return suffix if _SUFFIX.fullmatch(suffix) else ""
 
 
