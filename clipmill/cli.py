@@ -209,6 +209,9 @@ def generate(
     first_frame: Annotated[
         str | None, typer.Option("--first-frame", help="A picture or video to go on from, or to condition on.")
     ] = None,
+    condition: Annotated[
+        str | None, typer.Option("--condition", help="A .npy file of actions or of a text's embedding.")
+    ] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", min=0.001, help="Length; none: the prior's window.")
     ] = None,
@@ -229,6 +232,7 @@ def generate(
         num=num,
         label=label,
         first_frame=first_frame,
+        condition=condition,
         seconds=seconds,
         fps=fps,
         seed=seed,

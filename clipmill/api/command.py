@@ -25,6 +25,7 @@ def generate_file(
     num: int,
     label: str | None,
     first_frame: str | None,
+    condition: str | None,
     seconds: float | None,
     fps: float | None,
     seed: int,
@@ -39,7 +40,8 @@ def generate_file(
         out: path or URL of the file.
         num: videos.
         label: class of all; None takes the classes in turn.
-        first_frame: URL of a picture or video to go on from.
+        first_frame: URL of a picture or video to go on from, or to condition on.
+        condition: URL of a ``.npy`` file of actions or of a text's embedding.
         seconds: of the video; None is the window of the prior.
         fps: frames per second; None is that of the training clips, or 8 where they had none.
         seed: of the noise.
@@ -58,6 +60,8 @@ def generate_file(
     began = time.monotonic()
     generator = load(export, "generator")
     rate = fps or generator.info.fps or USUAL_FPS
+    if condition is not None and generator.info.condition not in ("actions", "text"):
+        raise UserError(f"--condition {condition}: this prior takes no actions and no embeddings; leave it out")
     wanted = generator.info.num_frames if seconds is None else max(1, math.ceil(seconds * rate))
     with bar("generate", total=None, unit="windows") as progress:
         made = generator.sample(
@@ -65,6 +69,8 @@ def generate_file(
             label=label,
             seed=seed,
             first_frames=first_frame,
+            actions=condition if generator.info.condition == "actions" else None,
+            text=condition if generator.info.condition == "text" else None,
             num_frames=nearest_num_frames(generator.body, wanted),
             temperature=temperature,
             top_k=top_k,

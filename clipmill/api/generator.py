@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from clipmill.api.tokenizer import Tokenizer
 from clipmill.config import SampleConfig
 from clipmill.errors import UserError
 from clipmill.models.prior import Prior
-from clipmill.sampling.long import VideoLength, sample_videos, video_length
+from clipmill.sampling.long import VideoLength, Videos, sample_videos, video_length
 from clipmill.sampling.settings import draw_by
 
 __all__ = ["Generator", "Samples"]
@@ -127,16 +128,26 @@ class Generator:
         prefix, frames = given_frames(self.info, self.tokenizer, length, num, first_frames, prefix_latents)
         condition = given_condition(self.info, length, num, frames, {"actions": actions, "text": text})
         progress = _Progress(on_progress, length, 0 if prefix is None else prefix.shape[1], num, batch_size)
-        made = []
-        for start in range(0, num, batch_size):
-            rows = slice(start, min(start + batch_size, num))
-            indices = range(first_index + rows.start, first_index + rows.stop)
-            draw = draw_by(wanted, self.model, indices, None if labels is None else labels[rows])
-            given = {"condition": condition, "prefix": prefix}
-            batch = {name: None if each is None else each[rows] for name, each in given.items()}
-            made.append(sample_videos(progress.count(draw), self.tokenizer.model, length, **batch))
+        draw = functools.partial(self._draw, wanted, length, progress)
+        batches = [slice(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
+        made = [draw(first_index, rows, labels=labels, condition=condition, prefix=prefix) for rows in batches]
         # What concatenates is an ordinary tensor, with which a user may train.
         return Samples(torch.cat([each.pixels for each in made]), torch.cat([each.codes.cpu() for each in made]))
+
+    def _draw(
+        self,
+        settings: SampleConfig,
+        length: VideoLength,
+        progress: _Progress,
+        first_index: int,
+        rows: slice,
+        **given: Tensor | None,
+    ) -> Videos:
+        """One batch: some rows of all samples and of what is given to each."""
+        batch = {name: None if each is None else each[rows] for name, each in given.items()}
+        indices = range(first_index + rows.start, first_index + rows.stop)
+        draw = progress.count(draw_by(settings, self.model, indices, batch.pop("labels")))
+        return sample_videos(draw, self.tokenizer.model, length, **batch)
 
     def _settings(self, **settings: Any) -> SampleConfig:
         """The settings of the draw, checked as the config checks them."""

@@ -55,6 +55,7 @@ def test_mistakes_are_one_line(export: Path, run_root: Path, tmp_path: Path):
         ((str(export), "--label", "sideways", *out), "unknown label sideways; this generator knows down, left, up"),
         ((str(run_root / "vqvae"), *out), "is a tokenizer, which makes no videos by itself"),
         ((str(export), "--first-frame", f"{tmp_path}/cat.png", *out), "cat.png cannot be read: no picture"),
+        ((str(export), "--condition", "x.npy", *out), "--condition x.npy: this prior takes no actions"),
         ((str(export), "--out", "cat.gif"), "--out cat.gif must end in .mp4"),
     ):
         error = CliRunner().invoke(app, ["generate", *arguments]).exception
