@@ -14,9 +14,6 @@ from clipmill.sampling.long import nearest_num_frames
 
 __all__ = ["generate_file"]
 
-_BATCH = 4
-"""Videos drawn at once: few, so that the bar moves."""
-
 
 def generate_file(
     export: str,
@@ -63,7 +60,7 @@ def generate_file(
     if condition is not None and generator.info.condition not in ("actions", "text"):
         raise UserError(f"--condition {condition}: this prior takes no actions and no embeddings; leave it out")
     wanted = generator.info.num_frames if seconds is None else max(1, math.ceil(seconds * rate))
-    with bar("generate", total=None, unit="windows") as progress:
+    with bar("generate", total=None, unit="codes") as progress:
         made = generator.sample(
             num,
             label=label,
@@ -75,7 +72,6 @@ def generate_file(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            batch_size=_BATCH,
             on_progress=lambda done, total: progress.update(done, total=total),
         )
     videos = made.videos[:, :wanted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -106,7 +107,7 @@ class Generator:
             decoder: both draw the same codes, up to rounding.
             precision: of the draw.
             batch_size: videos drawn at once.
-            on_progress: gets the number of windows made, and that of all.
+            on_progress: gets the number of codes drawn so far, and that of all.
 
         Raises:
             UserError: something does not fit this generator; the message says what it takes.
@@ -127,7 +128,7 @@ class Generator:
         labels = self._labels(num, label, first_index)
         prefix, frames = given_frames(self.info, self.tokenizer, length, num, first_frames, prefix_latents)
         condition = given_condition(self.info, length, num, frames, {"actions": actions, "text": text})
-        progress = _Progress(on_progress, length, 0 if prefix is None else prefix.shape[1], num, batch_size)
+        progress = _Progress(on_progress, self.info.codes_shape, length, num, 0 if prefix is None else prefix.shape[1])
         draw = functools.partial(self._draw, wanted, length, progress)
         batches = [slice(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
         made = [draw(first_index, rows, labels=labels, condition=condition, prefix=prefix) for rows in batches]
@@ -146,7 +147,7 @@ class Generator:
         """One batch: some rows of all samples and of what is given to each."""
         batch = {name: None if each is None else each[rows] for name, each in given.items()}
         indices = range(first_index + rows.start, first_index + rows.stop)
-        draw = progress.count(draw_by(settings, self.model, indices, batch.pop("labels")))
+        draw = draw_by(settings, self.model, indices, batch.pop("labels"), progress.of_batch(len(indices)))
         return sample_videos(draw, self.tokenizer.model, length, **batch)
 
     def _settings(self, **settings: Any) -> SampleConfig:
@@ -183,26 +184,25 @@ class Generator:
 
 
 class _Progress:
-    """Counts windows over all batches."""
+    """Counts the codes that are drawn, over all windows of all batches."""
 
     def __init__(
-        self, tell: Callable[[int, int], None] | None, length: VideoLength, num_known: int, num: int, batch_size: int
+        self,
+        tell: Callable[[int, int], None] | None,
+        codes_shape: Sequence[int],
+        length: VideoLength,
+        num: int,
+        num_known: int,
     ) -> None:
         self._tell, self._done = tell, 0
-        windows = 0
-        while num_known < length.num_latents:
-            num_known = length.start(num_known) + length.window_latents
-            windows += 1
-        self._total = windows * -(-num // batch_size)
+        self._total = num * math.prod(codes_shape[1:]) * (length.num_latents - num_known)
 
-    def count(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The draw of a window, counted."""
+    def of_batch(self, num_samples: int) -> Callable[[int], None]:
+        """Counts the positions of a batch."""
 
-        def counted(**window: Any) -> Tensor:
-            codes = draw(**window)
-            self._done += 1
+        def count(num_positions: int) -> None:
+            self._done += num_positions * num_samples
             if self._tell is not None:
                 self._tell(self._done, self._total)
-            return codes
 
-        return counted
+        return count

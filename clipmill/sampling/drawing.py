@@ -6,7 +6,7 @@ B: samples   R: rows of the prior, B or, under guidance, 2 B   n: positions at o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Drawing:
         guidance: see `clipmill.sampling.generate`.
         filters: of the draws.
         first_frame: latent frame of the whole video at which the batch begins.
+        on_progress: gets the number of positions drawn since its last call, about once a latent frame.
 
     Attributes:
         codes: int64 [B, L].
@@ -50,6 +51,7 @@ class Drawing:
         guidance: float,
         filters: Filters,
         first_frame: int,
+        on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self.cached, self.noise, self.filters, self.guidance = cached, noise, filters, guidance
         self.num_samples, self.num_positions = noise.num_samples, prior.num_positions
@@ -66,9 +68,17 @@ class Drawing:
         self.health = torch.zeros(self.num_samples, device=self.device)
         self.noise_block, self.noise_first = torch.empty(self.num_samples, 0, noise.num_codes), 0
         self.num_given = 0 if prefix is None else prefix.shape[1]
+        self._on_progress, self._num_told = on_progress, self.num_given
         if prefix is not None and self.num_given:
             self.codes[:, : self.num_given] = prefix
             cached.prefill(prefix.repeat(self.copies, 1))
+
+    def tell(self, num_drawn: int) -> None:
+        """Reports progress when the first ``num_drawn`` positions are drawn; on a GPU, when they are on their way."""
+        enough = num_drawn - self._num_told >= self.per_frame or num_drawn == self.num_positions
+        if self._on_progress is not None and enough:
+            self._on_progress(num_drawn - self._num_told)
+            self._num_told = num_drawn
 
     @property
     def noise_positions(self) -> int:

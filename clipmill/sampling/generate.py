@@ -7,7 +7,7 @@ draws enter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -38,6 +38,7 @@ def generate(
     decoder: Literal["sequential", "parallel"] = "sequential",
     precision: Literal["float32", "bfloat16"] = "float32",
     first_frame: int = 0,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draws the codes of samples ``indices``.
 
@@ -57,6 +58,7 @@ def generate(
         precision: of weights, activations and cache.
         first_frame: latent frame of the whole video at which this window of it begins. Noise and a schedule of
             temperatures go by the place in the whole video.
+        on_progress: gets the number of positions drawn since its last call, about once a latent frame.
 
     Returns:
         int64 [B, t, h, w], or [B, t, h, w, M] of a prior over M codebooks.
@@ -86,6 +88,7 @@ def generate(
         guidance,
         filters or Filters(),
         first_frame,
+        on_progress,
     )
     if decoder == "parallel":
         decode_in_parallel(drawing)

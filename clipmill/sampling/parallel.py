@@ -42,6 +42,7 @@ def decode_in_parallel(drawing: Drawing, window: int | None = None) -> int:
         drawing.put(places, codes)
         start += num_right
         num_passes += 1
+        drawing.tell(start)
     return num_passes
 
 

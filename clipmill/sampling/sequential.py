@@ -23,12 +23,14 @@ def decode_sequentially(drawing: Drawing) -> None:
             context = context_bucket(position + 1, drawing.num_positions)
             codebook = position % drawing.num_codebooks
             graphs.run((context, codebook), functools.partial(step, context, codebook))
+            drawing.tell(position + 1)
         return
     for position in range(drawing.num_given, drawing.num_positions):
         places = HostPlaces(position, 1)
         logits = drawing.logits(places)
         drawing.examine(logits)
         drawing.put(places, drawing.draw(logits, drawing.noise_at(places)))
+        drawing.tell(position + 1)
 
 
 class DeviceStep:

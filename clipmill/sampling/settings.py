@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -16,7 +16,13 @@ from clipmill.sampling.long import DrawWindow
 __all__ = ["draw_by"]
 
 
-def draw_by(settings: SampleConfig, prior: Prior, indices: Sequence[int], labels: Tensor | None) -> DrawWindow:
+def draw_by(
+    settings: SampleConfig,
+    prior: Prior,
+    indices: Sequence[int],
+    labels: Tensor | None,
+    on_progress: Callable[[int], None] | None = None,
+) -> DrawWindow:
     """What draws the windows of a batch.
 
     Args:
@@ -24,6 +30,7 @@ def draw_by(settings: SampleConfig, prior: Prior, indices: Sequence[int], labels
         prior: in eval mode.
         indices: of the samples.
         labels: class of each, int64 [B], for a prior with classes.
+        on_progress: see `generate`.
     """
     return functools.partial(
         generate,
@@ -35,4 +42,5 @@ def draw_by(settings: SampleConfig, prior: Prior, indices: Sequence[int], labels
         filters=Filters(settings.temperature, settings.top_k, settings.top_p, settings.min_p),
         decoder=settings.decoder,
         precision=settings.precision,
+        on_progress=on_progress,
     )

@@ -34,7 +34,7 @@ def test_an_export_makes_a_file_without_ray(export: Path, tmp_path: Path):
     command = [sys.executable, "-c", program, "generate", str(export), *given]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "generate: 1/1 windows" in done.stderr
+    assert "generate: 12/12 codes" in done.stderr
     facts = json.loads(done.stdout)
     assert (facts["videos"], facts["frames"], facts["fps"]) == (1, 8, 8.0)
     assert decode_mp4(out.read_bytes()).shape == (8, HEIGHT, WIDTH, 3)

@@ -81,7 +81,8 @@ def test_samples_are_those_of_the_stage(run_root: Path, generator: Generator):
     assert not torch.equal(generator.sample(5, seed=1).codes, codes)
     told: list[tuple[int, int]] = []
     generator.sample(5, batch_size=2, num_frames=12, on_progress=lambda *done: told.append(done))
-    assert told == [(number, 6) for number in range(1, 7)]  # two windows in each of three batches
+    assert told[-1] == (5 * 3 * 12, 5 * 3 * 12)  # three latent frames of twelve codes, in two windows
+    assert [done for done, _ in told] == [24, 48, 72, 96, 120, 144, 156, 168, 180]  # a latent frame of a batch each
 
 
 def test_labels_are_checked_by_name(generator: Generator, tmp_path: Path):

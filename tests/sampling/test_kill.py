@@ -25,9 +25,11 @@ RUN_SECONDS = 400
 
 
 def config_of(root: Path) -> RunConfig:
-    """Twenty units; each draws four windows a sample, so that a kill finds it at work."""
-    config = toy_config(root, num_samples=59, batch_size=3, num_frames=20)
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_failures": 20})})
+    """Twenty units; each draws many windows a sample, so that a kill finds it at work."""
+    config = toy_config(root, num_samples=59, batch_size=3)
+    sample = config.sample.model_copy(update={"num_frames": 128})
+    cluster = config.cluster.model_copy(update={"max_failures": 20})
+    return config.model_copy(update={"sample": sample, "cluster": cluster})
 
 
 def dataset(root: Path) -> dict[str, bytes]:
