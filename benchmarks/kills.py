@@ -33,7 +33,7 @@ from killing.tools import TOOLS, Tool
 
 HERE = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 1800
-INSTALL_LIMIT_SECONDS = 900
+INSTALL_LIMIT_SECONDS = 2700
 
 
 # ------------------------------------------------------------------------------------------------ virtual environments
@@ -76,11 +76,12 @@ class Drill:
     Args:
         tool: the tool.
         python: of its environment.
-        work: an empty folder of its own.
+        work: a folder of its own; it is emptied.
     """
 
     def __init__(self, tool: Tool, python: Path, work: Path) -> None:
         self._tool, self._python, self._work = tool, python, work
+        shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         # Sockets of Ray must have short names, so its folder is not below `work`.
         self._ray = Path(tempfile.mkdtemp(prefix="kills-"))
@@ -90,7 +91,10 @@ class Drill:
             "RAY_TMPDIR": str(self._ray),
             "RAY_ADDRESS": "local",  # never a cluster that somebody else runs
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_raylet_start_wait_time_s": "300",  # a busy machine is no fault of the tool
+            # A busy machine is no fault of the tool: a node has these seconds to start, its agent and each worker too.
+            "RAY_raylet_start_wait_time_s": "300",
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_worker_register_timeout_seconds": "300",
         }
 
     def close(self) -> None:
@@ -98,6 +102,10 @@ class Drill:
 
     def measure(self, footage: Footage, schedule: list[Kill]) -> dict[str, object]:
         few = self._run("few", footage.few)
+        if few.status != 0:
+            return {
+                "refused": f"does not get through two intact videos: status {few.status}, see {self._log('few').name}"
+            }
         videos, name, stoppers = footage.folder, "undisturbed", list[str]()
         undisturbed = self._run(name, videos)
         if undisturbed.status != 0:
@@ -178,7 +186,12 @@ def main() -> None:
     parser.add_argument("--venv", action="append", default=[], metavar="NAME=FOLDER", help="environment of a peer")
     parser.add_argument("--make-venvs", type=Path, metavar="FOLDER", help="make the missing environments below it")
     parser.add_argument("--first", nargs="*", default=[], metavar="REQUIREMENT", help="installed first in each")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep videos, clips and logs in this new folder")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="FOLDER",
+        help="keep videos, clips and logs here; videos of an earlier run are used again",
+    )
     parser.add_argument("--videos", type=int, default=500)
     parser.add_argument("--damaged", type=int, default=20)
     parser.add_argument("--kills", type=int, default=10)

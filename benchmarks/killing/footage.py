@@ -35,7 +35,7 @@ _BLOCK = SIDE // _BLOCKS_PER_ROW
 
 
 class Footage:
-    """A folder of videos, of which some are damaged.
+    """A folder of videos, of which some are damaged; those that the same numbers made before are used again.
 
     Attributes:
         folder: what the tools read: ``0000.mp4``, ``0001.mp4``, ...; ``seconds.json`` beside it says how long each is.
@@ -50,13 +50,20 @@ class Footage:
         self.num_clips_of = [draw.choice((2, 3, 4)) for _ in range(num_videos)]
         kinds = [list(DAMAGES)[number % len(DAMAGES)] for number in range(num_damaged)]
         self.damage_of = dict(zip(sorted(draw.sample(range(num_videos), num_damaged)), kinds, strict=True))
-        self._write(draw)
+        recipe = {"videos": num_videos, "damaged": num_damaged, "seed": seed}
+        made = root / "recipe.json"
+        if not made.exists():
+            self._write(draw)
+            made.write_text(json.dumps(recipe))
+        elif json.loads(made.read_text()) != recipe:
+            raise SystemExit(f"{root} holds videos of {made.read_text()}; use another folder or remove it")
         self.few = self.without(list(DAMAGES), root / "few", num_intact=2)
 
     def without(self, kinds: list[str], root: Path, num_intact: int | None = None) -> Path:
-        """Copies all but the videos with such damage to a new folder, and at most this number of intact ones."""
+        """Copies all but the videos with such damage to a folder, and at most this number of intact ones."""
         intact = [video for video in range(len(self.num_clips_of)) if video not in self.damage_of]
         damaged = [video for video, kind in self.damage_of.items() if kind not in kinds]
+        shutil.rmtree(root, ignore_errors=True)
         folder = root / "videos"
         folder.mkdir(parents=True)
         for video in intact[:num_intact] + damaged:

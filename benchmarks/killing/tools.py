@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow
 import pyarrow.parquet as parquet
 
 from killing.footage import SIDE
@@ -19,6 +20,8 @@ _RAY_WORKER = r"^ray::(?!IDLE)"
 """Ray names a worker after the task or the actor that it runs."""
 _VIDEOS_PER_PART = 10
 """What one unit, shard, block or partition holds: equal for all, and little, since that is what a kill may cost."""
+_UNREADABLE = b""
+"""A damaged shard, table or list counts as one wrong clip: its reader runs into it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def _tar_clips(paths: list[Path]) -> Iterator[bytes]:
                     if file is not None:
                         yield file.read()
         except tarfile.TarError:
-            yield b""  # what a reader of the shard runs into is a wrong clip
+            yield _UNREADABLE
 
 
 # ------------------------------------------------------------------------------------------------------------ clipmill
@@ -84,7 +87,12 @@ def _ray_data(python: Path, videos: Path, out: Path) -> list[str]:
 
 def _ray_data_clips(out: Path) -> Iterator[bytes]:
     for path in sorted(out.glob("clips/*.parquet")):
-        for row in parquet.read_table(path).to_pylist():
+        try:
+            rows = parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError):
+            yield _UNREADABLE
+            continue
+        for row in rows:
             yield from row["clips"]
 
 
@@ -170,8 +178,13 @@ def _data_juicer_clips(out: Path) -> Iterator[bytes]:
     exported = out / "clips.jsonl"
     for path in sorted(exported.rglob("*.json*")) if exported.is_dir() else [exported] * exported.exists():
         for line in path.read_text().splitlines():
-            for clip in json.loads(line)["videos"]:
-                yield Path(clip).read_bytes()
+            try:
+                clips = [Path(clip) for clip in json.loads(line)["videos"]]
+            except ValueError:
+                yield _UNREADABLE
+                continue
+            for clip in clips:
+                yield clip.read_bytes() if clip.exists() else _UNREADABLE
 
 
 # ------------------------------------------------------------------------------------------------------- NeMo Curator
@@ -195,7 +208,8 @@ TOOLS = {
         _RAY_WORKER, _ray_data, _ray_data_clips,
     ),
     "video2dataset": Tool(
-        "video2dataset", ("video2dataset",), "incremental_mode=incremental (README)",
+        # Without the last two, pip takes a pyarrow that refuses the NumPy that video2dataset asks for.
+        "video2dataset", ("video2dataset", "pyarrow==16.1.0", "pandas<2.3"), "incremental_mode=incremental (README)",
         r"multiprocessing\.spawn", _video2dataset, _video2dataset_clips,
     ),
     "data-juicer": Tool(

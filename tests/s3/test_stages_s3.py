@@ -18,9 +18,11 @@ from tests.pipeline.corpus import run_config, write_corpus
 from tests.s3.gateway import Gateway
 from tests.s3.proxy import Proxy
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).parents[2]
+STAGE_SECONDS = 600
+"""How long a stage may take; on a busy machine the start of its Ray alone takes minutes."""
 NUM_VIDEOS = 27
 """Twenty-four good ones, two that fail, one that is too short."""
 
@@ -52,7 +54,10 @@ def stage(name: str, root: str, source: str, folder: Path, **environment: str) -
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Exit status, standard output, and what it said at the end of its errors."""
-    output, errors = process.communicate(timeout=240)
+    try:
+        output, errors = process.communicate(timeout=STAGE_SECONDS)
+    finally:
+        process.kill()  # a stage that hangs must not outlive its test
     return process.returncode, output, errors
 
 
@@ -71,13 +76,15 @@ def clips_of(root: str) -> dict[str, bytes]:
 
 
 def wait_for_commits(root: str, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + STAGE_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         found = [e for split in ("train", "val") for e in storage.list_folder(f"{root}/clips/{split}/commits")]
         if len(found) >= count:
             return
         time.sleep(0.05)
-    raise AssertionError(f"no {count} commits: exit status {process.poll()}")
+    status = process.poll()
+    process.kill()
+    raise AssertionError(f"no {count} commits: exit status {status}")
 
 
 def test_killed_drivers_leave_nothing_but_time_behind(bucket_url: str, source: str, tmp_path: Path) -> None:
