@@ -300,8 +300,8 @@ def require_capacity(
     raise UserError(
         f"{count} worker(s) of {_amounts(bundle)} do not fit {_cluster_summary()}"
         + (f", of which sick or spared by cluster.spare_head: {', '.join(barred)}" if barred else "")
-        + ": lower cluster.fanout_cpus, cluster.training_workers, cluster.training_cpus or cluster.use_gpu, or add "
-        "nodes"
+        + ": lower cluster.fanout_cpus, tokenize.decode_cpus, cluster.training_workers, cluster.training_cpus or "
+        "cluster.use_gpu, or add nodes"
     )
 
 

@@ -43,6 +43,7 @@ def fan_out(
     *,
     config: ClusterConfig,
     on_result: Callable[[U, dict[str, Any]], None],
+    beside_cpus: int = 0,
 ) -> None:
     """Does every unit once on the cluster, in order of the sequence as far as workers are free.
 
@@ -52,6 +53,7 @@ def fan_out(
         units: picklable; the function must bear to do one twice.
         config: ``fanout_workers`` actors (never more than units) of ``fanout_cpus`` CPUs, and one GPU with ``use_gpu``.
         on_result: called here with each finished unit and its small dict, in order of completion.
+        beside_cpus: CPUs of each actor beside those of ``fanout_cpus``, for threads that the function starts itself.
 
     A unit that raises is tried again on a fresh actor, at most ``config.max_failures`` times, after the other units
     and if possible on another node. The death of its actor or node is not its failure, unless its actors die again
@@ -66,7 +68,7 @@ def fan_out(
     if not units:
         return
     with connection.connect(config), connection.stop_signals() as stop:
-        driver = _Driver(make_worker, arguments, units, config, on_result)
+        driver = _Driver(make_worker, arguments, units, config, on_result, beside_cpus)
         try:
             driver.run(stop)
         finally:
@@ -84,13 +86,14 @@ class _Driver(Generic[U]):
         units: Sequence[U],
         config: ClusterConfig,
         on_result: Callable[[U, dict[str, Any]], None],
+        beside_cpus: int,
     ) -> None:
         self._config = config
         self._units = units
         self._on_result = on_result
         self._nodes = NodeWatch()
         self._queue = UnitQueue(len(units), config.max_failures)
-        self._workers = Workers(make_worker, arguments, config, self._nodes)
+        self._workers = Workers(make_worker, arguments, config, self._nodes, beside_cpus)
         self._failures: dict[int, str] = {}
         self._raised_on: dict[int, set[str]] = {}
         """Units that raised a ClipmillError, and on which nodes."""

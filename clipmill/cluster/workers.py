@@ -77,6 +77,7 @@ class Workers:
         arguments: of make_worker.
         config: how many actors, and of what size.
         nodes: what is known about the nodes; starts are recorded here.
+        beside_cpus: CPUs of an actor beside those of ``fanout_cpus``.
 
     Attributes:
         all: in the order in which they were asked for.
@@ -89,13 +90,14 @@ class Workers:
         arguments: tuple[Any, ...],
         config: ClusterConfig,
         nodes: NodeWatch,
+        beside_cpus: int = 0,
     ) -> None:
         import ray
 
         self.all: list[Worker] = []
         self.cluster = connection.LivingNodes()
         self._config, self._nodes = config, nodes
-        self._bundle = {"CPU": float(config.fanout_cpus), "GPU": 1.0 if config.use_gpu else 0.0}
+        self._bundle = {"CPU": float(config.fanout_cpus + beside_cpus), "GPU": 1.0 if config.use_gpu else 0.0}
         self._spared = connection.spared_nodes(config, self.cluster)
         connection.require_capacity(config, self._bundle, 1, waited_seconds=0, excluded=self._excluded)
         self._bell = start_bell()

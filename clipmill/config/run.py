@@ -18,7 +18,14 @@ class TokenizeConfig(Section):
 
     tokenizer: str = "vqvae"
     """Export to encode with: a name under ``root`` or a URL of a training folder or of one export."""
-    batch_size: Annotated[PositiveInt, FREE] = 16
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the encoder; distances to codes stay float32."""
+    batch_size: Annotated[PositiveInt | None, FREE] = None
+    """Clips of a batch, recorded beside each unit: rounding differs between batch sizes, so that of 10,000 codes a few
+    may differ. None: 16 on a CPU, on a GPU what its memory holds."""
+    decode_cpus: Annotated[int | None, Field(ge=0), FREE] = None
+    """CPUs of each worker that decode clips, beside the ``cluster.fanout_cpus`` of its model. 0: one thread decodes on
+    those of the model. None: 3 for a worker with a GPU, else 0."""
     condition_frames: Annotated[int, Field(ge=0)] = 0
     """So many first frames of each clip are kept beside its codes, for ``prior.model.condition=frames``."""
     text_embeddings: Annotated[str | None, FREE] = None

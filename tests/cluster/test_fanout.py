@@ -142,3 +142,15 @@ def test_nodes_short_of_memory_get_one_unit_at_a_time_between_them(monkeypatch: 
     spans = sorted((result["began"], result["ended"]) for _, result in results)
     assert len(spans) == 6
     assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))
+
+
+def test_cpus_beside_those_of_the_threads_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"1 worker\(s\) of 10 CPU do not fit .*tokenize\.decode_cpus"):
+        fan_out(
+            make_recorder,
+            (str(tmp_path),),
+            ["unit"],
+            config=ClusterConfig(fanout_cpus=1),
+            on_result=lambda unit, result: None,
+            beside_cpus=9,
+        )

@@ -92,8 +92,8 @@ def run_shard(config: RunConfig) -> dict[str, Any]:
 
 
 def facts_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without the speed, which belongs to one run and not to the data set."""
-    return {name: value for name, value in summary.items() if name != "clips_per_second"}
+    """A summary without speeds and times, which belong to one run and not to the data set."""
+    return {name: value for name, value in summary.items() if not name.endswith(("_per_second", "_seconds"))}
 
 
 def files_of(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:

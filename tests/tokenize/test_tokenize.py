@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from clipmill.shards.commits import committed_units, read_commit
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.format import code_dtype
 from clipmill.shards.manifest import SPLITS, Manifest
-from clipmill.tokenize import tokenize
+from clipmill.tokenize import tokenize, unit
+from clipmill.tokenize.ahead import ClipsAhead
+from clipmill.tokenize.encoder import Encoder, largest_batch
 from tests.pipeline.corpus import NUM_FRAMES, RESOLUTION, facts_of, files_of, run_config, run_shard, write_corpus
 
 
@@ -111,12 +114,14 @@ def test_the_manifest_names_tokenizer_and_clips(finished: tuple[RunConfig, dict[
         "tokenizer": load_vqvae(config.tokenizer_url)[2],
         "num_codes": 300,
         "latent_shape": [2, 8, 8],
+        "precision": "float32",
         "condition_frames": 0,
         "clip": clips.recipe,
     }
     assert tokens.facts["clips"] == clips.fingerprint
     assert tokens.facts["classes"] == clips.facts["classes"]
     assert sum(tokens.facts["code_counts"]) == tokens.num_samples * 2 * 8 * 8 == summary["train_tokens"]
+    assert all(summary[name] > 0 for name in ("encode_seconds", "encoder_wait_seconds", "decode_seconds"))
     assert 5 < summary["train_perplexity"] <= summary["train_codes_used"] <= 300
     assert committed_units(config.folder("tokens", "train")) == committed_units(config.folder("clips", "train"))
 
@@ -133,11 +138,67 @@ def test_codes_are_counted_for_each_codebook() -> None:
     """Two codebooks of four codes, of which each has collapsed to one."""
     codes = np.tile(np.array([0, 3], np.uint8), (2, 3, 3, 1))
     model = VQVAE(VQVAEModelConfig(hidden_dim=8, num_codes=4, embedding_dim=4, num_codebooks=2), 0.06)
-    counts = tokenize.Encoder(model, 4, torch.device("cpu"), 1).count(codes)
+    counts = Encoder(model, 4, torch.device("cpu"), "float32", 1).count(codes)
     tally = tokenize.Tally(4, 2)
     tally.add({"num_clips": 2, "code_counts": counts.tolist(), "versions": {}, "fields": {}})
     assert counts.tolist() == [18, 0, 0, 0, 0, 0, 0, 18]
     assert tally.perplexity == 1
+
+
+def test_clips_come_in_stored_order_however_many_threads_decode(clips: RunConfig, tmp_path: Path) -> None:
+    dataset = open_split(clips, "clips", "train")
+    shards = tuple(shard.name for shard in dataset.manifest.shards)
+    for num_threads in (1, 3):
+        with ClipsAhead(dataset.manifest, shards, tmp_path, 5, num_threads) as ahead:
+            batches = list(ahead)
+            assert (ahead.wait_seconds > 0, ahead.decode_seconds > 0) == (True, True)
+        assert [len(batch) for batch in batches[:-1]] == [5] * (len(batches) - 1)
+        clips_read = [clip for batch in batches for clip in batch]
+        assert [clip.key for clip in clips_read] == [each["key"] for each in dataset]
+        for index, clip in enumerate(clips_read):
+            assert np.array_equal(clip.video, dataset[index]["video"])
+            assert json.loads(clip.copied["json"]) == dataset[index]["meta"]
+
+
+def test_a_damaged_shard_ends_the_reading_with_its_name(clips: RunConfig, tmp_path: Path) -> None:
+    copy = tmp_path / "clips"
+    shutil.copytree(clips.folder("clips", "train"), copy)
+    manifest = Manifest.load(str(copy), "clips")
+    names = tuple(shard.name for shard in manifest.shards)
+    content = bytearray((copy / names[-1]).read_bytes())
+    content[700] ^= 1
+    (copy / names[-1]).write_bytes(content)
+    with pytest.raises(UserError, match=names[-1]), ClipsAhead(manifest, names, tmp_path, 4, 1) as ahead:
+        list(ahead)
+
+
+def test_tokens_of_another_precision_are_not_mixed_in(finished: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, _ = finished
+    half = config.model_copy(update={"tokenize": config.tokenize.model_copy(update={"precision": "bfloat16"})})
+    with pytest.raises(UserError, match=r"made with tokenize\.precision=float32, not bfloat16; .*another root"):
+        tokenize.is_finished(half)
+
+
+def test_bfloat16_is_computed_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = VQVAE(VQVAEModelConfig(hidden_dim=8, num_codes=256, embedding_dim=8, num_res_layers=1), 0.06).eval()
+    video = np.random.default_rng(0).integers(256, size=(16, 64, 64, 3), dtype=np.uint8)
+    seen = set()
+    model.to_latent.register_forward_hook(lambda *arguments: seen.add(arguments[2].dtype))
+    codes = []
+    for precision in ("float32", "bfloat16"):
+        encoder = Encoder(model, 256, torch.device("cpu"), precision, 1)
+        codes.append(encoder.finish(encoder.start([video])))
+    assert seen == {torch.float32, torch.bfloat16}
+    assert (codes[0] == codes[1]).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("total", "one", "two", "batch"),
+    [(100, 10, 20, 8), (100, 10, 17.7, 8), (100, 10, 11, 64), (10**9, 10, 11, 256), (10, 10, 20, 1), (100, 5, 5, 64)],
+)
+def test_a_batch_fills_the_memory_but_for_a_margin(total: int, one: int, two: int, batch: int) -> None:
+    assert largest_batch(total, one, two) == batch
 
 
 def storage_bytes(config: RunConfig, name: str) -> bytes:
@@ -247,12 +308,12 @@ def test_tokens_carry_what_a_prior_may_be_told(clips: RunConfig, tmp_path: Path)
 def test_the_embedding_of_a_text_is_found_by_its_hash(tmp_path: Path) -> None:
     name = hashlib.sha256(b"a red ball").hexdigest()
     np.save(tmp_path / f"{name}.npy", np.ones((3, 4), np.float16))
-    found = tokenize._text_embedding(str(tmp_path), "a red ball")
+    found = unit._text_embedding(str(tmp_path), "a red ball")
     assert found is not None
     array = np.load(io.BytesIO(found))
     assert (array.shape, array.dtype) == ((3, 4), np.float32)
-    assert tokenize._text_embedding(str(tmp_path), "a blue ball") is None
-    assert tokenize._text_embedding(str(tmp_path), None) is None
+    assert unit._text_embedding(str(tmp_path), "a blue ball") is None
+    assert unit._text_embedding(str(tmp_path), None) is None
     (tmp_path / f"{hashlib.sha256(b'bad').hexdigest()}.npy").write_bytes(b"no array")
     with pytest.raises(UserError, match=r"is no \.npy file of float \[length, channels\]"):
-        tokenize._text_embedding(str(tmp_path), "bad")
+        unit._text_embedding(str(tmp_path), "bad")

@@ -1,0 +1,104 @@
+"""A tokenizer that is ready to work: on its device, in its precision, with a batch that fits.
+
+B: batch   T, H, W: frames, height, width   t, h, w: the same of the latents   M: codebooks   K: codes of each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clipmill.config import TokenizeConfig, frame_size
+from clipmill.models.provenance import computed_with
+from clipmill.models.quantizers import table_rows
+from clipmill.models.vqvae import VQVAE, to_input
+from clipmill.shards.format import code_dtype
+
+__all__ = ["Encoder", "largest_batch", "make_encoder"]
+
+CPU_BATCH = 16
+"""Larger batches encode no faster on a CPU (benchmarks/README.md)."""
+MAX_BATCH = 256
+MEMORY_SHARE = 0.8
+"""Of a GPU's memory; the rest is for workspaces that grow with shapes."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes batches; several may be on their way on a GPU."""
+
+    model: VQVAE
+    num_codes: int
+    device: torch.device
+    precision: str
+    batch_size: int
+
+    @torch.inference_mode()
+    def start(self, videos: Sequence[np.ndarray]) -> Tensor:
+        """Begins to encode uint8 [T, H, W, 3] each; a GPU works on while this returns codes int64 [B, t, h, w]."""
+        batch = torch.from_numpy(np.stack(videos))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.model.encode(to_input(batch))
+
+    def finish(self, codes: Tensor) -> np.ndarray:
+        """Waits for codes of `start`: [B, t, h, w] or [B, t, h, w, M] in the narrowest little-endian type."""
+        return codes.cpu().numpy().astype(code_dtype(self.num_codes))
+
+    def count(self, codes: npt.ArrayLike) -> np.ndarray:
+        """How often each code occurs in codes [..., M] (or [...] of one codebook): int64 [M * K]."""
+        num_codebooks = self.model.config.num_codebooks
+        rows = table_rows(torch.from_numpy(np.asarray(codes, np.int64)).view(-1, num_codebooks), self.num_codes)
+        return torch.bincount(rows.flatten(), minlength=num_codebooks * self.num_codes).numpy()
+
+    def versions(self) -> dict[str, Any]:
+        """What the codes depend on beside clips, tokenizer and precision: rounding differs between batch sizes."""
+        return {**computed_with(self.device), "batch_size": self.batch_size}
+
+
+def make_encoder(
+    model: VQVAE, num_codes: int, device: torch.device, settings: TokenizeConfig, clip: dict[str, Any]
+) -> Encoder:
+    """An encoder, with the batch size that is set or that fits the device.
+
+    Args:
+        model: in eval mode.
+        num_codes: K.
+        device: to compute on.
+        settings: ``precision`` and ``batch_size``.
+        clip: recipe of the clips.
+    """
+    encoder = Encoder(model.to(device), num_codes, device, settings.precision, settings.batch_size or CPU_BATCH)
+    if settings.batch_size is None and device.type == "cuda":
+        video = np.zeros((clip["num_frames"], *frame_size(clip["resolution"]), 3), np.uint8)
+        one, two = (_peak_bytes(encoder, [video] * num_clips) for num_clips in (1, 2))
+        # Of all memory, not of what is free now: a worker on the same kind of GPU finds the same number.
+        total = torch.cuda.get_device_properties(device).total_memory
+        return Encoder(model, num_codes, device, settings.precision, largest_batch(total, one, two))
+    return encoder
+
+
+def largest_batch(total_bytes: int, bytes_of_one: int, bytes_of_two: int) -> int:
+    """The largest power of two of clips, up to `MAX_BATCH`, that a device's memory holds.
+
+    Args:
+        total_bytes: of the device.
+        bytes_of_one: peak while one clip is encoded, with the weights.
+        bytes_of_two: the same of two clips.
+    """
+    room = MEMORY_SHARE * total_bytes - bytes_of_one
+    clips = 1 + max(0, int(room // max(1, bytes_of_two - bytes_of_one)))
+    return min(MAX_BATCH, 1 << (clips.bit_length() - 1))
+
+
+def _peak_bytes(encoder: Encoder, videos: list[np.ndarray]) -> int:
+    torch.cuda.reset_peak_memory_stats(encoder.device)
+    encoder.finish(encoder.start(videos))
+    return torch.cuda.max_memory_allocated(encoder.device)

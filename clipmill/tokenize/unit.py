@@ -1,0 +1,195 @@
+"""Makes one unit of tokens: reads and decodes its clips ahead, encodes them in order, packs and commits.
+
+Batches form inside a unit in order, so a unit's bytes do not depend on which worker does it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from clipmill import storage
+from clipmill.config import RunConfig
+from clipmill.errors import UserError
+from clipmill.lease import Lease
+from clipmill.models.export import load_vqvae
+from clipmill.models.provenance import deterministic_device
+from clipmill.scratch import ScratchFolder
+from clipmill.shards.commits import commit_unit
+from clipmill.shards.format import Sample, UnitWriter, npy_bytes, parse_npy
+from clipmill.shards.manifest import SPLITS, Manifest
+from clipmill.tokenize.ahead import Clip, ClipsAhead
+from clipmill.tokenize.encoder import Encoder, make_encoder
+
+__all__ = ["TIMES", "Unit", "decode_cpus", "make_worker"]
+
+CONDITIONS = {"actions.npy", "text.npy", "frames.npy"}
+"""Members that a prior may be told."""
+GPU_DECODE_CPUS = 3
+"""With the one that feeds the GPU four of a node, which is what the smallest machines with a GPU have."""
+TIMES = ("encode_seconds", "encoder_wait_seconds", "decode_seconds")
+"""What a worker says about a unit beside what the commit record keeps."""
+
+
+@dataclass(frozen=True, repr=False)
+class Unit:
+    """One unit of clips to encode.
+
+    Attributes:
+        split: ``train`` or ``val``.
+        number: of the clip unit, and of the token unit to be.
+        shards: names of its tars.
+    """
+
+    split: str
+    number: int
+    shards: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.split}/{self.number:06d}"
+
+
+def decode_cpus(config: RunConfig) -> int:
+    """CPUs that a worker asks for beside those of the model."""
+    if config.tokenize.decode_cpus is not None:
+        return config.tokenize.decode_cpus
+    return GPU_DECODE_CPUS if config.cluster.use_gpu else 0
+
+
+def make_worker(config: RunConfig, lease: Lease, tokenizer: str) -> Callable[[Unit], dict[str, Any]]:
+    """Runs once in each actor: loads the tokenizer, and returns the function that encodes one unit."""
+    device = deterministic_device(config.cluster)
+    model, body, sha8 = load_vqvae(config.tokenizer_url)
+    if sha8 != tokenizer:
+        raise UserError(f"{config.tokenizer_url} changed from {tokenizer} to {sha8}; run `clipmill tokenize` again")
+    clips = {split: Manifest.load(config.folder("clips", split), "clips") for split in SPLITS}
+    encoder = make_encoder(model, body["num_codes"], device, config.tokenize, clips["train"].recipe["clip"])
+    return functools.partial(_tokenize_unit, config, lease, tokenizer, encoder, clips)
+
+
+def _tokenize_unit(
+    config: RunConfig, lease: Lease, tokenizer: str, encoder: Encoder, clips: dict[str, Manifest], unit: Unit
+) -> dict[str, Any]:
+    """Encodes, packs and commits one unit; returns its commit record without the parts, and `TIMES`."""
+    with ScratchFolder("tokenize") as folder:
+        finished, copies = folder / "finished", folder / "copies"
+        finished.mkdir()
+        packed = _Packed(config, encoder, UnitWriter(finished, "tokens", unit.number, config.data.shard_bytes))
+        num_threads = max(1, decode_cpus(config))
+        with ClipsAhead(clips[unit.split], unit.shards, copies, encoder.batch_size, num_threads) as ahead:
+            encode_seconds = _encode_all(encoder, ahead, packed)
+        body = {
+            "tokenizer": tokenizer,
+            "precision": encoder.precision,
+            "clips": list(unit.shards),
+            "num_clips": packed.num_clips,
+            "code_counts": packed.counts.tolist(),
+            "fields": packed.fields,
+            "condition_frames": config.tokenize.condition_frames,
+            "versions": encoder.versions(),
+        }
+        parts = packed.writer.finish()
+        lease.check()
+        record = commit_unit(config.folder("tokens", unit.split), unit.number, parts, body)
+    times = (encode_seconds, ahead.wait_seconds, ahead.decode_seconds)
+    return {name: record[name] for name in body} | dict(zip(TIMES, times, strict=True))
+
+
+def _encode_all(encoder: Encoder, ahead: ClipsAhead, packed: _Packed) -> float:
+    """Encodes and packs all batches; the seconds of the encoder.
+
+    A batch is packed while the next is on its way: a GPU then always has one to go on with.
+    """
+    encode_seconds = 0.0
+    begun: deque[tuple[list[Clip], Tensor]] = deque()
+
+    def pack_first() -> None:
+        nonlocal encode_seconds
+        clips, codes = begun.popleft()
+        began = time.perf_counter()
+        finished = encoder.finish(codes)
+        encode_seconds += time.perf_counter() - began
+        packed.add(clips, finished)
+
+    for batch in ahead:
+        began = time.perf_counter()
+        begun.append((batch, encoder.start([clip.video for clip in batch])))
+        encode_seconds += time.perf_counter() - began
+        if len(begun) > 1:
+            pack_first()
+    while begun:
+        pack_first()
+    return encode_seconds
+
+
+class _Packed:
+    """What a unit holds so far.
+
+    Attributes:
+        writer: of its tars.
+        num_clips: in them.
+        counts: int64 [M * K], occurrences of each code.
+        fields: what clips come with beside codes; see `clipmill.tokenize.tokenize.Tally`.
+    """
+
+    def __init__(self, config: RunConfig, encoder: Encoder, writer: UnitWriter) -> None:
+        self.writer = writer
+        self.num_clips = 0
+        self.counts = encoder.count([])
+        self.fields: dict[str, dict[str, Any]] = {}
+        self._config, self._encoder = config.tokenize, encoder
+
+    def add(self, clips: list[Clip], codes: np.ndarray) -> None:
+        """Packs a batch of clips with codes [B, t, h, w] or [B, t, h, w, M]."""
+        for clip, clip_codes in zip(clips, codes, strict=True):
+            members = {"codes.npy": npy_bytes(clip_codes), **clip.copied}
+            if self._config.condition_frames:
+                members["frames.npy"] = npy_bytes(clip.video[: self._config.condition_frames])
+            embedding = _text_embedding(self._config.text_embeddings, json.loads(members["json"]).get("text"))
+            if embedding is not None:
+                members["text.npy"] = embedding
+            self.writer.add(Sample(clip.key, members))
+            _count_fields(self.fields, members)
+        self.counts += self._encoder.count(codes)
+        self.num_clips += len(clips)
+
+
+@functools.lru_cache(maxsize=1)  # the clips of a video come one after the other
+def _text_embedding(folder_url: str | None, text: str | None) -> bytes | None:
+    """The ``.npy`` that holds the embedding of a text; none where there is no such text or file."""
+    if folder_url is None or text is None:
+        return None
+    url = storage.join(folder_url, f"{hashlib.sha256(text.encode()).hexdigest()}.npy")
+    try:
+        content = storage.read_bytes(url)
+    except FileNotFoundError:
+        return None
+    try:
+        embedding = np.load(io.BytesIO(content), allow_pickle=False)
+        if embedding.ndim != 2 or embedding.dtype.kind != "f":
+            raise ValueError(f"an array {embedding.dtype} {list(embedding.shape)}")
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{url} is no .npy file of float [length, channels]; write it again") from error
+    return npy_bytes(embedding.astype(np.float32))
+
+
+def _count_fields(fields: dict[str, dict[str, Any]], members: dict[str, bytes]) -> None:
+    """Notes what a sample comes with beside its codes: training asks before it starts, not in its middle."""
+    shapes: dict[str, list[int]] = {"label": []} if json.loads(members["json"])["label"] is not None else {}
+    for name in CONDITIONS & members.keys():
+        shapes[name.removesuffix(".npy")] = list(parse_npy(members[name]).shape)
+    for name, shape in shapes.items():
+        known = fields.setdefault(name, {"clips": 0, "shapes": []})
+        known["clips"] += 1
+        if shape not in known["shapes"]:
+            known["shapes"].append(shape)
