@@ -123,6 +123,8 @@ def _transient_web_reason(url: str, error: Exception) -> str | None:
         raise FileNotFoundError(errno.ENOENT, "the server does not know it", shown(url)) from error
     if status == 0:  # what aiohttp says of too many redirections
         raise Unreadable(f"{shown(url)}: the server redirects without end") from error
+    if type(error).__name__ == "NonHttpUrlRedirectClientError":
+        raise Unreadable(f"{shown(url)}: the server redirects to {shown(str(error))}, no web server") from error
     if status is not None:
         if status in _TRANSIENT_STATUSES or status >= 500:
             return f"HTTP {status}"
@@ -182,6 +184,8 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def line(error: BaseException) -> str:
-    """The first line of its message."""
+    """The first line of its message, with the next one where the first only announces it, as aiohttp's do."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1].strip()}"
     return lines[0] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from yarl import URL
 
 from clipmill.storage.blame import Unreadable
 from clipmill.storage.entry import Limits
-from clipmill.storage.urls import shown
+from clipmill.storage.urls import escape, shown
 
 __all__ = ["EDGE_BYTES", "WebFiles", "connected"]
 
@@ -103,7 +103,7 @@ async def _ask(session: ClientSession, url: str) -> _Answer:
         response = None
     if response is not None and response.status in _FINAL:
         response.raise_for_status()
-    if response is not None and response.ok and answer.bytes and answer.tag:
+    if response is not None and _has_file(response) and answer.bytes and answer.tag:
         return answer
     async with _get(session, url, 0, 1) as response:
         return _described(response)
@@ -119,7 +119,20 @@ def _described(response: ClientResponse) -> _Answer:
         length = headers.get("Content-Length")
     modified = headers.get("Last-Modified")
     tag = headers.get("ETag", "").strip('"') or (f"modified:{modified}" if modified else None)
-    return _Answer(int(length) if length and length.isdigit() else None, tag)
+    # A header may hold any bytes; our formats are UTF-8.
+    return _Answer(int(length) if length and length.isdigit() else None, escape(tag) if tag else None)
+
+
+def _has_file(response: ClientResponse) -> bool:
+    """Whether an answer brings a file, or a part of one: redirections have been followed."""
+    return response.ok and response.status < HTTPStatus.MULTIPLE_CHOICES and response.status != HTTPStatus.NO_CONTENT
+
+
+def _check_file(response: ClientResponse) -> None:
+    """Raises `ClientResponseError` for an answer without a file, also where HTTP does not count it as an error."""
+    response.raise_for_status()
+    if not _has_file(response):
+        raise ClientResponseError(response.request_info, response.history, status=response.status)
 
 
 async def _tag_of_edges(session: ClientSession, url: str, num_bytes: int) -> str | None:
@@ -152,7 +165,7 @@ async def _get(session: ClientSession, url: str, start: int, end: int) -> AsyncI
     headers = {**_HEADERS, "Range": f"bytes={start}-{end - 1}"}
     async with session.get(URL(url, encoded=True), headers=headers) as response:
         if response.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            response.raise_for_status()
+            _check_file(response)
         yield response
 
 
@@ -173,7 +186,7 @@ async def _blocks(session: ClientSession, url: str, limits: Limits) -> AsyncIter
     """The content of a file, as far as the limits allow."""
     num_bytes = 0
     async with session.get(URL(url, encoded=True), headers=_HEADERS) as response:
-        response.raise_for_status()
+        _check_file(response)
         while block := await response.content.read(_BLOCK_BYTES):
             num_bytes += len(block)
             if max(num_bytes, response.content_length or 0) > limits.bytes:

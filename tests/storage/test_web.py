@@ -121,7 +121,12 @@ def test_what_a_server_does_not_tell_is_found_out(server: WebServer, options: di
         assert entry.etag == web._tag(CONTENT[: web.EDGE_BYTES] + CONTENT[-web.EDGE_BYTES :])
 
 
-@pytest.mark.parametrize("status", [401, 403, 410, 418, 451])
+def test_a_tag_of_any_bytes_is_kept_as_text(server: WebServer) -> None:
+    server.behave = lambda handler: handler.give(headers={"ETag": '"caf\u00e9"'})  # sent as Latin-1, which no UTF-8 is
+    assert storage.stat(f"{server.url}/a.mp4").etag == "caf\\xe9"
+
+
+@pytest.mark.parametrize("status", [204, 300, 302, 304, 401, 403, 410, 418, 451])
 def test_an_object_that_is_refused_is_unreadable_at_once(server: WebServer, tmp_path: Path, status: int) -> None:
     server.behave = lambda handler: handler.give(status)
     with pytest.raises(storage.Unreadable, match=str(status)):
@@ -129,6 +134,13 @@ def test_an_object_that_is_refused_is_unreadable_at_once(server: WebServer, tmp_
     with pytest.raises(storage.Unreadable, match=rf"a\.mp4\?token=\*\*\*: the server answers {status}"):
         storage.fetch(f"{server.url}/a.mp4?token=hidden", tmp_path / "copy")
     assert len(server.requests) <= 3
+
+
+def test_a_redirection_to_no_web_server_is_unreadable_at_once(server: WebServer) -> None:
+    server.behave = lambda handler: handler.give(302, headers={"Location": "file:///etc/passwd"})
+    with pytest.raises(storage.Unreadable, match="redirects to file:///etc/passwd"):
+        storage.stat(f"{server.url}/a.mp4")
+    assert len(server.requests) == 1
 
 
 def test_a_missing_file_costs_one_head(server: WebServer) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.pipeline.sources.cells import BadCell, as_caption, as_seconds, as_text, metadata_json
+from clipmill.pipeline.sources.cells import BadCell, as_caption, as_seconds, as_text, check_halves, metadata_json
 from clipmill.pipeline.sources.record import SourceVideo
 from clipmill.tables import SUFFIXES, Row, UnreadableTable, read_rows
 
@@ -168,12 +168,16 @@ def _described(columns: dict[str, str], row: Row, place: str) -> SourceVideo:
 def _name(row: Row, column: str) -> str:
     """A file's name or URL. It may be any bytes: they are those of the name on the disk."""
     value = row.cells.get(column)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
     name = value if isinstance(value, str) else as_text(value)
     if not name or not name.strip():
         raise BadCell("is empty")
     if "\0" in name:
         raise BadCell("holds a zero byte")
-    return storage.escape(name)
+    name = storage.escape(name)
+    check_halves(name)
+    return name
 
 
 def _optional_name(row: Row, column: str) -> str | None:

@@ -52,6 +52,7 @@ class _Sample:
     key: str
     videos: list[Member] = field(default_factory=list)
     members: dict[str, bytes] = field(default_factory=dict)
+    suffixes: set[str] = field(default_factory=set)
     fault: str | None = None
 
 
@@ -82,10 +83,11 @@ def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]
             if found is None:
                 continue
             key, suffix = found[1], found[2].lower()
-            if key != sample.key:
+            if key != sample.key or suffix in sample.suffixes:  # a name that comes again is another sample's
                 if sample.videos:
                     yield sample
                 sample = _Sample(key)
+            sample.suffixes.add(suffix)
             if f".{suffix.rpartition('.')[2]}" in VIDEO_SUFFIXES:
                 sample.videos.append(member)
             elif suffix in ("txt", "json"):

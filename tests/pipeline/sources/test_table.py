@@ -210,6 +210,12 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"b"]).bu
             r"line 2: text holds half a character (\ud83d)",
         ),
         (
+            "half-name.jsonl",
+            '{"url": "0.mp4", "text": "a"}\n{"url": "2\\ud83d.mp4", "text": "b"}\n{"url": "1.mp4", "text": "c"}\n',
+            "half-name.jsonl#line=2",
+            r"line 2: url holds half a character (\ud83d)",
+        ),
+        (
             "object.jsonl",
             '{"url": "0.mp4", "text": "a"}\n{"url": "2.mp4", "text": {"en": "b"}}\n{"url": "1.mp4", "text": "c"}\n',
             "2.mp4",
@@ -258,6 +264,7 @@ def test_a_table_can_name_a_file_whose_name_is_not_utf8(tmp_path: Path) -> None:
         file.write(video_bytes(1, 8))
     rows = listed(tmp_path, "a.csv", b"url,text\ncaf\xe9.mp4,a\n")
     assert rows == {"caf\\xe9.mp4": "a"}
+    assert rows == listed(tmp_path, "a.parquet", pa.table({"url": [b"caf\xe9.mp4"], "text": ["a"]}))
 
 
 def test_file_urls_are_percent_encoded_and_relative_names_are_not(tmp_path: Path) -> None:

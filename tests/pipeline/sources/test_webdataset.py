@@ -122,6 +122,14 @@ def test_the_members_of_a_key_are_one_sample_and_its_videos_one_group(tmp_path: 
     assert (other.member, other.text, other.metadata) == ("a.b/y.webm@3072", None, None)
 
 
+def test_a_name_that_comes_again_begins_another_sample(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "appended.tar", "w") as tar:  # as tar --append joins shards that count from 0
+        for index in range(2):
+            add(tar, "000.mp4", video_bytes(index, NUM_FRAMES))
+            add(tar, "000.txt", f"text {index}".encode())
+    assert [video.text for video in listed(tmp_path)] == ["text 0", "text 1"]
+
+
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_members_are_found_where_tarfile_finds_them(tmp_path: Path, tar_format: int) -> None:
     names = ["short.mp4", "d" * 90 + "/" + "n" * 80 + ".mp4"]
