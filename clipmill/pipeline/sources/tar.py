@@ -15,6 +15,8 @@ __all__ = ["DamagedTar", "Member", "index_members", "is_header_of"]
 BLOCK_BYTES = 512
 _EXTENSION_BYTES = 2**20
 """Longest long name or PAX record that is read: names of files are shorter than 64 KiB everywhere."""
+_PADDING_BYTES = 2**20
+"""Zeros behind an end mark that are read to see whether another tar follows; tar pads to 10 KiB by default."""
 _SIZE_DIGITS = 19
 """Of the largest size that a file system could have."""
 
@@ -68,7 +70,7 @@ class _Header(NamedTuple):
 def index_members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
     """The regular files of a tar, in order; reads headers only.
 
-    Ends at the first block of zeros, which is the end mark.
+    Reading goes on behind an end mark where another tar follows, as ``cat a.tar b.tar`` makes them.
 
     Raises:
         DamagedTar: a header is damaged, or the tar ends before its last member or without an end mark.
@@ -77,7 +79,11 @@ def index_members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
     while True:
         header = _read_header(file, offset, file_bytes)
         if header is None:
-            return
+            following = _after_end_mark(file, offset, file_bytes)
+            if following is None:
+                return
+            offset, names = following, _Names()
+            continue
         is_extension = header.kind in _EXTENSIONS
         name = names.name or header.name.decode("utf-8", "replace")
         size = 0 if header.kind in _WITHOUT_DATA else header.size
@@ -181,6 +187,18 @@ def _read_header(file: BinaryIO, offset: int, file_bytes: int) -> _Header | None
         problem = "is no tar, or is a compressed one" if not offset else f"is damaged at byte {offset}"
         raise DamagedTar(offset, f"the file {problem}; what follows cannot be read")
     return header
+
+
+def _after_end_mark(file: BinaryIO, offset: int, file_bytes: int) -> int | None:
+    """Where another tar begins behind an end mark at ``offset``; None if only padding follows."""
+    end = min(file_bytes, offset + _PADDING_BYTES)
+    while offset + BLOCK_BYTES <= end:
+        file.seek(offset)
+        block = file.read(BLOCK_BYTES)
+        if block.strip(b"\0"):
+            return offset if _parse_header(block) is not None else None
+        offset += BLOCK_BYTES
+    return None
 
 
 def _parse_header(block: bytes) -> _Header | None:

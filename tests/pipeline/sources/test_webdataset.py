@@ -215,6 +215,24 @@ def test_no_header_makes_the_reader_loop_or_leave_the_file(tmp_path: Path, damag
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("padding", "behind", "names"),
+    [
+        (0, GOOD + END, ["a.mp4", "a.mp4"]),
+        (18 * BLOCK, GOOD + END, ["a.mp4", "a.mp4"]),
+        (18 * BLOCK, b"", ["a.mp4"]),
+        (0, b"no tar, only what a disk had there".ljust(BLOCK), ["a.mp4"]),
+    ],
+)
+def test_tars_that_were_joined_are_read_to_the_end(
+    tmp_path: Path, padding: int, behind: bytes, names: list[str]
+) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(GOOD + END + bytes(padding) + behind)
+    with path.open("rb") as file:
+        assert [member.name for member in index_members(file, path.stat().st_size)] == names
+
+
 def test_sparse_files_are_passed_over(tmp_path: Path) -> None:
     old = bytearray(header("s.mp4", b"%011o" % 3, b"S", b"ustar  \0"))
     old[482] = 1  # a further block of its map follows
