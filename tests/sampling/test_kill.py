@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from clipmill.config import RunConfig
 from clipmill.shards.verify import verify
 from tests.evaluation.toy_run import make_samples, toy_config, write_run
 from tests.pipeline.corpus import files_of
-from tests.pipeline.processes import Job
+from tests.pipeline.processes import REPOSITORY, Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -37,12 +39,58 @@ def dataset(root: Path) -> dict[str, bytes]:
     return files_of(root / "samples" / "default", but=("_lease", "summary.json", "config.yaml"))
 
 
-def test_fifteen_kills_leave_the_same_bytes(tmp_path: Path):
+@pytest.fixture
+def expected(tmp_path: Path) -> dict[str, bytes]:
+    """The undisturbed set; ``tmp_path/run`` holds the same prior and nothing else."""
     write_run(toy_config(tmp_path / "undisturbed"), tmp_path / "scratch")
     for root in ("expected", "run"):
         shutil.copytree(tmp_path / "undisturbed" / "prior", tmp_path / root / "prior")
     make_samples(config_of(tmp_path / "expected"))
-    expected = dataset(tmp_path / "expected")
+    return dataset(tmp_path / "expected")
+
+
+def check(root: Path, expected: dict[str, bytes]) -> None:
+    """The set is the undisturbed one to the byte; what else lies there is named by verify."""
+    found = dataset(root)
+    assert {name: found.get(name) for name in expected} == expected
+    report = verify(str(root / "samples" / "default"), deep=True)
+    assert report.problems == []
+    assert found.keys() - expected.keys() == set(report.orphans)
+
+
+@pytest.mark.ci
+def test_a_process_killed_fifteen_times_leaves_the_same_bytes(expected: dict[str, bytes], tmp_path: Path):
+    """Without Ray: the stage in one process, killed while it draws, publishes, commits, freezes or previews."""
+    program = (
+        "import sys; from pathlib import Path; from tests.sampling.test_kill import config_of; "
+        "from tests.evaluation.toy_run import make_samples; print('ready', flush=True); "
+        "make_samples(config_of(Path(sys.argv[1])))"
+    )
+    rng, rounds = random.Random(7), 0
+    committed: list[int] = []  # units at each kill
+    while len(committed) < 15:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "run")], cwd=REPOSITORY, stdout=subprocess.PIPE
+        )
+        with process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            try:
+                assert process.wait(rng.uniform(0.0, 6.0)) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                committed.append(len(list((tmp_path / "run" / "samples" / "default" / "commits").glob("*.json"))))
+                continue
+        check(tmp_path / "run", expected)
+        rounds += 1
+        shutil.rmtree(tmp_path / "run" / "samples")
+    print(f"kills with {committed} units committed, {rounds} finished sets between them")
+    assert max(committed) > 0
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], cwd=REPOSITORY, check=True)
+    check(tmp_path / "run", expected)
+
+
+def test_fifteen_kills_on_ray_leave_the_same_bytes(expected: dict[str, bytes], tmp_path: Path):
     rng = random.Random(13)
     plan = rng.sample(["driver"] * 5 + ["worker"] * 7 + ["raylet"] * 3, 15)
     kills: list[str] = []
@@ -56,11 +104,7 @@ def test_fifteen_kills_leave_the_same_bytes(tmp_path: Path):
                 status = among_killers(job, rng, plan[len(kills) :], kills)
                 assert status in (0, 1, -signal.SIGKILL), job.output[-2000:]
                 assert job.leaked(patience_seconds=90) == []
-        found = dataset(tmp_path / "run")
-        assert {name: found.get(name) for name in expected} == expected
-        report = verify(str(tmp_path / "run" / "samples" / "default"), deep=True)
-        assert report.problems == []
-        assert found.keys() - expected.keys() == set(report.orphans)
+        check(tmp_path / "run", expected)
     print(f"{len(kills)} kills in {rounds} rounds: {kills}")
 
 
