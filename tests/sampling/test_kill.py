@@ -19,11 +19,11 @@ from tests.evaluation.toy_run import make_samples, toy_config, write_run
 from tests.pipeline.corpus import files_of
 from tests.pipeline.processes import REPOSITORY, Job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KINDS = {"worker": "ray::FanoutActor", "raylet": "/raylet"}
 """Processes beside the driver, by what their command lines hold."""
-RUN_SECONDS = 400
+RUN_SECONDS = 900
 
 
 def config_of(root: Path) -> RunConfig:
