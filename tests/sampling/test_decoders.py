@@ -125,6 +125,21 @@ def test_steps_that_the_device_counts_draw_the_same(monkeypatch: pytest.MonkeyPa
             assert torch.equal(generate(prior, prefix=prefix, **keys), expected)
 
 
+@test_prior.styles
+@pytest.mark.parametrize("filters", [Filters(), Filters((0.9, 0.8), 5, 0.9, 0.1)])
+def test_a_step_that_the_device_counts_never_waits_for_it(style: str, filters: Filters) -> None:
+    """A tensor without data has no number to wait for: asking it for one raises."""
+    prior, meta = test_prior.stirred(3, style).to("meta"), torch.device("meta")
+    with torch.inference_mode():
+        cached = CachedPrior(prior, 4, torch.zeros(4, dtype=torch.int64, device=meta), None, torch.bfloat16)
+        drawing = Drawing(prior, cached, Noise(0, range(4), 11, meta), None, 1.0, filters, 0)
+        step = sequential.DeviceStep(drawing)
+        step.refill(0)
+        step(64, 0)
+        with pytest.raises(RuntimeError, match="meta"):
+            step.position.item()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs are not compared with eager steps here")
 @test_prior.styles
 def test_cuda_graphs_draw_what_eager_steps_draw(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
