@@ -50,7 +50,7 @@ class TrueNames(S3FileSystem):
 
 
 def _timestamp(text: Any) -> datetime:
-    """A time of an answer. botocore's own parser tries many formats, and takes 4/5 of the time of a whole listing."""
+    """A time of an answer. botocore's own parser tries many formats: 4/5 of the time to parse a page of a listing."""
     try:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):  # in a header it is as HTTP writes it
