@@ -1,0 +1,268 @@
+"""How fast does a prior draw?
+
+At 6 layers x 288, 4 heads, 1,024 codes, clips of 4 x 16 x 16 latents, float32 on a CPU, all in one run and in turns:
+
+    published   tokens/s of `generate` over those of a plain implementation of the published sampler: one position after
+                another, keys and values of all layers concatenated anew at each, scores masked out of an L x L float
+                mask, norms written out, the codebook looked up and projected each time; 4 is wanted at batch 8
+    gpt2        the same over transformers' GPT-2 of this shape, `generate` with its cache; 3 is wanted at batch
+                8 and 2 at batch 1. Without transformers installed a line says so, and the ratio is null
+    bandwidth   bytes of weights and of the cache seen so far that a step reads, times steps/s, over the read bandwidth
+                of this machine measured by a sum over a large array; 0.6 is wanted
+    precision   tokens/s in bfloat16 over those in float32
+    parallel    the parallel decoder over the sequential one at batch 1, and its passes. How well codes can be guessed
+                decides: random weights say nothing of that, so give --prior with the URL of an export
+
+Ratios are of wall time and, without a GPU, of CPU seconds too, which a busy machine spoils less. On a GPU (100m of the
+presets, batches 1, 8, 64, 256) the bandwidth is what counts: 0.6 at batch 1 and 0.7 at the best batch are wanted, and
+the parallel decoder 3 times as fast as the sequential one at batch 1.
+
+    OMP_WAIT_POLICY=passive python benchmarks/sample.py [--rounds 3] [--threads 1] [--positions 1024] [--prior URL]
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import device_name, interleave, ratio
+from torch import Tensor, nn
+
+from clipmill.config import PriorModelConfig
+from clipmill.models.decoding import CachedPrior
+from clipmill.models.export import load_prior
+from clipmill.models.prior import Prior
+from clipmill.sampling.drawing import Drawing
+from clipmill.sampling.filters import Filters
+from clipmill.sampling.generate import generate
+from clipmill.sampling.noise import Noise
+from clipmill.sampling.parallel import decode_in_parallel
+
+NUM_CODES, CODE_DIM = 1024, 256
+SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
+
+
+class PlainNorm(nn.Module):
+    """The published norm, its epsilon outside the root."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * (1e-5 + centred.square().mean(-1, keepdim=True).rsqrt()) * self.gain + self.bias
+
+
+class PlainBlock(nn.Module):
+    """A block as the published code decodes with it: one position, the cache grows by concatenation."""
+
+    def __init__(self, dim: int, num_heads: int, length: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList(PlainNorm(dim) for _ in range(2))
+        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.out, self.widen, self.narrow = nn.Linear(dim, dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.register_buffer("mask", torch.ones(length, length).tril())
+        self.cache: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, position: int) -> Tensor:
+        y = self.norms[0](x)
+        q, k, v = (part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        if self.cache is not None:
+            k, v = torch.cat((self.cache[0], k), 2), torch.cat((self.cache[1], v), 2)
+        self.cache = k, v
+        scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(self.mask[position : position + 1, : position + 1] == 0, -torch.inf)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        y = self.widen(self.norms[1](x))
+        return x + self.narrow(y * torch.sigmoid(1.702 * y))
+
+
+class PlainSampler(nn.Module):
+    """The published transformer and its loop over positions."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        dim = SIZES["hidden_dim"]
+        self.length = length
+        self.register_buffer("codebook", torch.randn(NUM_CODES, CODE_DIM))
+        self.project = nn.Linear(CODE_DIM, dim, bias=False)
+        self.start = nn.Parameter(torch.randn(dim) * 0.02)
+        self.positions = nn.Parameter(torch.randn(length, dim) * 0.01)
+        self.blocks = nn.ModuleList(PlainBlock(dim, SIZES["num_heads"], length) for _ in range(SIZES["num_layers"]))
+        self.norm, self.head = PlainNorm(dim), nn.Linear(dim, NUM_CODES, bias=False)
+
+    @torch.no_grad()
+    def sample(self, batch_size: int) -> Tensor:
+        for block in self.blocks:
+            block.cache = None
+        codes = torch.zeros(batch_size, self.length, dtype=torch.int64, device=self.start.device)
+        x = self.start.expand(batch_size, 1, -1)
+        for position in range(self.length):
+            x = x + self.positions[position]
+            for block in self.blocks:
+                x = block(x, position)
+            probabilities = self.head(self.norm(x))[:, 0].softmax(-1)
+            codes[:, position] = torch.multinomial(probabilities, 1)[:, 0]
+            x = self.project(F.embedding(codes[:, position : position + 1], self.codebook))
+        return codes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of torch; None: all cores")
+    parser.add_argument("--positions", type=int, default=1024, help="codes of a clip, a multiple of 256")
+    parser.add_argument("--batches", type=int, nargs="*", help="None: 1 and 8; on a GPU 1, 8, 64 and 256")
+    parser.add_argument("--prior", help="URL of an export, to compare the decoders on")
+    arguments = parser.parse_args()
+    if arguments.positions % 256:
+        parser.error(f"--positions {arguments.positions} is no multiple of 256")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    shape = (arguments.positions // 256, 16, 16)
+    sizes = {"preset": "100m"} if cuda else {"style": "videogpt", **SIZES}
+    prior = new_prior(PriorModelConfig.model_validate(sizes), shape, device)
+    bandwidth = read_bandwidth(device)
+    result: dict[str, Any] = {
+        "benchmark": "sample",
+        "device": device_name(),
+        "positions": arguments.positions,
+        "read_gigabytes_per_second": round(bandwidth / 1e9, 2),
+        "batches": {},
+    }
+    for batch_size in arguments.batches or ([1, 8, 64, 256] if cuda else [1, 8]):
+        result["batches"][batch_size] = compare(prior, batch_size, bandwidth, arguments.rounds, cuda)
+        print(batch_size, json.dumps(result["batches"][batch_size]), flush=True)
+    if arguments.prior is not None:
+        prior = load_prior(arguments.prior)[0].to(device)
+    result["parallel"] = compare_decoders(prior, arguments.rounds, arguments.prior)
+    print(json.dumps(result))
+
+
+def new_prior(config: PriorModelConfig, shape: tuple[int, ...], device: torch.device) -> Prior:
+    """A prior of random weights whose codes are spread."""
+    prior = Prior(config, shape, NUM_CODES, torch.randn(NUM_CODES, CODE_DIM)).eval()
+    nn.init.normal_(prior.head.weight, std=0.05)
+    return prior.to(device)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a sum over 512 MiB reads, the best of ten."""
+    data, best = torch.ones(2**27, device=device), math.inf
+    for _ in range(10):
+        began = time.perf_counter()
+        data.sum().item()
+        best = min(best, time.perf_counter() - began)
+    return data.numel() * 4 / best
+
+
+# ---------------------------------------------------------------------------------------------- comparisons
+
+
+def compare(prior: Prior, batch_size: int, bandwidth: float, rounds: int, cuda: bool) -> dict[str, Any]:
+    """Ours in both precisions against the published sampler and GPT-2, in turns."""
+    samplers: dict[str, Callable[[], Any]] = {
+        precision: lambda precision=precision: generate(prior, seed=0, indices=range(batch_size), precision=precision)
+        for precision in ("float32", "bfloat16")
+    }
+    if not cuda:
+        published = PlainSampler(prior.num_positions)
+        samplers["published"] = lambda: published.sample(batch_size)
+        gpt2 = gpt2_sampler(prior.num_positions, batch_size)
+        if gpt2 is not None:
+            samplers["gpt2"] = gpt2
+    wall, cpu = interleave(samplers, rounds)
+    tokens = batch_size * prior.num_positions
+    facts: dict[str, Any] = {
+        "tokens_per_second": {name: round(tokens / min(seconds), 1) for name, seconds in wall.items()},
+        "bandwidth_share": {
+            precision: round(bytes_read(prior, batch_size, size) / min(wall[precision]) / bandwidth, 3)
+            for precision, size in (("float32", 4), ("bfloat16", 2))
+        },
+    }
+    for clock, seconds in (("", wall), ("_cpu", cpu)):
+        if clock and cuda:
+            continue
+        facts[f"bfloat16_to_float32{clock}"] = ratio(seconds["float32"], seconds["bfloat16"])
+        for other in ("published", "gpt2"):
+            known = other in seconds
+            facts[f"float32_to_{other}{clock}"] = ratio(seconds[other], seconds["float32"]) if known else None
+    return facts
+
+
+def bytes_read(prior: Prior, batch_size: int, element_bytes: int) -> float:
+    """That all steps of a batch read: the weights, and of the cache the positions so far."""
+    with torch.inference_mode():
+        cached = CachedPrior(prior, 1, None, None, torch.float32)
+    linears = [part for layer in cached.layers for part in layer if hasattr(part, "weight")] + cached.heads
+    weights = sum(part.weight.numel() for part in linears)
+    of_a_position = cached.cache[:, :, :, :, 0].numel() * batch_size
+    length = prior.num_positions
+    return element_bytes * (weights * length + of_a_position * length * (length + 1) / 2)
+
+
+def gpt2_sampler(num_positions: int, batch_size: int) -> Callable[[], Any] | None:
+    """transformers' GPT-2 of the same shape, sampling with its cache; None where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        print("transformers is not installed: GPT-2 is not compared")
+        return None
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=NUM_CODES + 1,
+        n_positions=num_positions + 1,
+        n_embd=SIZES["hidden_dim"],
+        n_layer=SIZES["num_layers"],
+        n_head=SIZES["num_heads"],
+        bos_token_id=NUM_CODES,
+        eos_token_id=NUM_CODES,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    start = torch.full((batch_size, 1), NUM_CODES)
+    settings = {"max_new_tokens": num_positions, "min_new_tokens": num_positions, "do_sample": True, "top_k": 0}
+    mask = torch.ones_like(start)
+
+    def sample() -> Tensor:
+        with torch.inference_mode():
+            return model.generate(start, attention_mask=mask, pad_token_id=NUM_CODES, **settings)
+
+    return sample
+
+
+def compare_decoders(prior: Prior, rounds: int, url: str | None) -> dict[str, Any]:
+    """The two decoders at batch 1, in turns, and the passes of the parallel one."""
+    label = torch.zeros(1, dtype=torch.int64) if prior.norms.num_classes else None
+    samplers = {
+        decoder: lambda decoder=decoder: generate(prior, seed=0, indices=[0], labels=label, decoder=decoder)
+        for decoder in ("sequential", "parallel")
+    }
+    wall, cpu = interleave(samplers, rounds)
+    with torch.inference_mode():
+        device = prior.head.weight.device
+        cached = CachedPrior(prior, 1, None if label is None else label.to(device), None, torch.float32)
+        drawing = Drawing(prior, cached, Noise(0, [0], prior.num_codes, device), None, 1.0, Filters(), 0)
+        num_passes = decode_in_parallel(drawing)
+    return {
+        "prior": url or "random weights",
+        "positions": prior.num_positions,
+        "passes": num_passes,
+        "parallel_to_sequential": ratio(wall["sequential"], wall["parallel"]),
+        "parallel_to_sequential_cpu": ratio(cpu["sequential"], cpu["parallel"]),
+    }
+
+
+if __name__ == "__main__":
+    main()
