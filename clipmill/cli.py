@@ -205,7 +205,7 @@ def generate(
     ],
     out: Annotated[str, typer.Option("--out", help="The .mp4 file to write.")],
     num: Annotated[int, typer.Option("--num", min=1, help="Videos; several become a grid.")] = 1,
-    label: Annotated[str | None, typer.Option("--label", help="Class; none: all in turn.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Class; by default all in turn.")] = None,
     first_frame: Annotated[
         str | None, typer.Option("--first-frame", help="A picture or video to go on from, or to condition on.")
     ] = None,
@@ -213,10 +213,10 @@ def generate(
         str | None, typer.Option("--condition", help="A .npy file of actions or of a text's embedding.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", min=0.001, help="Length; none: the prior's window.")
+        float | None, typer.Option("--seconds", min=0.001, help="Length; by default the prior's window.")
     ] = None,
     fps: Annotated[
-        float | None, typer.Option("--fps", min=0.1, help="Frames per second; none: the training clips', else 8.")
+        float | None, typer.Option("--fps", min=0.1, help="Frames per second; by default the training clips', else 8.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
     temperature: Annotated[float, typer.Option("--temperature", help="Below 1: more likely codes.")] = 1.0,

@@ -6,11 +6,12 @@ import math
 import time
 from typing import Any
 
-from clipmill.api.films import USUAL_FPS, write_video
+from clipmill.api.films import write_video
 from clipmill.api.loading import load
 from clipmill.errors import UserError
 from clipmill.progress import bar
 from clipmill.sampling.long import nearest_num_frames
+from clipmill.sampling.settings import USUAL_FPS
 
 __all__ = ["generate_file"]
 

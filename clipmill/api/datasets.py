@@ -43,7 +43,7 @@ def open_dataset(
         cache_dir: local folder for what is downloaded from a bucket; None is one in the system's temporary folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: the data set is missing or damaged.
     """
     place = storage.absolute(url)
     inside = storage.join(place, kind, split or ("default" if kind == "samples" else "train"))

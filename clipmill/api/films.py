@@ -11,12 +11,10 @@ from clipmill import storage
 from clipmill.api.arrays import as_videos
 from clipmill.errors import UserError
 from clipmill.sampling.preview import film
+from clipmill.sampling.settings import CRF, USUAL_FPS
 from clipmill.video import encode_mp4
 
-__all__ = ["USUAL_FPS", "write_video"]
-
-USUAL_FPS = 8.0
-_CRF = 10
+__all__ = ["write_video"]
 
 
 def write_video(url: str | Path, video: np.ndarray | Tensor, fps: float = USUAL_FPS) -> None:
@@ -35,5 +33,5 @@ def write_video(url: str | Path, video: np.ndarray | Tensor, fps: float = USUAL_
     if is_single and (height % 2 or width % 2):
         raise UserError(f"h264 needs an even height and width, not {height} x {width}; pad the video by one pixel")
     pixels = videos.numpy()
-    data = encode_mp4(pixels[0], fps, _CRF) if is_single else film(pixels, fps)
+    data = encode_mp4(pixels[0], fps, CRF) if is_single else film(pixels, fps)
     storage.publish_bytes(storage.absolute(str(url)), data)

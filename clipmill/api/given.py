@@ -17,8 +17,9 @@ from clipmill import storage
 from clipmill.api.arrays import as_videos, described
 from clipmill.api.tokenizer import Tokenizer
 from clipmill.errors import UserError
+from clipmill.models.vqvae import num_frames_of, whole_latents_of
 from clipmill.sampling.arrays import check_array, read_array
-from clipmill.sampling.frames import FrameReader, encode_first, num_frames_of, whole_latents_of
+from clipmill.sampling.frames import FrameReader, encode_first
 from clipmill.sampling.long import VideoLength
 
 __all__ = ["Condition", "Frames", "GeneratorInfo", "given_condition", "given_frames"]

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipmill.models.vqvae import VQVAE, to_pixels
+from clipmill.models.vqvae import VQVAE, num_frames_of, to_pixels
 
-__all__ = ["Reach", "decode_in_chunks", "decode_to_pixels", "num_frames_of", "reaches"]
+__all__ = ["Reach", "decode_in_chunks", "decode_to_pixels", "reaches"]
 
 TIME = 0
 """Of the axes (t, h, w) the one that may be causal."""
@@ -69,11 +69,6 @@ class Piece:
         return kept if bool(self.weights.eq(1).all()) else kept * self.weights.to(kept).view(shape)
 
 
-def num_frames_of(model: VQVAE, num_latent_frames: int) -> int:
-    """Frames that so many latent frames decode to."""
-    return _first_pixel(model, TIME, num_latent_frames)
-
-
 def reaches(model: VQVAE) -> list[Reach | None]:
     """The reach along time, height and width; None where every pixel depends on every latent.
 
@@ -102,10 +97,7 @@ def _reach(model: VQVAE, decoder: nn.Module, axis: int, middle: int) -> Reach | 
 
 def _first_pixel(model: VQVAE, axis: int, latent: int) -> int:
     """Place of the first pixel of a latent; equally, how many pixels the latents before it decode to."""
-    pixels = latent * model.config.downsample[axis]
-    if axis == TIME and model.config.causal and latent:
-        return pixels - model.config.downsample[axis] + 1  # the first latent frame is one frame
-    return pixels
+    return num_frames_of(model.config, latent) if axis == TIME else latent * model.config.downsample[axis]
 
 
 def decode_to_pixels(model: VQVAE, codes: Tensor, trained: Sequence[int]) -> Tensor:

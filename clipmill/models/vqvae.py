@@ -63,6 +63,18 @@ def latent_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int
     return first + t, h, w
 
 
+def num_frames_of(config: VQVAEModelConfig, num_latents: int) -> int:
+    """Frames behind the first latent frames; in a causal model the first has a latent frame of its own."""
+    factor = config.downsample[0]
+    return 1 + (num_latents - 1) * factor if config.causal and num_latents else num_latents * factor
+
+
+def whole_latents_of(config: VQVAEModelConfig, num_frames: int) -> int:
+    """The most latent frames whose frames are all among the first ``num_frames``."""
+    factor = config.downsample[0]
+    return 1 + (num_frames - 1) // factor if config.causal and num_frames else num_frames // factor
+
+
 def codes_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]) -> tuple[int, ...]:
     """Shape (t, h, w) or, with several codebooks, (t, h, w, M) of a clip's codes; arguments as `latent_shape`."""
     shape = latent_shape(config, num_frames, size)

@@ -12,7 +12,7 @@ from clipmill.pipeline.fetch import ExcludedVideo
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources import base_url
 from clipmill.pipeline.sources.cells import BadCell, as_caption, as_text, metadata_json
-from clipmill.pipeline.sources.folder import stem_of
+from clipmill.video.kinds import stem_of
 
 __all__ = ["read_sidecars"]
 

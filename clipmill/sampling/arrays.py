@@ -17,7 +17,7 @@ def read_array(url: str) -> np.ndarray:
     """A ``.npy`` file of numbers, float32 of any shape.
 
     Raises:
-        UserError: there is none, or it is something else.
+        UserError: the file is missing, or holds something else.
     """
     try:
         array = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)

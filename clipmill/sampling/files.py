@@ -20,11 +20,11 @@ from typing import Any
 from clipmill import storage
 from clipmill.config import PriorModelConfig, fingerprint
 from clipmill.errors import UserError
-from clipmill.models.vqvae import VQVAE
+from clipmill.models.vqvae import VQVAE, num_frames_of
 from clipmill.sampling.arrays import check_array, read_array
-from clipmill.sampling.frames import FrameReader, clip_rule, encode_first, num_frames_of
+from clipmill.sampling.frames import FrameReader, clip_rule, encode_first
 from clipmill.tables import SUFFIXES, UnreadableTable, read_rows
-from clipmill.video.kinds import PICTURE_SUFFIXES, VIDEO_SUFFIXES, suffix_of
+from clipmill.video.kinds import PICTURE_SUFFIXES, VIDEO_SUFFIXES, stem_of, suffix_of
 
 __all__ = ["FileList", "GivenFile", "GivenFiles", "list_files"]
 
@@ -116,8 +116,7 @@ def list_files(url: str, condition: str | None, prefix_latents: int) -> FileList
 def _companions(url: str) -> list[str]:
     """Names of the arrays that may lie beside one file."""
     folder, name = storage.split(url)
-    stem = name.removesuffix(suffix_of(name))
-    beside = (f"{stem}.{condition}.npy" for condition in _ARRAY_OF)
+    beside = (f"{stem_of(name)}.{condition}.npy" for condition in _ARRAY_OF)
     return [each for each in beside if each != name and storage.exists(storage.join(folder, each))]
 
 
@@ -127,7 +126,7 @@ def _grouped(folder: str, names: Sequence[str], condition: str | None) -> list[G
     found, taken = [], set()
     for name in names:
         if suffix_of(name) in VIDEO_SUFFIXES | PICTURE_SUFFIXES:
-            array = f"{name.removesuffix(suffix_of(name))}.{condition}.npy"
+            array = f"{stem_of(name)}.{condition}.npy"
             taken.add(array)
             url = storage.join(folder, array) if array in arrays else None
             found.append(GivenFile(name, storage.join(folder, name), url))

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from clipmill import storage
-from clipmill.config import ClipConfig, VQVAEModelConfig
+from clipmill.config import ClipConfig
 from clipmill.errors import StageFailed, UserError
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.scratch import ScratchFolder
 from clipmill.video import BadVideo, Decoder, DecoderLost, Limits
 from clipmill.video.kinds import HEAD_BYTES, PICTURE_SUFFIXES, is_video_head, suffix_of
 
-__all__ = ["FrameReader", "clip_rule", "encode_first", "num_frames_of", "whole_latents_of"]
+__all__ = ["FrameReader", "clip_rule", "encode_first"]
 
 _LIMITS = Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)
 _RULE = ("num_frames", "resolution", "fit", "fps", "frame_stride")
@@ -38,18 +38,6 @@ def clip_rule(body: Mapping[str, Any]) -> ClipConfig:
     recorded = body["clip"]["clip"]
     known = {key: recorded[key] for key in _RULE if recorded.get(key) is not None}
     return ClipConfig.model_validate(known | {"max_clips_per_video": 1})
-
-
-def num_frames_of(config: VQVAEModelConfig, num_latents: int) -> int:
-    """Frames behind the first latent frames; in a causal model the first has a latent frame of its own."""
-    factor = config.downsample[0]
-    return 1 + (num_latents - 1) * factor if config.causal and num_latents else num_latents * factor
-
-
-def whole_latents_of(config: VQVAEModelConfig, num_frames: int) -> int:
-    """The most latent frames whose frames are all among the first ``num_frames``."""
-    factor = config.downsample[0]
-    return 1 + (num_frames - 1) // factor if config.causal and num_frames else num_frames // factor
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from clipmill.config import PriorModelConfig, VQVAEModelConfig
 from clipmill.errors import UserError
 from clipmill.models.chunks import decode_to_pixels
 from clipmill.models.export import model_config
-from clipmill.models.vqvae import VQVAE, to_pixels
+from clipmill.models.vqvae import VQVAE, num_frames_of, to_pixels, whole_latents_of
 
 __all__ = ["DrawWindow", "VideoLength", "Videos", "nearest_num_frames", "sample_videos", "video_length"]
 
@@ -92,7 +92,7 @@ def video_length(body: Mapping[str, Any], num_frames: int | None, overlap_latent
     model = model_config(body, PriorModelConfig)
     step, absent = settings.downsample[0], settings.downsample[0] - 1 if settings.causal else 0
     window_latents = body["latent_shape"][0]
-    window_frames = window_latents * step - absent  # the first latent frame of a causal tokenizer is one frame
+    window_frames = num_frames_of(settings, window_latents)
     num_frames = window_frames if num_frames is None else num_frames
     nearest = _round_up(num_frames, window_frames, step)
     if num_frames != nearest:
@@ -107,7 +107,7 @@ def video_length(body: Mapping[str, Any], num_frames: int | None, overlap_latent
         overlap = _overlap(window_latents, overlap_latents, -(-(shown + absent) // step))
     return VideoLength(
         num_frames,
-        (num_frames + absent) // step,
+        whole_latents_of(settings, num_frames),
         window_frames,
         window_latents,
         overlap,

@@ -23,6 +23,7 @@ from clipmill.sampling.files import FileList
 from clipmill.sampling.given import require_given
 from clipmill.sampling.long import video_length
 from clipmill.sampling.preview import has_preview, publish_preview, remove_preview
+from clipmill.sampling.settings import USUAL_FPS
 from clipmill.sampling.units import Unit, leading_units, missing_units
 from clipmill.sampling.worker import Job, make_worker
 from clipmill.shards.commits import ShardEntry, committed_units, read_commit, read_commits
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 _RECIPE_SCHEMA = 2
 """Raised when the same settings begin to give other samples. 1 inverted the cumulative distribution."""
-_USUAL_FPS = 8.0
-"""Frames per second of samples whose training clips kept their videos' own rates: slow enough to judge motion by."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -83,10 +82,10 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         UserError: as `is_finished`. Nothing was written.
         StageFailed: a batch failed at every attempt; the others are kept.
     """
-    job = new_job(config, lease)
+    body, _ = require_prior(config.folder("prior"))
+    job = new_job(config, lease, body)
     began = time.monotonic()
     shards, num_made = _make_missing(job)
-    body, _ = require_prior(config.folder("prior"))
     facts = {
         "classes": sorted({label for label in job.labels if label is not None}),
         "latent_shape": [job.length.num_latents, *body["latent_shape"][1:]],
@@ -151,18 +150,22 @@ def _num_samples(entries: tuple[ShardEntry, ...]) -> int:
     return sum(entry.samples for entry in entries)
 
 
-def new_job(config: RunConfig, lease: Lease) -> Job:
+def new_job(config: RunConfig, lease: Lease, body: dict[str, Any]) -> Job:
     """What the workers of this set of samples get.
+
+    Args:
+        config: of the run.
+        lease: of the folder.
+        body: of the prior's export.
 
     Raises:
         UserError: as `is_finished`.
     """
-    body, _ = require_prior(config.folder("prior"))
     labels = check_settings(config.sample, body)
     recipe = _recipe(config, body, require_given(config, body))
     _refuse_other_recipe(config, recipe)
     length = video_length(body, config.sample.num_frames, config.sample.overlap_latents)
-    fps = body["tokenizer"]["clip"]["clip"].get("fps") or _USUAL_FPS
+    fps = body["tokenizer"]["clip"]["clip"].get("fps") or USUAL_FPS
     return Job(config, lease, folder_url(config), recipe, tuple(labels), length, fps)
 
 

@@ -1,4 +1,4 @@
-"""The section ``sample`` of a config as arguments of the draw: the stage and Python go through here."""
+"""The section ``sample`` of a config as arguments of the draw, and how videos are stored: for the stage and Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
 from clipmill.sampling.long import DrawWindow
 
-__all__ = ["draw_by"]
+__all__ = ["CRF", "USUAL_FPS", "draw_by"]
+
+CRF = 10
+"""Constant rate factor of videos as mp4: their loss is far below a tokenizer's."""
+USUAL_FPS = 8.0
+"""Frames per second of videos whose training clips kept their videos' own rates: slow enough to judge motion by."""
 
 
 def draw_by(

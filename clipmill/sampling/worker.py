@@ -20,7 +20,7 @@ from clipmill.models.vqvae import VQVAE
 from clipmill.sampling.files import GivenFiles
 from clipmill.sampling.given import class_of_clip, condition_of_clips, open_given, prefix_of_clips, require_given
 from clipmill.sampling.long import VideoLength, sample_videos
-from clipmill.sampling.settings import draw_by
+from clipmill.sampling.settings import CRF, draw_by
 from clipmill.sampling.units import Unit
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import commit_unit
@@ -32,8 +32,6 @@ __all__ = ["Job", "make_worker"]
 
 _SHARD_BYTES = 128 * 2**20
 """A constant: the bytes of a unit depend on the recipe only."""
-_CRF = 10
-"""Constant rate factor of samples as mp4: their loss is far below a tokenizer's."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def _make_batch(
 
 def _pixels(kind: str, video: np.ndarray, fps: float) -> dict[str, bytes]:
     """The member that holds uint8 [T, H, W, 3]."""
-    return {"mp4": encode_mp4(video, fps, _CRF)} if kind == "mp4" else {"npy": npy_bytes(video)}
+    return {"mp4": encode_mp4(video, fps, CRF)} if kind == "mp4" else {"npy": npy_bytes(video)}
 
 
 def _about(job: Job, index: int, label: str | None, given_key: str | None) -> dict[str, Any]:

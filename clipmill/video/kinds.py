@@ -11,7 +11,15 @@ from __future__ import annotations
 import re
 import struct
 
-__all__ = ["HEAD_BYTES", "PICTURE_SUFFIXES", "SNIFFED_SUFFIXES", "VIDEO_SUFFIXES", "is_video_head", "suffix_of"]
+__all__ = [
+    "HEAD_BYTES",
+    "PICTURE_SUFFIXES",
+    "SNIFFED_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "is_video_head",
+    "stem_of",
+    "suffix_of",
+]
 
 HEAD_BYTES = 16 * 2**10
 """Bytes that `is_video_head` wants of a file: colour profiles may precede the chunk that makes a PNG an animation."""
@@ -90,6 +98,11 @@ def suffix_of(name: str) -> str:
     dot = last.rfind(".")  # as pathlib, at a tenth of its time: a listing asks twice for each object
     suffix = last[dot:].lower() if 0 < dot < len(last) - 1 else ""
     return suffix if _SUFFIX.fullmatch(suffix) else ""
+
+
+def stem_of(name: str) -> str:
+    """A file's name without its ending, which the files beside it that belong to it share."""
+    return name[: len(name) - len(suffix_of(name))]
 
 
 def is_video_head(head: bytes) -> bool:

@@ -11,7 +11,7 @@ import torch
 from clipmill import storage
 from clipmill.config import RunConfig, identity
 from clipmill.lease import Lease
-from clipmill.models.export import load_vqvae, save_export
+from clipmill.models.export import load_vqvae, require_prior, save_export
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.sampling import sample
@@ -71,7 +71,7 @@ def write_run_up_to_tokenizer(config: RunConfig, scratch: Path) -> dict[str, Man
 def make_samples(config: RunConfig) -> None:
     """The stage ``sample`` in this process: its units one after the other, then the stage, which finds them done."""
     lease = Unleased(sample.folder_url(config), 1)
-    work = make_worker(sample.new_job(config, lease))
+    work = make_worker(sample.new_job(config, lease, require_prior(config.folder("prior"))[0]))
     url = sample.folder_url(config)
     records = read_commits(url, committed_units(url))
     committed = {record["unit"]: sum(part["samples"] for part in record["parts"]) for record in records}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clipmill.config import VQVAEModelConfig
 from clipmill.models import chunks
-from clipmill.models.chunks import Reach, decode_in_chunks, decode_to_pixels, num_frames_of, reaches
-from clipmill.models.vqvae import VQVAE, to_input, to_pixels
+from clipmill.models.chunks import Reach, decode_in_chunks, decode_to_pixels, reaches
+from clipmill.models.vqvae import VQVAE, num_frames_of, to_input, to_pixels
 
 CONVOLUTIONAL = {"axial_attention": False, "norm": "batch"}
 
@@ -68,7 +68,7 @@ def test_chunks_and_tiles_of_convolutions_are_the_whole(causal: bool, shape: tup
     codes = torch.randint(16, (2, *shape))
     with torch.inference_mode():
         whole = model.decode(codes)
-    assert num_frames_of(model, shape[0]) == whole.shape[2]
+    assert num_frames_of(model.config, shape[0]) == whole.shape[2]
     torch.testing.assert_close(chunked(model, codes, (4, 4, 4)), whole, atol=1e-4, rtol=0)
 
 
@@ -99,10 +99,10 @@ def test_every_frame_of_faded_chunks_has_the_weight_of_one(causal: bool, trained
     model = tiny(axial_attention=True, causal=causal, downsample=(4, 2, 2))
     for length in range(trained + 1, 4 * trained):
         pieces = chunks._faded(model, 0, length, trained)
-        total = torch.zeros(num_frames_of(model, length))
+        total = torch.zeros(num_frames_of(model.config, length))
         for piece in pieces:
             assert (piece.start >= 0, piece.stop <= length, piece.stop - piece.start) == (True, True, trained)
-            decoded = torch.arange(num_frames_of(model, trained))[piece.skipped :][: len(piece.weights)]
+            decoded = torch.arange(num_frames_of(model.config, trained))[piece.skipped :][: len(piece.weights)]
             assert torch.equal(decoded + 4 * piece.start, torch.arange(piece.first, piece.last))
             total[piece.first : piece.last] += piece.weights
         torch.testing.assert_close(total, torch.ones_like(total))

@@ -16,6 +16,7 @@ from clipmill.models.export import load_prior
 from clipmill.models.videogpt import import_videogpt
 from clipmill.models.vqvae import to_input
 from clipmill.sampling import sample
+from clipmill.sampling.files import list_files
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
 from clipmill.video import write_raw_video
@@ -121,6 +122,16 @@ def test_actions_come_from_files(tmp_path: Path):
     np.save(folder / "1.npy", np.zeros((7, 2)))
     with pytest.raises(UserError, match=r"1\.npy has the shape \[7, 2\], the prior takes actions of \[8, 2\]"):
         make_samples(files.model_copy(update={"sample": files.sample.model_copy(update={"name": "c"})}))
+
+
+@pytest.mark.parametrize("name", ["cat.png", "CAT.PNG", "two.parts.Jpg"])
+def test_actions_beside_frames_are_found_whatever_the_case_of_the_ending(tmp_path: Path, name: str):
+    picture(tmp_path / name)
+    array = tmp_path / f"{name.rpartition('.')[0]}.actions.npy"
+    np.save(array, np.zeros((4, 2), np.float32))
+    for url in (tmp_path, tmp_path / name):
+        [found] = list_files(str(url), "actions", 1).files
+        assert (found.name, found.array) == (name, str(array))
 
 
 def test_what_cannot_be_given_is_one_line(root: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.pipeline.sources.record import SourceVideo
-from clipmill.video.kinds import HEAD_BYTES, SNIFFED_SUFFIXES, VIDEO_SUFFIXES, is_video_head, suffix_of
+from clipmill.video.kinds import HEAD_BYTES, SNIFFED_SUFFIXES, VIDEO_SUFFIXES, is_video_head, stem_of, suffix_of
 
 __all__ = ["list_videos", "walk_files"]
 
@@ -103,11 +103,6 @@ def list_videos(source: SourceConfig, others: Counter[str], after: str | None = 
             group=f"folder:{folder}" if source.group == "parent_folder" and folder != "." else None,
             mark=mark,
         )
-
-
-def stem_of(name: str) -> str:
-    """A file's name without its ending, which the files beside it that belong to it share."""
-    return name[: len(name) - len(suffix_of(name))]
 
 
 @dataclass
