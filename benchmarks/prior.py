@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from published_prior import PlainBlock, PlainNorm
 from timing import device_name, interleave, ratio
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -65,41 +66,6 @@ PRESETS = {"100m": (128, 1), "350m": (56, 2), "1b": (24, 4)}
 """Clips of a GPU's micro-batch, which leave some of 80 GB, and micro-batches a step."""
 EAGER = ("100m", 48, 1)
 SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
-
-
-class PlainNorm(nn.Module):
-    """The published norm, its epsilon outside the root."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gain, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x.float() - x.float().mean(-1, keepdim=True)
-        normal = centred * (1e-5 + centred.square().mean(-1, keepdim=True).rsqrt())
-        return (normal * self.gain + self.bias).type_as(x)
-
-
-class PlainBlock(nn.Module):
-    """A block as the published code computes it."""
-
-    def __init__(self, dim: int, num_heads: int, length: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norms = nn.ModuleList(PlainNorm(dim) for _ in range(2))
-        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.out = nn.Linear(dim, dim)
-        self.widen, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.register_buffer("mask", torch.ones(length, length).tril())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norms[0](x)
-        q, k, v = (part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-        scores = scores.masked_fill(self.mask == 0, -torch.inf)
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        y = self.widen(self.norms[1](x))
-        return x + self.narrow(y * torch.sigmoid(1.702 * y))
 
 
 class PlainPrior(nn.Module):

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from published_prior import PlainBlock, PlainNorm
 from timing import device_name, interleave, ratio
 from torch import Tensor, nn
 
@@ -51,41 +52,19 @@ NUM_CODES, CODE_DIM = 1024, 256
 SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
 
 
-class PlainNorm(nn.Module):
-    """The published norm, its epsilon outside the root."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gain, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        return centred * (1e-5 + centred.square().mean(-1, keepdim=True).rsqrt()) * self.gain + self.bias
-
-
-class PlainBlock(nn.Module):
+class CachedBlock(PlainBlock):
     """A block as the published code decodes with it: one position, the cache grows by concatenation."""
 
     def __init__(self, dim: int, num_heads: int, length: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norms = nn.ModuleList(PlainNorm(dim) for _ in range(2))
-        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.out, self.widen, self.narrow = nn.Linear(dim, dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.register_buffer("mask", torch.ones(length, length).tril())
+        super().__init__(dim, num_heads, length)
         self.cache: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, position: int) -> Tensor:
-        y = self.norms[0](x)
-        q, k, v = (part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+    def step(self, x: Tensor, position: int) -> Tensor:
+        q, k, v = self.heads(x)
         if self.cache is not None:
             k, v = torch.cat((self.cache[0], k), 2), torch.cat((self.cache[1], v), 2)
         self.cache = k, v
-        scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-        scores = scores.masked_fill(self.mask[position : position + 1, : position + 1] == 0, -torch.inf)
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        y = self.widen(self.norms[1](x))
-        return x + self.narrow(y * torch.sigmoid(1.702 * y))
+        return self.mix(x, q, k, v, self.mask[position : position + 1, : position + 1])
 
 
 class PlainSampler(nn.Module):
@@ -99,7 +78,7 @@ class PlainSampler(nn.Module):
         self.project = nn.Linear(CODE_DIM, dim, bias=False)
         self.start = nn.Parameter(torch.randn(dim) * 0.02)
         self.positions = nn.Parameter(torch.randn(length, dim) * 0.01)
-        self.blocks = nn.ModuleList(PlainBlock(dim, SIZES["num_heads"], length) for _ in range(SIZES["num_layers"]))
+        self.blocks = nn.ModuleList(CachedBlock(dim, SIZES["num_heads"], length) for _ in range(SIZES["num_layers"]))
         self.norm, self.head = PlainNorm(dim), nn.Linear(dim, NUM_CODES, bias=False)
 
     @torch.no_grad()
@@ -111,7 +90,7 @@ class PlainSampler(nn.Module):
         for position in range(self.length):
             x = x + self.positions[position]
             for block in self.blocks:
-                x = block(x, position)
+                x = block.step(x, position)
             probabilities = self.head(self.norm(x))[:, 0].softmax(-1)
             codes[:, position] = torch.multinomial(probabilities, 1)[:, 0]
             x = self.project(F.embedding(codes[:, position : position + 1], self.codebook))

@@ -1,0 +1,49 @@
+"""Parts of the published transformer (VideoGPT, arXiv 2104.10157), written plainly: what benchmarks compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PlainNorm(nn.Module):
+    """The published norm, its epsilon outside the root."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x.float() - x.float().mean(-1, keepdim=True)
+        normal = centred * (1e-5 + centred.square().mean(-1, keepdim=True).rsqrt())
+        return (normal * self.gain + self.bias).type_as(x)
+
+
+class PlainBlock(nn.Module):
+    """A block as the published code computes it."""
+
+    def __init__(self, dim: int, num_heads: int, length: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norms = nn.ModuleList(PlainNorm(dim) for _ in range(2))
+        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.out = nn.Linear(dim, dim)
+        self.widen, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.register_buffer("mask", torch.ones(length, length).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All positions of x [B, L, C] at once."""
+        return self.mix(x, *self.heads(x), self.mask)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, float [B, N, L, D] each, of x [B, L, C]."""
+        y = self.norms[0](x)
+        return tuple(part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+
+    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """The block's output for x, whose queries see the keys where the mask is not 0."""
+        scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(mask == 0, -torch.inf)
+        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        y = self.widen(self.norms[1](x))
+        return x + self.narrow(y * torch.sigmoid(1.702 * y))
