@@ -5,10 +5,10 @@ PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-s3 lint clean
+.PHONY: demo test test-slow test-s3 lint docs clean
 
 demo: $(VENV)/installed
-	$(BIN)/clipmill demo --config configs/demo.yaml
+	$(BIN)/clipmill demo
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest
@@ -25,6 +25,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Pages that are generated; a test compares them with the code.
+docs: $(VENV)/installed
+	$(BIN)/clipmill config --reference > docs/configuration.md
+	$(BIN)/clipmill config --schema > docs/config.schema.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -5,7 +5,7 @@ each seed, in a root of its own below ROOT, on clips that all share; one that on
 tokens of `base`. What is finished is not done again: run it again to resume, or to add names and seeds.
 
     python benchmarks/ablations.py ROOT axial-attention-off axial-attention-on --seeds 0 1 2
-    python benchmarks/ablations.py ROOT --config configs/bair.yaml data.source.url=data/bair prior-layers-2 \\
+    python benchmarks/ablations.py ROOT --config bair data.source.url=data/bair prior-layers-2 \\
         prior-layers-16 evaluate.fvd_weights=i3d_torchscript.pt cluster.use_gpu=true
 
 The last line is one JSON object: of each name the paper's numbers and ours, mean and standard deviation over seeds.

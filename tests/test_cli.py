@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from clipmill import __version__
+from clipmill.cli import app
+from clipmill.cli.help import GUIDES
+from clipmill.cli.output import command_line, print_stage
 from clipmill.config import load_config
 from clipmill.models.export import save_export
 from clipmill.models.vqvae import VQVAE
@@ -122,3 +128,51 @@ def test_config_prints_what_a_run_would_use(tmp_path):
 
 def test_verify_of_nothing(tmp_path):
     assert_refused(clipmill("verify", "nowhere", cwd=tmp_path), "no data set")
+
+
+def test_the_package_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "clipmill", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"clipmill {__version__}\n"
+
+
+def test_the_help_of_a_stage_shows_its_main_keys_and_an_example():
+    for name, guide in GUIDES.items():
+        done = CliRunner().invoke(app, [name, "-h"], env={"COLUMNS": "200"})
+        assert done.exit_code == 0
+        for text in (*guide.keys, guide.example):
+            assert text in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("clipmill train-", ["train-vqvae", "train-prior"]),
+        ("clipmill shard --config dem", ["demo", "demo-wide"]),
+        ("clipmill shard --config mine", ["mine/", "mine.yaml"]),
+        ("clipmill shard data.clip.res", ["data.clip.resolution=64"]),
+        ("clipmill train-vqvae vqvae.model.down", ["vqvae.model.downsample=[4,4,4]"]),
+    ],
+)
+def test_tab_completes_commands_configs_and_keys(tmp_path, monkeypatch, words, expected):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    shell = {"_CLIPMILL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = CliRunner().invoke(app, env=shell, prog_name="clipmill")
+    assert done.output.split() == expected
+
+
+def test_a_stage_ends_with_json_or_for_people_with_paths_and_the_next_command(monkeypatch, capsys):
+    summary = {"stage": "shard", "videos": 2400, "psnr": 41.23456, "seconds": 125.0, "versions": {}, "schema": 1}
+    next_command = command_line("train-vqvae", ["demo"], ["root=my run"])
+    print_stage("shard", summary, "my run/clips", next_command, as_json=False)
+    assert json.loads(capsys.readouterr().out) == {key: summary[key] for key in summary if key != "versions"}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    print_stage("shard", summary, "my run/clips", next_command, as_json=False)
+    shown = capsys.readouterr().out
+    for text in ("done in 2 min", "2,400", "41.23", "my run/clips", "clipmill train-vqvae --config demo 'root=my run'"):
+        assert text in shown
+    print_stage("shard", summary, "my run/clips", next_command, as_json=True)
+    assert json.loads(capsys.readouterr().out)["videos"] == 2400

@@ -1,7 +1,7 @@
 """The one configuration of a run: sections, defaults, units, and which keys identify data on disk.
 
 ``clipmill STAGE --config run.yaml [section.key=value ...]``: YAML files merge left to right, then the
-assignments, then pydantic checks the result (an unknown key is an error).
+assignments, then pydantic checks the result (an unknown key is an error). docs/configuration.md lists every key.
 
 Every key is *identity* unless it is marked ``FREE``. Identity keys enter the fingerprint of what a stage
 writes: running the stage again over its own output with another value is refused, naming the keys.
@@ -11,9 +11,10 @@ Free keys (batch size of a fan-out stage, logging, number of steps, learning rat
 from __future__ import annotations
 
 from clipmill.config.data import ClipConfig, DataConfig, MixPart, frame_size
-from clipmill.config.load import load_config
+from clipmill.config.load import load_config, shipped_configs
 from clipmill.config.prior import PRESETS, PriorModelConfig
 from clipmill.config.recorded import with_recorded_clips
+from clipmill.config.reference import Key, SectionReference, all_sections, json_schema, markdown, schema_keys
 from clipmill.config.run import ClusterConfig, EvaluateConfig, RunConfig, SampleConfig, TokenizeConfig
 from clipmill.config.section import FREE, Section, changed_keys, fingerprint, identity
 from clipmill.config.source import SourceConfig, TableColumns
@@ -33,12 +34,14 @@ __all__ = [
     "ClusterConfig",
     "DataConfig",
     "EvaluateConfig",
+    "Key",
     "MixPart",
     "PriorConfig",
     "PriorModelConfig",
     "RunConfig",
     "SampleConfig",
     "Section",
+    "SectionReference",
     "SourceConfig",
     "TableColumns",
     "TokenizeConfig",
@@ -46,11 +49,16 @@ __all__ = [
     "VQVAEConfig",
     "VQVAEModelConfig",
     "VQVAETrainingConfig",
+    "all_sections",
     "changed_keys",
     "fingerprint",
     "frame_size",
     "identity",
+    "json_schema",
     "load_config",
+    "markdown",
     "refused_changes",
+    "schema_keys",
+    "shipped_configs",
     "with_recorded_clips",
 ]

@@ -41,6 +41,7 @@ class ClipConfig(Section):
     """Which frames become a clip, and at which size."""
 
     num_frames: PositiveInt = 16
+    """Frames of a clip."""
     frame_stride: PositiveInt = 1
     """Take every n-th frame of the video (native frame rate, presentation order)."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
@@ -148,8 +149,9 @@ class DataConfig(Section):
     fetch_bytes: Annotated[PositiveInt, FREE] = 256 * 2**30
     """Most that a web server may send as one file."""
     max_failed_videos: Annotated[int, Field(ge=0), FREE] = 10
+    """The stage stops when more videos than this failed, and more than ``max_failed_share`` of those finished."""
     max_failed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.05
-    """The stage stops when more than max(max_failed_videos, max_failed_share of those finished) failed."""
+    """See ``max_failed_videos``."""
 
     @model_validator(mode="after")
     def _colour_halves(self) -> Self:

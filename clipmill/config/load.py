@@ -1,7 +1,11 @@
-"""From YAML files and ``section.key=value`` assignments to one checked `RunConfig`."""
+"""From YAML files and ``section.key=value`` assignments to one checked `RunConfig`.
+
+The configs that clipmill ships are data of the package (``clipmill/configs``), so they are known by name anywhere.
+"""
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,24 +17,34 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from clipmill.config.reference import suggest_key
 from clipmill.config.run import RunConfig
 from clipmill.config.section import Section
 from clipmill.errors import UserError
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "shipped_configs"]
+
+_SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that clipmill ships, such as ``demo`` or ``ablations/codes-256``."""
+    return sorted(str(path.relative_to(_SHIPPED).with_suffix("")) for path in _SHIPPED.rglob("*.yaml"))
 
 
 def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) -> RunConfig:
     """Merges YAML files left to right, then ``section.key=value`` assignments, and validates the result.
+
+    Args:
+        files: paths, or names of `shipped_configs`. A file wins over a shipped config of the same name.
+        assignments: the later one wins.
 
     Raises:
         UserError: a file is missing or no YAML, an assignment has no ``=``, a key is unknown or a value invalid.
     """
     merged = OmegaConf.create({})
     for file in files:
-        if not os.path.isfile(file):
-            raise UserError(f"config file {file} does not exist; name a YAML file with --config")
-        merged = _merge(merged, f"config file {file}", partial(OmegaConf.load, file))
+        merged = _merge(merged, f"config file {file}", partial(OmegaConf.load, _find(file)))
     for assignment in assignments:
         if "=" not in assignment or assignment.startswith("="):
             raise UserError(f"cannot read {assignment!r}: write section.key=value")
@@ -43,6 +57,20 @@ def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) ->
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error)) from error
+
+
+def _find(file: str | Path) -> str | Path:
+    """The path of a config: ``file`` itself, or the shipped config of that name."""
+    if os.path.isfile(file):
+        return file
+    names = shipped_configs()
+    if str(file) in names:
+        return _SHIPPED / f"{file}.yaml"
+    close = difflib.get_close_matches(str(file), names, n=1)
+    raise UserError(
+        f"config file {file} does not exist, and no shipped config has that name"
+        + (f"; did you mean {close[0]}?" if close else f" (shipped: {', '.join(n for n in names if '/' not in n)})")
+    )
 
 
 def _merge(merged: DictConfig, source: str, load: Callable[[], Any]) -> DictConfig:
@@ -62,7 +90,11 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            problems.append(f"unknown key {key}{_suggest(problem['loc'])}")
+            suggestion = suggest_key(key)
+            problems.append(
+                f"unknown key {key}{_known_keys(problem['loc'])}"
+                + (f", did you mean {suggestion}?" if suggestion is not None else "")
+            )
         elif problem["type"] == "missing":
             problems.append(f"{key} is required (add {key}=VALUE)")
         else:
@@ -71,7 +103,7 @@ def _explain(error: ValidationError) -> str:
     return "config: " + "; ".join(problems)
 
 
-def _suggest(location: tuple[int | str, ...]) -> str:
+def _known_keys(location: tuple[int | str, ...]) -> str:
     """The keys that the section of a misspelt key does know."""
     section: Any = RunConfig
     for part in location[:-1]:

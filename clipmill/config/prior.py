@@ -45,18 +45,24 @@ class PriorModelConfig(Section):
     """``videogpt``: as published (axial learned positions, layer norm, quick-GELU). ``modern``: rotary positions over
     t, h, w, RMS norm, normalised queries and keys, SwiGLU, grouped keys and values, no biases."""
     hidden_dim: PositiveInt = 576
+    """Channels of the residual stream; a multiple of ``num_heads``."""
     num_heads: PositiveInt = 4
+    """Attention heads."""
     num_kv_heads: PositiveInt | None = None
-    """Heads of keys and values, each shared by as many heads of queries; none: one for each. ``modern`` only."""
+    """Heads of keys and values, each shared by several heads of queries. None is ``num_heads``. ``modern`` only."""
     num_layers: PositiveInt = 8
+    """Transformer blocks."""
     mlp_dim: PositiveInt | None = None
-    """Width inside the MLP; none: 4 x ``hidden_dim`` (``modern``: 8/3 of it, in multiples of 64)."""
+    """Width inside the MLP. None is 4 x ``hidden_dim`` (``modern``: 8/3 of it, rounded up to a multiple of 64)."""
     rope_base: Annotated[float, Field(gt=1)] = 100.0
     """Rotary wavelengths run from 2 pi to 2 pi x this many latents: an axis has tens of them, not thousands (arXiv
     2403.13298 takes 100 for images). ``modern`` only."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Dropout of what attention and MLP add to the residual stream."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Dropout of the attention weights."""
     class_conditional: bool = False
+    """Whether the prior is conditioned on the class of a clip. Every video then needs one."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training clips whose class is hidden: above 0, ``sample.guidance`` can push away from a prior
     without classes (classifier-free guidance, arXiv 2207.12598)."""

@@ -42,7 +42,9 @@ class SampleConfig(Section):
     name: str = "default"
     """Samples go to ``samples/NAME`` under ``root``."""
     num_samples: Annotated[PositiveInt, FREE] = 64
+    """Number of videos. Raising it later keeps those that exist."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of the noise. Sample i is a function of the export, the seed and i."""
     temperature: Temperature | Annotated[tuple[Temperature, ...], Field(min_length=1)] = 1.0
     """Divides the logits. A list has one for each latent frame; its last value holds for all later frames."""
     top_k: PositiveInt | None = None
@@ -97,6 +99,7 @@ class EvaluateConfig(Section):
     what: Annotated[Literal["all", "vqvae"], FREE] = "all"
     """``vqvae``: the newest tokenizer alone, which needs neither tokens nor a prior nor samples."""
     batch_size: Annotated[PositiveInt, FREE] = 16
+    """Clips that go through a network at once."""
     max_clips: PositiveInt | None = None
     """Clips of the split ``val``, and samples, that are read; none: all."""
     max_train_clips: PositiveInt = 2048
@@ -126,6 +129,7 @@ class ClusterConfig(Section):
     fanout_cpus: Annotated[PositiveInt, FREE] = 1
     """CPUs, and so threads, of one such worker: sums are split over them, so bytes of samples depend on it."""
     training_workers: Annotated[PositiveInt, FREE] = 1
+    """Ranks of a training that Ray Train places, one for each GPU where ``use_gpu`` is set."""
     training_cpus: Annotated[PositiveInt | None, FREE] = None
     """CPUs of one training worker; none: its even share of the cluster."""
     use_gpu: Annotated[bool, FREE] = False
@@ -147,6 +151,7 @@ class RunConfig(Section):
     root: Annotated[str, FREE]
     """URL of the run's folder: ``runs/demo``, ``s3://bucket/runs/bair``."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of the split, random views, initial weights, the order of samples, and dropout."""
     data: DataConfig = DataConfig()
     vqvae: VQVAEConfig = VQVAEConfig()
     tokenize: TokenizeConfig = TokenizeConfig()

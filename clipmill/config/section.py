@@ -7,8 +7,9 @@ import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
-__all__ = ["FREE", "PositiveInt", "Section", "changed_keys", "fingerprint", "identity"]
+__all__ = ["FREE", "PositiveInt", "Section", "changed_keys", "fingerprint", "identity", "is_free"]
 
 
 class _Free:
@@ -24,16 +25,24 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys are errors and values never change after loading."""
+    """A group of keys; unknown keys are errors and values never change after loading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    The docstring below a key is its description in docs/configuration.md, in the JSON schema and in help texts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def is_free(field: FieldInfo) -> bool:
+    """Whether a key is marked ``FREE``."""
+    return any(isinstance(mark, _Free) for mark in field.metadata)
 
 
 def identity(section: Section) -> dict[str, Any]:
     """The identity keys of a section as plain JSON values, nested sections included."""
     keys: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
-        if any(isinstance(mark, _Free) for mark in field.metadata):
+        if is_free(field):
             continue
         value = getattr(section, name)
         keys[name] = identity(value) if isinstance(value, Section) else json.loads(json.dumps(value))

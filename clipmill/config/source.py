@@ -17,7 +17,9 @@ class TableColumns(Section):
     url: str = "url"
     """Absolute path or URL of the file, or relative to the table's folder."""
     label: str | None = None
+    """Class of the video; empty for none."""
     text: str | None = None
+    """Text of the video, such as a caption; empty for none."""
     actions: str | None = None
     """Of a ``.npy`` file as ``actions_suffix`` describes it; empty for a video without actions."""
     split: str | None = None
@@ -34,6 +36,7 @@ class SourceConfig(Section):
     """Where the raw videos are: ``docs/sources.md`` shows each type. Keys of another type are refused."""
 
     type: Literal["folder", "table", "webdataset", "lerobot", "arrays", "hdf5", "bair", "ucf101", "tgif"] = "folder"
+    """How the videos are stored."""
     url: Annotated[str, FREE] = ""
     """Folder or bucket prefix, searched recursively; ``table``, ``hdf5``: the file; ``webdataset``, ``arrays``: either.
     Free: a moved corpus is the same corpus."""

@@ -39,18 +39,24 @@ class TrainingConfig(Section):
     """Keys that both training stages have."""
 
     steps: Annotated[PositiveInt, FREE] = 100_000
+    """Steps of the whole training. Raise it to go on with a finished one."""
     global_batch: PositiveInt = 32
     """Clips of a step, over all ranks and micro-steps."""
     micro_batch: Annotated[PositiveInt | None, FREE] = None
     """Clips that a rank takes through the model at once; None takes its whole share of the global batch. Another number
     draws other dropout. The tokenizer refuses a number that would change its batch statistics."""
     lr: Annotated[float, Field(gt=0), FREE] = 3e-4
+    """Peak learning rate of AdamW."""
     warmup_steps: Annotated[int, Field(ge=0), FREE] = 0
+    """Steps in which the learning rate rises linearly to ``lr``."""
     schedule: Annotated[Literal["cosine", "constant"], FREE] = "cosine"
+    """Learning rate after the warmup. ``cosine``: falls to ``min_lr_share`` of ``lr`` at the last step."""
     min_lr_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
     """The cosine ends at this share of ``lr``."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of AdamW's moving averages of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
     weights_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -62,6 +68,7 @@ class TrainingConfig(Section):
     """A gradient norm above this multiple of the mean of the last 50 steps (once there are 20) is a spike; None
     disables the check. Needs ZeRO stage 0, 1 or 2 without offload."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
+    """What DeepSpeed ZeRO shards over the ranks. 0: nothing. 1: optimizer states. 2: gradients too. 3: weights too."""
     offload: Annotated[bool, FREE] = False
     """Keep the optimizer's states in CPU memory and step there; needs ZeRO stage 1, 2 or 3."""
     compile: Annotated[bool, FREE] = False
@@ -71,13 +78,17 @@ class TrainingConfig(Section):
     shuffle_window: PositiveInt = 4096
     """Consecutive samples of a stream that are permuted together (see ``clipmill/shards/order.py``)."""
     loader_workers: Annotated[int, Field(ge=0), FREE] = 1
+    """Processes of each rank that load batches; 0 loads them in the training process."""
     cache_bytes: Annotated[PositiveInt, FREE] = 64 * 2**30
     """Local disk that a node may fill with downloaded shards."""
     log_every: Annotated[PositiveInt, FREE] = 10
+    """Steps between two lines of metrics."""
     val_every: Annotated[PositiveInt, FREE] = 1000
+    """Steps between two validations."""
     val_clips: Annotated[PositiveInt, FREE] = 256
     """Clips of the split ``val`` that a periodic validation reads."""
     checkpoint_every: Annotated[PositiveInt, FREE] = 1000
+    """Steps between two checkpoints. A kill costs at most the steps since the last one."""
     keep_last: Annotated[PositiveInt, FREE] = 2
     """Number of the newest checkpoints that are kept."""
     keep_every: Annotated[PositiveInt | None, FREE] = None
@@ -146,10 +157,13 @@ class VQVAEModelConfig(Section):
     """The tokenizer (VideoGPT, arXiv 2104.10157, section 3.1)."""
 
     hidden_dim: PositiveInt = 240
+    """Channels of the encoder and the decoder."""
     num_res_layers: Annotated[int, Field(ge=0)] = 4
+    """Residual blocks of the encoder, and as many of the decoder."""
     num_heads: PositiveInt = 2
     """Heads of the axial attention."""
     axial_attention: bool = True
+    """Whether residual blocks attend along time, height and width. False leaves the convolutions alone."""
     norm: Literal["batch", "group"] = "batch"
     """``batch``: statistics over the clips of all ranks. ``group``: of each clip alone (of each frame, if causal)."""
     causal: bool = False
@@ -174,9 +188,11 @@ class VQVAEModelConfig(Section):
     l1_cost: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean absolute error over the pixels' standard deviation, added to the mean squared error."""
     commitment_cost: Annotated[float, Field(ge=0)] = 0.25
+    """Weight of the commitment loss, which pulls latents towards their codes."""
     entropy_cost: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the entropy loss of ``lfq``, in nats per bit."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Decay of the moving averages that move the codes of ``ema``."""
     restart_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """A code whose use falls below this share of the uniform use (tokens of a step / codes) restarts from data."""
 
@@ -221,6 +237,7 @@ class VQVAETrainingConfig(TrainingConfig):
     """Training of the tokenizer, with the paper's learning rate."""
 
     lr: Annotated[float, Field(gt=0), FREE] = 7e-4
+    """Peak learning rate of AdamW."""
     hflip: Annotated[bool, FREE] = False
     """Mirror half of the clips, at random. Leave it off where left and right differ in meaning."""
     random_crop: Annotated[Resolution | None, FREE] = None

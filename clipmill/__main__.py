@@ -1,0 +1,8 @@
+"""``python -m clipmill``: the same as the command ``clipmill``."""
+
+from __future__ import annotations
+
+from clipmill.cli.main import main
+
+if __name__ == "__main__":
+    main()

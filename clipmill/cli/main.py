@@ -1,0 +1,43 @@
+"""Entry point: logging, signals, and the exit status of each error (docs/design.md)."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+from clipmill.cli.app import app
+from clipmill.errors import ClipmillError, Interrupted
+
+# isort: off
+# Importing a module registers its commands. `clipmill --help` shows them in this order.
+from clipmill.cli import start, stages, models, data, cluster  # noqa: F401
+# isort: on
+
+__all__ = ["main"]
+
+_NOISY_LOGGERS = ("DeepSpeed", "ray", "httpx", "botocore", "s3fs")
+
+
+def main() -> None:
+    """Runs the command that ``sys.argv`` names."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        app(prog_name="clipmill")
+    except ClipmillError as error:
+        print(f"clipmill: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Ends the process on SIGTERM and Ctrl-C, except where a stage has its own handler.
+
+    SystemExit is not an `Exception`, so code that catches any error of a damaged file does not catch this.
+    """
+    print("clipmill: stopped; run the same command to go on", file=sys.stderr)
+    raise SystemExit(Interrupted.exit_status)

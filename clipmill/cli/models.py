@@ -1,0 +1,148 @@
+"""Commands around models: ``generate``, ``export``, ``import-videogpt``, ``estimate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clipmill.cli.app import Assignments, ConfigFiles, Json, app
+from clipmill.cli.output import print_facts
+from clipmill.config import load_config
+
+if TYPE_CHECKING:
+    from clipmill.training.estimate import Estimate
+
+PANEL = "Use and move models"
+
+
+@app.command("generate", rich_help_panel=PANEL)
+def generate(
+    model: Annotated[
+        str, typer.Argument(help="An export of a prior, its training folder, or a run.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option("--out", help="The .mp4 file to write.")],
+    num: Annotated[int, typer.Option("--num", min=1, help="Videos; several become a grid.")] = 1,
+    label: Annotated[str | None, typer.Option("--label", help="Class; by default all in turn.")] = None,
+    first_frame: Annotated[
+        str | None, typer.Option("--first-frame", help="A picture or video to go on from, or to condition on.")
+    ] = None,
+    condition: Annotated[
+        str | None, typer.Option("--condition", help="A .npy file of actions or of a text's embedding.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", min=0.001, help="Length; by default the prior's window.")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", min=0.1, help="Frames per second; by default the training clips', else 8.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
+    temperature: Annotated[float, typer.Option("--temperature", help="Below 1: more likely codes.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw from the k most likely codes.")] = None,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from codes of this probability.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Export of a prior -> an mp4 file; no data set, no Ray."""
+    from clipmill.api.command import generate_file
+
+    facts = generate_file(
+        model,
+        out,
+        num=num,
+        label=label,
+        first_frame=first_frame,
+        condition=condition,
+        seconds=seconds,
+        fps=fps,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    print_facts(facts, as_json)
+
+
+@app.command("export", rich_help_panel=PANEL)
+def export(
+    assignments: Assignments = None,
+    config: ConfigFiles = None,
+    stage: Annotated[Literal["vqvae", "prior"], typer.Option("--stage", help="Which model.")] = "prior",
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="Step of the checkpoint; by default the newest.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the weights in the export.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Turn a committed checkpoint into an export, the latest of its folder."""
+    from clipmill import stages
+
+    url = stages.export_model(f"train-{stage}", load_config(config or [], assignments or []), step, dtype)
+    print_facts({"kind": stage, "export": url}, as_json)
+
+
+@app.command("import-videogpt", rich_help_panel=PANEL)
+def import_videogpt(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A file that the published VideoGPT code wrote.", show_default=False)
+    ],
+    out: Annotated[str, typer.Option("--out", help="Training folder for the export, such as runs/bair/vqvae.")],
+    as_json: Json = False,
+) -> None:
+    """Turn a published VideoGPT checkpoint (VQ-VAE or prior) into an export."""
+    from clipmill import storage
+    from clipmill.models.videogpt import import_videogpt as make_export
+
+    kind, sha8 = make_export(checkpoint, storage.absolute(out))
+    print_facts({"kind": kind, "export": storage.join(out, "exports", sha8)}, as_json)
+
+
+@app.command("estimate", rich_help_panel=PANEL)
+def estimate(
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs to train the prior on.")],
+    assignments: Assignments = None,
+    config: ConfigFiles = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak FLOP/s that is reached.")] = 0.4,
+    peak_tflops: Annotated[
+        float, typer.Option(min=0.001, help="Dense peak of one GPU (H100 in bfloat16: 989).")
+    ] = 989.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    upload_mb_per_second: Annotated[float, typer.Option(min=0.001, help="Of one node, 10^6 bytes.")] = 200.0,
+) -> None:
+    """What training the prior of a config will take: memory of a GPU, tokens a day, bytes on disk."""
+    from clipmill.training.estimate import estimate as estimate_prior
+
+    result = estimate_prior(
+        load_config(config or [], assignments or []),
+        gpus,
+        mfu=mfu,
+        peak_tflops=peak_tflops,
+        gpus_per_node=gpus_per_node,
+        upload_mb_per_second=upload_mb_per_second,
+    )
+    Console().print(_memory_table(result, gpus))
+    gib = 2**30
+    print(f"micro-batch: {result.rows} clips of {result.tokens_per_clip:,} tokens, {result.accumulation} a step")
+    print(f"tokens a day: {result.tokens_per_day:.3g} at an MFU of {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU")
+    print(f"token shards: {result.token_bytes_per_clip * 1e6 / gib:.2f} GiB a million clips")
+    print(f"checkpoint: {result.checkpoint_bytes / gib:.2f} GiB, uploaded in {result.upload_seconds:.0f} s")
+
+
+def _memory_table(result: Estimate, gpus: int) -> Table:
+    """Memory of one GPU by ZeRO stage, in 80 columns."""
+    parts = ("weights", "gradients", "optimizer", "buffers")
+    heads = ("ZeRO", "weights", "grads", "optim.", "buffers", "activations", "total", "recomp.")
+    table = Table(
+        *heads,
+        caption="recomp.: the total with the activations of every block recomputed",
+        title=f"{result.num_parameters:,} parameters on {gpus} GPUs: GiB of one GPU",
+    )
+    for stage, memory in enumerate(result.states):
+        totals = (memory.total + result.activations, memory.total + result.checkpointed_activations)
+        cells = [getattr(memory, part) for part in parts] + [result.activations, *totals]
+        table.add_row(str(stage), *(f"{cell / 2**30:.2f}" for cell in cells))
+    return table

@@ -1,0 +1,51 @@
+"""Commands to begin with: ``demo`` and the data sets that clipmill can make itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipmill.cli.app import Assignments, ConfigFiles, app
+from clipmill.cli.output import command_line, print_run
+from clipmill.config import RunConfig, load_config
+
+PANEL = "Start here"
+
+JsonOnly = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+
+
+@app.command("demo", rich_help_panel=PANEL)
+def demo(assignments: Assignments = None, config: ConfigFiles = None, as_json: JsonOnly = False) -> None:
+    """Make a small data set of moving shapes and run every stage on it, on this machine.
+
+    Without --config it takes the shipped config demo. Add --config demo --config demo-wide for clips in 16:9.
+    """
+    from clipmill import stages
+    from clipmill.demo import generate, video_size
+
+    run = load_config(config or ["demo"], assignments or [])
+    generate(run.data.source.url, seed=run.seed, size=video_size(run.data.clip.size))
+    summaries = stages.run_all(run)
+    print_run(run, summaries, [*_after_a_run(run), "clipmill init FOLDER_OF_YOUR_VIDEOS"], as_json)
+
+
+def _after_a_run(run: RunConfig) -> list[str]:
+    """Commands that a finished run invites to."""
+    return [command_line(f"generate {run.root} --out new.mp4", None, None)]
+
+
+@app.command("moving-mnist", rich_help_panel=PANEL)
+def moving_mnist(
+    digits: Annotated[
+        Path, typer.Argument(help="MNIST's train-images-idx3-ubyte (.gz), or .npy or .npz.", show_default=False)
+    ],
+    out: Annotated[str, typer.Argument(help="The .npy file to write: uint8 [20, N, 64, 64].", show_default=False)],
+    videos: Annotated[int, typer.Option("--videos", min=1, help="Number of videos in the file.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the digits and how they move.")] = 0,
+) -> None:
+    """Make Moving MNIST: two digits that bounce, in the published file's layout."""
+    from clipmill.moving_mnist import generate, read_digits
+
+    generate(read_digits(digits), out, num_videos=videos, seed=seed)
