@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# All stages on the nodes of one Slurm allocation:
+#
+#     sbatch --nodes 4 deploy/slurm.sh root=/shared/runs/bair cluster.use_gpu=true
+#
+# Submit it from this checkout, on a file system that all nodes mount, with clipmill installed in .venv. What follows
+# the script's name goes to every stage. A node that fails, a preemption or the end of the time limit costs no result:
+# the job is queued again and goes on where it stopped.
+#SBATCH --job-name=clipmill
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --time=24:00:00
+# Ten minutes before the end, this script is told to stop: enough for a last checkpoint.
+#SBATCH --signal=B:TERM@600
+set -uo pipefail
+
+PATH=$PWD/.venv/bin:$PATH
+port=6379
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Jobs that share a node's /tmp must not share Ray's files.
+export RAY_TMPDIR=${SLURM_TMPDIR:-/tmp}/clipmill-ray-$SLURM_JOB_ID
+
+srun --nodes 1 --ntasks 1 --nodelist "$head" \
+    ray start --head --port "$port" --dashboard-host 0.0.0.0 --temp-dir "$RAY_TMPDIR" --block &
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    # The head's raylet must be there first; a worker tries until it is.
+    srun --nodes $((SLURM_JOB_NUM_NODES - 1)) --ntasks $((SLURM_JOB_NUM_NODES - 1)) --exclude "$head" \
+        bash -c "until ray start --address '$head:$port' --block; do sleep 5; done" &
+fi
+
+until ray health-check --address "$head:$port" 2> /dev/null; do sleep 1; done
+clipmill submit --address "http://$head:8265" "$@" &
+submitter=$!
+trap 'kill -TERM "$submitter"' TERM
+wait "$submitter"
+status=$?
+# 75: stopped in order before the end. The allocation ends here, so it is queued again.
+if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
