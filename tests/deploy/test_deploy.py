@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import re
 import shutil
@@ -92,11 +93,14 @@ def test_rayjob_of_the_chain_is_valid_and_names_the_cluster() -> None:
 
 @pytest.mark.parametrize("name", [job.name for job in JOBS.jobs])
 def test_rayjob_of_every_stage_is_valid(name: str) -> None:
-    script = [sys.executable, str(DEPLOY / "kuberay" / "rayjob.py"), name, "root=s3://b/r"]
-    job = yaml.safe_load(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+    spec = importlib.util.spec_from_file_location("rayjob", DEPLOY / "kuberay" / "rayjob.py")
+    assert spec and spec.loader
+    rayjob = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rayjob)
+    job = rayjob.ray_job(JOBS, name, ["root=s3://b/a run"])
     check_crd(job, "RayJob")
     assert f"clipmill {name}" in job["spec"]["entrypoint"]
-    assert job["spec"]["entrypoint"].endswith("root=s3://b/r")
+    assert job["spec"]["entrypoint"].endswith(" 'root=s3://b/a run'")
     assert "working_dir" not in yaml.safe_load(job["spec"]["runtimeEnvYAML"])
 
 
