@@ -90,6 +90,7 @@ class Drill:
             "PYTHONPATH": str(HERE),
             "RAY_TMPDIR": str(self._ray),
             "RAY_ADDRESS": "local",  # never a cluster that somebody else runs
+            "RAY_AUTH_MODE": "disabled",  # a token in the home folder would be asked for, and not sent by every tool
             "RAY_USAGE_STATS_ENABLED": "0",
             # A busy machine is no fault of the tool: a node has these seconds to start, its agent and each worker too.
             "RAY_raylet_start_wait_time_s": "300",
