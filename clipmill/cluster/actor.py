@@ -56,12 +56,21 @@ class Bell:
 
 
 def start_bell() -> ActorHandle:
-    """The bell of one fan-out; must not die with another node."""
+    """The bell of one fan-out. It lives on the driver's node, so that no other node's end takes it along.
+
+    Ray starts it again if its process dies, and asks it anew for the rings that actors wait for.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    bell = ray.remote(num_cpus=0, max_concurrency=MAX_LISTENERS, scheduling_strategy=here)(Bell)
+    bell = ray.remote(
+        num_cpus=0,
+        max_concurrency=MAX_LISTENERS,
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy=here,
+    )(Bell)
     return bell.remote()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from clipmill.cluster import fan_out
@@ -70,6 +71,28 @@ def test_a_lost_unit_is_done_again_at_the_end_on_a_fresh_actor(tmp_path: Path) -
     ]
     pids = {unit: result["pid"] for unit, result in results}
     assert pids["a"] != pids["b"] != pids["c"] == pids["dies-once"] == pids["raises-once"]
+
+
+def make_bell_killer() -> Callable[[str], dict[str, Any]]:
+    """A worker whose unit "kills" ends the process of the fan-out's bell, once."""
+
+    def work(unit: str) -> dict[str, Any]:
+        if unit == "kills":
+            siblings = psutil.Process().parent().children()
+            bells = [process for process in siblings if "".join(process.cmdline()).startswith("ray::Bell")]
+            assert bells
+            for process in bells:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(1)  # the news must reach this process while it has a unit
+        return {"pid": os.getpid()}
+
+    return work
+
+
+def test_the_end_of_the_bells_process_costs_no_unit() -> None:
+    results = run(make_bell_killer, (), ["a", "kills", "b", "c"], max_failures=0)
+    assert [unit for unit, _ in results] == ["a", "kills", "b", "c"]
+    assert len({result["pid"] for _, result in results}) == 1
 
 
 def test_a_poisonous_unit_fails_after_the_others_have_finished(tmp_path: Path) -> None:
