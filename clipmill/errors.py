@@ -5,7 +5,15 @@ Everything else is a bug or an outage: it keeps its traceback and exits 1.
 
 from __future__ import annotations
 
-__all__ = ["ClipmillError", "DamagedDocument", "Interrupted", "StageFailed", "StorageUnavailable", "UserError"]
+__all__ = [
+    "ClipmillError",
+    "DamagedDocument",
+    "Interrupted",
+    "StageFailed",
+    "StopRequested",
+    "StorageUnavailable",
+    "UserError",
+]
 
 
 class ClipmillError(Exception):
@@ -36,3 +44,9 @@ class Interrupted(ClipmillError):
     """Stopped after a clean checkpoint or commit (exit 75): submit the same command again."""
 
     exit_status = 75
+
+
+class StopRequested(Interrupted):
+    """As `Interrupted`, by ``clipmill stop`` (exit 76): nobody runs it again unasked."""
+
+    exit_status = 76

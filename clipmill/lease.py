@@ -4,30 +4,39 @@ The claims on a folder are numbered files, ``_lease/000001.json``, each created 
 number owns the folder. Taking over means creating the next number, so of several contenders exactly one
 wins, with nothing but "create if absent" asked of the storage. The number, ``attempt``, also names what
 must not collide between a run and its successor (checkpoints, metrics).
+
+``_lease/000001.stop`` asks the owner of that claim to stop. Its heartbeat lists the folder anyway, and so finds it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import select
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from clipmill import storage
-from clipmill.errors import ClipmillError, StageFailed, UserError
+from clipmill.errors import ClipmillError, DamagedDocument, Interrupted, StageFailed, StopRequested, UserError
+from clipmill.grace import seconds_until_kill
 
-__all__ = ["Lease", "hold"]
+__all__ = ["Claim", "Lease", "hold", "read_claim", "release_lost", "request_stop"]
 
 SCHEMA = 1
 HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
-"""An owner of another host whose heartbeat does not move for so long is taken for dead."""
+"""An owner of another host whose heartbeat does not move for this long is taken for dead."""
+RELEASE_SECONDS = 1.5
+"""Before Ray kills the process: the folder is released then, with two requests."""
+RELEASE_RETRY_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +47,11 @@ class Lease:
 
     url: str
     attempt: int
+    stop_requested: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
+    """Set once somebody has asked the owner to stop. Stays with the process that holds the folder."""
+
+    def __reduce__(self) -> tuple[type[Lease], tuple[str, int]]:
+        return Lease, (self.url, self.attempt)
 
     def is_newest(self) -> bool:
         """Whether no later run has taken the folder over."""
@@ -51,6 +65,19 @@ class Lease:
             raise StageFailed(f"{self.url} {what} while attempt {self.attempt} still ran; run the same command again")
 
 
+class Claim(NamedTuple):
+    """The newest claim on a folder, as others see it."""
+
+    attempt: int
+    stage: str
+    host: str
+    pid: int
+    beat: int
+    is_released: bool
+    is_alive: bool | None
+    """Whether the owner's process lives; None: it is on another host, so that only its heartbeat tells."""
+
+
 @contextmanager
 def hold(
     url: str,
@@ -61,107 +88,229 @@ def hold(
 ) -> Iterator[Lease]:
     """Owns a stage folder for the time of the ``with`` block.
 
+    Whoever asks by `request_stop` has this process get SIGTERM. In a Ray job the folder is released shortly before Ray
+    kills the process, even if the block still runs: whoever publishes afterwards checks the lease first.
+
     Raises:
         UserError: another run that is alive owns it, or its storage cannot tell who came first.
+        StopRequested: in place of `Interrupted` and of SystemExit, if somebody had asked for a stop.
     """
     # The token makes claims of one process differ: a bucket takes equal content for a repeated put.
     owner = {**_this_process(), "token": uuid.uuid4().hex}
     lease = _acquire(url, stage, owner, silence_seconds)
-    stopped = threading.Event()
-    beats = threading.Thread(target=_beat, args=(lease, stage, owner, stopped, heartbeat_seconds), daemon=True)
-    beats.start()
+    keeper = _Keeper(lease, stage, owner, heartbeat_seconds)
     try:
         yield lease
+    except (Interrupted, SystemExit) as error:
+        if not lease.stop_requested.is_set():
+            raise
+        raise StopRequested(f"{stage} was stopped on request; run the same command to go on") from error
     finally:
-        stopped.set()
-        beats.join()
-        _release(lease, stage, owner)
+        keeper.close()
 
 
-def _release(lease: Lease, stage: str, owner: dict[str, Any]) -> None:
-    """Says that the folder is free. If storage is away or full, the next run finds out by itself: our error stands."""
-    try:
-        if lease.is_newest():
-            storage.publish_document(_claim_url(lease), {"stage": stage, "released": True, **owner}, SCHEMA)
-    except (OSError, ClipmillError) as error:
-        logger.warning("cannot release the lease: %s", error)
+def read_claim(url: str) -> Claim | None:
+    """The newest claim on a folder; None: nobody has claimed it yet.
+
+    Raises:
+        DamagedDocument: it is not a claim that clipmill writes.
+    """
+    attempt = _newest_attempt(url)
+    document = _read_document(Lease(url, attempt)) if attempt else None
+    return None if document is None else _parse_claim(Lease(url, attempt), document)
+
+
+def request_stop(url: str, attempt: int) -> None:
+    """Asks the owner of a claim to stop in order; its next heartbeat finds out."""
+    storage.publish_document(_stop_url(Lease(url, attempt)), {"host": socket.gethostname()}, SCHEMA)
+
+
+def release_lost(url: str) -> bool:
+    """Releases the claim of an owner that is gone, so that the next run need not watch its heartbeat first.
+
+    Returns:
+        Whether there was such a claim. If its owner lives after all, it goes on until another run claims the folder.
+    """
+    lease = Lease(url, _newest_attempt(url))
+    document = _read_document(lease) if lease.attempt else None
+    if document is None or document.get("released"):
+        return False
+    storage.publish_document(_claim_url(lease), {**document, "released": True}, SCHEMA)
+    return True
+
+
+# ------------------------------------------------------------------------------------------ taking a claim
 
 
 def _claim_url(lease: Lease) -> str:
     return storage.join(lease.url, "_lease", f"{lease.attempt:06d}.json")
 
 
-def _attempts(url: str) -> list[int]:
-    names = [entry.name for entry in storage.list_folder(storage.join(url, "_lease"))]
+def _stop_url(lease: Lease) -> str:
+    return storage.join(lease.url, "_lease", f"{lease.attempt:06d}.stop")
+
+
+def _names(url: str) -> list[str]:
+    return [entry.name for entry in storage.list_folder(storage.join(url, "_lease"))]
+
+
+def _attempts(names: list[str]) -> list[int]:
     return sorted(int(name[:6]) for name in names if name.endswith(".json") and name[:6].isdigit())
 
 
 def _newest_attempt(url: str) -> int:
-    return max(_attempts(url), default=0)
+    return max(_attempts(_names(url)), default=0)
 
 
 def _acquire(url: str, stage: str, owner: dict[str, Any], silence_seconds: float) -> Lease:
     storage.check_create(storage.join(url, "_lease"))
     while True:
-        attempts = _attempts(url)
-        newest = max(attempts, default=0)
+        names = _names(url)
+        newest = max(_attempts(names), default=0)
         if newest:
             _wait_until_free(Lease(url, newest), silence_seconds)
         lease = Lease(url, newest + 1)
         if storage.create_document(_claim_url(lease), {"stage": stage, "released": False, "beat": 0, **owner}, SCHEMA):
-            for attempt in attempts:
-                storage.remove(_claim_url(Lease(url, attempt)))
+            for name in names:
+                if name.endswith((".json", ".stop")) and name[:6].isdigit():
+                    storage.remove(storage.join(url, "_lease", name))
             return lease
 
 
-def _wait_until_free(claim: Lease, silence_seconds: float) -> None:
+def _wait_until_free(lease: Lease, silence_seconds: float) -> None:
     """Returns when the claim is released or its owner dead; raises `UserError` when it is alive."""
-    document = _read_claim(claim)
-    if document is None or document["released"]:
+    claim = _look(lease)
+    if claim is None:
         return
-    here = _this_process()
-    if all(document[key] == here[key] for key in ("boot", "pid_namespace")):
-        if _start_time(document["pid"]) != document["process_start"]:
-            logger.warning("taking over %s from attempt %d: its process is gone", claim.url, claim.attempt)
-            return
-        raise _busy(claim, document)
-    logger.warning("%s is claimed by %s; watching its heartbeat", claim.url, document["host"])
+    if claim.is_alive is not None:
+        if claim.is_alive:
+            raise _busy(lease, claim)
+        logger.warning("taking over %s from attempt %d: its process is gone", lease.url, lease.attempt)
+        return
+    logger.warning("%s is claimed by %s; watching its heartbeat", lease.url, claim.host)
     deadline = time.monotonic() + silence_seconds
     while time.monotonic() < deadline:
         time.sleep(min(1.0, silence_seconds / 10))
-        now = _read_claim(claim)
-        if now is None or now["released"]:
+        now = _look(lease)
+        if now is None:
             return
-        if now["beat"] != document["beat"]:
-            raise _busy(claim, document)
-    logger.warning("taking over %s from attempt %d: silent for %.0f s", claim.url, claim.attempt, silence_seconds)
+        if now.beat != claim.beat:
+            raise _busy(lease, claim)
+    logger.warning("taking over %s from attempt %d: silent for %.0f s", lease.url, lease.attempt, silence_seconds)
 
 
-def _busy(claim: Lease, document: dict[str, Any]) -> UserError:
+def _look(lease: Lease) -> Claim | None:
+    """The claim; None if it is released, or gone because a later one has removed it."""
+    document = _read_document(lease)
+    claim = None if document is None else _parse_claim(lease, document)
+    return None if claim is None or claim.is_released else claim
+
+
+def _busy(lease: Lease, claim: Claim) -> UserError:
     return UserError(
-        f"{claim.url} is in use by {document['stage']} (process {document['pid']} on {document['host']}, attempt "
+        f"{lease.url} is in use by {claim.stage} (process {claim.pid} on {claim.host}, attempt "
         f"{claim.attempt}); wait for it, stop it, or choose another root"
     )
 
 
-def _read_claim(claim: Lease) -> dict[str, Any] | None:
+def _read_document(lease: Lease) -> dict[str, Any] | None:
     try:
-        return storage.read_document(_claim_url(claim), SCHEMA)
+        return storage.read_document(_claim_url(lease), SCHEMA)
     except FileNotFoundError:  # a later claim has already removed it
         return None
 
 
-def _beat(lease: Lease, stage: str, owner: dict[str, Any], stopped: threading.Event, heartbeat_seconds: float) -> None:
-    beat = 0
-    while not stopped.wait(heartbeat_seconds):
-        beat += 1
+def _parse_claim(lease: Lease, document: dict[str, Any]) -> Claim:
+    here = _this_process()
+    try:
+        is_here = all(document[key] == here[key] for key in ("boot", "pid_namespace"))
+        is_alive = _start_time(document["pid"]) == document["process_start"] if is_here else None
+        stage, host, pid, beat, is_released = (document[key] for key in ("stage", "host", "pid", "beat", "released"))
+    except KeyError as error:
+        url = _claim_url(lease)
+        raise DamagedDocument(f"{url} is damaged (it has no {error}); if no run owns the folder, remove it") from error
+    return Claim(lease.attempt, stage, host, pid, beat, is_released, is_alive)
+
+
+# ---------------------------------------------------------------------------------------- keeping a claim
+
+
+class _Keeper:
+    """Beats for a claim, heeds requests to stop, and releases it: at the end, or before this process is killed."""
+
+    def __init__(self, lease: Lease, stage: str, owner: dict[str, Any], heartbeat_seconds: float) -> None:
+        self._lease, self._body = lease, {"stage": stage, **owner}
+        self._heartbeat_seconds = heartbeat_seconds
+        self._is_closed = threading.Event()
+        self._wakeup, self._signals = socket.socketpair()
+        self._signals.setblocking(False)
+        self._hears_signals = threading.current_thread() is threading.main_thread() and self._listen()
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> bool:
+        """Has Python write signals to our socket as well: it does so whoever handles them, and whatever runs."""
+        before = signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
+        if before != -1:  # somebody else listens, such as a notebook
+            signal.set_wakeup_fd(before)
+        return before == -1
+
+    def close(self) -> None:
+        self._is_closed.set()
+        if self._hears_signals:
+            signal.set_wakeup_fd(-1)
+        self._signals.close()  # wakes the thread
+        self._thread.join()
+        self._wakeup.close()
+
+    def _run(self) -> None:
+        beat, kill_at = 0, math.inf
+        next_beat = time.monotonic() + self._heartbeat_seconds
+        while not self._is_closed.is_set():
+            now = time.monotonic()
+            if now >= kill_at - RELEASE_SECONDS:
+                break
+            if now >= next_beat:
+                beat += 1
+                if not self._beat(beat):
+                    return  # check() tells whoever is about to publish
+                next_beat = time.monotonic() + self._heartbeat_seconds
+            if self._is_signalled(min(next_beat, kill_at - RELEASE_SECONDS) - now):
+                seconds = seconds_until_kill()
+                kill_at = math.inf if seconds is None else min(kill_at, time.monotonic() + seconds)
+        self._release()
+
+    def _is_signalled(self, timeout_seconds: float) -> bool:
+        """Waits for a signal that ends processes."""
+        ready, _, _ = select.select([self._wakeup], [], [], max(0.0, timeout_seconds))
+        return bool(ready) and bool({signal.SIGTERM, signal.SIGINT} & set(self._wakeup.recv(1024)))
+
+    def _beat(self, beat: int) -> bool:
+        """Renews the claim, and looks for a request to stop; whether the claim is still the newest."""
         try:
-            if not lease.is_newest():
-                return  # check() tells whoever is about to publish
-            body = {"stage": stage, "released": False, "beat": beat, **owner}
-            storage.publish_document(_claim_url(lease), body, SCHEMA)
+            names = _names(self._lease.url)
+            if max(_attempts(names), default=0) != self._lease.attempt:
+                return False
+            storage.publish_document(_claim_url(self._lease), {"released": False, "beat": beat, **self._body}, SCHEMA)
         except (OSError, ClipmillError) as error:  # the storage is away for a moment: the next beat tries again
-            logger.warning("cannot renew the lease on %s: %s", lease.url, error)
+            logger.warning("cannot renew the lease on %s: %s", self._lease.url, error)
+            return True
+        if _stop_url(self._lease).rpartition("/")[2] in names and not self._lease.stop_requested.is_set():
+            logger.warning("a stop of %s was requested", self._body["stage"])
+            self._lease.stop_requested.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        return True
+
+    def _release(self) -> None:
+        """Says that the folder is free. If storage is away or full, the next run finds out by itself."""
+        try:
+            with storage.within(RELEASE_RETRY_SECONDS):
+                if self._lease.is_newest():
+                    storage.publish_document(
+                        _claim_url(self._lease), {"released": True, "beat": 0, **self._body}, SCHEMA
+                    )
+        except (OSError, ClipmillError) as error:
+            logger.warning("cannot release the lease: %s", error)
 
 
 def _this_process() -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["bar"]
+from clipmill.board import BOARD
+
+__all__ = ["bar", "duration"]
 
 LINE_SECONDS = 10.0
 """How often a log that is no terminal gets a line."""
+
+logger = logging.getLogger(__name__)
 
 
 class bar:  # noqa: N801
@@ -58,6 +62,7 @@ class bar:  # noqa: N801
         """Shows that ``done`` of ``total`` units are finished, with a few more facts (loss, failures)."""
         if total is not None:
             self._total = total
+        BOARD.advance(done, self._total, self._unit, facts)
         if self._first is None:  # what an earlier run had done must not count into this run's rate
             self._first, self._began = done, time.monotonic()
         seconds = time.monotonic() - self._began
@@ -74,15 +79,27 @@ class bar:  # noqa: N801
             self._last_line = now
             of_total = f"/{self._total:g}" if self._total is not None else ""
             eta = (
-                f", ETA {(self._total - done) / rate:.0f} s"
+                f", ETA {duration((self._total - done) / rate)}"
                 if self._total is not None and rate and not finished
                 else ""
             )
             line = f"{self._title}: {done:g}{of_total} {self._unit}, {_short(rate)}/s{eta}  {shown}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+            logger.info("%s", line.rstrip())
 
 
 def _short(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``4.2 s``, ``12 min``, ``5 h 12 min``, ``2 d 4 h``."""
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

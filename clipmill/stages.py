@@ -24,6 +24,7 @@ from clipmill.config import RunConfig, with_recorded_clips
 from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
 from clipmill.progress import bar
+from clipmill.status import publishing
 
 __all__ = ["STAGES", "Stage", "export_model", "find_datasets", "repair", "run_all", "run_stage", "way_back"]
 
@@ -97,7 +98,7 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
         stage.module.train(config, None, _LocalReport(name, quiet=True))
         return None
     began = time.monotonic()
-    with hold(stage.module.folder_url(config), name) as lease:
+    with hold(stage.module.folder_url(config), name) as lease, publishing(lease, name):
         if more is not None and not stage.module.plan_more(config, lease, more):
             logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
             return None
@@ -284,10 +285,28 @@ def _train_in_worker(payload: tuple[str, RunConfig, Lease], report: Any) -> None
     """Runs in each worker process that Ray Train started."""
     name, config, lease = payload
     rank = int(os.environ["RANK"])
+    if rank == 0:
+        logging.getLogger("clipmill").setLevel(logging.INFO)
+        logging.getLogger("clipmill").addHandler(_ToDriver(report))
     STAGES[name].module.train(config, lease if rank == 0 else None, report)
 
 
+class _ToDriver(logging.Handler):
+    """Hands the log of a rank to the driver, which prints and publishes it."""
+
+    def __init__(self, report: Any) -> None:
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report.log(record.levelno, self.format(record))
+
+
 def _show(progress: bar, facts: dict[str, Any]) -> None:
+    for level, text in facts.get("log", ()):
+        logger.log(level, "%s", text)
+    if "step" not in facts:
+        return
     others = {key: value for key, value in facts.items() if key not in ("step", "total")}
     progress.update(facts["step"], total=facts["total"], **others)
 

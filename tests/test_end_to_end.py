@@ -16,7 +16,7 @@ import pytest
 import webdataset
 import yaml
 
-from clipmill import stages
+from clipmill import stages, status
 from clipmill.cluster import launch
 from clipmill.config import load_config
 from clipmill.demo import CLASSES, generate
@@ -91,6 +91,12 @@ def test_every_stage_leaves_its_result(finished):
         summary = json.loads((finished / stage / "summary.json").read_text())
         assert summary["seconds"] > 0
         assert (finished / stage / "config.yaml").exists()
+    shown = status.read_run(str(finished))
+    assert [(one.stage, one.shown) for one in shown] == [(name, "finished") for name in stages.STAGES]
+    shard, train, *_ = (one.record for one in shown)
+    assert (shard.progress.done, shard.quarantine[0].count) == (26, 1)
+    assert train.progress.done == train.progress.total
+    assert (train.attempt, train.failures) == (1, [])
     (line,) = (finished / "clips" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["url"].endswith("broken.mp4")
     assert json.loads(line)["cause"]

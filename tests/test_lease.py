@@ -87,11 +87,13 @@ def test_an_owner_on_another_host_whose_heart_beats_is_not(tmp_path):
             "-c",
             "import sys, time\n"
             "from tests.test_lease import _claim_of_another_host\n"
-            "for beat in range(4, 200): _claim_of_another_host(sys.argv[1], beat); time.sleep(0.05)",
+            "for beat in range(4, 2000): _claim_of_another_host(sys.argv[1], beat); print(beat); time.sleep(0.05)",
             str(tmp_path),
-        ]
+        ],
+        stdout=subprocess.PIPE,
     )
     try:
+        assert beater.stdout.readline()
         with pytest.raises(UserError, match="on far"), hold(str(tmp_path), "shard", silence_seconds=8):
             pass
     finally:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipmill.config import RunConfig
+from clipmill.progress import duration
 
 __all__ = ["command_line", "print_facts", "print_next", "print_run", "print_stage", "wants_json"]
 
@@ -81,13 +82,6 @@ def print_next(commands: Iterable[str]) -> None:
     print("next:")
     for command in (*_activation(), *commands):
         print(f"  {command}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: ``4.2 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 _WIDTH = 16

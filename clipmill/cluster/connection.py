@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted, StageFailed, UserError
+from clipmill.grace import seconds_until_kill
 
 __all__ = [
     "POLL_SECONDS",
@@ -50,8 +51,6 @@ CAPACITY_TIMEOUT_SECONDS = 600
 NODES_SECONDS = 2.0
 GIVE_UP_SECONDS = 10.0
 """How long units that are given up get to remove their temporary files."""
-JOB_STOP_WAIT_SECONDS = 3.0
-"""Ray's default of RAY_JOB_STOP_WAIT_TIME_S."""
 
 logger = logging.getLogger(__name__)
 
@@ -196,10 +195,9 @@ def drain_seconds(config: ClusterConfig) -> tuple[float, float]:
 
     A Ray job is killed RAY_JOB_STOP_WAIT_TIME_S after its SIGTERM, so both shrink to fit.
     """
-    wait = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S")
-    if wait is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # nobody submitted this process
+    left = seconds_until_kill()
+    if left is None:
         return config.drain_seconds, GIVE_UP_SECONDS
-    left = float(wait or JOB_STOP_WAIT_SECONDS)
     give_up = min(GIVE_UP_SECONDS, left / 2)
     return max(0.0, min(config.drain_seconds, left - 2 * give_up)), give_up
 

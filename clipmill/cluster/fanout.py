@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from clipmill.board import BOARD
 from clipmill.cluster import connection
 from clipmill.cluster.actor import Outcome
 from clipmill.cluster.nodes import NodeWatch
@@ -112,6 +113,7 @@ class _Driver(Generic[U]):
             self._take_answers()
             self._workers.mention_unplaced()
             self._mention_slow_units()
+            self._note()
 
     def _drain(self) -> None:
         """Running units get time to finish."""
@@ -122,6 +124,16 @@ class _Driver(Generic[U]):
         deadline = time.monotonic() + seconds
         while any(worker.units for worker in self._workers.all) and time.monotonic() < deadline:
             self._take_answers()
+
+    def _note(self) -> None:
+        """Keeps the board up to date: what operators see of this fan-out."""
+        at_work = self._workers.nodes_at_work()
+        BOARD.note(
+            units=f"{len(self._units) - self._queue.num_unfinished} of {len(self._units)} in this attempt",
+            workers=sum(worker.is_started for worker in self._workers.all),
+            nodes=len(at_work),
+            sick_nodes=sorted(map(self._nodes.name, self._nodes.sick)),
+        )
 
     def end(self) -> None:
         self._workers.end(connection.drain_seconds(self._config)[1])
@@ -191,6 +203,7 @@ class _Driver(Generic[U]):
         error = connection.cluster_error(*body) if kind == "raised" else None
         cause = str(error) if error else connection.last_line(body)
         self._nodes.failed(node, unit, began, cause, now)
+        BOARD.count("failures", cause)
         sick = self._nodes.sick
         if kind == "lost":
             again = self._queue.lose(unit, node, self._workers.cluster.ids() - sick, now)

@@ -22,6 +22,7 @@ class Mailbox:
         self._num_ranks = num_ranks
         self._progress: dict[int, dict[str, Any]] = {}
         self._newest: dict[int, tuple[int, int]] = {}
+        self._log: list[tuple[int, str]] = []
         self._attempts = 0
         self._begun_group: str | None = None
         self._finished: set[int] = set()
@@ -54,6 +55,10 @@ class Mailbox:
             self._newest[rank] = number
             self._progress[rank] = progress
 
+    async def log(self, level: int, text: str) -> None:
+        """Keeps a message of a rank's log for the driver's."""
+        self._log.append((level, text))
+
     async def finish(self, rank: int, verdict: tuple[str, str] | None) -> None:
         """A rank ends; the first verdict (class name and message of a ClipmillError) stands."""
         self._verdict = self._verdict or verdict
@@ -62,8 +67,13 @@ class Mailbox:
             self._all_finished.set()
 
     async def take(self) -> tuple[list[dict[str, Any]], bool, tuple[str, str] | None]:
-        """For the driver: progress since the last call in rank order, whether a rank began, the verdict."""
-        progress = [self._progress[rank] for rank in sorted(self._progress)]
+        """For the driver: progress since the last call in rank order, whether a rank began, the verdict.
+
+        Messages of logs come first, as ``{"log": [(level, text), ...]}``.
+        """
+        progress = [{"log": self._log}] if self._log else []
+        progress += [self._progress[rank] for rank in sorted(self._progress)]
+        self._log = []
         self._progress.clear()
         return progress, self._attempts > 0, self._verdict
 
@@ -102,8 +112,12 @@ class Report:
         self._updates += 1
         self._sent = self._mailbox.put.remote(self._rank, (self._attempt, self._updates), progress)
 
+    def log(self, level: int, text: str) -> None:
+        """Shows the driver a message of this rank's log."""
+        self._sent = self._mailbox.log.remote(level, text)
+
     def flush(self) -> None:
-        """Waits until the newest progress has arrived."""
+        """Waits until what was sent last has arrived."""
         import ray
 
         if self._sent is not None:

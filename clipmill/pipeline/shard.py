@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
 from clipmill import storage
+from clipmill.board import BOARD
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig, identity
 from clipmill.errors import DamagedDocument, StageFailed
@@ -205,6 +206,7 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost
                 return
             for exclusion in result["exclusions"]:
                 logger.warning("excluded %s: %s", exclusion["url"], exclusion["cause"])
+                BOARD.count("quarantine", exclusion["cause"])
             if "counts" not in result:
                 raise _over_budget(config, result["exclusions"], result["tried"])
             if isinstance(unit, LostUnit):
@@ -218,6 +220,8 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost
             _check_budget(config, tally, num_accepted)
 
         show()
+        for exclusion in tally.exclusions:  # of earlier attempts
+            BOARD.count("quarantine", exclusion["cause"])
         if names:
             arguments = (config, lease, _allowance(config, plan, tally, num_accepted))
             cluster = config.cluster.model_copy(update={"use_gpu": False})  # decoding would only hold GPUs idle

@@ -27,6 +27,8 @@ from clipmill.storage.objects import (
     stat,
     walk,
 )
+from clipmill.storage.patience import within
+from clipmill.storage.redact import redacted
 from clipmill.storage.urls import (
     absolute,
     escape,
@@ -69,6 +71,7 @@ __all__ = [
     "read_bytes",
     "read_document",
     "read_start",
+    "redacted",
     "remove",
     "remove_tree",
     "resolve",
@@ -77,4 +80,5 @@ __all__ = [
     "split",
     "stat",
     "walk",
+    "within",
 ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import math
 import os
 import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -15,7 +19,7 @@ from clipmill.errors import UserError
 from clipmill.storage.blame import chain
 from clipmill.storage.urls import is_web, server
 
-__all__ = ["RETRY_SECONDS_VARIABLE", "Patience"]
+__all__ = ["RETRY_SECONDS_VARIABLE", "Patience", "within"]
 
 RETRY_SECONDS_VARIABLE = "CLIPMILL_STORAGE_RETRY_SECONDS"
 DEFAULT_RETRY_SECONDS = 120.0
@@ -27,6 +31,18 @@ _waiting: Counter[str] = Counter()
 _wasted_seconds: dict[str, float] = {}
 """Waited for each web server since waiting last helped. Where a list names ten thousand files of a server that
 answers 503 to all, each waits only as long as the budget of the server lasts."""
+
+_longest_here: contextvars.ContextVar[float] = contextvars.ContextVar("longest_seconds", default=math.inf)
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Repeats requests of this thread for ``seconds`` at most: for what must not wait for a server that is away."""
+    token = _longest_here.set(min(seconds, _longest_here.get()))
+    try:
+        yield
+    finally:
+        _longest_here.reset(token)
 
 
 class Patience:
@@ -41,7 +57,7 @@ class Patience:
         self.num_pauses = 0
         self.seconds = 0.0
         self._server = server(url) if is_web(url) else None
-        self._longest_seconds = longest_seconds
+        self._longest_seconds = min(longest_seconds, _longest_here.get())
         self._deadline: float | None = None
 
     def next_pause(self, error: BaseException) -> float | None:

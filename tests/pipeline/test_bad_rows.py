@@ -52,7 +52,7 @@ def config_of(root: Path, table: Path) -> RunConfig:
 
 
 def dataset(root: Path) -> dict[str, bytes]:
-    return files_of(root / "clips", but=("_lease", "summary.json", "config.yaml"))
+    return files_of(root / "clips", but=("summary.json", "config.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def dataset(root: Path) -> dict[str, bytes]:
     That is neither the lease, nor the times of a summary, nor the places of root and source, nor the tally, whose
     segments end where a run did.
     """
-    files = files_of(root / "clips", but=("_lease", "summary.json", "config.yaml", "tally"))
+    files = files_of(root / "clips", but=("summary.json", "config.yaml", "tally"))
     return {name: re.sub(rb'"base_url": "[^"]*"', b"", data) for name, data in files.items()}
 
 

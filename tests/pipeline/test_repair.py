@@ -40,7 +40,7 @@ def run(whole: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def dataset(config: RunConfig) -> dict[str, bytes]:
-    return files_of(Path(config.folder("clips")), but=("_lease", "summary.json", "config.yaml", "tally"))
+    return files_of(Path(config.folder("clips")), but=("summary.json", "config.yaml", "tally"))
 
 
 def repair(config: RunConfig) -> None:

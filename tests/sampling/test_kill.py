@@ -36,7 +36,7 @@ def config_of(root: Path) -> RunConfig:
 
 def dataset(root: Path) -> dict[str, bytes]:
     """What readers rely on, and the preview: all but the lease, and the times and places of a summary."""
-    return files_of(root / "samples" / "default", but=("_lease", "summary.json", "config.yaml"))
+    return files_of(root / "samples" / "default", but=("summary.json", "config.yaml"))
 
 
 @pytest.fixture

@@ -1,0 +1,107 @@
+"""Publishes the status and the log of a stage while it runs.
+
+Both are written when the attempt begins, every 30 s while it runs, and when it ends: one small object each, and the log
+only if it has grown. Finished units of work cost no request. If storage is away, the stage goes on without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+from clipmill import storage
+from clipmill.board import BOARD, Snapshot
+from clipmill.errors import ClipmillError, Interrupted, StorageUnavailable
+from clipmill.lease import Lease
+from clipmill.status.log import LogParts
+from clipmill.status.record import CauseRecord, ProgressRecord, Record, State, write_record
+
+__all__ = ["EVERY_SECONDS", "publishing"]
+
+EVERY_SECONDS = 30.0
+PATIENCE_SECONDS = 5.0
+"""How long one publication is repeated: the next one brings the same and more."""
+LAST_PATIENCE_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def publishing(lease: Lease, stage: str, every_seconds: float = EVERY_SECONDS) -> Iterator[None]:
+    """Publishes the status and the log of the stage that runs in the ``with`` block, in the folder of its lease."""
+    BOARD.clear()
+    publisher = _Publisher(lease, stage, every_seconds)
+    try:
+        yield
+    except BaseException as error:
+        publisher.close(error)
+        raise
+    publisher.close(None)
+
+
+class _Publisher:
+    def __init__(self, lease: Lease, stage: str, every_seconds: float) -> None:
+        self._lease, self._stage, self._every_seconds = lease, stage, every_seconds
+        self._began = time.time()
+        self._log = LogParts(lease.url, lease.attempt)
+        logging.getLogger().addHandler(self._log)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="status", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._publish("running")
+        while not self._is_closed.wait(self._every_seconds):
+            self._publish("running")
+
+    def close(self, error: BaseException | None) -> None:
+        """Publishes how the attempt ended."""
+        logging.getLogger().removeHandler(self._log)
+        self._is_closed.set()
+        self._thread.join()
+        if error is not None and not isinstance(error, ClipmillError | SystemExit | KeyboardInterrupt):
+            self._log.add("".join(traceback.format_exception(error)).rstrip())
+        if not isinstance(error, StorageUnavailable):  # it has been away for minutes already
+            self._publish(*_end(self._lease, error), patience_seconds=LAST_PATIENCE_SECONDS)
+
+    def _publish(self, state: State, error: str | None = None, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        # The lease warns of storage that is away.
+        with contextlib.suppress(OSError, ClipmillError), storage.within(patience_seconds):
+            if self._lease.is_newest():  # the run that took over writes its own
+                self._log.publish()
+                write_record(self._lease.url, self._record(state, error, BOARD.snapshot()))
+
+    def _record(self, state: State, error: str | None, board: Snapshot) -> Record:
+        causes = {
+            kind: [CauseRecord(cause=cause, count=count) for cause, count in found]
+            for kind, found in board.causes.items()
+        }
+        progress = board.progress
+        return Record(
+            stage=self._stage,
+            attempt=self._lease.attempt,
+            state=state,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            began=self._began,
+            written=time.time(),
+            every_seconds=self._every_seconds,
+            progress=None if progress is None else ProgressRecord(**vars(progress)),
+            facts=board.facts,
+            error=error,
+            log=list(self._log.tail),
+            **causes,
+        )
+
+
+def _end(lease: Lease, error: BaseException | None) -> tuple[State, str | None]:
+    """How an attempt ended, and why."""
+    if error is None:
+        return "finished", None
+    if isinstance(error, Interrupted | SystemExit | KeyboardInterrupt):
+        return "stopped" if lease.stop_requested.is_set() else "interrupted", str(error)
+    return "failed", str(error) if isinstance(error, ClipmillError) else f"{type(error).__name__}: {error}"
