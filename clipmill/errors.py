@@ -27,7 +27,12 @@ class StageFailed(ClipmillError):
 
 
 class StorageUnavailable(StageFailed, OSError):
-    """A bucket's server was away for longer than an operation may wait; an `OSError`, as a failing disk gives."""
+    """A bucket's server was away for longer than an operation may wait (exit 75): run again once it is back.
+
+    An `OSError`, as a failing disk gives.
+    """
+
+    exit_status = 75
 
 
 class UserError(ClipmillError):

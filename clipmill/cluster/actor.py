@@ -131,7 +131,7 @@ class FanoutActor:
                     raise _GivenUp
                 return ("done", work())
             except ClipmillError as error:
-                return ("raised", (type(error).__name__, str(error)))
+                return ("raised", connection.error_facts(error))
             except Exception:
                 return ("failed", traceback.format_exc())
             finally:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from clipmill.config import ClusterConfig
-from clipmill.errors import ClipmillError, Interrupted, StageFailed, UserError
+from clipmill.errors import ClipmillError, Interrupted, StageFailed, StorageUnavailable, UserError
 from clipmill.grace import seconds_until_kill
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "connect",
     "death",
     "drain_seconds",
+    "error_facts",
     "is_death",
     "is_embedded",
     "last_line",
@@ -330,9 +331,18 @@ def last_line(error: BaseException | str) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+_KINDS = (UserError, Interrupted, StorageUnavailable, StageFailed)
+"""What a worker's ClipmillError is at home; its exact class may be unknown there."""
+
+
+def error_facts(error: ClipmillError) -> tuple[str, str]:
+    """A ClipmillError as a worker sends it home: the name of its kind, and its message."""
+    return next((kind.__name__ for kind in _KINDS if isinstance(error, kind)), StageFailed.__name__), str(error)
+
+
 def cluster_error(kind: str, message: str) -> ClipmillError:
-    """The ClipmillError that a worker sent home by the name of its class."""
-    return {"UserError": UserError, "Interrupted": Interrupted}.get(kind, StageFailed)(message)
+    """The ClipmillError that a worker sent home."""
+    return {one.__name__: one for one in _KINDS}.get(kind, StageFailed)(message)
 
 
 def is_death(error: BaseException) -> bool:

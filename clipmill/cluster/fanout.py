@@ -23,7 +23,7 @@ from clipmill.cluster.nodes import NodeWatch
 from clipmill.cluster.queue import UnitQueue
 from clipmill.cluster.workers import Worker, Workers
 from clipmill.config import ClusterConfig
-from clipmill.errors import Interrupted, StageFailed
+from clipmill.errors import ClipmillError, Interrupted, StageFailed
 
 __all__ = ["fan_out"]
 
@@ -213,7 +213,7 @@ class _Driver(Generic[U]):
             tried = self._raised_on.setdefault(unit, set())
             tried.add(node)
             if not again or not self._workers.places() - tried:
-                raise error
+                raise self._located(error, node)
         logger.warning(
             "unit %s %s on %s, attempt %d: %s",
             self._name(unit),
@@ -225,6 +225,10 @@ class _Driver(Generic[U]):
         if not again:
             self._failures[unit] = cause
         self._require_hope(cause)
+
+    def _located(self, error: ClipmillError, node: str) -> ClipmillError:
+        """The error with the name of its node, where there are several."""
+        return type(error)(f"{error} (on {self._nodes.name(node)})") if len(self._workers.cluster.ids()) > 1 else error
 
     def _require_hope(self, cause: str) -> None:
         """Ends the stage when units fail on every node one after the other."""

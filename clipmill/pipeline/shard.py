@@ -265,8 +265,8 @@ def _over_budget(config: RunConfig, exclusions: list[dict[str, Any]], num_finish
     example = next(exclusion["url"] for exclusion in exclusions if exclusion["cause"] == cause)
     return StageFailed(
         f"{len(exclusions)} of the first {num_finished} videos failed, most often ({times}): {cause} (as {example}). "
-        f"Remove the cause and {folder_url(config)}, or allow more with data.max_failed_videos or "
-        "data.max_failed_share"
+        "Fix the cause, then run `clipmill shard --retry-quarantined`, which tries them again and keeps all clips; or "
+        "allow more with data.max_failed_videos or data.max_failed_share"
     )
 
 

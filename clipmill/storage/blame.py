@@ -28,6 +28,7 @@ S3_SCHEMES = frozenset(("s3", "s3a"))
 
 _BOTOCORE_TRANSPORT_ERRORS = ("ConnectionError", "HTTPClientError", "IncompleteReadError")  # and what derives from them
 _CREDENTIALS_ADVICE = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and the bucket's permissions"
+_SETTINGS_ADVICE = "correct the URL, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_PROFILE or ~/.aws/config"
 _TRANSIENT_CODES = frozenset(
     (
         "BadDigest",
@@ -98,13 +99,11 @@ def transient_reason(url: str, error: Exception) -> str | None:
         raise Unreadable(f"{name} is archived; restore it") from error
     if code == "NoSuchBucket":
         raise Refused(f"the bucket {server(url)} of {name} does not exist; create it, or correct the URL") from error
-    if names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
+    if names & {"NoCredentialsError", "PartialCredentialsError"}:
         raise UserError(f"{name}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     if scheme(url) in S3_SCHEMES and (isinstance(error, PermissionError) or status in (401, 403)):
         kind = UserError if code in _WRONG_CREDENTIALS else Refused
         raise kind(f"{name}: access denied ({code or line(error)}); {_CREDENTIALS_ADVICE}") from error
-    if names & {"InvalidBucketName", "ParamValidationError"} or "Invalid endpoint" in str(error):
-        raise UserError(f"{name}: {line(error)}; correct the URL or AWS_ENDPOINT_URL") from error
     if status == HTTPStatus.NOT_IMPLEMENTED:
         raise UserError(f"{name}: the storage does not know this request ({code}); use another one") from error
     if isinstance(error, FileNotFoundError | FileExistsError):
@@ -113,7 +112,12 @@ def transient_reason(url: str, error: Exception) -> str | None:
         if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUSES or (status or 0) >= 500:
             return f"{code or 'answer'} (HTTP {status})"
         raise Unreadable(f"{name}: the storage answers {code} (HTTP {status})") from error
-    return line(error) if _is_network(error) else None
+    if _is_network(error):
+        return line(error)
+    if any(isinstance(one, ValueError | TypeError) or _is_botocore(one) for one in chain(error)):
+        # The client refused before it asked the server: a region, an endpoint, a profile, a name of a bucket.
+        raise UserError(f"{name}: {line(error)}; {_SETTINGS_ADVICE}") from error
+    return None
 
 
 def _transient_web_reason(url: str, error: Exception) -> str | None:
@@ -154,6 +158,10 @@ def _is_network(error: BaseException) -> bool:
         or _is_botocore_transport(one)
         for one in chain(error)
     )
+
+
+def _is_botocore(error: BaseException) -> bool:
+    return any(kind.__module__ == "botocore.exceptions" for kind in type(error).__mro__)
 
 
 def _is_botocore_transport(error: BaseException) -> bool:

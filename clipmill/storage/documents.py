@@ -33,13 +33,14 @@ def read_document(url: str, newest_schema: int) -> dict[str, Any]:
         DamagedDocument: it is not a document that clipmill writes.
         UserError: its schema is newer than ``newest_schema``.
     """
+    content = read_bytes(url)  # outside of the try: what a client raises is no damage
     try:
-        document = json.loads(read_bytes(url))
+        document = json.loads(content)
         schema = document["schema"]
         if type(schema) is not int:
             raise ValueError(f"schema {schema!r}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamagedDocument(f"{url} is damaged or was not written by clipmill; restore or remove it") from error
+        raise DamagedDocument(f"{url} is damaged or was not written by clipmill; restore it from a copy") from error
     if schema > newest_schema:
         raise UserError(
             f"{url} has schema {schema}, this clipmill reads up to {newest_schema}; upgrade clipmill to read it"

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from clipmill import storage
-from clipmill.errors import StageFailed, StorageUnavailable, UserError
+from clipmill.cluster.connection import cluster_error, error_facts
+from clipmill.errors import DamagedDocument, StageFailed, StorageUnavailable, UserError
 from clipmill.storage import connection, patience
 
 OPERATIONS = {
@@ -71,6 +72,32 @@ def test_an_overloaded_server_is_an_outage(overloaded: str, monkeypatch: pytest.
     monkeypatch.setenv("AWS_ENDPOINT_URL", overloaded)
     with pytest.raises(StorageUnavailable, match="503"):
         OPERATIONS[operation]("s3://here")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AWS_DEFAULT_REGION", "us_east", "us_east"),
+        ("AWS_ENDPOINT_URL", "no address", "no address"),
+        ("AWS_PROFILE", "nobody", "nobody"),
+    ],
+)
+def test_settings_that_the_client_refuses_are_no_damage(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    for read in (storage.read_bytes, lambda url: storage.read_document(url, 1)):
+        with pytest.raises(UserError, match=f"s3://here/plan.json: .*{said}.*correct .*{name}") as raised:
+            read("s3://here/plan.json")
+        assert not isinstance(raised.value, DamagedDocument)
+        assert "\n" not in str(raised.value)
+
+
+def test_an_outage_ends_with_the_status_that_is_tried_again() -> None:
+    with pytest.raises(StorageUnavailable) as raised:
+        storage.read_bytes("s3://here/a")
+    kind, message = error_facts(raised.value)
+    assert cluster_error(kind, message).exit_status == raised.value.exit_status == 75
 
 
 def test_what_is_no_bucket_url() -> None:
