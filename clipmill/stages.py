@@ -23,6 +23,7 @@ from clipmill.cluster.connection import WORKER_ENVIRONMENT
 from clipmill.config import RunConfig, with_recorded_clips
 from clipmill.errors import UserError
 from clipmill.lease import Lease, hold
+from clipmill.preflight import check_later_stages
 from clipmill.progress import bar
 from clipmill.status import publishing
 
@@ -84,7 +85,8 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
         The summary, or none when there was nothing left to do.
 
     Raises:
-        UserError: something the stage needs is missing or wrong; nothing has been written.
+        UserError: something the stage needs is missing or wrong, or later stages cannot work with what `shard` would
+            make; nothing has been written.
         Interrupted: it was stopped; what was finished is kept, and running it again goes on.
         StageFailed: it could not finish for another reason.
     """
@@ -94,6 +96,8 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
     if stage.module.is_finished(config) and more is None:
         logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
         return None
+    if name == "shard":
+        check_later_stages(config)
     if stage.is_training and os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 has the lease, writes the summary
         stage.module.train(config, None, _LocalReport(name, quiet=True))
         return None

@@ -16,7 +16,7 @@ from rich.table import Table
 from clipmill.config import RunConfig
 from clipmill.progress import duration
 
-__all__ = ["command_line", "print_facts", "print_next", "print_run", "print_stage", "wants_json"]
+__all__ = ["command_line", "print_facts", "print_next", "print_proposal", "print_run", "print_stage", "wants_json"]
 
 _NOT_SHOWN = ("stage", "seconds", "schema", "versions")
 
@@ -75,6 +75,18 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(facts))
     else:
         _print_rows(_facts(facts))
+
+
+def print_proposal(facts: dict[str, Any], failures: Sequence[tuple[str, str]], other_files: str) -> None:
+    """What `clipmill init` found and wrote."""
+    _print_rows([("config", facts["config"]), *_facts({key: facts[key] for key in facts if key != "config"})])
+    for name, cause in failures[:3]:
+        print(f"  {'':<{_WIDTH}}  {name}: {cause}")
+    if other_files:
+        _print_rows([("other files", other_files)])
+    expected = facts["expected_seconds"]
+    stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in expected.items())
+    _print_rows([("expected time", f"{duration(sum(expected.values()))} ({stages})")])
 
 
 def print_next(commands: Iterable[str]) -> None:

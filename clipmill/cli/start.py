@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from clipmill.cli.app import Assignments, ConfigFiles, app
-from clipmill.cli.output import command_line, print_run
+from clipmill.cli.output import command_line, print_next, print_proposal, print_run
 from clipmill.config import RunConfig, load_config
 
 PANEL = "Start here"
@@ -29,6 +30,57 @@ def demo(assignments: Assignments = None, config: ConfigFiles = None, as_json: J
     generate(run.data.source.url, seed=run.seed, size=video_size(run.data.clip.size))
     summaries = stages.run_all(run)
     print_run(run, summaries, [*_after_a_run(run), "clipmill init FOLDER_OF_YOUR_VIDEOS"], as_json)
+
+
+@app.command("init", rich_help_panel=PANEL)
+def init(
+    videos: Annotated[
+        str, typer.Argument(help="A folder of videos, a bucket prefix, or one video.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Config file to write; by default NAME.yaml, the folder's name.")
+    ] = None,
+    root: Annotated[str | None, typer.Option("--root", help="Folder of the run; by default runs/NAME.")] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option("--hours", min=0.001, help="For both trainings; by default 0.25 on CPUs, 4 on GPUs."),
+    ] = None,
+    as_json: JsonOnly = False,
+) -> None:
+    """Write a config for your own videos: clips, classes, models and steps that fit them and this machine."""
+    from clipmill.init import propose
+
+    proposal = propose(videos, out, root, hours)
+    survey = proposal.survey
+    facts = {
+        "config": str(proposal.path),
+        "root": proposal.root,
+        "videos": survey.num_videos,
+        "bytes": survey.num_bytes,
+        "seconds_of_video": round(survey.total_seconds, 1),
+        "opened": len(survey.looks),
+        "unreadable": len(survey.failures),
+        "clips": proposal.num_clips,
+        "machine": str(proposal.machine),
+        "expected_seconds": {name: round(seconds, 1) for name, seconds in proposal.stage_seconds.items()},
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print_proposal(facts, survey.failures, survey.other_files)
+    print_next([command_line("run", [str(proposal.path)], None)])
+
+
+@app.command("run", rich_help_panel=PANEL)
+def run_all(assignments: Assignments = None, config: ConfigFiles = None, as_json: JsonOnly = False) -> None:
+    """Run all stages of a config, from the videos to the report. Finished stages are skipped.
+
+    Example: clipmill init /path/to/videos --out mine.yaml, then clipmill run --config mine.yaml
+    """
+    from clipmill import stages
+
+    run = load_config(config or [], assignments or [])
+    print_run(run, stages.run_all(run), _after_a_run(run), as_json)
 
 
 def _after_a_run(run: RunConfig) -> list[str]:

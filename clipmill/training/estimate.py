@@ -92,7 +92,7 @@ def estimate(
     tokens = math.prod(shape)
     rows, accumulation = config.prior.training.rows_and_accumulation(num_gpus)
     with FakeTensorMode():
-        prior = _build(config, model, shape)
+        prior = build_prior(config, model, shape)
         num_parameters = sum(parameter.numel() for parameter in prior.parameters())
         largest_block = max(sum(parameter.numel() for parameter in block.parameters()) for block in prior.blocks)
         flops = prior_flops_per_token(prior)
@@ -182,7 +182,7 @@ def saved_bytes(prior: Prior, codes: Tensor, label: Tensor | None, condition: Te
 
 def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...], rows: int, bfloat16: bool) -> int:
     """`saved_bytes` of a prior of this size on fake tensors."""
-    prior = _build(config, model.model_copy(update={"checkpointed_share": 0.0}), shape).train()
+    prior = build_prior(config, model.model_copy(update={"checkpointed_share": 0.0}), shape).train()
     codes = torch.zeros(rows, *shape, dtype=torch.int64)
     label = torch.zeros(rows, dtype=torch.int64) if model.class_conditional else None
     condition_shape = _condition_shape(config)
@@ -193,7 +193,7 @@ def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...], ro
     return saved_bytes(prior, codes, label, condition, bfloat16)
 
 
-def _build(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...]) -> Prior:
+def build_prior(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...]) -> Prior:
     """A prior as large as the one to be trained, as far as its size is known without data."""
     tokenizer = config.vqvae.model
     codebook = torch.zeros(

@@ -22,6 +22,7 @@ from clipmill.config import RunConfig
 from clipmill.lease import Lease
 from clipmill.pipeline.fetch import fetch_limits
 from clipmill.pipeline.plan import GenerationKind, Plan, create_generation, load_plan, numbers_of, read_generations
+from clipmill.pipeline.planning.conditions import check_conditions
 from clipmill.pipeline.planning.identity import NO_ELDERS, Elders, content_of, hash64, tell_apart
 from clipmill.pipeline.planning.listed import GivenSplits, ListedVideos
 from clipmill.pipeline.planning.listing import LISTED_COLUMNS, list_rows, with_hashes
@@ -36,7 +37,7 @@ from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import file_sha256
 from clipmill.shards.manifest import SPLITS
 
-__all__ = ["extend_plan", "make_plan", "retry_videos"]
+__all__ = ["extend_plan", "make_plan", "retry_videos", "split_share"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def make_plan(config: RunConfig, lease: Lease) -> Plan:
     """Lists the source once and publishes the plan.
 
     Raises:
-        UserError: the source is missing, empty or unreadable; nothing has been written then.
+        UserError: the source is missing, empty or unreadable, or its videos lack what the prior is conditioned on;
+            nothing has been written then.
         StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
     """
     _add_listed(config, lease, None)
@@ -102,6 +104,7 @@ def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
         progress = Progress(config, lease, 0 if plan is None else len(plan.generations), folder / "progress")
         listed = _list(config, plan, elders, progress, others, folder)
         draft, num_repeated, ambiguous = _draft(config, listed, elders, folder)
+        check_conditions(config, draft.tables(*SPLITS))
         num_videos = sum(draft.num_videos.values())
         if plan is None or num_videos:
             num_known_duplicates = 0 if plan is None else plan.num_duplicates
@@ -175,12 +178,12 @@ def _tell_apart(
 def _is_val(config: RunConfig, table: pa.Table, given: GivenSplits) -> np.ndarray:
     """bool[n]: a function of the origin, so that more videos never move one, unless the source gives splits."""
     origins = table["origin"].to_numpy()
-    shares = (_share(config.seed, origin) for origin in origins.tolist())
+    shares = (split_share(config.seed, origin) for origin in origins.tolist())
     is_val = np.fromiter((share < config.data.val_fraction for share in shares), bool, len(origins))
     return given.apply(origins, is_val)
 
 
-def _share(seed: int, origin: int) -> float:
+def split_share(seed: int, origin: int) -> float:
     """A number in [0, 1) that decides the split of an origin, independent of the order."""
     return hash64(f"split:{seed}:{origin:016x}") / 2**64
 

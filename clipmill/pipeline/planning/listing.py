@@ -20,7 +20,7 @@ from clipmill.pipeline.sources import base_url, describe_files, list_videos
 from clipmill.pipeline.sources.record import SourceVideo, file_identity
 from clipmill.shards.manifest import SPLITS
 
-__all__ = ["HASH_COLUMNS", "LISTED_COLUMNS", "NO_SPLIT", "base_of", "list_rows", "with_hashes"]
+__all__ = ["HASH_COLUMNS", "LISTED_COLUMNS", "NO_SPLIT", "base_of", "list_rows", "origin_of", "with_hashes"]
 
 BATCH_ROWS = 2**16
 NO_SPLIT = -1
@@ -73,6 +73,17 @@ def list_rows(source: SourceConfig, progress: Progress, others: Counter[str]) ->
         yield _table_of(batch)
     if others:
         logger.info("skipped what is no video: %s", describe_files(others))
+
+
+def origin_of(source: SourceConfig, video: SourceVideo) -> int:
+    """The origin of one listed video, which decides its split (`split_share`).
+
+    Raises:
+        FileNotFoundError: it has vanished since.
+    """
+    for identified in _identified(iter([video]), base_url(source)):
+        return int(with_hashes(_table_of([identified]))["origin"][0].as_py())
+    raise FileNotFoundError(video.name)
 
 
 def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[SourceVideo, str]]:

@@ -33,7 +33,7 @@ from clipmill.shards.format import Sample
 from clipmill.video import BadVideo, Clip, Decoder, DecoderLost, Limits, Outcome
 from clipmill.video.kinds import HEAD_BYTES, is_video_head, suffix_of
 
-__all__ = ["NOTHING_KNOWN", "Yield", "measure_yield"]
+__all__ = ["NOTHING_KNOWN", "NoLook", "Yield", "fetch_edges", "measure_yield"]
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +140,11 @@ def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int)
                 looks.append(_look_at(config, PlannedVideo(id="0" * 16, **row), decoder, folder))
                 looked.append(weight)
             # No reason to stop: its unit will say what is wrong with the video.
-            except (ExcludedVideo, BadVideo, DecoderLost, _Unknown, OSError, storage.Refused) as error:
+            except (ExcludedVideo, BadVideo, DecoderLost, NoLook, OSError, storage.Refused) as error:
                 if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
                     raise  # a bucket is away
                 logger.debug("no look at %s: %s", storage.shown(row["url"]), error)
-                num_failures += not isinstance(error, _Unknown)
+                num_failures += not isinstance(error, NoLook)
     if not looks:
         return NOTHING_KNOWN
     shares = np.array(looked) / sum(looked)
@@ -166,8 +166,8 @@ class _Look:
     fps: float
 
 
-class _Unknown(Exception):
-    """The look says nothing about the whole video."""
+class NoLook(Exception):
+    """A look says nothing about the whole video; the message says why."""
 
 
 def _look_at(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: Path) -> _Look:
@@ -175,7 +175,7 @@ def _look_at(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: P
     # What is rejected is not known before it is decoded: clips are counted as if none were.
     first = {"max_clips_per_video": _CLIPS_PER_LOOK, "reject_static": None, "reject_black": None, "scene_cut": None}
     with tempfile.TemporaryDirectory(dir=folder) as copies:
-        fetched, num_bytes = _fetch_edges(config, video, Path(copies))
+        fetched, num_bytes = fetch_edges(config, video, Path(copies))
         video = read_sidecars(data, video)
         encode = (data.format, data.quality)
         # From the beginning of the file, also where the video is a span: nothing has to be skipped to get there.
@@ -205,7 +205,7 @@ def _num_frames(outcome: Outcome, fps: float, clip: ClipConfig) -> int:
         return info.container_frames
     if info.duration_seconds is not None:
         return int(info.duration_seconds * fps)
-    raise _Unknown("its header states no duration")
+    raise NoLook("its header states no duration")
 
 
 def _num_clips(frames: np.ndarray, clip: ClipConfig) -> np.ndarray:
@@ -219,21 +219,21 @@ def _tar_bytes(sample: Sample) -> int:
     return sum(512 + -(-len(content) // 512) * 512 for content in sample.members.values())
 
 
-def _fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> tuple[LocalVideo, int]:
+def fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> tuple[LocalVideo, int]:
     """The video on this machine, and its bytes.
 
     Of a large object it is a file of the same size that holds only the beginning and the end, where headers are. A
     large MPEG stream has none: its beginning is a video by itself.
 
     Raises:
-        _Unknown: it does not begin as a video does.
+        NoLook: it does not begin as a video does.
     """
     if video.member is not None:
         return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     url = storage.resolve(base_url(config.data.source), video.url)
     head = storage.read_start(url, HEAD_BYTES)
     if not is_video_head(head):  # a child that fails has to be started anew
-        raise _Unknown("it does not begin as a video")
+        raise NoLook("it does not begin as a video")
     if storage.is_local(url) or video.bytes <= 4 * _EDGE_BYTES:
         return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     path = folder / f"video{suffix_of(urlsplit(video.url).path)}"
