@@ -31,20 +31,35 @@ _PREFILL_POSITIONS = 256
 
 
 class _Linear(NamedTuple):
-    """A layer as ``x @ weight + bias``."""
+    """A layer as ``x @ weight + bias``, with its output in P parts on a CPU of several threads.
+
+    A CPU multiplies few rows up to twice as fast by [in, out] as by [out, in], but on one thread. Parts go to several.
+    """
 
     weight: Tensor
-    """[in, out]: a CPU multiplies few rows in this order up to twice as fast as in the other."""
+    """[in, out] or [P, in, out / P]."""
     bias: Tensor | None
+    """[out] or [P, 1, out / P]."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        """Of x [R * n, in], -> [R * n, out]."""
+        if self.weight.dim() == 2:
+            return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        return self._parts(x).transpose(0, 1).flatten(1)
 
     def add_to(self, stream: Tensor, x: Tensor) -> None:
         """Adds this layer's output to the stream in place."""
+        if self.weight.dim() == 3:
+            stream.view(len(x), len(self.weight), -1).add_(self._parts(x).transpose(0, 1))
+            return
         stream.addmm_(x, self.weight)
         if self.bias is not None:
             stream.add_(self.bias)
+
+    def _parts(self, x: Tensor) -> Tensor:
+        """Output [P, R * n, out / P]."""
+        x = x.expand(len(self.weight), -1, -1)
+        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
 
 
 class _Layer(NamedTuple):
@@ -69,7 +84,8 @@ class CachedPrior:
         num_rows: R.
         label: int64 [R]; None for an unconditional prior.
         condition: as of ``Prior.forward``.
-        dtype: of weights, activations and cache. Norms compute in float32 inside, and logits are float32.
+        dtype: of weights, activations and, on a GPU, the cache, which is float32 on a CPU. Norms compute in float32
+            inside, and logits are float32.
         hidden: rows whose condition is hidden, bool [R]; None hides none.
     """
 
@@ -108,7 +124,9 @@ class CachedPrior:
         )
         length = -(-prior.num_positions // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
         shape = (config.num_layers, 2, num_rows, config.kv_heads, length, config.head_dim)
-        self.cache = torch.zeros(shape, dtype=dtype, device=table.device)
+        # Attention of one query in bfloat16 takes a CPU 1.5 to 4 times as long as in float32.
+        cache_dtype = torch.float32 if table.device.type == "cpu" else dtype
+        self.cache = torch.zeros(shape, dtype=cache_dtype, device=table.device)
         self.rows = torch.full((num_rows, prior.num_positions + 1), len(table), device=table.device)
         """Row of the table that enters at each position: that of the code before it."""
 
@@ -137,9 +155,8 @@ class CachedPrior:
         logits = hidden.new_empty(*hidden.shape[:2], self.num_codes, dtype=torch.float32)
         for step in range(min(places.count, self.num_codebooks)):
             head = self.heads[(places.codebook(self.num_codebooks) + step) % self.num_codebooks]
-            logits[:, step :: self.num_codebooks] = hidden[:, step :: self.num_codebooks] @ head.weight
-            if head.bias is not None:
-                logits[:, step :: self.num_codebooks] += head.bias
+            rows = hidden[:, step :: self.num_codebooks]
+            logits[:, step :: self.num_codebooks] = head(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         return logits
 
     def _hidden(self, places: Places) -> Tensor:
@@ -183,12 +200,12 @@ class CachedPrior:
         """Mixes x [R * n, C] over the context, -> [R * n, N * D]."""
         num_heads, kv_heads, head_dim = self.heads_shape
         cache = self.cache[index]
-        heads = layer.qkv(x).view(self.num_rows, places.count, -1, head_dim)
+        heads = layer.qkv(x).view(self.num_rows, places.count, -1, head_dim).to(cache.dtype)
         q = heads[:, :, :num_heads]
         if layer.head_gains is not None and rotation is not None:
             turning = _unit(heads[:, :, : num_heads + kv_heads].float()).mul_(layer.head_gains)
             turned = torch.view_as_complex(turning.unflatten(-1, (-1, 2))).mul_(rotation)
-            q, k = torch.view_as_real(turned).flatten(-2).to(self.dtype).split((num_heads, kv_heads), 2)
+            q, k = torch.view_as_real(turned).flatten(-2).to(cache.dtype).split((num_heads, kv_heads), 2)
             places.put(cache[0], 2, k.transpose(1, 2))
             places.put(cache[1], 2, heads[:, :, num_heads + kv_heads :].transpose(1, 2))
         else:
@@ -201,7 +218,7 @@ class CachedPrior:
             mask = mask.repeat(num_heads // kv_heads, 1)
         mixed = places.attend(q, keys, values, mask)
         mixed = mixed.unflatten(2, (-1, places.count)).permute(0, 3, 1, 2, 4)
-        return mixed.reshape(len(x), -1)
+        return mixed.reshape(len(x), -1).to(self.dtype)
 
     def _cross(self, queries: Tensor, memory: KeysValues) -> Tensor:
         """Mixes the memory for queries [R * n, C], -> [R * n, channels of all values]."""
@@ -248,8 +265,21 @@ def _linear(
         if norm.bias is not None:
             bias = weight @ norm.bias + (0 if bias is None else bias)
         weight = weight * norm.gain
-    weight = (weight * scale).t().to(dtype, memory_format=torch.contiguous_format, copy=True).contiguous()
-    return _Linear(weight, None if bias is None else (bias * scale).to(dtype))
+    weight = (weight * scale).to(dtype)
+    bias = None if bias is None else (bias * scale).to(dtype)
+    num_parts = _num_parts(weight.device, len(weight))
+    if num_parts == 1:
+        return _Linear(weight.t().contiguous(), bias)
+    return _Linear(
+        weight.unflatten(0, (num_parts, -1)).transpose(1, 2).contiguous(),
+        None if bias is None else bias.view(num_parts, 1, -1),
+    )
+
+
+def _num_parts(device: torch.device, size: int) -> int:
+    """Parts of an output of this size: its largest divisor up to the number of threads."""
+    most = torch.get_num_threads() if device.type == "cpu" else 1
+    return next(count for count in range(min(most, size), 0, -1) if size % count == 0)
 
 
 def _stacked(norms: list[Norm]) -> Tensor:

@@ -47,13 +47,11 @@ class Noise:
         positions = torch.arange(first, first + num_positions, device=device)[:, None]
         low, high = self.samples
         words = philox((blocks, positions, low, high), self.key)
-        shape = torch.broadcast_shapes(*(word.shape for word in words))
-        uniforms = torch.empty(*shape, 4, dtype=torch.float64, device=device)
+        noise = torch.empty(*words[0].shape, 4, device=device)
         for place, word in enumerate(words):
-            uniforms[..., place] = word
-        uniforms.add_(0.5).mul_(2.0**-32)
-        exponentials = _log(uniforms).neg_().float()
-        return _log(exponentials).neg_().flatten(-2)[..., : self.num_codes]
+            exponentials = _log(word.double().add_(0.5).mul_(2.0**-32)).neg_().float()
+            torch.neg(_log(exponentials), out=noise[..., place])
+        return noise.flatten(-2)[..., : self.num_codes]
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -64,16 +62,19 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
         key: two words.
     """
     # An int64 product keeps all 64 bits of two words, as its sign is one of them. A low half is only ever used by
-    # exclusive or, so the bits above it stay until the next mask.
-    c0, c1, c2, c3 = counter
+    # exclusive or, so the bits above it stay until the end. In place, because a CPU takes longer to map new memory
+    # than to compute on it.
+    c0, c1, c2, c3 = (word.clone() for word in torch.broadcast_tensors(*counter))
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = (p1 >> 32) ^ c1, (p0 >> 32) ^ c3
-        c0, c2 = c0.bitwise_xor_(k0).bitwise_and_(_LOW), c2.bitwise_xor_(k1).bitwise_and_(_LOW)
-        c1, c3 = p1, p0
+        torch.mul(c0, _MULTIPLIERS[0], out=p0)
+        torch.mul(c2, _MULTIPLIERS[1], out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, p1, c3, p0 = p1, c1, p0, c3
         k0, k1 = k0 + _KEY_STEPS[0] & _LOW, k1 + _KEY_STEPS[1] & _LOW
-    return c0, c1 & _LOW, c2, c3 & _LOW
+    return c0, c1.bitwise_and_(_LOW), c2, c3.bitwise_and_(_LOW)
 
 
 def _log(x: Tensor) -> Tensor:
@@ -82,10 +83,10 @@ def _log(x: Tensor) -> Tensor:
         (torch.int64, 52, 0x3FE6A09E667F3BCD) if x.dtype == torch.float64 else (torch.int32, 23, 0x3F3504F3)
     )
     bits = x.view(integer)
-    exponent = (bits - sqrt_half) >> mantissa_bits
+    exponent = (bits - sqrt_half).bitwise_right_shift_(mantissa_bits)
     m = (bits - (exponent << mantissa_bits)).view(x.dtype)  # sqrt(1/2) <= m < sqrt(2), x = m * 2^exponent
-    s = (m - 1).div_(m + 1)
-    z = s * s
+    s = (m - 1).div_(m.add_(1))
+    z = torch.mul(s, s, out=m)
     # log m = 2 artanh s = s (2 + 2/3 z + 2/5 z^2 + ...), z < 0.0295
     series = z * (2 / 13)
     for odd in (11, 9, 7, 5, 3):

@@ -114,3 +114,16 @@ def test_a_window_computed_again_with_other_guesses_leaves_no_trace(style: str) 
     cached.logits(window)
     cached.put(window, codes)
     assert_equal_logits(cached.logits(window), prior(codes.view(3, *test_prior.SHAPE)))
+
+
+@torch.no_grad()
+@test_prior.styles
+@pytest.mark.parametrize("num_threads", [2, 4, 5])
+def test_layers_in_parts_for_several_threads_give_the_same_logits(
+    style: str, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: num_threads)
+    prior, codes = test_prior.stirred(style=style), test_prior.some_codes()
+    cached = CachedPrior(prior, 3, None, None, torch.float32)
+    assert {layer.up.weight.dim() for layer in cached.layers} == {3}
+    assert_equal_logits(cached_logits(prior, codes, None), prior(codes))
