@@ -24,7 +24,7 @@ from timing import device_name
 
 from clipmill.config import RunConfig, load_config
 from clipmill.demo import generate
-from clipmill.evaluation.evaluate import read_result
+from clipmill.evaluation.results import folder_url, read_evaluation
 from clipmill.stages import run_stage
 from clipmill.training.world import join_world
 
@@ -65,7 +65,6 @@ def main() -> None:
     ablations = Ablations(arguments)
     ablations.make_clips()
     join_world()  # for all trainings: DeepSpeed does not survive the end of the process group that it met first
-    # All trainings before the first evaluation: that makes the process deterministic, and training slow.
     for name in ablations.names:
         for seed in arguments.seeds:
             ablations.train(name, seed)
@@ -124,8 +123,9 @@ class Ablations:
         what = "all" if self._stages(name) == PRIOR_STAGES else "vqvae"
         config = self._run(name, seed, [f"evaluate.what={what}"])
         run_stage("evaluate", config)
-        found = read_result(config)
-        assert found is not None
+        evaluation = read_evaluation(folder_url(config))
+        assert evaluation is not None
+        found = evaluation.metrics
         numbers = {**found["reconstruction"], **found["codebook"], **(found["fvd"] or {}), **found.get("prior", {})}
         # Of the codes as the tokenizer leaves them, not as a prior predicts them.
         numbers["bits_per_clip"] = found["codebook"]["bits_per_clip"]

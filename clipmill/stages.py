@@ -208,6 +208,8 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
         paths["tokenize.tokenizer"] = tokenize.tokenizer
     if sample.given_is_place:
         paths["sample.given"] = sample.given
+    weights = {key: getattr(config.evaluate, key) for key in ("fvd_weights", "is_weights", "lpips_weights")}
+    paths |= {f"evaluate.{key}": url for key, url in weights.items()}
     paths |= {f"data.mix.{index}.url": part.url for index, part in enumerate(config.data.mix)}
     if not launch.is_embedded(config.cluster):
         for key, path in paths.items():
@@ -229,7 +231,14 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
         part.model_copy(update={"url": absolute[f"data.mix.{index}.url"]}) for index, part in enumerate(config.data.mix)
     )
     data = config.data.model_copy(update={"source": source, "mix": mix})
-    sections = {"root": absolute["root"], "data": data, "tokenize": tokenize, "sample": sample}
+    evaluate = config.evaluate.model_copy(update={key: absolute[f"evaluate.{key}"] for key in weights})
+    sections = {
+        "root": absolute["root"],
+        "data": data,
+        "tokenize": tokenize,
+        "sample": sample,
+        "evaluate": evaluate,
+    }
     return config.model_copy(update=sections)
 
 

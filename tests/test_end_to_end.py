@@ -85,9 +85,9 @@ def test_every_stage_leaves_its_result(finished):
     page = (finished / "report" / "index.html").read_text()
     for text in ("real", "reconstruction", "sample", *CLASSES):
         assert text in page
-    metrics = json.loads((finished / "evaluation" / "metrics.json").read_text())
+    metrics = json.loads((finished / "evaluation" / "default" / "metrics.json").read_text())
     assert metrics["reconstruction"]["nmse"] > 0
-    for stage in ("clips", "vqvae", "tokens", "prior", "samples/default", "evaluation", "report"):
+    for stage in ("clips", "vqvae", "tokens", "prior", "samples/default", "evaluation/default", "report"):
         summary = json.loads((finished / stage / "summary.json").read_text())
         assert summary["seconds"] > 0
         assert (finished / stage / "config.yaml").exists()
@@ -199,6 +199,6 @@ def test_every_stage_completes_after_a_kill_with_the_same_bytes(finished, source
     with launch.connect(config.cluster):
         for stage in ("evaluate", "report"):
             stages.run_stage(stage, config)
-    same = [json.loads((run / "evaluation" / "metrics.json").read_text()) for run in (root, finished)]
+    same = [json.loads((run / "evaluation" / "default" / "metrics.json").read_text()) for run in (root, finished)]
     assert same[0]["prior"] == same[1]["prior"]
     assert same[0]["reconstruction"] == same[1]["reconstruction"]

@@ -64,7 +64,7 @@ def test_every_stage_keeps_the_shape(run: RunConfig) -> None:
     assert prior.latent_shape == (2, 9, 16)
     samples = Manifest.load(run.folder("samples", "default"), "samples")
     assert ShardDataset(samples, decode_clip)[0]["video"].shape == (8, HEIGHT, WIDTH, 3)
-    metrics = json.loads(Path(run.folder("evaluation", "metrics.json")).read_text())
+    metrics = json.loads(Path(run.folder("evaluation", "default", "metrics.json")).read_text())
     assert metrics["clips"]["resolution"] == [HEIGHT, WIDTH]
     per_dim = metrics["prior"]["bits_per_clip"] / metrics["prior"]["bits_per_dim"]
     assert per_dim == pytest.approx(8 * HEIGHT * WIDTH * 3)

@@ -12,7 +12,7 @@ from clipmill.errors import ClipmillError, Interrupted
 
 # isort: off
 # Importing a module registers its commands. `clipmill --help` shows them in this order.
-from clipmill.cli import start, stages, models, data, cluster, watch  # noqa: F401
+from clipmill.cli import start, stages, models, results, data, cluster, watch  # noqa: F401
 # isort: on
 
 __all__ = ["main"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from clipmill.cli.app import Assignments, ConfigFiles, Json, app
 from clipmill.cli.help import StageCommand
 from clipmill.cli.output import command_line, print_stage
+from clipmill.cli.results import print_evaluation
 from clipmill.config import RunConfig, load_config
 
 __all__ = ["PANEL"]
@@ -118,15 +117,8 @@ def _run_stage(
 
 def _print_numbers(run: RunConfig) -> None:
     """The numbers of an evaluation as a table."""
-    from clipmill.evaluation.evaluate import read_result
-    from clipmill.evaluation.table import circumstances, row_groups
+    from clipmill.evaluation.results import folder_url, read_evaluation
 
-    result = read_result(run)
-    if result is None:
-        return
-    table = Table("", "", "", title=circumstances(result), show_header=False)
-    for rows in row_groups(result):
-        for row in rows:
-            table.add_row(*row)
-        table.add_section()
-    Console().print(table)
+    found = read_evaluation(folder_url(run))
+    if found is not None:
+        print_evaluation(found)

@@ -33,6 +33,13 @@ class TokenizeConfig(Section):
     file ``h.npy`` holds float [length, channels], of one shape for all. Any text encoder may write it."""
 
 
+def _folder_name(key: str, name: str) -> str:
+    """The name, if it can be the name of one folder; names that begin with ``.`` or ``_`` are clipmill's own."""
+    if not name or "/" in name or name.startswith((".", "_")):
+        raise ValueError(f"{key} {name!r} must be a plain folder name")
+    return name
+
+
 Temperature = Annotated[float, Field(gt=0)]
 
 
@@ -88,15 +95,15 @@ class SampleConfig(Section):
     @field_validator("name")
     @classmethod
     def _one_folder(cls, name: str) -> str:
-        if not name or "/" in name or name.startswith("."):
-            raise ValueError(f"sample.name {name!r} must be a plain folder name")
-        return name
+        return _folder_name("sample.name", name)
 
 
 class EvaluateConfig(Section):
     """Stage ``evaluate``. The networks are TorchScript files (URLs) that you bring: see ``docs/evaluation.md``."""
 
-    what: Annotated[Literal["all", "vqvae"], FREE] = "all"
+    name: Annotated[str | None, FREE] = None
+    """Results go to ``evaluation/NAME`` under ``root``. None: ``sample.name``, or ``vqvae-STEP`` for ``what=vqvae``."""
+    what: Literal["all", "vqvae"] = "all"
     """``vqvae``: the newest tokenizer alone, which needs neither tokens nor a prior nor samples."""
     batch_size: Annotated[PositiveInt, FREE] = 16
     """Clips that go through a network at once."""
@@ -111,6 +118,11 @@ class EvaluateConfig(Section):
     lpips_weights: str | None = None
     """LPIPS, of frames in [-1, 1]."""
 
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str | None) -> str | None:
+        return None if name is None else _folder_name("evaluate.name", name)
+
 
 class ClusterConfig(Section):
     """Where the work runs. Nothing here is part of an identity; the device and its threads can change last digits, and
@@ -124,8 +136,8 @@ class ClusterConfig(Section):
     num_cpus: Annotated[PositiveInt | None, FREE] = None
     """CPUs of the embedded Ray; none: all of this machine."""
     fanout_workers: Annotated[PositiveInt | None, FREE] = None
-    """Workers of shard, tokenize and sample; None: as many as the cluster's CPUs (or GPUs) hold. More than fit now are
-    demand that an autoscaler sees."""
+    """Workers of shard, tokenize, sample and evaluate. None: as many as the cluster's CPUs (or GPUs) hold. More than
+    fit now are demand that an autoscaler sees."""
     fanout_cpus: Annotated[PositiveInt, FREE] = 1
     """CPUs, and so threads, of one such worker: sums are split over them, so bytes of samples depend on it."""
     training_workers: Annotated[PositiveInt, FREE] = 1
@@ -133,15 +145,16 @@ class ClusterConfig(Section):
     training_cpus: Annotated[PositiveInt | None, FREE] = None
     """CPUs of one training worker; none: its even share of the cluster."""
     use_gpu: Annotated[bool, FREE] = False
-    """Give each training, tokenize and sample worker one GPU, and evaluate on one; without, all of them compute on the
-    CPU. A training under torchrun or in this process takes the GPUs it sees."""
+    """Give each training, tokenize, sample and evaluate worker one GPU; without, all of them compute on the CPU. A
+    training under torchrun or in this process takes the GPUs it sees."""
     spare_head: Annotated[bool, FREE] = False
-    """Keep the workers of shard, tokenize and sample off the cluster's head node; no effect on an embedded Ray."""
+    """Keep the workers of shard, tokenize, sample and evaluate off the cluster's head node; no effect on an embedded
+    Ray."""
     max_failures: Annotated[int, Field(ge=0), FREE] = 3
     """How often a failed unit or a failed group of training workers is tried again."""
     drain_seconds: Annotated[int, Field(ge=0), FREE] = 15
-    """After SIGTERM or Ctrl-C, running units of shard, tokenize and sample get this long to finish; then they are given
-    up, with 10 s to clean up, and the next run does them again. Both fit Kubernetes' 30 s. In a Ray job they shrink to
+    """After SIGTERM or Ctrl-C, running units of these stages get this long to finish; then they are given up, with 10 s
+    to clean up, and the next run does them again. Both fit Kubernetes' 30 s. In a Ray job they shrink to
     ``RAY_JOB_STOP_WAIT_TIME_S``."""
 
 

@@ -16,11 +16,14 @@ prior that beats them beats the best such table.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from clipmill.evaluation.parts import Arrays
 
 __all__ = ["CodeTables", "PairCounts", "baseline_scores"]
 
@@ -47,7 +50,11 @@ class PairCounts:
     def update(self, before: NDArray[np.int64], after: NDArray[np.int64]) -> None:
         """Counts pairs: int64 [..., M] each, below K."""
         pairs = (np.arange(self._num_codebooks) * self._num_codes + before) * self._num_codes + after
-        run = np.unique(pairs, return_counts=True)
+        self.add(*np.unique(pairs, return_counts=True))
+
+    def add(self, pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Adds pairs that were counted elsewhere: what `found` returns."""
+        run = (pairs, counts)
         while self._runs and len(self._runs[-1][0]) <= 2 * len(run[0]):
             run = _merge(self._runs.pop(), run)
         self._runs.append(run)
@@ -115,6 +122,36 @@ class CodeTables:
                 counts[book] += np.bincount(seen[..., book].reshape(-1), minlength=self.num_codes)
         self.temporal.update(codes[:, :-1], codes[:, 1:])
         self.raster.update(row[:, :-1], row[:, 1:])
+
+    def arrays(self) -> Arrays:
+        """All counts, for `merged`."""
+        (pairs, counts), (next_pairs, next_counts) = self.temporal.found(), self.raster.found()
+        return {
+            "num_clips": np.array(self.num_clips),
+            "unigram": self.unigram,
+            "first_frame": self.first_frame,
+            "first_code": self.first_code,
+            "temporal_pairs": pairs,
+            "temporal_counts": counts,
+            "raster_pairs": next_pairs,
+            "raster_counts": next_counts,
+        }
+
+    @classmethod
+    def merged(cls, parts: Iterable[Arrays], num_codes: int, num_codebooks: int) -> CodeTables:
+        """The tables of several sets of clips together, of `arrays` of each."""
+        tables = cls(num_codes, num_codebooks)
+        for arrays in parts:
+            tables._add(arrays)
+        return tables
+
+    def _add(self, arrays: Arrays) -> None:
+        self.num_clips += int(arrays["num_clips"])
+        self.unigram += arrays["unigram"]
+        self.first_frame += arrays["first_frame"]
+        self.first_code += arrays["first_code"]
+        self.temporal.add(arrays["temporal_pairs"], arrays["temporal_counts"])
+        self.raster.add(arrays["raster_pairs"], arrays["raster_counts"])
 
     @property
     def num_tokens(self) -> int:

@@ -80,7 +80,7 @@ def _root(statistics: FeatureStatistics) -> NDArray[np.float64]:
     return vectors * np.sqrt(np.where(values > resolved, values, 0))
 
 
-def inception_score(probabilities: NDArray[np.float64]) -> dict[str, float | int]:
+def inception_score(probabilities: NDArray[np.floating]) -> dict[str, float | int]:
     """Exponential of the mean divergence of each clip's class probabilities from those of all (arXiv 1606.03498).
 
     Split rule: the clips, in the order given, are cut into 10 runs of equal length (but for one clip); fewer than 100
@@ -92,6 +92,7 @@ def inception_score(probabilities: NDArray[np.float64]) -> dict[str, float | int
     Returns:
         ``mean`` and ``std`` (population) over the runs, ``num_splits``, ``num_clips``.
     """
+    probabilities = probabilities.astype(np.float64)
     num_splits = NUM_SPLITS if len(probabilities) >= FEWEST_SPLIT else 1
     scores = [_score_of_split(split) for split in np.array_split(probabilities, num_splits)]
     return {

@@ -1,51 +1,55 @@
 """Stage ``evaluate``: the numbers a run is judged by, measured from what is on disk.
 
-``evaluate.what=vqvae`` judges the newest tokenizer by the clips of the split ``val`` and writes
-``evaluation/vqvae.json``. ``all`` does the same for the tokenizer inside the newest prior export, runs that prior over
-the tokens of ``val``, looks at the samples, and writes ``evaluation/metrics.json`` as well. Every number stands beside
-the identities of all that it was measured on; docs/evaluation.md defines them.
+``evaluate.what=vqvae`` judges the newest tokenizer by the clips of the split ``val``. ``all`` does the same for the
+tokenizer inside the newest prior export, runs that prior over the tokens of ``val``, and looks at the samples. An
+evaluation is one folder, ``evaluation/NAME/`` (`clipmill.evaluation.results`), and is never overwritten by another.
+The work is split into index ranges (`clipmill.evaluation.parts`), which workers measure (`clipmill.evaluation.worker`);
+what they find is merged in order. docs/evaluation.md defines every number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from clipmill import storage
+from clipmill.cluster.connection import is_embedded
+from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
-from clipmill.errors import UserError
 from clipmill.evaluation.baselines import CodeTables
-from clipmill.evaluation.generation import describe_samples, fvd_of_all, prior_numbers, score_codes
-from clipmill.evaluation.networks import C3D_FRAMES, I3D_CHANNELS, Networks, weights_sha256
-from clipmill.evaluation.reader import Reader, num_read
-from clipmill.evaluation.reconstruction import (
-    VQVAE_SCHEMA,
-    measure_reconstruction,
-    tokenizer_identity,
-    val_clips,
-)
+from clipmill.evaluation.extremes import extremes_picture
+from clipmill.evaluation.gallery import Gallery, pick_clips
+from clipmill.evaluation.generation import fvd_of_all, prior_section, sample_section
+from clipmill.evaluation.inputs import Inputs, refuse_other, settings_of, val_clips
+from clipmill.evaluation.made import provenance
+from clipmill.evaluation.networks import I3D_CHANNELS
+from clipmill.evaluation.parts import Arrays, Measure, Unit
+from clipmill.evaluation.reader import num_read
+from clipmill.evaluation.reconstruction import extreme_clips, reconstruction_sections
+from clipmill.evaluation.results import Evaluation, folder_url, read_evaluation
+from clipmill.evaluation.worker import Job, decode_cpus, make_worker, torch_settings_kept
 from clipmill.lease import Lease
-from clipmill.models.export import load_prior, load_vqvae, require_condition, require_prior, require_vqvae_for
-from clipmill.models.provenance import deterministic_device
 from clipmill.progress import bar
-from clipmill.shards.dataset import decode_codes
 from clipmill.shards.manifest import Manifest
 
-__all__ = ["METRICS_SCHEMA", "clip_recipes", "folder_url", "is_finished", "read_result", "run"]
+__all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
 
-METRICS_SCHEMA = 3
-"""3: of a limited number of clips those of as many videos. 2: the tokenizer by itself, all Frechet distances."""
+CLIPS_PER_UNIT = 64
+"""Clips of pixels that a worker measures at once. A constant: batches, and so last digits, depend on it."""
+TOKENS_PER_UNIT = 1024
+"""Clips of codes."""
+FEW_CLIPS = 256
+"""So few clips of pixels are measured in this process: to start Ray and its workers takes as long."""
 
 logger = logging.getLogger(__name__)
-
-
-def folder_url(config: RunConfig) -> str:
-    """The folder of this stage."""
-    return config.folder("evaluation")
 
 
 def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -58,206 +62,247 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the numbers on disk were measured on exactly what is there now.
+    """Whether this very evaluation is on disk.
 
     Raises:
         UserError: a stage before this one has not run, its data belong to another tokenizer, the tokens come without
-            what the prior is to be told, or a network's weights are not there or do not fit the clips.
+            the prior's condition, a network's weights are not there or do not fit the clips, or the folder holds
+            another evaluation.
     """
-    if config.evaluate.what == "vqvae":
-        clips = val_clips(config)
-        _, sha8 = require_vqvae_for(config.tokenizer_url, clips.url, clips.recipe)
-        identity = tokenizer_identity(config.evaluate, clips, sha8)
-    else:
-        identity = _Inputs.load(config).identity(config)
-    found = read_result(config)
-    return found is not None and found["identity"] == identity
+    inputs, settings = Inputs.load(config), settings_of(config)
+    return _is_on_disk(config, inputs, settings)
 
 
-def read_result(config: RunConfig, what: Literal["all", "vqvae"] | None = None) -> dict[str, Any] | None:
-    """What an evaluation has left on disk; none: nothing yet, or only what an older clipmill measured otherwise.
-
-    Args:
-        config: of the run.
-        what: of which kind; none: that of ``evaluate.what``.
-
-    Raises:
-        UserError: it is damaged, or was written by a newer clipmill.
-    """
-    is_of_tokenizer = (what or config.evaluate.what) == "vqvae"
-    name, schema = ("vqvae.json", VQVAE_SCHEMA) if is_of_tokenizer else ("metrics.json", METRICS_SCHEMA)
-    try:
-        result = storage.read_document(storage.join(folder_url(config), name), schema)
-    except FileNotFoundError:
-        return None
-    return result if result["schema"] == schema else None
+def _is_on_disk(config: RunConfig, inputs: Inputs, settings: dict[str, Any]) -> bool:
+    found = read_evaluation(folder_url(config))
+    if found is not None:
+        refuse_other(found, settings, inputs.fingerprints())
+    return found is not None
 
 
 def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
-    """Measures everything that ``evaluate.what`` asks for and publishes it.
+    """Measures what is missing, merges all parts and publishes the evaluation.
 
     Returns:
         The most important numbers, for the summary.
 
     Raises:
         UserError: as `is_finished`, or a network is not what its key says. No number was written.
+        Interrupted: stopped; finished parts are kept, and running it again goes on.
+        StageFailed: a unit failed at every attempt; the others are kept.
     """
-    return _judge_tokenizer(config, lease) if config.evaluate.what == "vqvae" else _judge_all(config, lease)
-
-
-def _judge_tokenizer(config: RunConfig, lease: Lease) -> dict[str, Any]:
-    clips = val_clips(config)
-    require_vqvae_for(config.tokenizer_url, clips.url, clips.recipe)
-    tokenizer, body, sha8 = load_vqvae(config.tokenizer_url)
-    device = deterministic_device(config.cluster)  # as tokens are made, so that the same codes come out
-    networks, most = Networks.load(config.evaluate, device), config.evaluate.max_clips
-    total = num_read(clips, most)
     began = time.monotonic()
-    with bar("evaluate", total=total, unit="clips") as progress, torch.inference_mode():
-        reader = Reader(config.evaluate.batch_size, progress)
-        classes = clips.facts["classes"]
-        found = measure_reconstruction(reader, networks, clips, most, tokenizer.to(device), classes, device)
+    inputs, settings = Inputs.load(config), settings_of(config)
+    _is_on_disk(config, inputs, settings)  # another run may have finished one since `is_finished` looked
+    with torch_settings_kept():
+        job = Job(config, inputs, _measures(config, inputs, settings))
+        missing = _missing(job)
+        hardware = _measure(job, missing)
+        found = _Found.read(job)
+        job = _with_shown(job, found)
+        hardware |= _measure(job, job.measures["shown"].missing())
+        torch.set_num_threads(config.cluster.fanout_cpus)  # what is left to compute gives the same bits on any driver
+        metrics = {"settings": settings, "inputs": inputs.fingerprints(), **_numbers(inputs, found)}
+    seconds = time.monotonic() - began
+    made = provenance(hardware, seconds, storage.shown(config.root))
     lease.check()
-    found.publish(folder_url(config), tokenizer_identity(config.evaluate, clips, sha8), body["step"])
-    _warn_of_few_clips(found.numbers["fvd"])
-    return {"what": "vqvae", "clips_per_second": total / (time.monotonic() - began), **_headlines(found.numbers)}
-
-
-def _judge_all(config: RunConfig, lease: Lease) -> dict[str, Any]:
-    inputs = _Inputs.load(config)
-    device = deterministic_device(config.cluster)
-    networks, most = Networks.load(config.evaluate, device), config.evaluate.max_clips
-    prior, tokenizer, body, _ = load_prior(storage.join(config.folder("prior"), "exports", inputs.prior_sha8))
-    prior, tokenizer = prior.to(device), tokenizer.to(device)
-    most_for_tables = config.evaluate.max_train_clips
-    total = sum(num_read(manifest, most) for manifest in (inputs.clips, inputs.val_tokens, inputs.samples))
-    total += num_read(inputs.train_tokens, most_for_tables)
-    began = time.monotonic()
-    with bar("evaluate", total=total, unit="clips") as progress, torch.inference_mode():
-        reader = Reader(config.evaluate.batch_size, progress)
-        classes = body["classes"] or inputs.clips.facts["classes"]
-        found = measure_reconstruction(reader, networks, inputs.clips, most, tokenizer, classes, device)
-        val_tables, nats = score_codes(reader, inputs.val_tokens, most, prior, body["classes"], device)
-        tables = CodeTables(val_tables.num_codes, val_tables.num_codebooks)
-        for batch in reader.read(inputs.train_tokens, decode_codes, most_for_tables):
-            tables.update(batch["codes"])
-        samples, features = describe_samples(
-            reader, networks, inputs.samples, most, found.statistics, val_tables.unigram
-        )
-    metrics = {
-        "identity": inputs.identity(config),
-        **found.numbers,
-        "fvd": fvd_of_all(found, features),
-        "prior": prior_numbers(nats, inputs.clips.recipe["clip"], tables, val_tables),
-        "samples": samples,
-        "steps": {"tokenizer": body["tokenizer"]["step"], "prior": body["step"]},
-    }
-    lease.check()
-    identity = tokenizer_identity(config.evaluate, inputs.clips, body["tokenizer"]["sha8"])
-    found.publish(folder_url(config), identity, body["tokenizer"]["step"])
-    storage.publish_document(storage.join(folder_url(config), "metrics.json"), metrics, METRICS_SCHEMA)
+    evaluation = Evaluation(folder_url(config), metrics, made)
+    _publish_pictures(evaluation, job, found)
+    evaluation.publish()
     _warn_of_few_clips(metrics["fvd"])
+    clips_per_second = _num_clips(missing) / seconds
+    return {"what": config.evaluate.what, **_headlines(metrics), "clips_per_second": clips_per_second}
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+def _measures(config: RunConfig, inputs: Inputs, settings: dict[str, Any]) -> dict[str, Measure]:
+    """The measurements, each with all that its parts are a function of."""
+    weights, most = settings["weights_sha256"], config.evaluate.max_clips
+    computed = {
+        "torch": torch.__version__,
+        "device": "cuda" if config.cluster.use_gpu else "cpu",
+        "threads": config.cluster.fanout_cpus,
+        "batch_size": config.evaluate.batch_size,
+    }
+
+    def measure(name: str, manifest: Manifest, most: int | None, clips_per_unit: int, **depends_on: Any) -> Measure:
+        data = {"data": manifest.fingerprint, "num_videos": manifest.facts.get("num_videos")}
+        depends_on = {**computed, **data, **depends_on}
+        return Measure.of(config.root, name, num_read(manifest, most), clips_per_unit, depends_on)
+
+    clips, tokenizer = inputs.clips, inputs.tokenizer["sha8"]
+    measures = {
+        "real": measure("real", clips, most, CLIPS_PER_UNIT, fvd=weights["fvd"]),
+        "tokenizer": measure(
+            "tokenizer", clips, most, CLIPS_PER_UNIT, tokenizer=tokenizer, fvd=weights["fvd"], lpips=weights["lpips"]
+        ),
+    }
+    if inputs.prior is not None:
+        assert inputs.val_tokens is not None
+        assert inputs.train_tokens is not None
+        assert inputs.samples is not None
+        most_train = config.evaluate.max_train_clips
+        measures |= {
+            "val": measure("val", inputs.val_tokens, most, TOKENS_PER_UNIT, prior=inputs.prior["sha8"]),
+            "train": measure("train", inputs.train_tokens, most_train, TOKENS_PER_UNIT, tokenizer=tokenizer),
+            "samples": measure(
+                "samples",
+                inputs.samples,
+                most,
+                CLIPS_PER_UNIT,
+                tokenizer=tokenizer,
+                fvd=weights["fvd"],
+                inception=weights["is"],
+            ),
+        }
+    return measures
+
+
+def _missing(job: Job) -> list[Unit]:
+    """The units to measure. Real clips and their reconstructions are of one unit, which needs its clips once."""
+    units = {name: measure.missing() for name, measure in job.measures.items()}
+    copied = {unit.first for unit in units["tokenizer"]}
+    units["real"] = [unit for unit in units["real"] if unit.first not in copied]
+    return [unit for found in units.values() for unit in found]
+
+
+def _measure(job: Job, units: Sequence[Unit]) -> set[str]:
+    """Measures units, on workers if they are many; what hardware they were measured on."""
+    done, hardware = 0, set()
+    with bar("evaluate", total=len(units), unit="parts") as progress:
+
+        def on_result(unit: Unit, facts: dict[str, Any]) -> None:
+            nonlocal done
+            done += 1
+            hardware.add(facts["hardware"])
+            progress.update(done)
+
+        if _num_clips(units) <= FEW_CLIPS and is_embedded(job.config.cluster):
+            work = make_worker(job)
+            for unit in units:
+                on_result(unit, work(unit))
+        else:
+            beside = decode_cpus(job.config)
+            fan_out(make_worker, (job,), units, config=job.config.cluster, on_result=on_result, beside_cpus=beside)
+    return hardware
+
+
+def _num_clips(units: Sequence[Unit]) -> int:
+    """Real clips and samples in these units: clips of codes cost next to nothing."""
+    return sum(unit.num_clips for unit in units if unit.measure not in ("val", "train"))
+
+
+def _with_shown(job: Job, found: _Found) -> Job:
+    """The job with the clips that people look at: those of the gallery, and the worst and the best."""
+    picked = pick_clips(found.real["key"].tolist(), found.real["label"].tolist(), job.inputs.classes)
+    shown = sorted({*picked, *(clip for clips in extreme_clips(found.real, found.copies) for clip in clips)})
+    tokenizer = job.measures["tokenizer"]
+    depends_on = {"of": tokenizer.url.rpartition("/")[2], "clips": shown}
+    measure = Measure.of(job.config.root, "shown", len(shown), len(shown), depends_on)
+    return dataclasses.replace(job, measures={**job.measures, "shown": measure}, shown=tuple(shown))
+
+
+# ---------------------------------------------------------------------------------------------- what was found
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The parts of all measurements, merged in order: arrays have one row a clip."""
+
+    real: Arrays
+    copies: Arrays
+    code_counts: NDArray[np.int64]
+    """[M, K], of the real clips."""
+    nats: NDArray[np.float64] | None = None
+    """Of each validation clip; this and all below are None for a tokenizer alone."""
+    val_tables: CodeTables | None = None
+    train_tables: CodeTables | None = None
+    samples: Arrays | None = None
+    sample_code_counts: NDArray[np.int64] | None = None
+
+    @classmethod
+    def read(cls, job: Job) -> _Found:
+        measures = job.measures
+        real, _, _ = measures["real"].merged()
+        copies, sums, _ = measures["tokenizer"].merged()
+        code_counts = sums["code_counts"]
+        if job.inputs.prior is None:
+            return cls(real, copies, code_counts)
+        num_codebooks, num_codes = code_counts.shape
+        rows, _, val_tables = measures["val"].merged()
+        _, _, train_tables = measures["train"].merged()
+        samples, sample_sums, _ = measures["samples"].merged()
+        return cls(
+            real,
+            copies,
+            code_counts,
+            rows["nats"],
+            CodeTables.merged(val_tables, num_codes, num_codebooks),
+            CodeTables.merged(train_tables, num_codes, num_codebooks),
+            samples,
+            sample_sums["code_counts"],
+        )
+
+
+def _numbers(inputs: Inputs, found: _Found) -> dict[str, Any]:
+    """All sections of ``metrics.json`` but ``settings`` and ``inputs``."""
+    sections = reconstruction_sections(inputs.clips, found.real, found.copies, found.code_counts)
+    sections["steps"] = {"tokenizer": inputs.tokenizer["step"]}
+    if inputs.prior is None:
+        return sections
+    assert inputs.samples is not None
+    assert found.nats is not None
+    assert found.val_tables is not None
+    assert found.train_tables is not None
+    assert found.samples is not None
+    assert found.sample_code_counts is not None
     return {
-        "what": "all",
-        "samples": samples["count"],
-        "clips_per_second": total / (time.monotonic() - began),
-        **_headlines(metrics),
-        "val_nats_per_token": metrics["prior"]["val_nats_per_token"],
-        "unigram_nats": metrics["prior"]["unigram_nats"],
-        "temporal_bigram_nats": metrics["prior"]["temporal_bigram_nats"],
-        "ratio_to_unigram": metrics["prior"]["ratio_to_unigram"],
+        **sections,
+        "steps": {**sections["steps"], "prior": inputs.prior["step"]},
+        "fvd": fvd_of_all(sections["fvd"], found.real, found.copies, found.samples),
+        "prior": prior_section(found.nats, inputs.clips.recipe["clip"], found.train_tables, found.val_tables),
+        "samples": sample_section(
+            inputs.samples, found.samples, found.sample_code_counts, found.real, found.val_tables.unigram
+        ),
     }
 
 
-def _headlines(numbers: dict[str, Any]) -> dict[str, Any]:
-    """Of the summary: what both kinds of evaluation have."""
+def _publish_pictures(evaluation: Evaluation, job: Job, found: _Found) -> None:
+    """The gallery, and the picture of the worst and the best clips."""
+    rows, _, _ = job.measures["shown"].merged()
+    keys = found.real["key"][list(job.shown)].tolist()
+    labels = [label or None for label in found.real["label"][list(job.shown)].tolist()]
+    gallery = Gallery(rows["real"], rows["reconstruction"], tuple(labels), tuple(keys))
+    gallery.save(storage.join(evaluation.url, "gallery.npz"))
+    picture = extremes_picture(evaluation.metrics["extremes"], gallery)
+    storage.publish_bytes(storage.join(evaluation.url, "vqvae.png"), picture)
+
+
+def _headlines(metrics: dict[str, Any]) -> dict[str, Any]:
+    """For the summary: the most important numbers."""
+    fvd, prior, samples = metrics["fvd"], metrics.get("prior"), metrics.get("samples")
     return {
-        "clips": numbers["clips"]["num_clips"],
-        "nmse": numbers["reconstruction"]["nmse"],
-        "psnr_db": numbers["reconstruction"]["psnr_db"],
-        "codes_used_share": numbers["codebook"]["used_share"],
-        **{name: value for name, value in (numbers["fvd"] or {}).items() if name in ("rfvd", "fvd", "fvd_star")},
+        "clips": metrics["clips"]["num_clips"],
+        "nmse": metrics["reconstruction"]["nmse"],
+        "psnr_db": metrics["reconstruction"]["psnr_db"],
+        "codes_used_share": metrics["codebook"]["used_share"],
+        **{name: fvd[name] for name in ("rfvd", "fvd", "fvd_star") if fvd and name in fvd},
+        **({"samples": samples["count"]} if samples else {}),
+        **({name: prior[name] for name in _PRIOR_HEADLINES} if prior else {}),
     }
+
+
+_PRIOR_HEADLINES = ("val_nats_per_token", "unigram_nats", "temporal_bigram_nats", "ratio_to_unigram")
 
 
 def _warn_of_few_clips(fvd: dict[str, Any] | None) -> None:
     if fvd is not None and fvd["is_singular"]:
+        counts = [f"{name.removeprefix('num_')} {fvd[name]}" for name in ("num_real", "num_samples") if name in fvd]
         logger.warning(
-            "FVD: no more clips than its %d channels (%s), so the covariance is singular; compare only with numbers of "
-            "as many clips",
+            "FVD: no more clips than its %d channels (%s), so the covariance is singular; only comparable at equal "
+            "clip counts",
             I3D_CHANNELS,
-            ", ".join(
-                f"{name.removeprefix('num_')} {fvd[name]}" for name in ("num_real", "num_samples") if name in fvd
-            ),
+            ", ".join(counts),
         )
-
-
-# ---------------------------------------------------------------------------------------------- inputs
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What ``all`` measures, found to belong together."""
-
-    clips: Manifest
-    train_tokens: Manifest
-    val_tokens: Manifest
-    samples: Manifest
-    prior_sha8: str
-
-    @classmethod
-    def load(cls, config: RunConfig) -> _Inputs:
-        """Reads manifests and export records only."""
-        clips = val_clips(config)
-        train_tokens = Manifest.require(config.folder("tokens", "train"), "tokens")
-        val_tokens = Manifest.require(config.folder("tokens", "val"), "tokens")
-        body, prior_sha8 = require_prior(config.folder("prior"))
-        samples = Manifest.require(config.folder("samples", config.sample.name), "samples")
-        tokenizer_sha8 = body["tokenizer"]["sha8"]
-        for tokens in (train_tokens, val_tokens):
-            if tokens.recipe["tokenizer"] != tokenizer_sha8:
-                raise UserError(
-                    f"the prior {prior_sha8} was trained on tokens of {tokenizer_sha8}, those at {tokens.url} "
-                    f"are of {tokens.recipe['tokenizer']}; run `clipmill train-prior` on them in another root, or "
-                    "restore the tokens"
-                )
-        if val_tokens.facts["clips"] != clips.fingerprint:
-            raise UserError(
-                f"the tokens at {val_tokens.url} are of other clips than {clips.url}; run `clipmill tokenize`"
-            )
-        advice = "remove these tokens and tokenize again as for the prior's training"
-        require_condition(body, val_tokens.url, val_tokens.num_samples, val_tokens.facts, advice)
-        if samples.recipe["prior"] != prior_sha8:
-            raise UserError(
-                f"the samples at {samples.url} were made by prior {samples.recipe['prior']}, the newest is "
-                f"{prior_sha8}; run `clipmill sample` with another sample.name"
-            )
-        made, clip_frames = samples.recipe["sample"].get("num_frames"), clips.recipe["clip"]["num_frames"]
-        if made not in (None, clip_frames):
-            raise UserError(
-                f"the samples at {samples.url} have {made} frames, the clips {clip_frames}; name samples of as many "
-                "frames by sample.name"
-            )
-        if config.evaluate.is_weights is not None and clips.recipe["clip"]["num_frames"] != C3D_FRAMES:
-            raise UserError(
-                f"the Inception Score is one of clips of {C3D_FRAMES} frames, those at {clips.url} have "
-                f"{clips.recipe['clip']['num_frames']}; leave evaluate.is_weights out"
-            )
-        if config.evaluate.fvd_weights is not None and num_read(samples, config.evaluate.max_clips) < 2:
-            raise UserError(f"FVD needs at least 2 samples, {samples.url} has fewer; raise sample.num_samples")
-        return cls(clips, train_tokens, val_tokens, samples, prior_sha8)
-
-    def identity(self, config: RunConfig) -> dict[str, Any]:
-        """All that the metrics are a function of."""
-        settings = config.evaluate
-        tokenizer = tokenizer_identity(settings, self.clips, self.val_tokens.recipe["tokenizer"])
-        is_sha256 = None if settings.is_weights is None else weights_sha256("is_weights", settings.is_weights)
-        return {
-            **tokenizer,
-            "prior": self.prior_sha8,
-            "tokens_train": self.train_tokens.fingerprint,
-            "tokens_val": self.val_tokens.fingerprint,
-            "samples": self.samples.fingerprint,
-            "max_train_clips": settings.max_train_clips,
-            "weights_sha256": tokenizer["weights_sha256"] | {"is": is_sha256},
-        }

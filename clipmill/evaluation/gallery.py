@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from clipmill import storage
 
-__all__ = ["Gallery", "GalleryPicker", "clips_per_class"]
+__all__ = ["Gallery", "clips_per_class", "pick_clips"]
 
 MAX_CLASSES = 12
 MAX_CLIPS = 24
@@ -21,20 +22,22 @@ MIN_PER_CLASS, MAX_PER_CLASS = 3, 8
 
 @dataclass(frozen=True)
 class Gallery:
-    """Real clips and their reconstructions, pixel for pixel as they were scored."""
+    """Real clips and their reconstructions, decoded again clip by clip: a grey level from those scored at most."""
 
     real: NDArray[np.uint8]
     """[N, T, H, W, 3]"""
     reconstruction: NDArray[np.uint8]
     """[N, T, H, W, 3]"""
     labels: tuple[str | None, ...]
-    """Class of each clip, none without classes."""
+    """Class of each clip, None without classes."""
+    keys: tuple[str, ...]
 
     def save(self, url: str) -> None:
         """Publishes one npz file."""
         file = io.BytesIO()
         labels = np.array([label or "" for label in self.labels], dtype=np.str_)  # no class has an empty name
-        np.savez_compressed(file, real=self.real, reconstruction=self.reconstruction, labels=labels)
+        keys = np.array(self.keys, dtype=np.str_)
+        np.savez_compressed(file, real=self.real, reconstruction=self.reconstruction, labels=labels, keys=keys)
         storage.publish_bytes(url, file.getvalue())
 
     @classmethod
@@ -46,7 +49,8 @@ class Gallery:
         """
         with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
             labels = tuple(str(label) or None for label in arrays["labels"])
-            return cls(arrays["real"], arrays["reconstruction"], labels)
+            keys = tuple(map(str, arrays["keys"]))
+            return cls(arrays["real"], arrays["reconstruction"], labels, keys)
 
 
 def clips_per_class(classes: list[str]) -> dict[str | None, int]:
@@ -56,29 +60,25 @@ def clips_per_class(classes: list[str]) -> dict[str | None, int]:
     return dict.fromkeys(shown, number)
 
 
-class GalleryPicker:
-    """Takes the first clips of each class that is shown.
+def pick_clips(keys: Sequence[str], labels: Sequence[str], classes: list[str]) -> list[int]:
+    """Numbers of the clips to show, ascending: of each class that is shown the first ones, of different videos first.
 
     Args:
-        classes: of the data; none: clips without a class are shown.
+        keys: of all clips, in order; what comes before ``_`` names the video.
+        labels: their classes, "" without.
+        classes: of the data; without any, clips of any label are shown.
     """
-
-    def __init__(self, classes: list[str]) -> None:
-        self._wanted = clips_per_class(classes)
-        self._real: list[NDArray[np.uint8]] = []
-        self._reconstruction: list[NDArray[np.uint8]] = []
-        self._labels: list[str | None] = []
-
-    def add(self, real: NDArray[np.uint8], reconstruction: NDArray[np.uint8], labels: Sequence[str | None]) -> None:
-        """Looks at clips uint8 [B, T, H, W, 3], their reconstructions, and their B classes."""
-        for clip, copy, label in zip(real, reconstruction, labels, strict=True):
-            label = label if label in self._wanted else None
-            if self._wanted.get(label, 0) > 0:
-                self._wanted[label] -= 1
-                self._real.append(clip.copy())  # the row itself would keep its whole batch
-                self._reconstruction.append(copy.copy())
-                self._labels.append(label)
-
-    def gallery(self) -> Gallery:
-        """What was taken, in order; at least one clip has been looked at."""
-        return Gallery(np.array(self._real), np.array(self._reconstruction), tuple(self._labels))
+    wanted = clips_per_class(classes)
+    by_class: dict[str | None, list[int]] = {label: [] for label in wanted}
+    for number, label in enumerate(labels):
+        by_class.get(label if label in wanted else None, []).append(number)
+    picked: list[int] = []
+    for shown, numbers in by_class.items():
+        rank_in_video: Counter[str] = Counter()
+        ranks = {}
+        for number in numbers:
+            video = keys[number].partition("_")[0]
+            ranks[number] = rank_in_video[video]
+            rank_in_video[video] += 1
+        picked += sorted(numbers, key=lambda number: (ranks[number], number))[: wanted[shown]]
+    return sorted(picked)

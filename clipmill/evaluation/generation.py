@@ -9,37 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clipmill.config import frame_size
 from clipmill.errors import UserError
+from clipmill.evaluation.appearance import appearance_of, compare_appearance, total_variation
 from clipmill.evaluation.baselines import CodeTables, baseline_scores
 from clipmill.evaluation.distances import FeatureStatistics, frechet_distance, inception_score
 from clipmill.evaluation.networks import Networks
-from clipmill.evaluation.reader import Reader
-from clipmill.evaluation.reconstruction import Reconstruction
-from clipmill.evaluation.scores import CodeUsage, VideoStatistics
+from clipmill.evaluation.parts import Arrays
+from clipmill.evaluation.scores import count_codes
 from clipmill.models.conditioning import condition_of
 from clipmill.models.prior import Prior
 from clipmill.shards.dataset import decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
 
-__all__ = ["describe_samples", "fvd_of_all", "prior_numbers", "score_codes"]
+__all__ = ["decode_sample", "fvd_of_all", "prior_section", "sample_arrays", "sample_section", "token_nats"]
 
 
-def score_codes(
-    reader: Reader,
-    val_tokens: Manifest,
-    most: int | None,
-    prior: Prior,
-    classes: list[str],
-    device: torch.device,
-) -> tuple[CodeTables, float]:
-    """Tables of the validation codes, and the prior's mean cross-entropy on them in nats per token.
+def token_nats(batch: dict[str, Any], prior: Prior, classes: list[str], device: torch.device) -> NDArray[np.float64]:
+    """The prior's mean cross-entropy on the codes of each clip, in nats per token: float64 [B].
 
     Args:
-        reader: of the stage.
-        val_tokens: codes of the prior's tokenizer.
-        most: clips to read; None reads all.
+        batch: of tokens.
         prior: on the device, in eval mode.
         classes: that the prior knows; empty for a prior without classes.
         device: of the prior.
@@ -47,20 +39,14 @@ def score_codes(
     Raises:
         UserError: a clip has a class that the prior does not know.
     """
-    tables = CodeTables(prior.num_codes, prior.input.num_codebooks)
-    sum_nats = 0.0
-    for batch in reader.read(val_tokens, decode_codes, most):
-        codes = batch["codes"]
-        tables.update(codes)
-        label = None
-        if classes:
-            label = torch.tensor([_class_index(name, classes) for name in batch["label"]], device=device)
-        condition = condition_of(batch, prior.config)
-        if condition is not None:
-            condition = torch.from_numpy(condition).to(device)
-        per_clip = prior.loss(torch.from_numpy(codes).to(device), label, condition)
-        sum_nats += per_clip.double().sum().item()
-    return tables, sum_nats / tables.num_clips
+    label = None
+    if classes:
+        label = torch.tensor([_class_index(name, classes) for name in batch["label"]], device=device)
+    condition = condition_of(batch, prior.config)
+    if condition is not None:
+        condition = torch.from_numpy(condition).to(device)
+    codes = torch.from_numpy(batch["codes"].astype(np.int64)).to(device)
+    return prior.loss(codes, label, condition).double().cpu().numpy()
 
 
 def _class_index(name: str | None, classes: list[str]) -> int:
@@ -73,99 +59,113 @@ def _class_index(name: str | None, classes: list[str]) -> int:
     return classes.index(name)
 
 
-def prior_numbers(nats: float, clip: dict[str, Any], train: CodeTables, val: CodeTables) -> dict[str, Any]:
+def prior_section(
+    nats: NDArray[np.float64], clip: dict[str, Any], train: CodeTables, val: CodeTables
+) -> dict[str, Any]:
     """The prior beside the tables it has to beat, as plain JSON values.
 
     ``bits_per_token`` is what the paper calls bits per dim (its dimensions are latents); ``bits_per_dim`` here spreads
     the same bits over the numbers of a clip, T * H * W * 3.
+
+    Args:
+        nats: of `token_nats`, of all validation clips.
+        clip: recipe of the clips.
+        train: tables of the training codes.
+        val: tables of the validation codes.
     """
     tokens_per_clip = val.num_tokens / val.num_clips
-    bits_per_clip = nats / math.log(2) * tokens_per_clip
+    mean_nats = math.fsum(nats) / len(nats)
+    bits_per_clip = mean_nats / math.log(2) * tokens_per_clip
     baselines = baseline_scores(train, val)
     return {
         "num_clips": val.num_clips,
         "num_clips_behind_tables": train.num_clips,
-        "val_nats_per_token": nats,
-        "bits_per_token": nats / math.log(2),
+        "val_nats_per_token": mean_nats,
+        "bits_per_token": mean_nats / math.log(2),
         "bits_per_clip": bits_per_clip,
         "bits_per_dim": bits_per_clip / math.prod((clip["num_frames"], *frame_size(clip["resolution"]), 3)),
         **baselines,
-        "ratio_to_unigram": _ratio(nats, baselines["unigram_nats"]),
-        "ratio_to_temporal_bigram": _ratio(nats, baselines["temporal_bigram_nats"]),
-    }
-
-
-def _decode_sample(members: dict[str, memoryview]) -> dict[str, Any]:
-    return {**decode_clip(members), **decode_codes(members)}
-
-
-def describe_samples(
-    reader: Reader,
-    networks: Networks,
-    samples: Manifest,
-    most: int | None,
-    real: VideoStatistics,
-    val_counts: NDArray[np.int64],
-) -> tuple[dict[str, Any], FeatureStatistics | None]:
-    """Statistics of the samples beside those of the real clips, and their I3D features if there are weights.
-
-    Args:
-        reader: of the stage.
-        networks: to measure with.
-        samples: with their codes.
-        most: samples to read; None reads all.
-        real: of the real clips.
-        val_counts: [M, K], occurrences of each of the K codes of M codebooks in the real clips.
-
-    Raises:
-        UserError: a network is not what its key says.
-    """
-    num_codebooks, num_codes = val_counts.shape
-    statistics, usage = VideoStatistics(), CodeUsage(num_codes, num_codebooks)
-    features: FeatureStatistics | None = None
-    probabilities: list[NDArray[np.float64]] = []
-    per_class: Counter[str] = Counter()
-    for batch in reader.read(samples, _decode_sample, most):
-        statistics.update(batch["video"])
-        usage.update(batch["codes"])
-        per_class.update(label for label in batch["label"] if label is not None)
-        if networks.i3d is not None:
-            seen = FeatureStatistics.of(networks.i3d.features(batch["video"]))
-            features = seen if features is None else features + seen
-        if networks.c3d is not None:
-            probabilities.append(networks.c3d.probabilities(batch["video"]))
-    made, target = statistics.result(), real.result()
-    shares = [counts / counts.sum() for counts in (usage.counts, val_counts)]
-    described = {
-        "count": statistics.num_clips,
-        "per_class": dict(sorted(per_class.items())),
-        "given_latent_frames": samples.recipe["sample"].get("prefix_latents", 0),
-        "statistics": made,
-        "val_statistics": target,
-        "ratio_to_val": {name: _ratio(made[name], target[name]) for name in made if name != "num_clips"},
-        # Total variation between the histograms of codes: 0 the same, 1 no code in common.
-        "code_total_variation": float(np.abs(shares[0] - shares[1]).sum() / 2),
-        "inception_score": inception_score(np.concatenate(probabilities)) if probabilities else None,
-    }
-    return described, features
-
-
-def fvd_of_all(found: Reconstruction, samples: FeatureStatistics | None) -> dict[str, Any] | None:
-    """All three: rFVD (real, reconstructions), FVD (real, samples), FVD* (reconstructions, samples).
-
-    FVD* takes the tokenizer's own losses out of the prior's score (arXiv 2104.10157, section 5).
-    """
-    if found.features is None or samples is None:
-        return None
-    real, copies = found.features["real"], found.features["reconstruction"]
-    return {
-        **found.numbers["fvd"],
-        "fvd": frechet_distance(real, samples),
-        "fvd_star": frechet_distance(copies, samples),
-        "num_samples": samples.num,
-        "is_singular": real.is_singular or samples.is_singular,
+        "ratio_to_unigram": _ratio(mean_nats, baselines["unigram_nats"]),
+        "ratio_to_temporal_bigram": _ratio(mean_nats, baselines["temporal_bigram_nats"]),
     }
 
 
 def _ratio(value: float, reference: float) -> float | None:
     return value / reference if reference else None
+
+
+def decode_sample(members: dict[str, memoryview]) -> dict[str, Any]:
+    """A generated sample: the fields of a clip, and its codes."""
+    return {**decode_codes(members), **decode_clip(members)}
+
+
+def sample_arrays(
+    batch: dict[str, Any], video: Tensor, networks: Networks, num_codes: int, num_codebooks: int
+) -> tuple[Arrays, Arrays]:
+    """What is measured of a batch of generated samples.
+
+    Args:
+        batch: of samples.
+        video: its pixels, uint8 [B, T, H, W, 3], on the device to measure on.
+        networks: to measure with.
+        num_codes: K.
+        num_codebooks: M.
+
+    Returns:
+        Arrays with one row a clip, and arrays to sum over batches.
+    """
+    rows = {
+        **appearance_of(video),
+        "key": np.array(batch["key"], np.str_),
+        "label": np.array([label or "" for label in batch["label"]], np.str_),
+    }
+    if networks.i3d is not None:
+        rows["features"] = networks.i3d.features(batch["video"])
+    if networks.c3d is not None:
+        rows["probabilities"] = networks.c3d.probabilities(batch["video"])
+    return rows, {"code_counts": count_codes(batch["codes"], num_codes, num_codebooks)}
+
+
+def sample_section(
+    samples: Manifest, made: Arrays, counts: NDArray[np.int64], real: Arrays, val_counts: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Section ``samples`` of ``metrics.json``.
+
+    Args:
+        samples: that were measured.
+        made: of `sample_arrays`, of all samples.
+        counts: int64 [M, K], their codes.
+        real: of `clipmill.evaluation.reconstruction.real_arrays`, of all real clips.
+        val_counts: int64 [M, K], codes of the real clips.
+    """
+    return {
+        "count": len(made["key"]),
+        "per_class": dict(sorted(Counter(label for label in made["label"].tolist() if label).items())),
+        "given_latent_frames": samples.recipe["sample"].get("prefix_latents", 0),
+        "appearance": compare_appearance(real, made),
+        "code_total_variation": total_variation(counts, val_counts),
+        "inception_score": inception_score(made["probabilities"]) if "probabilities" in made else None,
+    }
+
+
+def fvd_of_all(rfvd: dict[str, Any] | None, real: Arrays, copies: Arrays, made: Arrays) -> dict[str, Any] | None:
+    """All three: rFVD (real, reconstructions), FVD (real, samples), FVD* (reconstructions, samples).
+
+    FVD* takes the tokenizer's own losses out of the prior's score (arXiv 2104.10157, section 5).
+
+    Args:
+        rfvd: section ``fvd`` without samples.
+        real: features of the real clips, among other arrays.
+        copies: the same of their reconstructions.
+        made: the same of the samples.
+    """
+    if rfvd is None:
+        return None
+    originals, copied, sampled = (FeatureStatistics.of(found["features"]) for found in (real, copies, made))
+    return {
+        **rfvd,
+        "fvd": frechet_distance(originals, sampled),
+        "fvd_star": frechet_distance(copied, sampled),
+        "num_samples": sampled.num,
+        "is_singular": originals.is_singular or sampled.is_singular,
+    }

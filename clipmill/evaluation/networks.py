@@ -74,16 +74,16 @@ class Network:
                 f"{self._name} is no TorchScript file ({_reason(error)}); save one with torch.jit.save"
             ) from error
 
-    def features(self, clips: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """I3D's logits of clips uint8 [B, T, H, W, 3]: float64 [B, 400]."""
+    def features(self, clips: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """I3D's logits of clips uint8 [B, T, H, W, 3]: [B, 400], of the network's own type."""
 
         def call(video: Tensor) -> Tensor:
             return self._module(video, rescale=True, resize=True, return_features=True)
 
         return self._checked(call, (len(clips), I3D_CHANNELS), self._channels_first(clips))
 
-    def probabilities(self, clips: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """C3D's class probabilities of clips uint8 [B, 16, H, W, 3]: float64 [B, 101]."""
+    def probabilities(self, clips: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """C3D's class probabilities of clips uint8 [B, 16, H, W, 3]: [B, 101], of the network's own type."""
         return self._checked(self._module, (len(clips), C3D_CLASSES), self._channels_first(clips))
 
     def distances(self, original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -93,14 +93,14 @@ class Network:
             frames = [torch.from_numpy(video).to(self._device).permute(0, 3, 1, 2) / 127.5 - 1 for video in pair]
             per_clip[clip] = self._checked(
                 lambda *inputs: self._module(*inputs).reshape(-1), (len(pair[0]),), *frames
-            ).mean()
+            ).mean(dtype=np.float64)
         return per_clip
 
     def _channels_first(self, clips: NDArray[np.uint8]) -> Tensor:
         """[B, T, H, W, 3] -> [B, 3, T, H, W] on the device."""
         return torch.from_numpy(clips).to(self._device).permute(0, 4, 1, 2, 3).contiguous()
 
-    def _checked(self, call: Callable[..., Any], shape: tuple[int, ...], *inputs: Tensor) -> NDArray[np.float64]:
+    def _checked(self, call: Callable[..., Any], shape: tuple[int, ...], *inputs: Tensor) -> NDArray[np.floating]:
         """What the network returns, if it is finite and of that shape.
 
         Raises:
@@ -120,7 +120,7 @@ class Network:
             )
         if not output.isfinite().all():
             raise UserError(f"{self._name} returned NaN or infinity; use its weights in float32, or another file")
-        return output.double().cpu().numpy()
+        return output.cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -1,50 +1,95 @@
-"""Data sets in batches of arrays, each sample once, for the measurements of ``evaluate``."""
+"""The clips that an evaluation reads of a data set, by index range."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 
-from clipmill.progress import bar
-from clipmill.shards.dataset import Decode, ShardDataset, eval_batches
+from clipmill.shards.dataset import Decode, ShardDataset
 from clipmill.shards.manifest import Manifest
+from clipmill.shards.places import spread
 
-__all__ = ["Reader", "num_read"]
+__all__ = ["Picked", "num_read", "stored_places"]
 
 
 def num_read(manifest: Manifest, most: int | None) -> int:
-    """Samples that are read of a data set where at most ``most`` are wanted; none: all."""
+    """Samples that are read of a data set where at most ``most`` are wanted (None: all)."""
     return manifest.num_samples if most is None else min(most, manifest.num_samples)
 
 
-class Reader:
-    """Reads data sets in order and without padding, and moves the progress bar."""
+def stored_places(manifest: Manifest, most: int | None) -> np.ndarray:
+    """Numbers in stored order of the samples that are read: int64 [n].
 
-    def __init__(self, batch_size: int, progress: bar) -> None:
-        self._batch_size = batch_size
-        self._progress = progress
-        self._done = 0
+    Of more than are wanted, about one of each video from the first on: the clips of one video lie next to each other.
+    """
+    num_taken = num_read(manifest, most)
+    if not num_taken:
+        return np.zeros(0, np.int64)
+    num_spanned = min(manifest.num_samples, math.ceil(num_taken * manifest.clips_per_video))
+    return spread(np.arange(num_taken), num_taken, num_spanned)
 
-    def read(self, manifest: Manifest, decode: Decode, most: int | None) -> Iterator[dict[str, Any]]:
-        """At most so many samples of a data set (none: all), as `eval_batches` picks them.
 
-        Args:
-            manifest: of the data set.
-            decode: makes fields of a sample's members.
-            most: samples to read.
+class Picked:
+    """The samples of a data set that are read, in stored order.
+
+    Args:
+        manifest: of the data set.
+        decode: makes fields of a sample's members.
+        most: samples to read; None reads all.
+        num_threads: that decode ahead of whoever takes the batches; 0 decodes when a batch is asked for.
+    """
+
+    def __init__(self, manifest: Manifest, decode: Decode, most: int | None, num_threads: int = 0) -> None:
+        self._dataset = ShardDataset(manifest, _undecoded)
+        self._decode = decode
+        self._places = stored_places(manifest, most)
+        self._num_threads = num_threads
+
+    def batches(self, first: int, stop: int, batch_size: int) -> Iterator[dict[str, Any]]:
+        """The samples from number ``first`` to before ``stop``, as batches of ``batch_size`` from ``first`` on.
 
         Yields:
-            Batches: numpy arrays [B, ...], lists of B of what is no array.
+            Numpy arrays [B, ...], lists of B of what is no array.
         """
-        dataset = ShardDataset(manifest, decode)
-        for batch in eval_batches(dataset, batch_size=self._batch_size, rank=0, world_size=1, max_samples=most):
-            rows = np.flatnonzero(batch["weight"].numpy() > 0)
-            yield {
-                name: values.numpy()[rows] if isinstance(values, torch.Tensor) else [values[row] for row in rows]
-                for name, values in batch.items()
-            }
-            self._done += len(rows)
-            self._progress.update(self._done)
+        cuts = [(start, min(start + batch_size, stop)) for start in range(first, stop, batch_size)]
+        if not cuts:
+            return
+        if not self._num_threads:
+            yield from (_collate([self._read(index) for index in range(*cut)]) for cut in cuts)
+            return
+        with ThreadPoolExecutor(self._num_threads) as threads:
+
+            def begin(cut: tuple[int, int]) -> list[Future[dict[str, Any]]]:
+                # Shards are opened here: their cache serves one thread.
+                return [threads.submit(self._decoded, self._members(index)) for index in range(*cut)]
+
+            ahead = begin(cuts[0])
+            for number in range(len(cuts)):
+                batch = ahead
+                if number + 1 < len(cuts):  # decoded while the caller works on this batch
+                    ahead = begin(cuts[number + 1])
+                yield _collate([sample.result() for sample in batch])
+
+    def _read(self, index: int) -> dict[str, Any]:
+        return self._decoded(self._members(index))
+
+    def _members(self, index: int) -> dict[str, Any]:
+        return self._dataset[int(self._places[index])]
+
+    def _decoded(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return {**self._decode(sample["members"]), "key": sample["key"]}
+
+
+def _undecoded(members: dict[str, memoryview]) -> dict[str, Any]:
+    return {"members": members}
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Fields that all samples have."""
+    shared = [field for field in samples[0] if all(field in sample for sample in samples)]
+    batch: dict[str, Any] = {field: [sample[field] for sample in samples] for field in shared}
+    return {field: np.stack(values) if isinstance(values[0], np.ndarray) else values for field, values in batch.items()}

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of the validation clips: ``evaluation/vqvae.json``, and the pictures that go with it.
+"""Real clips, and what a tokenizer makes of them: measured batch by batch, then summed up.
 
 It needs the clips and a tokenizer, nothing else: it can run right after ``train-vqvae``. Definitions of the numbers:
 docs/evaluation.md.
@@ -6,162 +6,135 @@ docs/evaluation.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-from clipmill import storage
-from clipmill.config import EvaluateConfig, RunConfig
-from clipmill.errors import UserError
+from clipmill.evaluation.appearance import appearance_numbers, appearance_of
 from clipmill.evaluation.distances import FeatureStatistics, frechet_distance
-from clipmill.evaluation.extremes import Extremes
-from clipmill.evaluation.gallery import Gallery, GalleryPicker
-from clipmill.evaluation.networks import I3D_FEWEST_FRAMES, Networks, weights_sha256
-from clipmill.evaluation.reader import Reader, num_read
-from clipmill.evaluation.scores import CodeUsage, ReconstructionScores, VideoStatistics
+from clipmill.evaluation.networks import Networks
+from clipmill.evaluation.parts import Arrays
+from clipmill.evaluation.scores import (
+    clip_psnr_db,
+    code_numbers,
+    count_codes,
+    reconstruction_numbers,
+    squared_errors,
+    ssim_per_clip,
+)
 from clipmill.models.vqvae import VQVAE, to_input, to_pixels
-from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
 
-__all__ = [
-    "VQVAE_SCHEMA",
-    "Reconstruction",
-    "measure_reconstruction",
-    "tokenizer_identity",
-    "val_clips",
-]
+__all__ = ["copies_of", "extreme_clips", "real_arrays", "reconstruction_sections", "tokenizer_arrays"]
 
-VQVAE_SCHEMA = 2
-"""2: of a limited number of clips those of as many videos."""
+MOST_EXTREMES = 4
+"""Worst and best clips that are named and shown."""
 
 
-def val_clips(config: RunConfig) -> Manifest:
-    """The clips to judge by.
-
-    Raises:
-        UserError: there are none, or they are too few or too short for the FVD that is asked for.
-    """
-    clips = Manifest.require(config.folder("clips", "val"), "clips")
-    if not clips.num_samples:
-        raise UserError(f"{clips.url} has no clips to evaluate on; add videos or raise data.val_fraction")
-    if config.evaluate.fvd_weights is not None:
-        num_frames = clips.recipe["clip"]["num_frames"]
-        if num_frames < I3D_FEWEST_FRAMES:
-            raise UserError(
-                f"FVD needs clips of at least {I3D_FEWEST_FRAMES} frames, those at {clips.url} have {num_frames}; "
-                "raise data.clip.num_frames, or leave evaluate.fvd_weights out"
-            )
-        if num_read(clips, config.evaluate.max_clips) < 2:
-            raise UserError(f"FVD needs at least 2 clips of {clips.url}; raise evaluate.max_clips or data.val_fraction")
-    return clips
-
-
-def tokenizer_identity(settings: EvaluateConfig, clips: Manifest, tokenizer_sha8: str) -> dict[str, Any]:
-    """All that ``vqvae.json`` is a function of."""
-    weights = {"fvd": settings.fvd_weights, "lpips": settings.lpips_weights}
-    return {
-        "tokenizer": tokenizer_sha8,
-        "clips_val": clips.fingerprint,
-        "max_clips": settings.max_clips,
-        "weights_sha256": {
-            name: None if url is None else weights_sha256(f"{name}_weights", url) for name, url in weights.items()
-        },
-    }
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What one pass of the validation clips through the tokenizer found."""
-
-    numbers: dict[str, Any]
-    """Sections of ``vqvae.json``: ``clips``, ``reconstruction``, ``codebook``, ``fvd``, ``extremes``."""
-    statistics: VideoStatistics
-    """Of the real clips."""
-    features: dict[str, FeatureStatistics] | None
-    """I3D's, of the sets ``real`` and ``reconstruction``; none without its weights."""
-    gallery: Gallery
-    picture: bytes
-    """PNG: the worst and the best clips."""
-
-    def publish(self, folder_url: str, identity: dict[str, Any], step: int) -> None:
-        """Writes the pictures, then ``vqvae.json``.
-
-        Args:
-            folder_url: of the stage.
-            identity: of `tokenizer_identity`.
-            step: of the tokenizer.
-        """
-        self.gallery.save(storage.join(folder_url, "gallery.npz"))
-        storage.publish_bytes(storage.join(folder_url, "vqvae.png"), self.picture)
-        document = {"identity": identity, **self.numbers, "steps": {"tokenizer": step}}
-        storage.publish_document(storage.join(folder_url, "vqvae.json"), document, VQVAE_SCHEMA)
-
-
-def measure_reconstruction(
-    reader: Reader,
-    networks: Networks,
-    clips: Manifest,
-    most: int | None,
-    tokenizer: VQVAE,
-    classes: list[str],
-    device: torch.device,
-) -> Reconstruction:
-    """Sends the validation clips through the tokenizer; scores what comes back as the uint8 pixels that people see.
+def copies_of(tokenizer: VQVAE, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Clips through the tokenizer, as the uint8 pixels that people see.
 
     Args:
-        reader: of the stage.
-        networks: to measure with.
-        clips: real ones.
-        most: clips to read; none: all.
-        tokenizer: on the device, in eval mode.
-        classes: to show clips of.
-        device: of the tokenizer.
+        tokenizer: in eval mode.
+        real: uint8 [B, T, H, W, 3], on its device.
 
-    Raises:
-        UserError: a network is not what its key says.
+    Returns:
+        Codes int64 [B, t, h, w] or [B, t, h, w, M], and reconstructions uint8 [B, T, H, W, 3].
     """
-    scores, statistics, extremes = ReconstructionScores(), VideoStatistics(), Extremes()
-    usage = CodeUsage(tokenizer.config.num_codes, tokenizer.config.num_codebooks)
-    features: dict[str, FeatureStatistics] = {}
-    picker = GalleryPicker(classes)
-    rates: set[float] = set()
-    for batch in reader.read(clips, decode_clip, most):
-        real = batch["video"]
-        codes = tokenizer.encode(to_input(torch.from_numpy(real).to(device)))
-        copies = to_pixels(tokenizer.decode(codes)).cpu().numpy()
-        usage.update(codes.cpu().numpy())
-        statistics.update(real)
-        lpips = None if networks.lpips is None else networks.lpips.distances(real, copies)
-        mse = scores.update(real, copies, lpips)
-        extremes.update(batch["key"], real, copies, mse)
-        picker.add(real, copies, batch["label"])
-        rates.update(meta["fps"] for meta in batch["meta"] if "fps" in meta)
-        if networks.i3d is not None:
-            for name, videos in (("real", real), ("reconstruction", copies)):
-                found = FeatureStatistics.of(networks.i3d.features(videos))
-                features[name] = features[name] + found if name in features else found
-    recipe = clips.recipe["clip"]
-    numbers = {
+    codes = tokenizer.encode(to_input(real))
+    return codes, to_pixels(tokenizer.decode(codes))
+
+
+def real_arrays(batch: dict[str, Any], real: Tensor, networks: Networks) -> Arrays:
+    """What is measured of a batch of real clips whatever the tokenizer; one row a clip."""
+    rows = {
+        **appearance_of(real),
+        "key": np.array(batch["key"], np.str_),
+        "label": np.array([label or "" for label in batch["label"]], np.str_),  # no class has an empty name
+        "fps": np.array([meta.get("fps", np.nan) for meta in batch["meta"]], np.float64),
+    }
+    return rows if networks.i3d is None else {**rows, "features": networks.i3d.features(batch["video"])}
+
+
+def tokenizer_arrays(real: Tensor, tokenizer: VQVAE, networks: Networks) -> tuple[Arrays, Arrays]:
+    """What is measured of a batch of real clips and their reconstructions.
+
+    Returns:
+        Arrays with one row a clip, and arrays to sum over batches.
+    """
+    codes, copies = copies_of(tokenizer, real)
+    pixels = copies.cpu().numpy()
+    rows: Arrays = {
+        "squared_error": squared_errors(real, copies),
+        "ssim": ssim_per_clip(real, copies),
+        "lpips": np.full(len(real), np.nan),
+    }
+    if networks.lpips is not None:
+        rows["lpips"] = networks.lpips.distances(real.cpu().numpy(), pixels)
+    if networks.i3d is not None:
+        rows["features"] = networks.i3d.features(pixels)
+    config = tokenizer.config
+    return rows, {"code_counts": count_codes(codes.cpu().numpy(), config.num_codes, config.num_codebooks)}
+
+
+def reconstruction_sections(
+    clips: Manifest, real: Arrays, copies: Arrays, code_counts: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Sections ``clips``, ``reconstruction``, ``codebook``, ``fvd`` and ``extremes`` of ``metrics.json``.
+
+    Args:
+        clips: that were measured.
+        real: of `real_arrays`, of all clips.
+        copies: of `tokenizer_arrays`, of all clips.
+        code_counts: int64 [M, K], of all clips.
+    """
+    recipe, rates = clips.recipe["clip"], real["fps"][~np.isnan(real["fps"])]
+    variance = appearance_numbers(real)["pixel_variance"]
+    worst, best = extreme_clips(real, copies)
+    psnr = clip_psnr_db(copies["squared_error"], real["sizes"])
+    return {
         "clips": {
-            "split": "val",
-            "num_clips": scores.num_clips,
+            "split": clips.url.rpartition("/")[2],
+            "num_clips": len(real["key"]),
             "num_clips_in_split": clips.num_samples,
             "num_frames": recipe["num_frames"],
             "resolution": recipe["resolution"],
-            "fps_lowest": min(rates, default=None),
-            "fps_highest": max(rates, default=None),
+            "fps_lowest": float(rates.min()) if len(rates) else None,
+            "fps_highest": float(rates.max()) if len(rates) else None,
             "fit": recipe.get("fit"),
         },
-        "reconstruction": scores.result(),
-        "codebook": usage.result(),
-        "fvd": _rfvd(features) if features else None,
-        "extremes": extremes.result(),
+        "reconstruction": reconstruction_numbers(copies, real["sizes"], variance),
+        "codebook": code_numbers(code_counts, len(real["key"])),
+        "fvd": _rfvd(real["features"], copies["features"]) if "features" in real else None,
+        "extremes": {
+            name: [{"key": str(real["key"][clip]), "psnr_db": _finite(psnr[clip])} for clip in clips_of_end]
+            for name, clips_of_end in (("worst", worst), ("best", best))
+        },
     }
-    return Reconstruction(numbers, statistics, features or None, picker.gallery(), extremes.picture())
 
 
-def _rfvd(features: dict[str, FeatureStatistics]) -> dict[str, Any]:
+def extreme_clips(real: Arrays, copies: Arrays) -> tuple[list[int], list[int]]:
+    """Numbers of the clips with the largest and with the smallest mean square error, the most extreme first.
+
+    Of few clips at most half, rounded up, are at either end.
+    """
+    psnr = clip_psnr_db(copies["squared_error"], real["sizes"])
+    number = min(MOST_EXTREMES, -(-len(psnr) // 2))
+    order = np.argsort(-psnr, kind="stable").tolist()  # the best first
+    return order[::-1][:number], order[:number]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _rfvd(real: NDArray[np.floating], copies: NDArray[np.floating]) -> dict[str, Any]:
     """The rFVD and the number of clips behind it."""
-    real, copies = features["real"], features["reconstruction"]
-    return {"rfvd": frechet_distance(real, copies), "num_real": real.num, "is_singular": real.is_singular}
+    statistics = FeatureStatistics.of(real)
+    return {
+        "rfvd": frechet_distance(statistics, FeatureStatistics.of(copies)),
+        "num_real": statistics.num,
+        "is_singular": statistics.is_singular,
+    }

@@ -20,9 +20,9 @@ from clipmill import storage
 from clipmill.config import RunConfig, fingerprint
 from clipmill.errors import UserError
 from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
-from clipmill.evaluation.evaluate import read_result
 from clipmill.evaluation.film import FRAMES_PER_SECOND, Film
 from clipmill.evaluation.gallery import Gallery, clips_per_class
+from clipmill.evaluation.results import Evaluation, find_evaluations
 from clipmill.evaluation.table import circumstances, fvd_rows, pixels, short, tokenizer_rows
 from clipmill.lease import Lease
 from clipmill.metrics import read_metrics
@@ -83,8 +83,18 @@ def _stage_folders(config: RunConfig) -> dict[str, str]:
         "tokenize": config.folder("tokens"),
         "train-prior": config.folder("prior"),
         "sample": config.folder("samples", config.sample.name),
-        "evaluate": config.folder("evaluation"),
+        **({"evaluate": judged.url} if (judged := _judged(config)) else {}),
     }
+
+
+def _judged(config: RunConfig) -> Evaluation | None:
+    """The evaluation to show: the one that the config names, else the newest one of a tokenizer."""
+    evaluations = find_evaluations(config.root)
+    wanted = config.folder("evaluation", config.evaluate.name or config.sample.name)
+    named = [one for one in evaluations if one.url == wanted]
+    of_tokenizers = [one for one in evaluations if one.metrics["settings"]["what"] == "vqvae"]
+    candidates = named or of_tokenizers
+    return candidates[-1] if candidates else None
 
 
 def _inputs(config: RunConfig) -> str:
@@ -92,7 +102,8 @@ def _inputs(config: RunConfig) -> str:
     documents = [storage.join(url, "summary.json") for url in _stage_folders(config).values()]
     documents += [config.folder("clips", split, "manifest.json") for split in SPLITS]
     documents += [config.folder("samples", config.sample.name, "manifest.json")]
-    documents += [config.folder("evaluation", name) for name in ("vqvae.json", "vqvae.png", "metrics.json")]
+    if judged := _judged(config):
+        documents += [storage.join(judged.url, name) for name in ("vqvae.png", "metrics.json", "made.json")]
     read = {url.removeprefix(config.root): _digest(url) for url in documents}
     logs = {
         stage: [(entry.name, entry.bytes) for entry in storage.list_folder(config.folder(stage, "metrics"))]
@@ -101,12 +112,11 @@ def _inputs(config: RunConfig) -> str:
     return fingerprint({"documents": read, "logs": logs, "config": _config_text(config), "of": clipmill.__version__})
 
 
-def _picture(config: RunConfig) -> str | None:
+def _picture(judged: Evaluation | None) -> str | None:
     """The worst and best clips as a data URI."""
-    try:
-        data = storage.read_bytes(config.folder("evaluation", "vqvae.png"))
-    except FileNotFoundError:
+    if judged is None:
         return None
+    data = storage.read_bytes(storage.join(judged.url, "vqvae.png"))
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
@@ -139,9 +149,9 @@ def _config_text(config: RunConfig) -> str:
 
 
 def _render(config: RunConfig) -> str:
-    vqvae = read_result(config, "vqvae")  # None where an older clipmill wrote it: the page asks for a new evaluation
-    metrics = read_result(config, "all") if vqvae else None
-    judged = metrics or vqvae
+    judged = _judged(config)
+    vqvae = judged.metrics if judged else None
+    metrics = vqvae if vqvae and "prior" in vqvae else None
     manifests = {split: _manifest(config.folder("clips", split), "clips") for split in SPLITS}
     samples = _manifest(config.folder("samples", config.sample.name), "samples")
     environment = Environment(
@@ -157,19 +167,20 @@ def _render(config: RunConfig) -> str:
         clip=config.data.clip,
         train=manifests["train"],
         val=manifests["val"],
-        films=_films(config, manifests["train"], samples),
+        films=_films(judged, manifests["train"], samples),
+        evaluation=judged.name if judged else None,
         frames_per_second=FRAMES_PER_SECOND,
         samples=samples,
         vqvae=vqvae,
         metrics=metrics,
         circumstances=circumstances(vqvae) if vqvae else None,
         tokenizer_rows=tokenizer_rows(vqvae) if vqvae else [],
-        fvd_rows=fvd_rows(judged) if judged else [],
-        extremes=_picture(config),
+        fvd_rows=fvd_rows(vqvae) if vqvae else [],
+        extremes=_picture(judged),
         charts=_charts(config, vqvae, metrics),
         stages=_stages(config),
-        numbers=_flat({name: part for name, part in (judged or {}).items() if name not in ("identity", "schema")}),
-        identity=_flat((judged or {}).get("identity", {})),
+        numbers=_flat({name: part for name, part in (vqvae or {}).items() if name not in ("settings", "inputs")}),
+        identity=_flat({**vqvae["settings"], **vqvae["inputs"]}) if vqvae else [],
         config_text=_config_text(config),
         version=clipmill.__version__,
     )
@@ -247,12 +258,9 @@ def _flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 # ------------------------------------------------------------------------------------------------ the clips
 
 
-def _films(config: RunConfig, train: Manifest | None, samples: Manifest | None) -> list[Film]:
+def _films(judged: Evaluation | None, train: Manifest | None, samples: Manifest | None) -> list[Film]:
     """A film for each class, with the rows real, reconstruction and sample."""
-    try:
-        gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
-    except FileNotFoundError:
-        gallery = None
+    gallery = Gallery.load(storage.join(judged.url, "gallery.npz")) if judged else None
     wanted = clips_per_class(train.facts["classes"] if train else [])
     made = _sampled_clips(samples, wanted) if samples else {}
     labels: list[str | None] = list(wanted)

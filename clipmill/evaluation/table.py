@@ -1,6 +1,6 @@
-"""The numbers of ``evaluate`` in rows: printed by the command, shown by the report.
+"""The numbers of an evaluation in rows: printed by the command, shown by the report.
 
-A result is the document ``vqvae.json`` or ``metrics.json``; docs/evaluation.md defines every number.
+A result is the document ``metrics.json``; docs/evaluation.md defines every number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ from typing import Any
 
 from clipmill.config import frame_size
 
-__all__ = ["Row", "circumstances", "fvd_rows", "pixels", "prior_rows", "row_groups", "short", "tokenizer_rows"]
+__all__ = [
+    "Row",
+    "circumstances",
+    "fvd_rows",
+    "pixels",
+    "prior_rows",
+    "row_groups",
+    "sample_rows",
+    "short",
+    "tokenizer_rows",
+]
 
 Row = tuple[str, str, str]
 """(name, value, meaning)."""
@@ -52,7 +62,27 @@ def row_groups(result: dict[str, Any]) -> list[list[Row]]:
     groups = [tokenizer_rows(result), fvd_rows(result)]
     if "prior" in result:
         groups.insert(1, prior_rows(result))
+        groups.insert(2, sample_rows(result))
     return groups
+
+
+def sample_rows(result: dict[str, Any]) -> list[Row]:
+    """What samples look like beside real clips, without any network."""
+    appearance = result["samples"]["appearance"]
+    ratio, distance = appearance["ratio"], appearance["stand_in_distance"]
+    easy = short(100 * appearance["other"]["easy_masks"])
+    return [
+        ("motion", f"{short(ratio['motion_energy'])} x", "the real clips' energy of changes from frame to frame"),
+        ("flicker", f"{short(ratio['flicker_energy'])} x", "theirs of changes that turn back"),
+        (
+            "object size",
+            f"{short(ratio['object_variation'])} x",
+            f"its variation; {easy} % of samples have easy masks",
+        ),
+        ("contrast", f"{short(ratio['pixel_variance'])} x", "the variance of their pixels"),
+        ("colours", short(appearance["colour_distance"]), "distance of the histograms, 0 to 1"),
+        ("stand-in distance", short(distance), "of pixels and energies in cells; compares with itself alone"),
+    ]
 
 
 def tokenizer_rows(result: dict[str, Any]) -> list[Row]:

@@ -36,9 +36,8 @@ def deterministic_device(config: ClusterConfig) -> torch.device:
     """
     if config.use_gpu and not torch.cuda.is_available():
         raise UserError(
-            f"cluster.use_gpu=true, but torch {torch.__version__} finds no GPU on {platform.node()}; submit `clipmill "
-            "evaluate`, which computes in its own process, to a node with a GPU (entrypoint_num_gpus: 1), install a "
-            "torch for CUDA, or set cluster.use_gpu=false"
+            f"cluster.use_gpu=true, but torch {torch.__version__} finds no GPU on {platform.node()}; run on a machine "
+            "with a GPU, install a torch for CUDA, or set cluster.use_gpu=false"
         )
     torch.set_num_threads(config.fanout_cpus)  # sums are split over threads: their number is part of the bytes
     torch.backends.cudnn.deterministic = True

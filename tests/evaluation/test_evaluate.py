@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import socket
+import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from clipmill.evaluation.baselines import CodeTables, baseline_scores
 from clipmill.evaluation.distances import FeatureStatistics, frechet_distance, inception_score
 from clipmill.evaluation.gallery import Gallery, clips_per_class
 from clipmill.evaluation.networks import Network
+from clipmill.evaluation.results import find_evaluations, read_evaluation
 from clipmill.evaluation.table import circumstances, fvd_rows
 from clipmill.models.export import load_prior
 from clipmill.models.vqvae import to_input, to_pixels
@@ -29,16 +33,13 @@ from tests.evaluation.toy_run import (
     Unleased,
     clip_pixels,
     make_samples,
+    metrics_of,
     toy_config,
     write_prior,
     write_run,
     write_tokenizer,
     write_tokens,
 )
-
-
-def read_metrics(config: RunConfig) -> dict[str, Any]:
-    return storage.read_document(config.folder("evaluation", "metrics.json"), evaluate.METRICS_SCHEMA)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def test_a_prior_over_two_codebooks_is_sampled_and_judged(tmp_path: Path):
     write_run(config, tmp_path / "scratch")
     make_samples(config)
     run(config)
-    metrics = read_metrics(config)
+    metrics = metrics_of(config)
     codes = val_codes(config)
     assert codes.shape == (NUM_CLIPS["val"], 2, 3, 4, 2)
     assert metrics["codebook"]["num_codebooks"] == 2
@@ -94,7 +95,7 @@ def test_reconstruction_is_measured_on_every_val_clip(config: RunConfig):
     clips = np.stack([clip_pixels("val", number) for number in range(NUM_CLIPS["val"])])
     with torch.inference_mode():
         copies = to_pixels(tokenizer.decode(tokenizer.encode(to_input(torch.from_numpy(clips))))).numpy()
-    numbers = read_metrics(config)["reconstruction"]
+    numbers = metrics_of(config)["reconstruction"]
     assert numbers["num_clips"] == 7
     # Another batch size rounds a few pixels otherwise.
     assert numbers["mse"] == pytest.approx(np.mean((clips / 255 - copies / 255) ** 2), rel=1e-3)
@@ -108,7 +109,7 @@ def test_the_prior_is_measured_on_every_val_token_without_dropout(config: RunCon
     with torch.inference_mode():
         log_probabilities = prior(codes, labels).log_softmax(-1)
     expected = -log_probabilities.gather(-1, codes.reshape(7, -1, 1)).mean().item()
-    numbers = read_metrics(config)["prior"]
+    numbers = metrics_of(config)["prior"]
     assert prior.training is False
     assert config.prior.model.dropout > 0
     assert numbers["val_nats_per_token"] == pytest.approx(expected, rel=1e-5)
@@ -120,7 +121,7 @@ def test_the_prior_is_measured_on_every_val_token_without_dropout(config: RunCon
 
 
 def test_codebook_and_samples_are_counted(config: RunConfig):
-    metrics = read_metrics(config)
+    metrics = metrics_of(config)
     codes = val_codes(config)
     assert metrics["codebook"]["num_used"] == len(np.unique(codes))
     counts = np.bincount(codes.reshape(-1), minlength=16)
@@ -130,12 +131,13 @@ def test_codebook_and_samples_are_counted(config: RunConfig):
     dataset = ShardDataset(manifest, decode_clip)
     pixels = np.stack([dataset[index]["video"] for index in range(5)]) / 255
     samples = metrics["samples"]
+    appearance = samples["appearance"]
     assert samples["count"] == 5
     assert samples["per_class"] == {"down": 2, "left": 2, "up": 1}
-    assert samples["statistics"]["pixel_variance"] == pytest.approx(pixels.var(), rel=1e-9)
+    assert appearance["other"]["pixel_variance"] == pytest.approx(pixels.var(), rel=1e-9)
     real = np.stack([clip_pixels("val", number) for number in range(7)]) / 255
     change = np.abs(np.diff(pixels, axis=1)).mean() / np.abs(np.diff(real, axis=1)).mean()
-    assert samples["ratio_to_val"]["frame_change"] == pytest.approx(change, rel=1e-9)
+    assert appearance["ratio"]["frame_change"] == pytest.approx(change, rel=1e-9)
     tokens = ShardDataset(manifest, decode_codes)
     made = np.bincount(np.stack([tokens[index]["codes"] for index in range(5)]).reshape(-1), minlength=16)
     distance = np.abs(made / made.sum() - counts / counts.sum()).sum() / 2
@@ -143,11 +145,11 @@ def test_codebook_and_samples_are_counted(config: RunConfig):
 
 
 def test_the_gallery_holds_the_clips_that_were_scored(config: RunConfig):
-    gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
+    gallery = Gallery.load(config.folder("evaluation", "default", "gallery.npz"))
     assert gallery.labels == tuple(CLASSES[number % 3] for number in range(7))
     assert np.array_equal(gallery.real, np.stack([clip_pixels("val", number) for number in range(7)]))
     error = np.mean((gallery.real / 255 - gallery.reconstruction / 255) ** 2)
-    assert error == pytest.approx(read_metrics(config)["reconstruction"]["mse"], rel=1e-9)
+    assert error == pytest.approx(metrics_of(config)["reconstruction"]["mse"], rel=1e-9)
 
 
 def test_clips_per_class_shows_all_of_few_and_some_of_many():
@@ -157,19 +159,49 @@ def test_clips_per_class_shows_all_of_few_and_some_of_many():
     assert len(clips_per_class([f"{number:03d}" for number in range(101)])) == 12
 
 
-def test_metrics_say_what_they_were_measured_on(config: RunConfig):
+def test_an_evaluation_says_what_it_measured_and_is_never_overwritten(config: RunConfig):
     assert evaluate.is_finished(config)
-    identity = read_metrics(config)["identity"]
-    assert identity["clips_val"] == Manifest.load(config.folder("clips", "val"), "clips").fingerprint
-    assert identity["tokens_val"] == Manifest.load(config.folder("tokens", "val"), "tokens").fingerprint
+    metrics = metrics_of(config)
+    assert metrics["inputs"]["clips"] == Manifest.load(config.folder("clips", "val"), "clips").fingerprint
+    assert metrics["inputs"]["val_tokens"] == Manifest.load(config.folder("tokens", "val"), "tokens").fingerprint
+    assert (metrics["settings"]["what"], metrics["settings"]["max_clips"]) == ("all", None)
     fewer = asking(config, max_clips=4, max_train_clips=5)
+    for ask in (evaluate.is_finished, run):
+        with pytest.raises(UserError, match=r"evaluate\.max_clips \(None -> 4\), .*choose another evaluate\.name"):
+            ask(fewer)
+    fewer = asking(config, max_clips=4, max_train_clips=5, name="few")
     assert not evaluate.is_finished(fewer)
     run(fewer)
-    numbers = read_metrics(fewer)
+    numbers = metrics_of(fewer)
     assert (numbers["clips"]["num_clips"], numbers["clips"]["num_clips_in_split"]) == (4, 7)
     assert numbers["reconstruction"]["num_clips"] == numbers["prior"]["num_clips"] == numbers["samples"]["count"] == 4
     assert numbers["prior"]["num_clips_behind_tables"] == 5
-    assert not evaluate.is_finished(config)
+    assert evaluate.is_finished(config)
+    assert metrics_of(config) == metrics
+
+
+def test_more_samples_are_another_question(config: RunConfig):
+    before = metrics_of(config)
+    more = config.model_copy(update={"sample": config.sample.model_copy(update={"num_samples": 6})})
+    make_samples(more)
+    with pytest.raises(UserError, match=r"holds another evaluation: samples \('.{8}' -> '.{8}'\)"):
+        evaluate.is_finished(more)
+    run(asking(more, name="six"))
+    assert [one.name for one in find_evaluations(config.root)] == ["default", "six"]
+    assert metrics_of(config) == before
+
+
+def test_an_evaluation_says_when_and_where_it_was_made(config: RunConfig):
+    found = read_evaluation(config.folder("evaluation", "default"))
+    assert found is not None
+    age = datetime.now(UTC) - datetime.fromisoformat(found.made["at"])
+    assert timedelta(0) <= age < timedelta(hours=1)
+    assert found.made["host"] == socket.gethostname()
+    assert found.made["versions"]["torch"] == torch.__version__
+    (hardware,) = found.made["hardware"]
+    assert torch.backends.cpu.get_cpu_capability() in hardware
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert found.made["commit"].removesuffix("+changes") == head
 
 
 def test_a_limited_evaluation_reads_the_same_clips_for_every_number(config: RunConfig):
@@ -180,11 +212,12 @@ def test_a_limited_evaluation_reads_the_same_clips_for_every_number(config: RunC
             schema = document.pop("schema")
             document["facts"]["num_videos"] = num_videos
             storage.publish_document(url, document, schema)
-    run(asking(config, max_clips=4, max_train_clips=4))
+    config = asking(config, max_clips=4, max_train_clips=4, name="few")
+    run(config)
     spread = [0, 1, 3, 5]
-    gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
+    gallery = Gallery.load(config.folder("evaluation", "few", "gallery.npz"))
     assert np.array_equal(gallery.real, np.stack([clip_pixels("val", number) for number in spread]))
-    metrics = read_metrics(config)
+    metrics = metrics_of(config)
     assert circumstances(metrics).startswith("4 of 7 clips of the split val")
     prior, _, _, _ = load_prior(config.folder("prior"))
     codes, labels = torch.from_numpy(val_codes(config)[spread]), torch.tensor([number % 3 for number in spread])
@@ -198,37 +231,47 @@ def test_a_limited_evaluation_reads_the_same_clips_for_every_number(config: RunC
 
 
 def test_numbers_of_an_older_clipmill_are_measured_again(config: RunConfig):
-    for what, name in (("vqvae", "vqvae.json"), ("all", "metrics.json")):
-        asked, url = asking(config, what=what), config.folder("evaluation", name)
-        document = storage.read_document(url, 99)
-        assert evaluate.is_finished(asked)
-        storage.publish_document(url, without_schema(document), document["schema"] - 1)
-        assert not evaluate.is_finished(asked)
-        assert evaluate.read_result(asked) is None
-        run(asked)
-        assert storage.read_document(url, 99) == document
-
-
-def test_running_again_gives_the_same_numbers(config: RunConfig):
-    before = storage.read_bytes(config.folder("evaluation", "metrics.json"))
-    storage.remove(config.folder("evaluation", "metrics.json"))
+    url = config.folder("evaluation", "default", "metrics.json")
+    document = storage.read_document(url, 99)
+    storage.publish_document(url, without_schema(document), document["schema"] - 1)
     assert not evaluate.is_finished(config)
     run(config)
-    assert storage.read_bytes(config.folder("evaluation", "metrics.json")) == before
+    assert storage.read_document(url, 99) == document
+
+
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+def test_running_again_gives_the_same_numbers_whatever_parts_are_left(config: RunConfig, kept: str):
+    folder = Path(config.root, "evaluation")
+    before = [(folder / "default" / name).read_bytes() for name in ("metrics.json", "gallery.npz", "vqvae.png")]
+    shutil.rmtree(folder / "default")
+    if kept == "none":
+        shutil.rmtree(folder / "_parts")
+    elif kept == "some":
+        for part in sorted((folder / "_parts").rglob("*.npz"))[::2]:
+            part.unlink()
+    assert not evaluate.is_finished(config)
+    run(config)
+    after = [(folder / "default" / name).read_bytes() for name in ("metrics.json", "gallery.npz", "vqvae.png")]
+    assert after == before
+
+
+def test_a_damaged_part_is_named(config: RunConfig):
+    folder = Path(config.root, "evaluation")
+    shutil.rmtree(folder / "default")
+    part = next((folder / "_parts").glob("samples-*/*.npz"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"{part.name} is damaged; remove it"):
+        run(config)
 
 
 def test_the_tokenizer_is_judged_by_the_same_code_as_alone(config: RunConfig):
     alone = asking(config, what="vqvae")
-    assert evaluate.is_finished(alone)  # all of it has left the tokenizer's part as well
-    documents = {name: storage.read_bytes(config.folder("evaluation", name)) for name in ("vqvae.json", "vqvae.png")}
-    metrics = read_metrics(config)
-    result = evaluate.read_result(alone)
-    assert result is not None
+    assert not evaluate.is_finished(alone)
+    run(alone)
+    assert evaluate.folder_url(alone).endswith("/vqvae-8")  # named by the tokenizer's step
+    metrics, result = metrics_of(config), metrics_of(alone)
     for section in ("clips", "reconstruction", "codebook", "extremes"):
         assert result[section] == metrics[section]
-    shutil.rmtree(config.folder("evaluation"))
-    run(alone)
-    assert documents == {name: storage.read_bytes(config.folder("evaluation", name)) for name in documents}
 
 
 def test_all_three_distances_and_the_inception_score(tmp_path: Path):
@@ -243,10 +286,10 @@ def test_all_three_distances_and_the_inception_score(tmp_path: Path):
     config = asking(config, **files)
     run(config)
     assert evaluate.is_finished(config)
-    metrics = read_metrics(config)
+    metrics = metrics_of(config)
 
     samples = ShardDataset(Manifest.load(config.folder("samples", "default"), "samples"), decode_clip)
-    gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))  # all seven clips
+    gallery = Gallery.load(config.folder("evaluation", "default", "gallery.npz"))  # all seven clips
     made = np.stack([samples[index]["video"] for index in range(5)])
     networks = {key: Network(key, path, torch.device("cpu")) for key, path in files.items()}
     real, copies, sampled = (
@@ -267,7 +310,8 @@ def test_all_three_distances_and_the_inception_score(tmp_path: Path):
     assert "5 samples" in rows["FVD"][1]
     assert "16 frames of 12 x 16 pixels (height x width) at 8 fps, fitted by crop" in circumstances(metrics)
     save(torch.nn.Flatten(), tmp_path / "c3d.pt")  # another network under the same name
-    assert not evaluate.is_finished(config)
+    with pytest.raises(UserError, match=r"evaluate\.weights_sha256\.is \("):
+        evaluate.is_finished(config)
 
 
 def test_the_inception_score_is_of_sixteen_frames(config: RunConfig):

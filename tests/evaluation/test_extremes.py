@@ -2,60 +2,71 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clipmill.evaluation.extremes import Extremes
+from clipmill.evaluation.extremes import extremes_picture
+from clipmill.evaluation.gallery import Gallery, pick_clips
+from clipmill.evaluation.parts import Arrays
+from clipmill.evaluation.reconstruction import extreme_clips
+
+SIZES = (4, 8, 8)
 
 
-def grey(level: int, num: int = 1, side: int = 64, num_frames: int = 8) -> np.ndarray:
-    return np.full((num, num_frames, side, side, 3), level, np.uint8)
+def found(errors: np.ndarray) -> tuple[Arrays, Arrays]:
+    """Arrays of clips with these mean square errors, in units of [0, 1]."""
+    squared = (errors * math.prod(SIZES) * 3 * 255**2).round().astype(np.int64)
+    return {"sizes": np.tile(np.array(SIZES), (len(errors), 1))}, {"squared_error": squared}
 
 
-def keys(clips: list[dict[str, object]]) -> list[object]:
-    return [clip["key"] for clip in clips]
-
-
-def test_the_worst_and_the_best_of_all_batches_are_kept():
+def test_the_worst_and_the_best_of_all_clips_are_found():
     errors = np.random.default_rng(0).permutation(100) / 1000
-    extremes = Extremes()
-    for start in range(0, 100, 7):
-        part = errors[start : start + 7]
-        extremes.update([f"{error:.3f}" for error in part], grey(9, len(part)), grey(7, len(part)), part)
-    result = extremes.result()
-    assert keys(result["worst"]) == ["0.099", "0.098", "0.097", "0.096"]
-    assert keys(result["best"]) == ["0.000", "0.001", "0.002", "0.003"]
-    assert result["worst"][0]["psnr_db"] == pytest.approx(-10 * math.log10(0.099))
-    assert result["best"][0]["psnr_db"] is None  # without error
+    worst, best = extreme_clips(*found(errors))
+    assert errors[worst].tolist() == [0.099, 0.098, 0.097, 0.096]
+    assert errors[best].tolist() == [0.000, 0.001, 0.002, 0.003]
 
 
 @pytest.mark.parametrize(("num_clips", "shown"), [(1, 1), (2, 1), (5, 3), (7, 4)])
 def test_of_few_clips_half_are_the_worst(num_clips: int, shown: int):
-    extremes = Extremes()
-    names = [f"{number}" for number in range(num_clips)]
-    extremes.update(names, grey(0, num_clips), grey(1, num_clips), np.arange(num_clips) / 100)
-    result = extremes.result()
-    assert keys(result["worst"]) == names[::-1][:shown]
-    assert keys(result["best"]) == names[:shown]
-    assert extremes.picture().startswith(b"\x89PNG")
+    worst, best = extreme_clips(*found(np.arange(num_clips) / 100))
+    assert worst == list(range(num_clips))[::-1][:shown]
+    assert best == list(range(num_clips))[:shown]
+
+
+def grey(level: int, side: int, num_frames: int) -> np.ndarray:
+    return np.full((num_frames, side, side, 3), level, np.uint8)
 
 
 @pytest.mark.parametrize(("side", "num_frames", "num_shown"), [(16, 8, 8), (64, 16, 8), (128, 16, 4), (256, 3, 2)])
 def test_the_picture_has_the_worst_left_and_real_above(side: int, num_frames: int, num_shown: int):
-    extremes = Extremes()
-    extremes.update(["good"], grey(60, 1, side, num_frames), grey(62, 1, side, num_frames), np.array([0.01]))
-    extremes.update(["poor"], grey(120, 1, side, num_frames), grey(200, 1, side, num_frames), np.array([0.5]))
-    with Image.open(io.BytesIO(extremes.picture())) as image:
+    real, copies = (np.stack([grey(level, side, num_frames) for level in levels]) for levels in ((60, 120), (62, 200)))
+    gallery = Gallery(real, copies, (None, None), ("good", "poor"))
+    extremes: dict[str, Any] = {
+        "worst": [{"key": "poor", "psnr_db": 3.0}],
+        "best": [{"key": "good", "psnr_db": None}],  # without error
+    }
+    with Image.open(io.BytesIO(extremes_picture(extremes, gallery))) as image:
         pixels = np.asarray(image.convert("RGB"))
     frame = 512 // num_shown + 2  # with the gap
     assert pixels.shape == (20 + 2 * frame + 8, 2 * 512 + 4 * num_shown + 24, 3)
-    real, copy = pixels[20 + frame // 2], pixels[20 + frame + frame // 2]
+    original, copy = pixels[20 + frame // 2], pixels[20 + frame + frame // 2]
     for left in range(0, num_shown * frame, frame):
-        assert (real[left : left + frame - 2] == 120).all()
+        assert (original[left : left + frame - 2] == 120).all()
         assert (copy[left : left + frame - 2] == 200).all()
-        right = left - num_shown * frame + len(real)
-        assert (real[right : right + frame - 2] == 60).all()
+        right = left - num_shown * frame + len(original)
+        assert (original[right : right + frame - 2] == 60).all()
         assert (copy[right : right + frame - 2] == 62).all()
     assert pixels[:20].min() < 100  # something is written above
+
+
+def test_the_gallery_shows_different_videos_first():
+    keys = [f"{video:016x}_{clip:06d}" for video in range(5) for clip in range(4)]
+    assert pick_clips(keys, [""] * 20, []) == [0, 1, 4, 5, 8, 9, 12, 16]
+    labels = ["a", "a", "b", "b"] * 5
+    picked = pick_clips(keys, labels, ["a", "b"])
+    assert [labels[number] for number in picked].count("a") == 8
+    assert {keys[number][:16] for number in picked} == {f"{video:016x}" for video in range(5)}
+    assert pick_clips(keys, labels, ["a"]) == [0, 1, 4, 5, 8, 9, 12, 16]

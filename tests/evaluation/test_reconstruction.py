@@ -22,7 +22,7 @@ from clipmill.evaluation import evaluate
 from clipmill.evaluation.distances import FeatureStatistics, frechet_distance
 from clipmill.evaluation.gallery import Gallery
 from clipmill.evaluation.networks import Network
-from clipmill.evaluation.reconstruction import VQVAE_SCHEMA
+from clipmill.evaluation.results import find_evaluations
 from clipmill.models.export import load_vqvae
 from clipmill.models.vqvae import to_input, to_pixels
 from clipmill.shards.manifest import Manifest
@@ -32,6 +32,7 @@ from tests.evaluation.toy_run import (
     NUM_CLIPS,
     Unleased,
     clip_pixels,
+    metrics_of,
     toy_config,
     write_run_up_to_tokenizer,
     write_tokenizer,
@@ -65,7 +66,7 @@ def trained(tmp_path: Path) -> RunConfig:
 
 def run(config: RunConfig) -> dict[str, Any]:
     evaluate.run(config, Unleased(evaluate.folder_url(config), 1))
-    return storage.read_document(config.folder("evaluation", "vqvae.json"), VQVAE_SCHEMA)
+    return metrics_of(config)
 
 
 def real_clips() -> np.ndarray:
@@ -113,8 +114,8 @@ def test_any_tokenizer_is_judged_by_the_whole_split(model: str, tmp_path: Path):
     order = np.argsort(errors, kind="stable")
     assert [clip["key"] for clip in result["extremes"]["worst"]] == [f"{n:016x}_000000" for n in order[::-1][:4]]
     assert [clip["key"] for clip in result["extremes"]["best"]] == [f"{n:016x}_000000" for n in order[:4]]
-    assert storage.read_bytes(config.folder("evaluation", "vqvae.png")).startswith(b"\x89PNG")
-    gallery = Gallery.load(config.folder("evaluation", "gallery.npz"))
+    assert storage.read_bytes(evaluate.folder_url(config) + "/vqvae.png").startswith(b"\x89PNG")
+    gallery = Gallery.load(evaluate.folder_url(config) + "/gallery.npz")
     assert np.array_equal(gallery.real, real)
     assert gallery.labels == tuple(CLASSES[number % 3] for number in range(7))
 
@@ -124,8 +125,8 @@ def test_it_needs_clips_and_tokenizer_only_and_says_what_it_measured(trained: Ru
     assert not evaluate.is_finished(trained)
     result = run(trained)
     assert evaluate.is_finished(trained)
-    assert result["identity"]["tokenizer"] == load_vqvae(trained.folder("vqvae"))[2]
-    assert result["identity"]["clips_val"] == Manifest.load(trained.folder("clips", "val"), "clips").fingerprint
+    assert result["inputs"]["tokenizer"] == load_vqvae(trained.folder("vqvae"))[2]
+    assert result["inputs"]["clips"] == Manifest.load(trained.folder("clips", "val"), "clips").fingerprint
     assert result["steps"] == {"tokenizer": 8}
     assert result["clips"] == {
         "split": "val",
@@ -146,12 +147,14 @@ def test_it_needs_clips_and_tokenizer_only_and_says_what_it_measured(trained: Ru
 def test_a_tokenizer_that_was_trained_on_is_judged_again(trained: RunConfig):
     before = run(trained)
     torch.manual_seed(3)
-    write_tokenizer(trained, Manifest.load(trained.folder("clips", "train"), "clips"))
+    write_tokenizer(trained, Manifest.load(trained.folder("clips", "train"), "clips"), step=16)
     assert not evaluate.is_finished(trained)
     after = run(trained)
     assert evaluate.is_finished(trained)
-    assert before["identity"]["tokenizer"] != after["identity"]["tokenizer"]
+    assert before["inputs"]["tokenizer"] != after["inputs"]["tokenizer"]
     assert before["reconstruction"]["mse"] != after["reconstruction"]["mse"]
+    found = find_evaluations(trained.root)
+    assert {one.name: one.metrics for one in found} == {"vqvae-8": before, "vqvae-16": after}
 
 
 def test_networks_measure_what_they_are_given_for(trained: RunConfig, tmp_path: Path):
@@ -159,7 +162,6 @@ def test_networks_measure_what_they_are_given_for(trained: RunConfig, tmp_path: 
         "fvd_weights": save(TinyI3D(), tmp_path / "i3d.pt"),
         "lpips_weights": save(TinyLPIPS(), tmp_path / "lpips.pt"),
     }
-    run(trained)
     config = tokenizer_config(Path(trained.root), **files)
     assert not evaluate.is_finished(config)
     result = run(config)
@@ -176,7 +178,8 @@ def test_networks_measure_what_they_are_given_for(trained: RunConfig, tmp_path: 
     moved = {key: shutil.copy(path, tmp_path / "elsewhere") for key, path in files.items()}
     assert evaluate.is_finished(tokenizer_config(Path(trained.root), **moved))
     save(torch.nn.Flatten(), Path(files["lpips_weights"]))  # another network under the same name
-    assert not evaluate.is_finished(config)
+    with pytest.raises(UserError, match=r"holds another evaluation: evaluate\.weights_sha256\.lpips"):
+        evaluate.is_finished(config)
 
 
 def test_few_clips_make_a_warning(trained: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -240,7 +243,7 @@ def test_the_command_prints_a_table_and_ends_with_the_summary(trained: RunConfig
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     *table, summary = result.stdout.splitlines()
-    numbers = storage.read_document(trained.folder("evaluation", "vqvae.json"), VQVAE_SCHEMA)
+    numbers = metrics_of(tokenizer_config(Path(trained.root)))
     text = " ".join(" ".join(table).split())
     for shown in (
         "7 clips of the split val",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from clipmill import storage
 from clipmill.config import RunConfig, identity
+from clipmill.evaluation.results import folder_url, read_evaluation
 from clipmill.lease import Lease
 from clipmill.models.export import load_vqvae, require_prior, save_export
 from clipmill.models.prior import Prior
@@ -25,6 +27,13 @@ from clipmill.shards.manifest import Manifest
 CLASSES = ["down", "left", "up"]
 HEIGHT, WIDTH = 12, 16
 NUM_CLIPS = {"train": 9, "val": 7}
+
+
+def metrics_of(config: RunConfig) -> dict[str, Any]:
+    """The numbers of the evaluation that a config names."""
+    found = read_evaluation(folder_url(config))
+    assert found is not None
+    return found.metrics
 
 
 class Unleased(Lease):
@@ -99,7 +108,7 @@ def _write_clips(config: RunConfig, split: str, folder: Path) -> Manifest:
     return freeze(url, "clips", [0], recipe, {"classes": CLASSES, "pixel_variance": 0.08, "num_units": 1})
 
 
-def write_tokenizer(config: RunConfig, clips: Manifest) -> str:
+def write_tokenizer(config: RunConfig, clips: Manifest, step: int = 8) -> str:
     clip = config.data.clip
     model = VQVAE(config.vqvae.model, pixel_variance=0.08)
     pixels = np.stack([clip_pixels("train", number, clip.num_frames) for number in range(4)])
@@ -112,7 +121,7 @@ def write_tokenizer(config: RunConfig, clips: Manifest) -> str:
         "clip": clips.recipe,
         "pixel_variance": 0.08,
         "identity": {},
-        "step": 8,
+        "step": step,
     }
     return save_export(config.folder("vqvae"), model, body)
 

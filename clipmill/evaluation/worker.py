@@ -1,0 +1,177 @@
+"""Measures one index range of an evaluation, in a worker process or in the process of the command."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipmill.config import RunConfig
+from clipmill.evaluation.baselines import CodeTables
+from clipmill.evaluation.generation import decode_sample, sample_arrays, token_nats
+from clipmill.evaluation.inputs import Inputs
+from clipmill.evaluation.made import hardware_name
+from clipmill.evaluation.networks import Networks
+from clipmill.evaluation.parts import Measure, Part, Unit
+from clipmill.evaluation.reader import Picked
+from clipmill.evaluation.reconstruction import copies_of, real_arrays, tokenizer_arrays
+from clipmill.models.export import load_prior, load_vqvae
+from clipmill.models.prior import Prior
+from clipmill.models.provenance import deterministic_device
+from clipmill.models.vqvae import VQVAE
+from clipmill.shards.dataset import Decode, decode_clip, decode_codes
+from clipmill.shards.manifest import Manifest
+
+__all__ = ["Job", "decode_cpus", "make_worker", "torch_settings_kept"]
+
+GPU_DECODE_CPUS = 3
+"""Threads that decode ahead of a GPU; without one the worker decodes when it needs a batch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of an evaluation share."""
+
+    config: RunConfig
+    inputs: Inputs
+    measures: dict[str, Measure]
+    """By name: ``real``, ``tokenizer``, ``val``, ``train``, ``samples``, ``shown``."""
+    shown: tuple[int, ...] = ()
+    """Numbers of the clips that the measure ``shown`` keeps with their reconstructions."""
+
+
+def decode_cpus(config: RunConfig) -> int:
+    """CPUs that a worker asks for beside those of the models."""
+    return GPU_DECODE_CPUS if config.cluster.use_gpu else 0
+
+
+def make_worker(job: Job) -> Callable[[Unit], dict[str, Any]]:
+    """Runs once in each worker process; returns the function that measures a unit and publishes its part."""
+    return _Worker(job).measure
+
+
+@contextlib.contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """Gives the process back the threads and the determinism that it had before."""
+    threads = torch.get_num_threads()
+    deterministic, tf32 = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = deterministic, tf32
+
+
+class _Worker:
+    """Models and networks, each loaded when the first unit needs it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._device = deterministic_device(job.config.cluster)
+        self._batch_size = job.config.evaluate.batch_size
+        self._readers: dict[str, Picked] = {}
+
+    @torch.inference_mode()
+    def measure(self, unit: Unit) -> dict[str, Any]:
+        """Measures a unit and publishes its part."""
+        work = {
+            "real": self._measure_clips,
+            "tokenizer": self._measure_clips,
+            "shown": self._measure_shown,
+            "val": self._measure_tokens,
+            "train": self._measure_tokens,
+            "samples": self._measure_samples,
+        }
+        work[unit.measure](unit)
+        return {"hardware": hardware_name(self._device)}
+
+    def _measure_clips(self, unit: Unit) -> None:
+        """Real clips, and through the tokenizer: the part of either that is missing, of both in one pass."""
+        missing = {name for name in ("real", "tokenizer") if not self._job.measures[name].has(unit)}
+        parts = {name: Part() for name in missing}
+        clips = self._reader("clips", self._job.inputs.clips, decode_clip)
+        for batch in clips.batches(unit.first, unit.stop, self._batch_size):
+            video = self._to_device(batch["video"])
+            if "real" in missing:
+                parts["real"].add(real_arrays(batch, video, self._networks))
+            if "tokenizer" in missing:
+                parts["tokenizer"].add(*tokenizer_arrays(video, self._tokenizer, self._networks))
+        for name, part in parts.items():
+            self._job.measures[name].publish(unit, part)
+
+    def _measure_shown(self, unit: Unit) -> None:
+        part = Part()
+        clips = self._reader("clips", self._job.inputs.clips, decode_clip)
+        for index in self._job.shown[unit.first : unit.stop]:
+            (batch,) = clips.batches(index, index + 1, 1)
+            _, copies = copies_of(self._tokenizer, self._to_device(batch["video"]))
+            part.add({"real": batch["video"], "reconstruction": copies.cpu().numpy()})
+        self._job.measures["shown"].publish(unit, part)
+
+    def _measure_tokens(self, unit: Unit) -> None:
+        """Tables of codes; of the validation codes also what the prior makes of them."""
+        inputs = self._job.inputs
+        of_val = unit.measure == "val"
+        manifest = inputs.val_tokens if of_val else inputs.train_tokens
+        assert manifest is not None
+        assert inputs.prior is not None
+        tables, part = CodeTables(*self._codebooks), Part()
+        for batch in self._reader(unit.measure, manifest, decode_codes).batches(
+            unit.first, unit.stop, self._batch_size
+        ):
+            tables.update(batch["codes"])
+            if of_val:
+                part.add({"nats": token_nats(batch, self._prior, inputs.prior["classes"], self._device)})
+        part.tables = tables.arrays()
+        self._job.measures[unit.measure].publish(unit, part)
+
+    def _measure_samples(self, unit: Unit) -> None:
+        part, samples = Part(), self._job.inputs.samples
+        assert samples is not None
+        for batch in self._reader("samples", samples, decode_sample).batches(unit.first, unit.stop, self._batch_size):
+            video = self._to_device(batch["video"])
+            part.add(*sample_arrays(batch, video, self._networks, *self._codebooks))
+        self._job.measures["samples"].publish(unit, part)
+
+    def _reader(self, name: str, manifest: Manifest, decode: Decode) -> Picked:
+        if name not in self._readers:
+            settings = self._job.config.evaluate
+            most = settings.max_train_clips if name == "train" else settings.max_clips
+            self._readers[name] = Picked(manifest, decode, most, decode_cpus(self._job.config))
+        return self._readers[name]
+
+    def _to_device(self, video: np.ndarray) -> Tensor:
+        return torch.from_numpy(video).to(self._device)
+
+    @functools.cached_property
+    def _networks(self) -> Networks:
+        return Networks.load(self._job.config.evaluate, self._device)
+
+    @functools.cached_property
+    def _models(self) -> tuple[Prior | None, VQVAE]:
+        if self._job.inputs.prior is None:
+            return None, load_vqvae(self._job.inputs.tokenizer_url)[0].to(self._device)
+        prior, tokenizer, _, _ = load_prior(self._job.inputs.tokenizer_url)
+        return prior.to(self._device), tokenizer.to(self._device)
+
+    @property
+    def _prior(self) -> Prior:
+        prior = self._models[0]
+        assert prior is not None
+        return prior
+
+    @property
+    def _tokenizer(self) -> VQVAE:
+        return self._models[1]
+
+    @property
+    def _codebooks(self) -> tuple[int, int]:
+        """Codes of a codebook, and codebooks."""
+        model = self._tokenizer.config
+        return model.num_codes, model.num_codebooks
