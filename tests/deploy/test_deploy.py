@@ -94,7 +94,8 @@ def test_rayjob_of_the_chain_is_valid_and_names_the_cluster() -> None:
 @pytest.mark.parametrize("name", [job.name for job in JOBS.jobs])
 def test_rayjob_of_every_stage_is_valid(name: str) -> None:
     spec = importlib.util.spec_from_file_location("rayjob", DEPLOY / "kuberay" / "rayjob.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     rayjob = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(rayjob)
     job = rayjob.ray_job(JOBS, name, ["root=s3://b/a run"])
