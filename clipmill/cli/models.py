@@ -90,15 +90,23 @@ def import_videogpt(
     checkpoint: Annotated[
         Path, typer.Argument(help="A file that the published VideoGPT code wrote.", show_default=False)
     ],
-    out: Annotated[str, typer.Option("--out", help="Training folder for the export, such as runs/bair/vqvae.")],
+    out: Annotated[str, typer.Option("--out", help="Training folder for the export, such as runs/bair/prior.")],
+    tokenizer_out: Annotated[
+        str | None,
+        typer.Option("--tokenizer-out", help="Training folder for a prior's VQ-VAE; by default vqvae beside --out."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a published VideoGPT checkpoint (VQ-VAE or prior) into an export."""
+    """Turn a published VideoGPT checkpoint (a VQ-VAE, or a prior with its VQ-VAE) into exports."""
     from clipmill import storage
-    from clipmill.models.videogpt import import_videogpt as make_export
+    from clipmill.models.videogpt import import_videogpt as make_exports
+    from clipmill.models.videogpt import tokenizer_folder
 
-    kind, sha8 = make_export(checkpoint, storage.absolute(out))
-    print_facts({"kind": kind, "export": storage.join(out, "exports", sha8)}, as_json)
+    folder = storage.absolute(out)
+    tokenizer = tokenizer_folder(folder) if tokenizer_out is None else storage.absolute(tokenizer_out)
+    kind, sha8 = make_exports(checkpoint, folder, tokenizer)
+    facts = {"kind": kind, "export": storage.join(out, "exports", sha8)}
+    print_facts(facts | ({"tokenizer": tokenizer} if kind == "prior" else {}), as_json)
 
 
 @app.command("estimate", rich_help_panel=PANEL)

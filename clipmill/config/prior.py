@@ -57,10 +57,14 @@ class PriorModelConfig(Section):
     rope_base: Annotated[float, Field(gt=1)] = 100.0
     """Rotary wavelengths run from 2 pi to 2 pi x this many latents: an axis has tens of them, not thousands (arXiv
     2403.13298 takes 100 for images). ``modern`` only."""
+    attention: Literal["full", "strided"] = "full"
+    """Which earlier codes a code sees. ``full``: all. ``strided``: the blocks of 32 codes that the published sparse
+    priors see (``clipmill/models/strided.py``): near ones, and those of the same place in earlier rows and frames.
+    ``videogpt`` only."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Dropout of what attention and MLP add to the residual stream."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Dropout of the attention weights."""
+    """Dropout of the attention weights; 0 with ``attention=strided``, whose kernels have none."""
     class_conditional: bool = False
     """Whether the prior is conditioned on the class of a clip. Every video then needs one."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -95,6 +99,10 @@ class PriorModelConfig(Section):
             raise ValueError("num_kv_heads needs style=modern: the published attention has as many keys as queries")
         if self.style == "videogpt" and self.rope_base != 100.0:
             raise ValueError("rope_base needs style=modern: the published positions are learned")
+        if self.attention == "strided" and self.style != "videogpt":
+            raise ValueError("attention=strided needs style=videogpt; set attention=full")
+        if self.attention == "strided" and self.attention_dropout:
+            raise ValueError("attention=strided has no dropout on its weights; set attention_dropout=0")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.style == "modern" and self.head_dim % 2:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clipmill.config import PriorModelConfig
 from clipmill.models.norms import scaled_to_unit
 from clipmill.models.positions import rotate
+from clipmill.models.strided import StridedMask
 
 __all__ = ["AxialAttention", "CausalAttention", "CrossAttention", "KeysValues"]
 
@@ -88,14 +89,17 @@ class CausalAttention(nn.Module):
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, mask: StridedMask | None = None) -> Tensor:
         """Mixes x [B, L, C] over the positions up to each.
 
         Args:
             x: of the positions from the first on.
             rotation: [2, L, D / 2], if the style turns queries and keys.
+            mask: which of these positions each sees; None: all.
         """
         q, k, v = self._heads(x, rotation)
+        if mask is not None:
+            return self.out(mask(q, k, v).transpose(1, 2).flatten(2))
         grouped = self.num_kv_heads < self.num_heads
         # Only CUDA's kernels of half precision know grouped heads: others would materialise the L x L scores.
         if grouped and not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):

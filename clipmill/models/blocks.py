@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clipmill.config import PriorModelConfig
 from clipmill.models.attention import CausalAttention, CrossAttention
 from clipmill.models.norms import Norm, layer_norm, rms_norm
+from clipmill.models.strided import StridedMask
 
 __all__ = ["Block", "norms_per_block"]
 
@@ -49,6 +50,7 @@ class Block(nn.Module):
         norms: list[Norm],
         rotation: Tensor | None,
         memory: Tensor | None,
+        mask: StridedMask | None,
     ) -> Tensor:
         """Transforms x [B, L, C].
 
@@ -57,8 +59,9 @@ class Block(nn.Module):
             norms: this block's.
             rotation: see `CausalAttention.forward`.
             memory: what the prior is told, float [B, S, M].
+            mask: see `CausalAttention.forward`.
         """
-        x = x + self._drop(self.attention(self.normalise(x, norms[0]), rotation))
+        x = x + self._drop(self.attention(self.normalise(x, norms[0]), rotation, mask))
         if self.cross is not None:
             assert memory is not None
             x = x + self._drop(self.cross(self.normalise(x, norms[1]), self.cross.keys_values(memory)))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clipmill.models.attention import CrossAttention, KeysValues
 from clipmill.models.blocks import Block
-from clipmill.models.norms import EPS, Norm
+from clipmill.models.norms import EPS, Norm, standardised
 from clipmill.models.places import CONTEXT_MULTIPLE, HostPlaces, Places
 from clipmill.models.prior import Prior
 
@@ -103,7 +103,7 @@ class CachedPrior:
         self.heads_shape = (config.num_heads, config.kv_heads, config.head_dim)
         self.num_codes, self.num_codebooks = prior.num_codes, prior.input.num_codebooks
         self.per_frame = math.prod(prior.latent_shape[1:])
-        self.normalise: Callable[[Tensor], Tensor] = _unit if self.modern else _standard
+        self.normalise: Callable[[Tensor], Tensor] = _unit if self.modern else standardised
         told = prior.told(condition, hidden)
         norms = prior.norms(label, told.offsets)
         self.norms_per_block = prior.norms_per_block
@@ -124,6 +124,7 @@ class CachedPrior:
         )
         length = -(-prior.num_positions // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
         shape = (config.num_layers, 2, num_rows, config.kv_heads, length, config.head_dim)
+        self.strided = prior.mask
         # Attention of one query in bfloat16 takes a CPU 1.5 to 4 times as long as in float32.
         cache_dtype = torch.float32 if table.device.type == "cpu" else dtype
         self.cache = torch.zeros(shape, dtype=cache_dtype, device=table.device)
@@ -169,10 +170,10 @@ class CachedPrior:
         if modulations is not None and modulations.shape[3] > 1:
             modulations = places.frames(self.per_frame, x.device).take(modulations, 3)
         rotation = None if self.rotation is None else places.take(self.rotation, 0)[:, None]
-        mask = places.mask(x.device)
+        seen = (None, places.mask(x.device)) if self.strided is None else places.seen(self.strided)
         for index, layer in enumerate(self.layers):
             norms = iter(range(self.norms_per_block * index, self.norms_per_block * (index + 1)))
-            mixed = self._attention(self._norm(x, next(norms), modulations), layer, index, rotation, mask, places)
+            mixed = self._attention(self._norm(x, next(norms), modulations), layer, index, rotation, seen, places)
             layer.out.add_to(x, mixed)
             if layer.cross_q is not None and layer.cross_out is not None and layer.memory is not None:
                 queries = layer.cross_q(self._norm(x, next(norms), modulations))
@@ -195,9 +196,15 @@ class CachedPrior:
         return F.silu(gate).mul_(value)
 
     def _attention(
-        self, x: Tensor, layer: _Layer, index: int, rotation: Tensor | None, mask: Tensor | None, places: Places
+        self,
+        x: Tensor,
+        layer: _Layer,
+        index: int,
+        rotation: Tensor | None,
+        seen: tuple[Tensor | None, Tensor | None],
+        places: Places,
     ) -> Tensor:
-        """Mixes x [R * n, C] over the context, -> [R * n, N * D]."""
+        """Mixes x [R * n, C] over what is ``seen`` of the context (see `HostPlaces.seen`), -> [R * n, N * D]."""
         num_heads, kv_heads, head_dim = self.heads_shape
         cache = self.cache[index]
         heads = layer.qkv(x).view(self.num_rows, places.count, -1, head_dim).to(cache.dtype)
@@ -211,7 +218,8 @@ class CachedPrior:
         else:
             kv = heads[:, :, num_heads:].unflatten(2, (2, kv_heads)).permute(2, 0, 3, 1, 4)  # [2, R, M, n, D]
             places.put(cache, 3, kv)
-        keys, values = cache[:, :, :, : places.context]
+        reads, mask = seen
+        keys, values = cache[:, :, :, : places.context] if reads is None else cache.index_select(3, reads)
         # Heads that share keys stand as several queries of one head, n times.
         q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N / M * n, D]
         if mask is not None:
@@ -290,10 +298,6 @@ def _stacked(norms: list[Norm]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ norms
-
-
-def _standard(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Norm", "Norms", "layer_norm", "rms_norm", "scaled_to_unit"]
+__all__ = ["Norm", "Norms", "layer_norm", "rms_norm", "scaled_to_unit", "standardised"]
 
 EPS = 1e-8
-"""Added to the variance. The published norm has its 1e-5 outside the root; embeddings start so small (variance
-1e-4) that an eps of 1e-6 would change the logits of imported weights by 2e-4."""
+"""Added to the variance. Embeddings start so small (variance 1e-4) that 1e-6 would change the logits of imported
+weights by 2e-4."""
+PUBLISHED_EPS = 1e-5
+"""The published norm adds this to 1 / std. Without it, logits of imported weights change by 1e-5 times the standard
+deviation of what is normalised."""
 
 
 class Norm(NamedTuple):
@@ -69,13 +72,22 @@ class Norms(nn.Module):
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    """Layer norm (arXiv 1607.06450) over the channels of x [B, L, C] or [B, C], then gain and bias.
+    """The published layer norm (see `standardised`) of x [B, L, C] or [B, C], then gain and bias.
 
     L is a multiple of the norm's latent frames, if it has any; [B, C] takes a norm of one frame.
     """
-    if norm.gain.dim() == 1:
-        return F.layer_norm(x, norm.gain.shape, norm.gain, norm.bias, EPS)
-    return _modulated(F.layer_norm(x, x.shape[-1:], eps=EPS), norm)
+    if norm.gain.dim() == 1 and norm.bias is not None:
+        return standardised(x, norm.gain) + norm.bias
+    return _modulated(standardised(x), norm)
+
+
+def standardised(x: Tensor, gain: Tensor | None = None) -> Tensor:
+    """``(x - mean) * (1 / std + 1e-5)`` over the channels of x [..., C], then ``gain`` [C] (VideoGPT's published code).
+
+    The gradient takes 1e-5 * std for a constant, and so is off by that share of one direction, the one along x.
+    """
+    y, _, inverse_std = torch.native_layer_norm(x, x.shape[-1:], gain, None, EPS)
+    return torch.addcdiv(y, y, inverse_std.to(y.dtype), value=PUBLISHED_EPS)
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:

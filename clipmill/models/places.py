@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipmill.models.strided import StridedMask
+
 __all__ = ["CONTEXT_MULTIPLE", "DevicePlaces", "HostPlaces", "Places"]
 
 CONTEXT_MULTIPLE = 64
@@ -36,6 +38,10 @@ class HostPlaces:
         """The codebook of the first position."""
         return self.first % num_codebooks
 
+    def indices(self, device: torch.device) -> Tensor:
+        """The positions, int64 [n]."""
+        return torch.arange(self.first, self.context, device=device)
+
     def take(self, table: Tensor, dim: int) -> Tensor:
         """The entries of these positions."""
         return table.narrow(dim, self.first, self.count)
@@ -49,13 +55,23 @@ class HostPlaces:
         frame = self.first // per_frame
         if (self.context - 1) // per_frame == frame:
             return HostPlaces(frame, 1)
-        return DevicePlaces(torch.arange(self.first, self.context, device=device) // per_frame, 0, 0)
+        return DevicePlaces(self.indices(device) // per_frame, 0, 0)
 
     def mask(self, device: torch.device) -> Tensor | None:
         """What each position sees of the context, bool [n, S]; None where it sees all."""
         if self.count == 1:
             return None
         return torch.ones(self.count, self.context, dtype=torch.bool, device=device).tril_(self.first)
+
+    def seen(self, strided: StridedMask) -> tuple[Tensor | None, Tensor | None]:
+        """What positions see under a strided mask.
+
+        Returns:
+            The positions of the cache that any of them sees, int64 [S]; None for the whole context. And what each sees
+            of these, bool [n, S]; None where it sees all.
+        """
+        reads = strided.reads(self.first, self.context)
+        return reads, None if self.count == 1 else strided.mask(self.indices(reads.device), reads)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of q [R, M, rows, D] to keys and values [R, M, S, D] under mask bool [rows, S]."""
@@ -96,6 +112,10 @@ class DevicePlaces:
     def mask(self, device: torch.device) -> Tensor | None:
         """See `HostPlaces.mask`."""
         return torch.arange(self.context, device=device) <= self.positions[:, None]
+
+    def seen(self, strided: StridedMask) -> tuple[Tensor | None, Tensor | None]:
+        """See `HostPlaces.seen`."""
+        return None, strided.mask(self.positions, torch.arange(self.context, device=self.positions.device))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """See `HostPlaces.attend`."""

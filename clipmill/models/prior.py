@@ -24,6 +24,7 @@ from clipmill.models.code_layers import CodeHead, CodeInput
 from clipmill.models.conditioning import Condition, Told
 from clipmill.models.norms import Norm, Norms, layer_norm, rms_norm
 from clipmill.models.positions import rotations
+from clipmill.models.strided import StridedMask
 
 __all__ = ["Prior"]
 
@@ -46,7 +47,8 @@ class Prior(nn.Module):
         null_label: the label that stands for no class, if the prior knows one.
 
     Raises:
-        UserError: there are no classes, or not the condition, that the config asks for.
+        UserError: there are no classes, or not the condition, that the config asks for, or its attention does not fit
+            the latents.
     """
 
     rotation: Tensor | None
@@ -94,6 +96,7 @@ class Prior(nn.Module):
         self.head = CodeHead(config.hidden_dim, num_codes, self.input.num_codebooks)
         rotation = rotations(latent_shape, config.head_dim, config.rope_base) if modern else None  # [2, L, D / 2]
         self.register_buffer("rotation", rotation, persistent=False)
+        self.mask = StridedMask(latent_shape) if config.attention == "strided" else None
 
     def forward(self, codes: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Logits of each code given those before it.
@@ -166,7 +169,7 @@ class Prior(nn.Module):
             # the loss compute in float32 inside. The published style keeps it float32, as published.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for index, block in enumerate(self.blocks):
-            arguments = (x, self.norms_of(norms, index), self.rotation, told.memory)
+            arguments = (x, self.norms_of(norms, index), self.rotation, told.memory, self.mask)
             if self.training and index < self.config.num_checkpointed:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -1,38 +1,30 @@
-"""The published VideoGPT checkpoints, as state of our models (names and facts of its public code, MIT licence).
-
-A checkpoint is untrusted input: only tensors, plain containers and ``argparse.Namespace`` are unpickled (of the classes
-of Lightning that its trainer leaves beside them no more than the names), and no model is built before the file is known
-to hold weights of its size.
-"""
+"""The published VideoGPT checkpoints, as state of our models (names and facts of its public code, MIT licence)."""
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from clipmill import storage
 from clipmill.config import PriorModelConfig, VQVAEModelConfig, identity
 from clipmill.errors import UserError
-from clipmill.models.export import export_body, save_export
+from clipmill.models.export import export_body, read_latest, save_export
 from clipmill.models.prior import Prior
+from clipmill.models.published import Published, read_published
+from clipmill.models.published_sizes import AXES, PriorSettings, VQVAESettings
 from clipmill.models.resnet import BLOCKS
 from clipmill.models.vqvae import VQVAE, codes_shape, latent_shape
 
-__all__ = ["import_videogpt", "load_videogpt_prior", "load_videogpt_vqvae"]
+__all__ = ["import_videogpt", "load_videogpt_prior", "load_videogpt_vqvae", "tokenizer_folder"]
 
 Model = TypeVar("Model", VQVAE, Prior)
 
 PIXEL_VARIANCE = 0.06
 """The published loss divides by this, whatever the data."""
-_UNLIKE_PUBLISHED = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
-"""Exceptions that a file without the expected names, shapes and settings can raise."""
 _RESNET_LAYERS = {
     "conv1": "body.0",
     "bnr1": "body.1",
@@ -48,198 +40,140 @@ _RESNET_BLOCK = re.compile(
 )
 
 
-def import_videogpt(path: Path, folder_url: str) -> tuple[str, str]:
-    """Makes an export of a published checkpoint, as the training stages write them.
+def import_videogpt(path: Path, folder_url: str, tokenizer_url: str | None = None) -> tuple[str, str]:
+    """Makes exports of a published checkpoint, as the training stages write them.
 
     Args:
         path: a VQ-VAE's checkpoint or a prior's, which holds its VQ-VAE.
         folder_url: the training folder that gets the export.
+        tokenizer_url: the training folder that gets a prior's VQ-VAE; None: the ``vqvae`` beside ``folder_url``, where
+            `clipmill tokenize` looks for it.
 
     Returns:
-        Its kind, ``vqvae`` or ``prior``, and its sha8.
+        The kind of the checkpoint, ``vqvae`` or ``prior``, and the sha8 of its export.
 
     Raises:
-        UserError: the file is no such checkpoint, or one that is not supported. Nothing was written.
+        UserError: the file is no such checkpoint, or another tokenizer is in the folder for its VQ-VAE. Nothing was
+            written.
     """
-    state, args = _read(path)
-    with _blame(path):
-        if not _is_prior(state):
-            tokenizer = _vqvae(state, tuple(args.downsample), path)
-            body = _vqvae_body(tokenizer, args)
-        else:
-            prior, tokenizer = _prior(state, args, path)
-            # A tokenizer in a prior's export is described as in an export of its own, whose name tokens refer to.
-            body = _prior_body(prior, args, export_body(tokenizer, _vqvae_body(tokenizer, args)))
-    if body["kind"] == "vqvae":
-        return "vqvae", save_export(folder_url, tokenizer, body)
+    published = read_published(path)
+    tokenizer = _vqvae(published)
+    tokenizer_body = _vqvae_body(tokenizer, published.vqvae)
+    if published.prior is None:
+        return "vqvae", save_export(folder_url, tokenizer, tokenizer_body)
+    prior = _prior(published, tokenizer)
+    # A tokenizer in a prior's export is described as in an export of its own, whose name tokens refer to.
+    named = export_body(tokenizer, tokenizer_body)
+    tokenizer_url = tokenizer_folder(folder_url) if tokenizer_url is None else tokenizer_url
+    _require_free(tokenizer_url, named["sha8"])
+    save_export(tokenizer_url, tokenizer, tokenizer_body)
+    body = _prior_body(prior, published.prior, named)
     return "prior", save_export(folder_url, prior, body, tokenizer=tokenizer)
 
 
+def tokenizer_folder(folder_url: str) -> str:
+    """The training folder of the tokenizer that belongs to the one of a prior."""
+    return storage.join(storage.split(folder_url)[0], "vqvae")
+
+
+def _require_free(tokenizer_url: str, sha8: str) -> None:
+    """A tokenizer that somebody trained there must stay the latest."""
+    found = read_latest(tokenizer_url)
+    if found is not None and found[1] != sha8:
+        raise UserError(
+            f"{tokenizer_url} has tokenizer {found[1]}, and the checkpoint's is {sha8}; name a folder for it with "
+            "--tokenizer-out, and that folder as tokenize.tokenizer"
+        )
+
+
 def load_videogpt_vqvae(path: Path) -> VQVAE:
-    """The tokenizer of a published VQ-VAE checkpoint, in eval mode; errors as `import_videogpt`."""
-    state, args = _read(path)
-    with _blame(path):
-        return _vqvae(state, tuple(args.downsample), path)
+    """The tokenizer of a published checkpoint, in eval mode; errors as `import_videogpt`."""
+    return _vqvae(read_published(path))
 
 
 def load_videogpt_prior(path: Path) -> tuple[Prior, VQVAE]:
     """Prior and tokenizer of a published prior checkpoint, in eval mode; errors as `import_videogpt`."""
-    state, args = _read(path)
-    with _blame(path):
-        return _prior(state, args, path)
-
-
-class _Inert:
-    """Stands for a class of Lightning: its trainer saves the state of callbacks under their classes."""
-
-    def __new__(cls, *_: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; name a file that the published VideoGPT code wrote")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        lightning = [name for name in foreign if name.startswith(("pytorch_lightning.", "lightning."))]
-        if refused := sorted(set(foreign) - set(lightning)):
-            raise UserError(
-                f"{path} holds {', '.join(refused)}; files with anything but tensors and settings inside are refused, "
-                "for loading them would run their code"
-            )
-        with torch.serialization.safe_globals([argparse.Namespace, *((_Inert, name) for name in lightning)]):
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        state, args = checkpoint["state_dict"], checkpoint["hyper_parameters"]["args"]
-        if not isinstance(args, argparse.Namespace):
-            raise TypeError(f"settings of type {type(args).__name__}")
-        for name, tensor in state.items():
-            # A view of one number can claim any shape.
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError(f"{name} has fewer numbers than its shape {tuple(tensor.shape)} says")
-        return state, args
-    except (pickle.UnpicklingError, *_UNLIKE_PUBLISHED) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a checkpoint of the published VideoGPT code: {reason}") from error
-
-
-@contextmanager
-def _blame(path: Path) -> Iterator[None]:
-    """Turns errors of settings or weights that do not fit each other into a UserError."""
-    try:
-        yield
-    except _UNLIKE_PUBLISHED as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{path} is unlike the checkpoints of the published VideoGPT code: {reason}") from error
-
-
-def _is_prior(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith("attn_stack.") for name in state)
-
-
-def _prior(state: dict[str, Tensor], args: argparse.Namespace, path: Path) -> tuple[Prior, VQVAE]:
-    if not _is_prior(state):
+    published = read_published(path)
+    if published.prior is None:
         raise UserError(f"{path} is a VQ-VAE's checkpoint, not a prior's")
-    if args.attn_type != "full":
-        raise UserError(
-            f"{path} was trained with attn_type={args.attn_type}, which attends to some blocks of codes alone; only "
-            "priors with attn_type=full can be imported"
-        )
-    vqvae_state = {name.removeprefix("vqvae."): tensor for name, tensor in state.items() if name.startswith("vqvae.")}
-    # The checkpoint only names a file of its author's machine for the VQ-VAE's settings: its own tables give them.
-    size = (args.resolution, args.resolution)  # the published code knows squares only
-    lengths = [len(state[f"attn_stack.pos_embd.emb.d_{axis}"]) for axis in range(3)]
-    t, h, w = (whole // length for whole, length in zip((args.sequence_length, *size), lengths, strict=True))
-    tokenizer = _vqvae(vqvae_state, (t, h, w), path)
-    config = PriorModelConfig(
-        hidden_dim=len(state["fc_in.weight"]),
-        num_heads=args.heads,
-        num_layers=_count(state, "attn_stack.attn_nets."),
-        dropout=args.dropout,
-        attention_dropout=args.attn_dropout,
-        class_conditional=args.class_cond,
-        condition="frames" if args.n_cond_frames else None,
-    )
-    shape = latent_shape(tokenizer.config, args.sequence_length, size)
-    codebook = tokenizer.quantizer.codebook
-    prior = _loaded(
-        lambda: Prior(config, shape, len(codebook), codebook, args.class_cond_dim or 0, _condition_shape(args)),
-        _prior_state(state, config) | {"input.codebook": codebook},
-        path,
-    )
-    return prior, tokenizer
+    tokenizer = _vqvae(published)
+    return _prior(published, tokenizer), tokenizer
 
 
-def _condition_shape(args: argparse.Namespace) -> tuple[int, ...] | None:
-    """Shape (n, H, W, 3) of the frames that the prior is conditioned on; None if it takes none."""
-    return (args.n_cond_frames, args.resolution, args.resolution, 3) if args.n_cond_frames else None
-
-
-def _vqvae(state: dict[str, Tensor], downsample: tuple[int, int, int], path: Path) -> VQVAE:
-    """The tokenizer of a published state, whose shapes give all its sizes but ``downsample``."""
-    if "codebook.embeddings" not in state or "encoder.conv_last.conv.weight" not in state:
-        raise UserError(f"{path} holds no VQ-VAE of the published VideoGPT code")
-    num_codes, embedding_dim = state["codebook.embeddings"].shape
+def _vqvae(published: Published) -> VQVAE:
+    settings = published.vqvae
     config = VQVAEModelConfig(
-        hidden_dim=len(state["encoder.conv_last.conv.weight"]),
-        num_res_layers=_count(state, "encoder.res_stack.") - 1,
-        embedding_dim=embedding_dim,
-        num_codes=num_codes,
-        downsample=downsample,
+        hidden_dim=settings.n_hiddens,
+        num_res_layers=settings.n_res_layers,
+        embedding_dim=settings.embedding_dim,
+        num_codes=settings.n_codes,
+        downsample=settings.downsample,
     )
-    return _loaded(lambda: VQVAE(config, PIXEL_VARIANCE), _vqvae_state(state, config), path)
+    prefix = "vqvae." if published.prior else ""
+    weights = {
+        name.removeprefix(prefix): tensor for name, tensor in published.weights.items() if name.startswith(prefix)
+    }
+    return _loaded(VQVAE(config, PIXEL_VARIANCE), _vqvae_state(weights, settings))
 
 
-def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """Number of modules in a list."""
-    return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+def _prior(published: Published, tokenizer: VQVAE) -> Prior:
+    settings = published.prior
+    assert settings is not None
+    sparse = settings.attn_type == "sparse"
+    config = PriorModelConfig(
+        hidden_dim=settings.hidden_dim,
+        num_heads=settings.heads,
+        num_layers=settings.layers,
+        attention="strided" if sparse else "full",
+        dropout=settings.dropout,
+        attention_dropout=0.0 if sparse else settings.attn_dropout,  # the published sparse attention ignores it
+        class_conditional=settings.class_cond,
+        condition="frames" if settings.n_cond_frames else None,
+    )
+    size = (settings.resolution, settings.resolution)
+    shape = latent_shape(tokenizer.config, settings.sequence_length, size)
+    codebook = tokenizer.quantizer.codebook
+    prior = Prior(config, shape, len(codebook), codebook, settings.class_cond_dim or 0, settings.condition_shape)
+    return _loaded(prior, _prior_state(published.weights, config) | {"input.codebook": codebook})
 
 
-def _loaded(make: Callable[[], Model], state: dict[str, Tensor], path: Path) -> Model:
-    """A model with this state, in eval mode."""
-    with torch.device("meta"):
-        expected = make().state_dict()
-    for name in sorted(expected.keys() | state.keys()):
-        wanted, found = (None if name not in each else tuple(each[name].shape) for each in (expected, state))
-        if wanted != found:
-            raise UserError(f"{path} lacks weights, or has some of another size: {name} is {found}, not {wanted}")
-    model = make()
+def _loaded(model: Model, state: dict[str, Tensor]) -> Model:
+    """The model with this state, in eval mode."""
     model.load_state_dict(state)
     return model.eval()
 
 
-def _vqvae_body(model: VQVAE, args: argparse.Namespace) -> dict[str, Any]:
+def _vqvae_body(model: VQVAE, settings: VQVAESettings) -> dict[str, Any]:
+    frames, resolution = settings.sequence_length, settings.resolution
     return {
         "kind": "vqvae",
         "model": identity(model.config),
-        "latent_shape": list(codes_shape(model.config, args.sequence_length, (args.resolution, args.resolution))),
+        "latent_shape": list(codes_shape(model.config, frames, (resolution, resolution))),
         "num_codes": model.config.num_codes,
-        "clip": {"clip": {"num_frames": args.sequence_length, "resolution": args.resolution}},
+        "clip": {"clip": {"num_frames": frames, "resolution": resolution}},
         "pixel_variance": PIXEL_VARIANCE,
         "identity": {},
         "step": 0,
     }
 
 
-def _prior_body(prior: Prior, args: argparse.Namespace, tokenizer_body: dict[str, Any]) -> dict[str, Any]:
+def _prior_body(prior: Prior, settings: PriorSettings, tokenizer_body: dict[str, Any]) -> dict[str, Any]:
+    num_classes = settings.class_cond_dim or 0
     return {
         "kind": "prior",
         "model": identity(prior.config),
         "latent_shape": list(prior.latent_shape),
         "num_codes": prior.num_codes,
-        "num_classes": args.class_cond_dim if args.class_cond else 0,
-        "classes": [str(number) for number in range(args.class_cond_dim)] if args.class_cond else [],
-        "condition_shape": _condition_shape(args),
+        "num_classes": num_classes,
+        "classes": [str(number) for number in range(num_classes)],
+        "condition_shape": settings.condition_shape,
         "tokenizer": tokenizer_body,
         "identity": {},
         "step": 0,
     }
 
 
-def _vqvae_state(published: dict[str, Tensor], config: VQVAEModelConfig) -> dict[str, Tensor]:
+def _vqvae_state(published: dict[str, Tensor], settings: VQVAESettings) -> dict[str, Tensor]:
     """Published names to ours; the three axes' attentions fuse into one."""
     renamed = {
         "codebook.embeddings": "quantizer.codebook",
@@ -250,19 +184,19 @@ def _vqvae_state(published: dict[str, Tensor], config: VQVAEModelConfig) -> dict
         renamed[f"encoder.conv_last.conv.{kind}"] = f"encoder.last.{kind}"
         renamed[f"pre_vq_conv.conv.{kind}"] = f"to_latent.{kind}"
         renamed[f"post_vq_conv.conv.{kind}"] = f"from_latent.{kind}"
-        for i in range(max(config.downsample).bit_length() - 1):
+        for i in range(settings.num_halvings):
             renamed[f"encoder.convs.{i}.conv.{kind}"] = f"encoder.shrink.{i}.{kind}"
             renamed[f"decoder.convts.{i}.convt.{kind}"] = f"decoder.grow.{i}.{kind}"
     state = {"quantizer.initialised": torch.tensor(True), "quantizer.num_updates": torch.tensor(0)}
     for side in ("encoder", "decoder"):
-        for i in range(config.num_res_layers):
+        for i in range(settings.n_res_layers):
             old, new = f"{side}.res_stack.{i}.block", f"{side}.stack.{i}.layers"
             for layer in (0, 3, 6):
                 renamed |= _norm_names(f"{old}.{layer}", f"{new}.{layer}")
             for layer in (2, 5):
                 renamed[f"{old}.{layer}.conv.weight"] = f"{new}.{layer}.weight"
             state |= {f"{new}.8.{name}": tensor for name, tensor in _axial(published, f"{old}.8").items()}
-        last = config.num_res_layers
+        last = settings.n_res_layers
         renamed |= _norm_names(f"{side}.res_stack.{last}", f"{side}.stack.{last}")
     state |= {ours: published[theirs] for theirs, ours in renamed.items()}
     # Our convolutions of kernel 1 are linear layers.
@@ -274,7 +208,7 @@ def _norm_names(old: str, new: str) -> dict[str, str]:
 
 
 def _axial(published: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    axes = [f"{prefix}.attn_{axis}" for axis in "wht"]
+    axes = [f"{prefix}.attn_{axis}" for axis in AXES]
     return {
         "qkv.weight": torch.cat([_qkv(published, axis) for axis in axes]),
         "out.weight": torch.cat([published[f"{axis}.fc.weight"] for axis in axes], 1),

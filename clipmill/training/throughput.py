@@ -61,8 +61,9 @@ def prior_flops_per_token(prior: Prior) -> float:
         if parameter.dim() > 1 and name not in _LOOKED_UP and not _OF_CONDITION.match(name)
     )
     in_products -= (prior.input.num_codebooks - 1) * prior.num_codes * config.hidden_dim  # logits of the others
+    attended = prior.num_positions * (1.0 if prior.mask is None else prior.mask.share)
     # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
-    return 6 * in_products + 6 * config.num_layers * config.hidden_dim * prior.num_positions
+    return 6 * in_products + 6 * config.num_layers * config.hidden_dim * attended
 
 
 def vqvae_flops_per_clip(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]) -> float:
