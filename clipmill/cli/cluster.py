@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +22,28 @@ def submit(
         ),
     ] = None,
     jobs: Annotated[Path, typer.Option("--jobs", help="The jobs and what each needs.")] = Path("ray_jobs.yaml"),
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="In place of the jobs file's config.", show_default=False),
+    ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="http://HOST:8265; by default RAY_ADDRESS, else this machine's.", show_default=False),
+        typer.Option(help="http://HOST:8265; by default RAY_ADDRESS, else it asks.", show_default=False),
+    ] = None,
+    follow: Annotated[
+        bool | None,
+        typer.Option("--follow/--no-follow", help="Print the log of the running job; default on a terminal."),
     ] = None,
 ) -> None:
     """Submit jobs and what they need to a Ray cluster, in order, and wait for them."""
-    from clipmill.cluster import jobs as ray_jobs
+    from clipmill import cluster
 
-    chosen = [name for name in names or [] if "=" not in name]
-    ray_jobs.submit(jobs, chosen, address, [name for name in names or [] if "=" in name])
+    cluster.submit(
+        jobs,
+        [name for name in names or [] if "=" not in name],
+        address,
+        [name for name in names or [] if "=" in name],
+        config=config or (),
+        follow=sys.stdout.isatty() if follow is None else follow,
+        confirm=typer.confirm if sys.stdin.isatty() else None,
+    )

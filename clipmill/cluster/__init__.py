@@ -8,8 +8,9 @@ Importing this package does not import Ray: a machine without it can still run w
 from __future__ import annotations
 
 from clipmill.cluster.fanout import fan_out
-from clipmill.cluster.jobs import Job, JobsFile, in_order, load_jobs, submit
+from clipmill.cluster.jobs import Job, JobsFile, in_order, load_jobs
 from clipmill.cluster.launch import Report, connect, is_embedded, run_workers
+from clipmill.cluster.submission import submit
 
 __all__ = [
     "Job",

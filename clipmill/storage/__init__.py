@@ -28,7 +28,7 @@ from clipmill.storage.objects import (
     walk,
 )
 from clipmill.storage.patience import within
-from clipmill.storage.redact import redacted
+from clipmill.storage.redact import is_secret_variable, redacted
 from clipmill.storage.urls import (
     absolute,
     escape,
@@ -59,6 +59,7 @@ __all__ = [
     "exists",
     "fetch",
     "is_local",
+    "is_secret_variable",
     "is_web",
     "join",
     "list_folder",

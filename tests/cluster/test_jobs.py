@@ -8,19 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 
-from clipmill.cluster import in_order, load_jobs, submit
-from clipmill.cluster import jobs as jobs_module
-from clipmill.cluster.jobs import _may_succeed_again, submission_stem
-from clipmill.errors import StageFailed, UserError
+from clipmill.cluster import in_order, load_jobs, server, submission, submit
+from clipmill.cluster.jobs import submission_stem
+from clipmill.cluster.server import Server
+from clipmill.cluster.submission import _may_succeed_again
+from clipmill.errors import StageFailed, StopRequested, UserError
 from tests.s3.proxy import Proxy
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,7 +41,9 @@ def test_the_stages_of_this_repository() -> None:
     jobs = load_jobs(REPOSITORY / "ray_jobs.yaml").jobs
     stages = ["shard", "train-vqvae", "tokenize", "train-prior", "sample", "evaluate", "report"]
     assert [each.name for each in in_order(jobs, ["report"])] == stages
-    assert [each.entrypoint for each in jobs] == [f"clipmill {name} --config configs/demo.yaml" for name in stages]
+    assert [each.entrypoint for each in jobs] == [f"clipmill {name} --config demo" for name in stages]
+    jobs = load_jobs(REPOSITORY / "ray_jobs.yaml", ["a b.yaml", "c.yaml"]).jobs
+    assert jobs[0].entrypoint == "clipmill shard --config 'a b.yaml' --config c.yaml"
     assert [each.name for each in in_order(jobs, ["tokenize"])] == stages[:3]
 
 
@@ -230,32 +233,145 @@ def test_a_jobs_server_that_is_away_is_asked_again(head: str, tmp_path: Path) ->
     assert mark.read_text().split() == ["run"]
 
 
-def test_a_submission_whose_answer_was_lost_is_not_submitted_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jobs_module, "POLL_SECONDS", 0.01)
+class FakeClient:
+    """A Jobs server whose jobs take ``seconds`` and end with the exit statuses given, one an attempt."""
 
-    class Server:
-        """Takes the job, but its first answer is lost."""
+    def __init__(self, *exit_codes: int, seconds: float = 0.0, log: str = "") -> None:
+        self.exit_codes, self.seconds, self.log = exit_codes, seconds, log
+        self.ends: dict[str, float] = {}
+        self.faults: list[Exception] = []
+        self.lock = threading.Lock()
 
-        submitted: ClassVar[list[str]] = []
+    def _fail(self) -> None:
+        if self.faults:
+            raise self.faults.pop(0)
 
-        def list_jobs(self) -> list[Any]:
-            return []
-
-        def submit_job(self, *, submission_id: str, **_: Any) -> str:
-            if submission_id in self.submitted:
+    def submit_job(self, *, submission_id: str, **_: Any) -> str:
+        with self.lock:
+            if submission_id in self.ends:
                 raise RuntimeError(f"Request failed with status code 400: Job {submission_id} already exists")
-            self.submitted.append(submission_id)
-            raise ConnectionError("the connection was reset")
+            self.ends[submission_id] = time.time() + self.seconds
+        self._fail()
+        return submission_id
 
-        def get_job_info(self, submission_id: str) -> Any:
-            status = SimpleNamespace(value="SUCCEEDED", is_terminal=lambda: True)
-            return SimpleNamespace(status=status, message="", driver_exit_code=0)
+    def get_job_info(self, submission_id: str) -> Any:
+        self._fail()
+        if submission_id not in self.ends:
+            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist")
+        is_over = time.time() >= self.ends[submission_id]
+        code = (
+            self.exit_codes[min(int(submission_id.rpartition("-a")[2]), len(self.exit_codes)) - 1] if is_over else None
+        )
+        value = "RUNNING" if code is None else "SUCCEEDED" if code == 0 else "FAILED"
+        return SimpleNamespace(
+            submission_id=submission_id,
+            status=SimpleNamespace(value=value, is_terminal=lambda: is_over),
+            message="",
+            driver_exit_code=code,
+            end_time=int(self.ends[submission_id] * 1000),
+        )
 
-    monkeypatch.setattr(jobs_module, "_client", lambda address: Server())
-    submit(write_jobs(tmp_path, [job("once", entrypoint="true")]), [], None)
-    assert [name[-3:] for name in Server.submitted] == ["-a1"]
+    def list_jobs(self) -> list[Any]:
+        return [self.get_job_info(submission_id) for submission_id in list(self.ends)]
+
+    def get_job_logs(self, submission_id: str) -> str:
+        return self.log
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeClient]:
+    monkeypatch.setattr(submission, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(server, "FIRST_PAUSE_SECONDS", 0.01)
+
+    def use(*arguments: Any, **options: Any) -> FakeClient:
+        client = FakeClient(*arguments, **options)
+        monkeypatch.setattr(submission, "connect", lambda address, confirm: Server(client))  # type: ignore[arg-type]
+        return client
+
+    return use
+
+
+def attempts_of(client: FakeClient) -> list[str]:
+    return [name.rpartition("-")[2] for name in client.ends]
+
+
+def test_a_submission_whose_answer_was_lost_is_not_submitted_twice(tmp_path: Path, fake: Any) -> None:
+    client = fake(0, seconds=0.2)
+    client.faults = [ConnectionError("the connection was reset")]
+    submit(write_jobs(tmp_path, [job("once")]), [], None)
+    assert attempts_of(client) == ["a1"]
+
+
+def test_a_failed_poll_is_asked_again_whatever_failed(tmp_path: Path, fake: Any) -> None:
+    client = fake(0, seconds=0.2)
+    submit(write_jobs(tmp_path, [job("first")]), [], None)
+    client.faults = [
+        ConnectionResetError("reset"),
+        RuntimeError("Request failed with status code 500: Traceback"),
+        RuntimeError("Request failed with status code 429: slow down"),
+        KeyError("a proxy's page in place of an answer"),
+    ]
+    submit(write_jobs(tmp_path, [job("second")]), [], None)
+    assert client.faults == []
+    assert attempts_of(client) == ["a1", "a1"]
+
+
+def test_two_submits_at_the_same_instant_are_one_attempt(tmp_path: Path, fake: Any) -> None:
+    path = write_jobs(tmp_path, [job("a"), job("b", "a"), job("c", "b")])
+    for seconds in [0.0, 0.02] * 10:
+        client = fake(75, 0, seconds=seconds)
+        errors: list[BaseException] = []
+
+        def run(errors: list[BaseException] = errors) -> None:
+            try:
+                submit(path, [], None)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert errors == []
+        assert sorted(client.ends) == sorted({*client.ends})
+        assert sorted(attempts_of(client)) == ["a1"] * 3 + ["a2"] * 3
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "status"), [(2, UserError, 2), (76, StopRequested, 76), (1, StageFailed, 1)], ids=str
+)
+def test_what_another_attempt_would_not_change_is_not_tried_again(
+    tmp_path: Path, fake: Any, code: int, kind: type[Exception], status: int
+) -> None:
+    client = fake(code, log="planned\nclipmill: no videos at s3://b/raw; name another source\n")
+    with pytest.raises(kind, match="no videos at s3://b/raw; name another source") as caught:
+        submit(write_jobs(tmp_path, [job("a")]), [], None)
+    assert caught.value.exit_status == status  # type: ignore[attr-defined]
+    assert attempts_of(client) == ["a1"]
+
+
+def test_retries_end(tmp_path: Path, fake: Any) -> None:
+    client = fake(75)
+    with pytest.raises(StageFailed, match="failed with exit status 75"):
+        submit(write_jobs(tmp_path, [job("a", retries=2)]), [], None)
+    assert attempts_of(client) == ["a1", "a2", "a3"]
+
+
+def test_credentials_are_not_given_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "MARKER-OF-A-KEY")
+    for path in (
+        write_jobs(tmp_path, [job("a")], runtime_env={"env_vars": {"AWS_SECRET_ACCESS_KEY": "MARKER"}}),
+        write_jobs(tmp_path, [job("a", runtime_env={"env_vars": {"AZURE_STORAGE_CONNECTION_STRING": "MARKER"}})]),
+        write_jobs(tmp_path, [job("a", entrypoint="clipmill shard data.source.url=https://me:MARKER@host/list.csv")]),
+        write_jobs(tmp_path, [job("a", entrypoint="echo MARKER-OF-A-KEY")]),
+    ):
+        with pytest.raises(UserError, match="Ray would show in its dashboard") as caught:
+            load_jobs(path)
+        assert "MARKER" not in str(caught.value)
+    with pytest.raises(UserError, match="an assignment holds credentials"):
+        submit(write_jobs(tmp_path, [job("a")]), [], None, ["data.source.url=https://me:MARKER@host/list.csv"])
 
 
 @pytest.mark.slow

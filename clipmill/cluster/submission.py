@@ -1,0 +1,335 @@
+"""Submits the jobs of ``ray_jobs.yaml`` to a Ray cluster, in order, and brings each to its end.
+
+A job that was submitted runs once, so whoever submits it also tries it again: after exit status 75 (interrupted, or
+storage away), after a signal killed its driver, and after its supervisor was lost. Pauses grow from 10 s to 10 minutes.
+A user's error (exit 2) and a stop (76) are not tried again.
+
+Attempts are numbered, and Ray takes each number once. Of several submitters of the same job one therefore submits an
+attempt, and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from clipmill import storage
+from clipmill.cluster.connection import stop_signals
+from clipmill.cluster.jobs import Job, JobsFile, in_order, load_jobs, submission_stem
+from clipmill.cluster.pauses import pause
+from clipmill.cluster.server import Server, connect, resources_text
+from clipmill.errors import Interrupted, StageFailed, StopRequested, UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+__all__ = ["submit"]
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+MENTION_SECONDS = 60.0
+"""How often a job that neither starts nor ends is mentioned."""
+PENDING_SECONDS = 10.0
+"""A job that has not begun by then is explained."""
+FIRST_PAUSE_SECONDS = 10.0
+MAX_PAUSE_SECONDS = 600.0
+PROGRESS_SECONDS = 600.0
+"""An attempt that ran this long has got somewhere: failures are counted anew."""
+LOG_TAIL_LINES = 20
+
+
+class _Ended(NamedTuple):
+    """How an attempt ended: Ray's status, and the exit status of the driver if there is one."""
+
+    status: str
+    exit_code: int | None
+
+
+class _Planned(NamedTuple):
+    """A job as it is going to be submitted."""
+
+    job: Job
+    stem: str
+    entrypoint: str
+    runtime_env: dict[str, Any]
+
+
+def submit(
+    path: str | Path,
+    names: Sequence[str],
+    address: str | None,
+    assignments: Sequence[str] = (),
+    *,
+    config: Sequence[str] = (),
+    follow: bool = False,
+    confirm: Callable[[str], bool] | None = None,
+) -> None:
+    """Submits the named jobs (none: all) and what they need, one after the other, and waits for each.
+
+    A job that still runs from an earlier call is waited for, not submitted twice. Stages skip what is finished, so
+    the whole chain may be submitted again at any time.
+
+    Args:
+        path: the jobs file.
+        names: jobs of the file.
+        address: see `clipmill.cluster.server.connect`.
+        assignments: ``section.key=value``, appended to every entrypoint.
+        config: replaces the ``config`` of the file.
+        follow: print the log of the running job.
+        confirm: see `clipmill.cluster.server.connect`.
+
+    Raises:
+        UserError: the file is wrong, no server answers, or a job ended with exit status 2.
+        StageFailed: a job failed, was out of retries or of time; names it and the end of its log.
+        Interrupted: somebody stopped a job, or this process (its job runs on).
+    """
+    jobs_file = load_jobs(path, config)
+    planned = [
+        _plan(path, jobs_file, job, assignments)
+        for job in in_order(jobs_file.jobs, names or [job.name for job in jobs_file.jobs])
+    ]
+    server = connect(address, confirm)
+    seen = _attempts(server)
+    for one in planned:
+        _run(server, one, seen.get(one.stem, (0, None)), follow)
+        logger.info("job %s: finished", one.job.name)
+
+
+def _plan(path: str | Path, jobs_file: JobsFile, job: Job, assignments: Sequence[str]) -> _Planned:
+    entrypoint = " ".join([job.entrypoint, *map(shlex.quote, assignments)])
+    if storage.redacted(entrypoint) != entrypoint:
+        raise UserError(
+            "an assignment holds credentials, which Ray would show in its dashboard; give them to the nodes"
+        )
+    runtime_env = (job.runtime_env or jobs_file.runtime_env).model_dump(exclude_defaults=True)
+    if (folder := runtime_env.get("working_dir")) and "://" not in folder:
+        runtime_env["working_dir"] = str(Path(path).resolve().parent / folder)
+    return _Planned(job, submission_stem(job, runtime_env, entrypoint), entrypoint, runtime_env)
+
+
+# ------------------------------------------------------------------------------------------ attempts
+
+
+def _attempts(server: Server) -> dict[str, tuple[int, JobDetails | None]]:
+    """The newest attempt at each job that the server lists, by the stem of its id."""
+    newest: dict[str, tuple[int, JobDetails | None]] = {}
+    for details in server.jobs():
+        stem, _, number = (details.submission_id or "").rpartition("-a")
+        if number.isdigit() and int(number) > newest.get(stem, (0, None))[0]:
+            newest[stem] = int(number), details
+    return newest
+
+
+def _run(server: Server, planned: _Planned, seen: tuple[int, JobDetails | None], follow: bool) -> None:
+    """Brings one job to its end, submitting it again where that helps.
+
+    Args:
+        server: of the cluster.
+        planned: the job.
+        seen: the newest attempt when this process began; a later one is somebody's who began at the same time.
+        follow: print its log.
+    """
+    job, num_failures = planned.job, 0
+    attempt = seen[0] - 1 if seen[1] is not None and _is_ours(seen[1]) else seen[0]
+    while True:
+        attempt = _next_attempt(server, planned, attempt)
+        submission_id, began = f"{planned.stem}-a{attempt}", time.monotonic()
+        ended = _wait(server, planned, submission_id, follow)
+        if ended.status == "SUCCEEDED":
+            return
+        if ended.status == "STOPPED":
+            raise Interrupted(f"job {job.name} ({submission_id}) was stopped; submit again to go on")
+        if time.monotonic() - began > PROGRESS_SECONDS:
+            num_failures = 0
+        num_failures += 1
+        if not _may_succeed_again(ended.exit_code) or num_failures > job.retries:
+            raise _failure(server, job, submission_id, ended.exit_code)
+        seconds = pause(num_failures, MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS)
+        logger.warning(
+            "job %s ended with exit status %s: submitting it again in %.0f s (%d of %d)",
+            submission_id, ended.exit_code, seconds, num_failures, job.retries,
+        )  # fmt: skip
+        time.sleep(seconds)
+
+
+def _is_ours(details: JobDetails) -> bool:
+    """Whether an attempt is as good as one that this process submits: it runs, or succeeded since we began."""
+    if not details.status.is_terminal():
+        return True
+    return details.status.value == "SUCCEEDED" and (details.end_time or 0) / 1000 > _began()
+
+
+def _began() -> float:
+    """When this process began, seconds since the epoch."""
+    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
+        ticks = int(stat.read().rpartition(")")[2].split()[19])
+        age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
+
+
+def _next_attempt(server: Server, planned: _Planned, after: int) -> int:
+    """The number of the first attempt behind ``after``: another submitter's, else one that is submitted here."""
+    newest, _ = _attempts(server).get(planned.stem, (0, None))
+    if newest > after:
+        return newest
+    number = after + 1
+    while not _submit(server, planned, f"{planned.stem}-a{number}"):
+        if server.job(f"{planned.stem}-a{number}") is not None:
+            return number  # another submitter was quicker
+        number += 1  # it was deleted: no longer listed, but its id stays used
+    return number
+
+
+def _submit(server: Server, planned: _Planned, submission_id: str) -> bool:
+    """Submits one attempt; False if its id is taken."""
+    job = planned.job
+    resources = job.model_dump(include={name for name in Job.model_fields if name.startswith("entrypoint_")})
+
+    def request() -> bool:
+        try:
+            server.client.submit_job(
+                entrypoint=planned.entrypoint,
+                submission_id=submission_id,
+                runtime_env=planned.runtime_env,
+                metadata={"stage": job.name, **job.metadata},
+                **resources,
+            )
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise
+            return False  # or ours: the answer to an earlier request was lost
+        return True
+
+    return server.ask(request)
+
+
+def _may_succeed_again(exit_code: int | None) -> bool:
+    """Whether a driver ended for a reason that another attempt may not meet.
+
+    That is 75 (interrupted), no status (its supervisor died), or a signal, such as the kernel's when memory runs out:
+    negative where the driver was Ray's own child, above 128 where a shell stood between.
+    """
+    return exit_code is None or exit_code == 75 or exit_code < 0 or 128 < exit_code < 128 + signal.NSIG
+
+
+def _failure(server: Server, job: Job, submission_id: str, exit_code: int | None) -> Exception:
+    """What a job's failure becomes here: the same kind of error, with the end of its log."""
+    lines = server.log_tail(submission_id, LOG_TAIL_LINES)
+    what = f"job {job.name} ({submission_id})"
+    if exit_code in (UserError.exit_status, StopRequested.exit_status):
+        said = next((line for line in reversed(lines) if line.startswith("clipmill: ")), lines[-1] if lines else "")
+        kind = UserError if exit_code == UserError.exit_status else StopRequested
+        return kind(f"{what}: {said.removeprefix('clipmill: ')}")
+    tail = "\n".join(lines)
+    return StageFailed(f"{what} failed with exit status {exit_code}:\n{tail}")
+
+
+# -------------------------------------------------------------------------------------------- waiting
+
+
+def _wait(server: Server, planned: _Planned, submission_id: str, follow: bool) -> _Ended:
+    """Logs a job's status until Ray says how it ended."""
+    job, began, last = planned.job, time.monotonic(), ""
+    mention_at, is_out_of_time = began + PENDING_SECONDS, False
+    with stop_signals() as stop, _following(server, submission_id, follow):
+        while True:
+            details = server.job(submission_id, stop)
+            if details is None:
+                if is_out_of_time:
+                    raise _out_of_time(submission_id, last, job)
+                return _Ended("FAILED", None)  # the cluster was started anew, and has forgotten it
+            status, now = str(details.status.value), time.monotonic()
+            is_due = now > mention_at
+            if status != last or is_due:
+                reason = _pending_reason(server, planned) if status == "PENDING" and is_due else ""
+                if status != last or reason or not follow:
+                    logger.info("job %s: %s after %.0f s%s", submission_id, status, now - began, reason)
+                last = status
+            if is_due:
+                mention_at = now + MENTION_SECONDS
+            if details.status.is_terminal():
+                if is_out_of_time:
+                    raise _out_of_time(submission_id, status, job)
+                return _Ended(status, details.driver_exit_code)
+            if job.timeout_seconds is not None and now - began > job.timeout_seconds and not is_out_of_time:
+                is_out_of_time = True
+                server.ask(lambda: server.client.stop_job(submission_id), stop)
+                logger.warning("job %s is out of time; Ray stops one that is PENDING once it begins", submission_id)
+            time.sleep(POLL_SECONDS)  # not stop.wait: the handler would wait for a lock that its own thread holds
+            if stop.is_set():
+                raise Interrupted(f"job {submission_id} runs on; give the same command to wait for it again")
+
+
+def _out_of_time(submission_id: str, status: str, job: Job) -> StageFailed:
+    return StageFailed(f"job {submission_id} was stopped: {status or 'gone'} after {job.timeout_seconds:g} s")
+
+
+def _pending_reason(server: Server, planned: _Planned) -> str:
+    """What a job that has not begun waits for."""
+    job = planned.job
+    wanted = {
+        "CPU": job.entrypoint_num_cpus or 0,
+        "GPU": job.entrypoint_num_gpus or 0,
+        "memory": job.entrypoint_memory or 0,
+        **(job.entrypoint_resources or {}),
+    }
+    wanted = {name: amount for name, amount in wanted.items() if amount}
+    nodes = server.nodes()
+    if wanted and nodes and not any(all(node.get(name, 0) >= wanted[name] for name in wanted) for node in nodes):
+        largest = {name: max(node.get(name, 0) for node in nodes) for name in wanted}
+        return (
+            f": no node has the {resources_text(wanted)} that it asks for (of {len(nodes)} the largest has "
+            f"{resources_text(largest)}); it waits for one"
+        )
+    if wanted:
+        return f": it waits for {resources_text(wanted)} to become free, or for its runtime_env"
+    return ": it waits for its runtime_env (working_dir, pip), or for a node to start its supervisor"
+
+
+@contextlib.contextmanager
+def _following(server: Server, submission_id: str, follow: bool) -> Iterator[None]:
+    """Prints a job's log within the block."""
+    if not follow:
+        yield
+        return
+    is_over = threading.Event()
+    thread = threading.Thread(target=_follow, args=(server, submission_id, is_over), name="follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(2 * POLL_SECONDS)
+
+
+def _follow(server: Server, submission_id: str, is_over: threading.Event) -> None:
+    """Prints a log to its end; the server sends it from the start again after each lost connection."""
+    num_printed = 0
+
+    async def tail() -> None:
+        nonlocal num_printed
+        num_seen = 0
+        async for text in server.client.tail_job_logs(submission_id):
+            fresh = text[max(0, num_printed - num_seen) :]
+            num_seen += len(text)
+            if fresh:
+                sys.stdout.write(fresh)
+                sys.stdout.flush()
+                num_printed = num_seen
+
+    while True:
+        with contextlib.suppress(Exception):  # of aiohttp and of Ray; the waiting thread tells who is away
+            asyncio.run(tail())
+        if is_over.wait(POLL_SECONDS):
+            return
