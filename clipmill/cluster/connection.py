@@ -47,8 +47,8 @@ CONNECT_TIMEOUT_SECONDS = 15
 POLL_SECONDS = 0.5
 WAIT_WARNING_SECONDS = 60
 """How often somebody who waits for resources is told so."""
-CAPACITY_TIMEOUT_SECONDS = 600
-"""How long an existing cluster may take to grow a node that can hold a worker at all."""
+START_SPARE_SECONDS = 600
+"""Ray Train gets this much longer than ``cluster.wait_seconds`` to start its workers, so that ours is the verdict."""
 NODES_SECONDS = 2.0
 GIVE_UP_SECONDS = 10.0
 """How long units that are given up get to remove their temporary files."""
@@ -77,6 +77,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         StageFailed: an embedded Ray did not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.wait_seconds + START_SPARE_SECONDS))
     # That tokens guard an embedded Ray is nothing a user has to decide on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
@@ -285,22 +286,23 @@ def require_capacity(
 ) -> None:
     """Raises when ``count`` workers of ``bundle`` can never be placed.
 
-    An embedded Ray never grows, so that is known at once; a cluster gets CAPACITY_TIMEOUT_SECONDS to add nodes.
+    An embedded Ray never grows, so that is known at once; a cluster gets ``cluster.wait_seconds`` to add nodes.
 
     Raises:
-        UserError: names what was asked and what the cluster has.
+        UserError: names what was asked and what the embedded Ray has.
+        Interrupted: the same of a cluster, which may have more nodes later.
     """
-    if waited_seconds < CAPACITY_TIMEOUT_SECONDS and not is_embedded(config):
+    if waited_seconds < config.wait_seconds and not is_embedded(config):
         return
     nodes = living_nodes()
     if num_bundles(bundle, nodes, excluded) >= count:
         return
     barred = [f"{node.host} ({node.id})" for node in nodes if node.id in excluded]
-    raise UserError(
+    raise (UserError if is_embedded(config) else Interrupted)(
         f"{count} worker(s) of {_amounts(bundle)} do not fit {_cluster_summary()}"
         + (f", of which sick or spared by cluster.spare_head: {', '.join(barred)}" if barred else "")
         + ": lower cluster.fanout_cpus, tokenize.decode_cpus, cluster.training_workers, cluster.training_cpus or "
-        "cluster.use_gpu, or add nodes"
+        "cluster.use_gpu, or add nodes and run the same command again"
     )
 
 

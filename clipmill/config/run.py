@@ -152,6 +152,9 @@ class ClusterConfig(Section):
     Ray."""
     max_failures: Annotated[int, Field(ge=0), FREE] = 3
     """How often a failed unit or a failed group of training workers is tried again."""
+    wait_seconds: Annotated[int, Field(ge=0), FREE] = 600
+    """How long a stage waits for a cluster that has no node for a worker, or too few nodes for a training. Then it
+    exits with 75, and `clipmill submit` tries it again later. An embedded Ray never grows and is not waited for."""
     drain_seconds: Annotated[int, Field(ge=0), FREE] = 15
     """After SIGTERM or Ctrl-C, running units of these stages get this long to finish; then they are given up, with 10 s
     to clean up, and the next run does them again. Both fit Kubernetes' 30 s. In a Ray job they shrink to

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import ray
 
+from clipmill.cluster import connection
 from clipmill.cluster.connection import START_ATTEMPTS, connect
 from clipmill.config import ClusterConfig
-from clipmill.errors import StageFailed
+from clipmill.errors import Interrupted, StageFailed, UserError
 
 TOO_SLOW = "The current node timed out during startup."
 
@@ -37,3 +38,16 @@ def test_a_ray_that_never_starts_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ray, "init", SlowMachine(START_ATTEMPTS).init)
     with pytest.raises(StageFailed, match=f"did not start .* {START_ATTEMPTS} attempts: {TOO_SLOW}"):
         connect(ClusterConfig()).__enter__()
+
+
+def test_a_cluster_without_room_is_waited_for_and_then_worth_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [connection.Node("n", "host", {"CPU": 2.0})]
+    monkeypatch.setattr(connection, "living_nodes", lambda: small)
+    config = ClusterConfig(address="head:6379", wait_seconds=30)
+    connection.require_capacity(config, {"CPU": 2.0}, 3, waited_seconds=29)
+    connection.require_capacity(config, {"CPU": 2.0}, 1, waited_seconds=31)
+    with pytest.raises(Interrupted, match=r"3 worker\(s\) of 2 CPU do not fit .*the largest 2 CPU") as caught:
+        connection.require_capacity(config, {"CPU": 2.0}, 3, waited_seconds=31)
+    assert caught.value.exit_status == 75
+    with pytest.raises(UserError, match="do not fit"):
+        connection.require_capacity(ClusterConfig(), {"CPU": 2.0}, 3, waited_seconds=0)
