@@ -208,6 +208,8 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
         paths["tokenize.tokenizer"] = tokenize.tokenizer
     if sample.given_is_place:
         paths["sample.given"] = sample.given
+    starts = {name: getattr(config, name).training.init_from for name in ("vqvae", "prior")}
+    paths |= {f"{name}.training.init_from": url for name, url in starts.items()}
     weights = {key: getattr(config.evaluate, key) for key in ("fvd_weights", "is_weights", "lpips_weights")}
     paths |= {f"evaluate.{key}": url for key, url in weights.items()}
     paths |= {f"data.mix.{index}.url": part.url for index, part in enumerate(config.data.mix)}
@@ -239,6 +241,10 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
         "sample": sample,
         "evaluate": evaluate,
     }
+    for name in starts:
+        section = getattr(config, name)
+        training = section.training.model_copy(update={"init_from": absolute[f"{name}.training.init_from"]})
+        sections[name] = section.model_copy(update={"training": training})
     return config.model_copy(update=sections)
 
 

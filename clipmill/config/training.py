@@ -96,6 +96,10 @@ class TrainingConfig(Section):
     resume: Annotated[str, FREE] = "auto"
     """``auto``: from this folder's newest checkpoint, if it has one. ``never``: refuse a folder that has one. A URL:
     start from the newest checkpoint of that training folder, which must have one."""
+    init_from: Annotated[str | None, FREE] = None
+    """Start from the weights of an export: URL of a training folder or of one export. The model may differ from its:
+    weights of the same name and size are taken, all others are named in the log and the summary. A training that has a
+    checkpoint goes on from there. None starts from random weights."""
     accept_new_dataset: Annotated[bool, FREE] = False
     """Resume over other clips or tokens than those of the checkpoint, from the start of an epoch (`DATASET_KEYS`)."""
     hang_seconds: Annotated[float, Field(gt=0), FREE] = 900.0
@@ -119,6 +123,12 @@ class TrainingConfig(Section):
             if key in given:
                 raise ValueError(f"deepspeed: clipmill sets {key} from {ours}; set {ours} instead")
         return deepspeed
+
+    @model_validator(mode="after")
+    def _one_start(self) -> TrainingConfig:
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise ValueError("init_from and a URL in resume are two starts; remove one")
+        return self
 
     @model_validator(mode="after")
     def _micro_batch_fits(self) -> TrainingConfig:

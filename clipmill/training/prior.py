@@ -12,12 +12,13 @@ from clipmill.config import RunConfig, TrainingConfig, fingerprint, frame_size, 
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.conditioning import condition_of
-from clipmill.models.export import Dtype, load_vqvae, require_vqvae, save_export
+from clipmill.models.export import Dtype, load_prior, load_vqvae, require_vqvae, save_export
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 from clipmill.shards.dataset import decode_codes
 from clipmill.shards.manifest import Manifest
 from clipmill.training.exports import export_checkpoint, find_checkpoint
+from clipmill.training.initial import Source, initial_facts, initialise
 from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests
 from clipmill.training.loop import Job, fit
 from clipmill.training.telemetry import Report, summarise
@@ -71,6 +72,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     _require_rows(training, world.size)
     torch.manual_seed(config.seed)  # of the initial weights
     model = inputs.build(config)
+    initialise(model, training, folder_url(config), world, lambda url: _source(inputs, url))
     class_index = {name: index for index, name in enumerate(classes)}
     urls = " or ".join(each.url for each in tokens)
 
@@ -126,7 +128,18 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
 
 def summary(config: RunConfig) -> dict[str, Any]:
     """The result of the run in numbers."""
-    return summarise(folder_url(config))
+    return summarise(folder_url(config)) | initial_facts(folder_url(config))
+
+
+def _source(inputs: _Inputs, url: str) -> Source:
+    """The weights of another prior. Rows of codes and classes mean what its tokenizer and its data meant by them."""
+    model, _, body, sha8 = load_prior(url)
+    strange = {"input.codebook": "that of the tokens' tokenizer"}
+    if body["tokenizer"]["sha8"] != inputs.tokenizer_body["sha8"]:
+        strange |= dict.fromkeys(("input.embedding", "head."), "the export has another tokenizer")
+    if body["classes"] != inputs.classes:
+        strange["norms.table"] = "the export has other classes"
+    return Source(sha8, model.state_dict(), strange)
 
 
 class PriorObjective(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipmill.config import RunConfig, frame_size, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
-from clipmill.models.export import Dtype, save_export
+from clipmill.models.export import Dtype, load_vqvae, save_export
 from clipmill.models.quantizers import codebook_metrics
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input, to_pixels
 from clipmill.shards.augment import ClipAugmentation
@@ -20,6 +20,7 @@ from clipmill.shards.dataset import decode_clip
 from clipmill.shards.manifest import Manifest
 from clipmill.shards.mix import NUM_SLOTS
 from clipmill.training.exports import export_checkpoint, find_checkpoint
+from clipmill.training.initial import Source, initial_facts, initialise
 from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, slots_of
 from clipmill.training.loop import Job, fit
 from clipmill.training.telemetry import Report, summarise
@@ -77,6 +78,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     size = frame_size(training.random_crop or clip["resolution"])
     torch.manual_seed(config.seed)  # of the initial weights
     model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
+    initialise(model, training, folder_url(config), world, lambda url: _source(config, url))
     objective = VQVAEObjective(model)
     job = Job(
         folder_url=folder_url(config),
@@ -117,7 +119,17 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
 
 def summary(config: RunConfig) -> dict[str, Any]:
     """The result of the run in numbers."""
-    return summarise(folder_url(config))
+    return summarise(folder_url(config)) | initial_facts(folder_url(config))
+
+
+def _source(config: RunConfig, url: str) -> Source:
+    """The weights of another tokenizer. A codebook without its counts, or of another quantizer, is none."""
+    model, _, sha8 = load_vqvae(url)
+    mine, its = config.vqvae.model, model.config
+    keys = ("quantizer", "distance", "num_codebooks")
+    changed = [key for key in keys if getattr(mine, key) != getattr(its, key)]
+    strange = {"quantizer.": f"the export has another {' and '.join(changed)}"} if changed else {}
+    return Source(sha8, model.state_dict(), strange, whole=("quantizer.",))
 
 
 class VQVAEObjective(nn.Module):
