@@ -34,6 +34,9 @@ def submit(
         bool | None,
         typer.Option("--follow/--no-follow", help="Print the log of the running job; default on a terminal."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the chain, its state and its resources; submit nothing.")
+    ] = False,
 ) -> None:
     """Submit jobs and what they need to a Ray cluster, in order, and wait for them."""
     from clipmill import cluster
@@ -45,5 +48,6 @@ def submit(
         [name for name in names or [] if "=" in name],
         config=config or (),
         follow=sys.stdout.isatty() if follow is None else follow,
+        dry_run=dry_run,
         confirm=typer.confirm if sys.stdin.isatty() else None,
     )

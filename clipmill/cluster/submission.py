@@ -14,18 +14,17 @@ import asyncio
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from clipmill import storage
+from clipmill.cluster.chain import PlannedJob, describe, plan_chain
 from clipmill.cluster.connection import stop_signals
-from clipmill.cluster.jobs import Job, JobsFile, in_order, load_jobs, submission_stem
+from clipmill.cluster.jobs import Job
 from clipmill.cluster.pauses import pause
 from clipmill.cluster.server import Server, connect, resources_text
 from clipmill.errors import Interrupted, StageFailed, StopRequested, UserError
@@ -56,15 +55,6 @@ class _Ended(NamedTuple):
     exit_code: int | None
 
 
-class _Planned(NamedTuple):
-    """A job as it is going to be submitted."""
-
-    job: Job
-    stem: str
-    entrypoint: str
-    runtime_env: dict[str, Any]
-
-
 def submit(
     path: str | Path,
     names: Sequence[str],
@@ -73,6 +63,7 @@ def submit(
     *,
     config: Sequence[str] = (),
     follow: bool = False,
+    dry_run: bool = False,
     confirm: Callable[[str], bool] | None = None,
 ) -> None:
     """Submits the named jobs (none: all) and what they need, one after the other, and waits for each.
@@ -87,6 +78,7 @@ def submit(
         assignments: ``section.key=value``, appended to every entrypoint.
         config: replaces the ``config`` of the file.
         follow: print the log of the running job.
+        dry_run: print what would be submitted, and submit nothing.
         confirm: see `clipmill.cluster.server.connect`.
 
     Raises:
@@ -94,28 +86,16 @@ def submit(
         StageFailed: a job failed, was out of retries or of time; names it and the end of its log.
         Interrupted: somebody stopped a job, or this process (its job runs on).
     """
-    jobs_file = load_jobs(path, config)
-    planned = [
-        _plan(path, jobs_file, job, assignments)
-        for job in in_order(jobs_file.jobs, names or [job.name for job in jobs_file.jobs])
-    ]
+    chain = plan_chain(path, names, assignments, config)
     server = connect(address, confirm)
+    if dry_run:
+        for line in describe(chain, server):
+            print(line)
+        return
     seen = _attempts(server)
-    for one in planned:
+    for one in chain:
         _run(server, one, seen.get(one.stem, (0, None)), follow)
         logger.info("job %s: finished", one.job.name)
-
-
-def _plan(path: str | Path, jobs_file: JobsFile, job: Job, assignments: Sequence[str]) -> _Planned:
-    entrypoint = " ".join([job.entrypoint, *map(shlex.quote, assignments)])
-    if storage.redacted(entrypoint) != entrypoint:
-        raise UserError(
-            "an assignment holds credentials, which Ray would show in its dashboard; give them to the nodes"
-        )
-    runtime_env = (job.runtime_env or jobs_file.runtime_env).model_dump(exclude_defaults=True)
-    if (folder := runtime_env.get("working_dir")) and "://" not in folder:
-        runtime_env["working_dir"] = str(Path(path).resolve().parent / folder)
-    return _Planned(job, submission_stem(job, runtime_env, entrypoint), entrypoint, runtime_env)
 
 
 # ------------------------------------------------------------------------------------------ attempts
@@ -131,7 +111,7 @@ def _attempts(server: Server) -> dict[str, tuple[int, JobDetails | None]]:
     return newest
 
 
-def _run(server: Server, planned: _Planned, seen: tuple[int, JobDetails | None], follow: bool) -> None:
+def _run(server: Server, planned: PlannedJob, seen: tuple[int, JobDetails | None], follow: bool) -> None:
     """Brings one job to its end, submitting it again where that helps.
 
     Args:
@@ -178,7 +158,7 @@ def _began() -> float:
     return time.time() - age
 
 
-def _next_attempt(server: Server, planned: _Planned, after: int) -> int:
+def _next_attempt(server: Server, planned: PlannedJob, after: int) -> int:
     """The number of the first attempt behind ``after``: another submitter's, else one that is submitted here."""
     newest, _ = _attempts(server).get(planned.stem, (0, None))
     if newest > after:
@@ -191,7 +171,7 @@ def _next_attempt(server: Server, planned: _Planned, after: int) -> int:
     return number
 
 
-def _submit(server: Server, planned: _Planned, submission_id: str) -> bool:
+def _submit(server: Server, planned: PlannedJob, submission_id: str) -> bool:
     """Submits one attempt; False if its id is taken."""
     job = planned.job
     resources = job.model_dump(include={name for name in Job.model_fields if name.startswith("entrypoint_")})
@@ -238,7 +218,7 @@ def _failure(server: Server, job: Job, submission_id: str, exit_code: int | None
 # -------------------------------------------------------------------------------------------- waiting
 
 
-def _wait(server: Server, planned: _Planned, submission_id: str, follow: bool) -> _Ended:
+def _wait(server: Server, planned: PlannedJob, submission_id: str, follow: bool) -> _Ended:
     """Logs a job's status until Ray says how it ended."""
     job, began, last = planned.job, time.monotonic(), ""
     mention_at, is_out_of_time = began + PENDING_SECONDS, False
@@ -275,7 +255,7 @@ def _out_of_time(submission_id: str, status: str, job: Job) -> StageFailed:
     return StageFailed(f"job {submission_id} was stopped: {status or 'gone'} after {job.timeout_seconds:g} s")
 
 
-def _pending_reason(server: Server, planned: _Planned) -> str:
+def _pending_reason(server: Server, planned: PlannedJob) -> str:
     """What a job that has not begun waits for."""
     job = planned.job
     wanted = {

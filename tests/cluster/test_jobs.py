@@ -374,6 +374,48 @@ def test_credentials_are_not_given_to_ray(tmp_path: Path, monkeypatch: pytest.Mo
         submit(write_jobs(tmp_path, [job("a")]), [], None, ["data.source.url=https://me:MARKER@host/list.csv"])
 
 
+def stages_file(folder: Path) -> Path:
+    (folder / "my.yaml").write_text(f"root: {folder}/run\ncluster: {{fanout_workers: 3, fanout_cpus: 2}}\n")
+    jobs = [job("shard", entrypoint="clipmill shard"), job("sample", "shard", entrypoint="clipmill sample")]
+    jobs[1]["entrypoint_num_gpus"] = 1
+    return write_jobs(folder, jobs, config="my.yaml", runtime_env={"working_dir": "."})
+
+
+def test_a_wrong_config_is_named_before_anything_is_submitted(tmp_path: Path, fake: Any) -> None:
+    client = fake(0)
+    (folder := tmp_path / "travels").mkdir()
+    path = stages_file(folder)
+    with pytest.raises(UserError, match=r"unknown key data\.crfs"):
+        submit(path, [], None, ["data.crfs=3"])
+    (tmp_path / "other.yaml").write_text("root: r")
+    with pytest.raises(UserError, match=r"other.yaml is not in .*travels, which is what travels"):
+        submit(path, [], None, config=[str(tmp_path / "other.yaml")])
+    with pytest.raises(UserError, match=r"config file none\.yaml does not exist"):
+        submit(path, [], None, config=["none.yaml"])
+    assert client.ends == {}
+
+
+def test_a_dry_run_shows_the_chain_and_submits_nothing(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = fake(0)
+    client.get_address = lambda: "http://head:8265"
+    monkeypatch.setattr(Server, "nodes", lambda self: [{"CPU": 8.0}, {"CPU": 3.0}])
+    path = stages_file(tmp_path)
+    submit(path, [], None, ["seed=3"], dry_run=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "cluster at http://head:8265: 2 nodes",
+        "shard: clipmill shard --config my.yaml seed=3",
+        "  state: not begun",
+        "  workers: 3 x 2 CPU; the cluster holds 5 when empty",
+        "sample, after shard: clipmill sample --config my.yaml seed=3",
+        "  state: not begun",
+        "  driver: 1 x 1 GPU; NO NODE HOLDS ONE",
+        "  workers: 3 x 2 CPU; the cluster holds 5 when empty",
+    ]
+    assert client.ends == {}
+
+
 @pytest.mark.slow
 def test_a_job_out_of_time_is_stopped(head: str, tmp_path: Path) -> None:
     path = write_jobs(tmp_path, [job("slow", entrypoint="sleep 600", timeout_seconds=3)])
