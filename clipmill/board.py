@@ -63,8 +63,15 @@ class Snapshot:
 
 @dataclass
 class Board:
-    """The board; safe to use from several threads."""
+    """The board; safe to use from several threads.
 
+    Attributes:
+        stage: that runs; None: none.
+        attempt: number of its lease.
+    """
+
+    stage: str | None = None
+    attempt: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: float = 0.0
     _total: float | None = None
@@ -74,9 +81,10 @@ class Board:
     _facts: dict[str, Any] = field(default_factory=dict)
     _causes: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def clear(self) -> None:
-        """Begins anew, with another stage."""
+    def begin(self, stage: str, attempt: int) -> None:
+        """Begins anew, with an attempt at a stage."""
         with self._lock:
+            self.stage, self.attempt = stage, attempt
             self._marks.clear()
             self._done, self._unit = 0.0, ""
             self._facts, self._causes = {}, {}

@@ -7,8 +7,10 @@ import signal
 import sys
 from types import FrameType
 
+from clipmill import storage
 from clipmill.cli.app import app
 from clipmill.errors import ClipmillError, Interrupted
+from clipmill.status import formatter
 
 # isort: off
 # Importing a module registers its commands. `clipmill --help` shows them in this order.
@@ -17,21 +19,27 @@ from clipmill.cli import start, stages, models, results, data, cluster, watch  #
 
 __all__ = ["main"]
 
-_NOISY_LOGGERS = ("DeepSpeed", "ray", "httpx", "botocore", "s3fs")
+_NOISY_LOGGERS = ("DeepSpeed", "ray", "httpx", "botocore", "s3fs", "azure", "adlfs", "gcsfs", "google")
 
 
 def main() -> None:
     """Runs the command that ``sys.argv`` names."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
+        _begin_logging()
         app(prog_name="clipmill")
     except ClipmillError as error:
-        print(f"clipmill: {error}", file=sys.stderr)
+        print(f"clipmill: {storage.redacted(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
+
+
+def _begin_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -221,6 +221,7 @@ class _Driver(Generic[U]):
             self._nodes.name(node),
             self._queue.attempts(unit),
             cause if again or error else body,
+            extra={"unit": self._name(unit)},
         )
         if not again:
             self._failures[unit] = cause
@@ -253,6 +254,7 @@ class _Driver(Generic[U]):
                     self._name(worker.units[0]),
                     self._nodes.name(worker.node),
                     now - worker.began,
+                    extra={"unit": self._name(worker.units[0])},
                 )
                 self._mentioned[worker.units[0]] = now
 

@@ -5,6 +5,7 @@ is gone.
 """
 
 from clipmill.status.control import release_gone, stop
+from clipmill.status.lines import formatter
 from clipmill.status.log import read_log
 from clipmill.status.places import folder_of, stage_folders
 from clipmill.status.publish import publishing
@@ -13,6 +14,7 @@ from clipmill.status.read import StageStatus, read_run
 __all__ = [
     "StageStatus",
     "folder_of",
+    "formatter",
     "publishing",
     "read_log",
     "read_run",

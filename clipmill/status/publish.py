@@ -33,7 +33,7 @@ LAST_PATIENCE_SECONDS = 60.0
 @contextlib.contextmanager
 def publishing(lease: Lease, stage: str, every_seconds: float = EVERY_SECONDS) -> Iterator[None]:
     """Publishes the status and the log of the stage that runs in the ``with`` block, in the folder of its lease."""
-    BOARD.clear()
+    BOARD.begin(stage, lease.attempt)
     publisher = _Publisher(lease, stage, every_seconds)
     try:
         yield

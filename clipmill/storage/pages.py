@@ -96,8 +96,8 @@ def _ask(url: str, bucket_name: str, prefix: str, place: dict[str, str]) -> dict
 
 
 def seconds_of(item: dict[str, Any]) -> float | None:
-    """When an object was last modified, in seconds since the epoch."""
-    modified = item.get("LastModified")
+    """When an object was last modified, in seconds since the epoch: by S3, Azure (adlfs) and Google (gcsfs)."""
+    modified = next((item[name] for name in ("LastModified", "last_modified", "mtime") if item.get(name)), None)
     return modified.timestamp() if isinstance(modified, datetime) else None
 
 

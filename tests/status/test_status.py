@@ -280,3 +280,35 @@ def test_durations() -> None:
     assert [duration(seconds) for seconds in (0, 4.21, 89, 90, 5399, 7260, 200_000)] == [
         "0 s", "4.21 s", "89 s", "2 min", "1 h 30 min", "2 h 1 min", "2 d 7 h",
     ]  # fmt: skip
+
+
+def test_the_log_as_json_lines_has_stage_attempt_and_unit_and_no_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLIPMILL_LOG_FORMAT", "json")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "MARKER-OF-A-KEY")
+    handler = logging.StreamHandler()
+    handler.setFormatter(status.formatter())
+    logger = logging.getLogger("clipmill.test")
+    logger.addHandler(handler)
+    try:
+        with shard(str(tmp_path)):
+            logger.warning(
+                "unit %s failed: MARKER-OF-A-KEY\nsecond line", "train/000007", extra={"unit": "train/000007"}
+            )
+    finally:
+        logger.removeHandler(handler)
+    [line] = capsys.readouterr().err.splitlines()
+    facts = json.loads(line)
+    assert facts.pop("time").endswith("+00:00")
+    assert facts == {
+        "level": "warning",
+        "logger": "clipmill.test",
+        "message": "unit train/000007 failed: ***\nsecond line",
+        "stage": "shard",
+        "attempt": 1,
+        "unit": "train/000007",
+    }
+    monkeypatch.setenv("CLIPMILL_LOG_FORMAT", "xml")
+    with pytest.raises(UserError, match="CLIPMILL_LOG_FORMAT=xml"):
+        status.formatter()
