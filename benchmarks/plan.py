@@ -85,7 +85,7 @@ def _measure_plan(root: str, url: str, more_url: str, num_videos: int) -> dict[s
 @contextmanager
 def _emulated_s3(*nums_objects: int) -> Iterator[None]:
     """A server of buckets of so many objects, ``b<number>``; this process reaches it by the usual variables."""
-    command = [sys.executable, "-m", "tests.s3.emulated", *map(str, nums_objects)]
+    command = [sys.executable, "-m", "tests.storage.s3_server", *map(str, nums_objects)]
     with subprocess.Popen(
         command, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:

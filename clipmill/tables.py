@@ -1,5 +1,8 @@
 """The rows of a table file, one after the other: CSV, TSV, JSON lines, Parquet.
 
+Every cell has a name of its own: a table with two columns of one name is refused, and so is a JSON object with two
+keys of one name. Columns without a name are called by their place.
+
 A row that cannot be read is a row with a fault; the rows after it are read all the same. That takes care where quotes
 do not match: a CSV reader would take all lines up to the next quote for one cell.
 
@@ -12,7 +15,7 @@ import csv
 import io
 import itertools
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -58,7 +61,7 @@ def read_rows(file: Any, suffix: str) -> Iterator[Row]:
         suffix: one of `SUFFIXES`.
 
     Raises:
-        UnreadableTable: it is in another encoding or damaged.
+        UnreadableTable: it is in another encoding, damaged, or has two columns of one name.
     """
     start = file.read(4)
     file.seek(0)
@@ -126,7 +129,7 @@ def _delimited_rows(
         for _ in range(num_further):
             lines.take()
         if not names:
-            names = [name.strip() for name in cells or []]
+            names = _column_names([name.strip() for name in cells or []])
             continue
         if cells is None:
             yield Row(place, {}, "its quotes do not match", line)
@@ -139,6 +142,19 @@ def _delimited_rows(
         else:
             fault = f"its cells are {len(cells)}, those of the first line {len(names)}; {advice}"
             yield Row(place, found, fault, line)
+
+
+def _column_names(stated: list[str]) -> list[str]:
+    """A name for each column.
+
+    Raises:
+        UnreadableTable: two columns have the same.
+    """
+    names = [name or f"column {place}" for place, name in enumerate(stated, start=1)]
+    for name, num_columns in Counter(names).items():
+        if num_columns > 1:
+            raise UnreadableTable(f"{num_columns} columns are called {name!r}; rename all but one")
+    return names
 
 
 def _record(
@@ -197,20 +213,30 @@ def _json_rows(file: Any) -> Iterator[Row]:
             continue
         place = f"line {number}"
         try:
-            cells = json.loads(text)
+            cells = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             yield Row(place, {}, f"no JSON ({str(error)[:80]})", text)
             continue
         yield Row(place, cells) if isinstance(cells, dict) else Row(place, {}, "no JSON object", text)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return values
+
+
 def _parquet_rows(file: Any) -> Iterator[Row]:
     numbers = itertools.count(1)
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+        content = pq.ParquetFile(file)
+        names = _column_names(content.schema_arrow.names)
+        for batch in content.iter_batches(batch_size=_BATCH_ROWS):
             columns = [_values(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
-                yield Row(f"row {next(numbers)}", dict(zip(batch.schema.names, values, strict=True)))
+                yield Row(f"row {next(numbers)}", dict(zip(names, values, strict=True)))
     except (pa.ArrowException, OSError) as error:
         raise UnreadableTable(str(error).splitlines()[0]) from error
 

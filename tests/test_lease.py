@@ -11,7 +11,6 @@ import pytest
 from clipmill import storage
 from clipmill.errors import StageFailed, UserError
 from clipmill.lease import SCHEMA, Lease, hold
-from clipmill.storage import connection
 from tests.storage.s3_server import S3Server
 
 HOLDER = """
@@ -112,5 +111,4 @@ def test_storage_that_overwrites_what_is_there_is_refused(monkeypatch):
             pass
         assert not [key for key in server.objects if "probe" in key]
     finally:
-        connection._connected.cache_clear()
         server.stop()

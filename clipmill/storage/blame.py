@@ -36,6 +36,7 @@ _TRANSIENT_CODES = frozenset(
         "IncompleteBody",
         "NoSuchUpload",  # a server that restarted may have forgotten a multipart upload; the next attempt begins anew
         "OperationAborted",
+        "PreconditionFailed",  # the object was replaced while it was fetched in ranges; the next attempt begins anew
         "RequestTimeout",
         "SlowDown",
         "XAmzContentSHA256Mismatch",

@@ -17,10 +17,11 @@ import math
 import os
 import uuid
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.storage.blame import S3_SCHEMES, WebLost, WebUnavailable, answer, transient_reason
+from clipmill.storage.blame import S3_SCHEMES, Unreadable, WebLost, WebUnavailable, answer, transient_reason
 from clipmill.storage.connection import connect
 from clipmill.storage.patience import Patience
 from clipmill.storage.urls import is_web, join, scheme, shown
@@ -130,15 +131,24 @@ def open_to_read(url: str, block_bytes: int) -> BinaryIO:
     """The object as a file that can be read and sought, in requests of at least ``block_bytes``."""
     if scheme(url) not in S3_SCHEMES and not is_web(url):
         return call(url, lambda filesystem, path: filesystem.open(path, "rb", block_size=block_bytes))
-    size = call(url, lambda filesystem, path: filesystem.info(path)["size"])
-    return io.BufferedReader(_Ranges(url, size), block_bytes)
+    info = call(url, lambda filesystem, path: filesystem.info(path))
+    version = [info["ETag"]] if scheme(url) in S3_SCHEMES and info.get("ETag") else []
+    return io.BufferedReader(_Ranges(url, info["size"], version), block_bytes)
 
 
 class _Ranges(io.RawIOBase):
-    """An object read range by range, each a `call` of its own: fsspec's own files know no deadline."""
+    """An object read range by range, each a `call` of its own: fsspec's own files know no deadline.
 
-    def __init__(self, url: str, size: int) -> None:
-        self._url, self._size, self._position = url, size, 0
+    All ranges are of one version of the object: a read raises `Unreadable` once it has been replaced.
+
+    Args:
+        url: of the object.
+        size: its bytes.
+        version: its tags; empty: those of the first range.
+    """
+
+    def __init__(self, url: str, size: int, version: list[str]) -> None:
+        self._url, self._size, self._version, self._position = url, size, version, 0
 
     def readable(self) -> bool:
         return True
@@ -157,7 +167,16 @@ class _Ranges(io.RawIOBase):
         start, end = self._position, min(self._position + len(buffer), self._size)
         if start >= end:
             return 0
-        data = call(self._url, lambda filesystem, path: filesystem.cat_file(path, start=start, end=end))
+        data = call(self._url, lambda filesystem, path: self._range(filesystem, path, start, end))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _range(self, filesystem: Any, path: str, start: int, end: int) -> bytes:
+        try:
+            data: bytes = filesystem.cat_file(path, start=start, end=end, version=self._version)
+        except OSError as error:
+            if answer(error)[1] != HTTPStatus.PRECONDITION_FAILED:
+                raise
+            raise Unreadable(f"{shown(self._url)} was replaced while it was read") from error
+        return data

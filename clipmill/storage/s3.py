@@ -5,6 +5,7 @@ The retries of botocore and s3fs are off: stacked they make 25 attempts where `b
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +22,9 @@ READ_TIMEOUT_SECONDS = 60
 PAGE_KEYS = 1000
 """The most that S3 lists in one answer."""
 
+_version: ContextVar[list[str] | None] = ContextVar("version", default=None)
+"""The ETag of the object that is read in several requests, once the first of them has told it."""
+
 
 class TrueNames(S3FileSystem):
     """s3fs without its reading of names: it drops slashes at the ends of a key, and takes ``?versionId=`` out of it."""
@@ -34,6 +38,32 @@ class TrueNames(S3FileSystem):
     def split_path(self, path: str) -> tuple[str, str, None]:
         """Bucket and key; the newest version, always."""
         return (*self._find_bucket_key(self._strip_protocol(path)), None)
+
+    async def _cat_file(self, path: str, version: list[str] | None = None, **options: Any) -> bytes:
+        """As in s3fs; fails with HTTP 412 where the object has another ETag than ``version``, which it fills in."""
+        token = _version.set(version)
+        try:
+            content: bytes = await super()._cat_file(path, **options)
+        finally:
+            _version.reset(token)
+        return content
+
+    async def _get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+        """As in s3fs, which reads a large object in ranges; fails with HTTP 412 where it is replaced meanwhile."""
+        token = _version.set([])
+        try:
+            await super()._get_file(rpath, lpath, **options)
+        finally:
+            _version.reset(token)
+
+    async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
+        version = _version.get() if method == "get_object" else None
+        if version:
+            options["IfMatch"] = version[0]
+        answer = await super()._call_s3(method, *arguments, **options)
+        if version == [] and answer.get("ETag"):
+            version.append(answer["ETag"])
+        return answer
 
     def page(self, bucket: str, prefix: str, **place: str) -> dict[str, Any]:
         """One answer of ListObjectsV2, in one request.

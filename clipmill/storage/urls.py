@@ -37,6 +37,8 @@ WEB_SCHEMES = frozenset(("http", "https"))
 
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)")
 """Scheme and server. `urlsplit` would take ``a:b`` for a URL, and drop the newlines of a name."""
+_LOCAL_URL = re.compile("(file|local):(?=/)(?://(?:localhost(?=/))?)?", re.IGNORECASE)
+"""What stands before a path. RFC 8089 allows ``file:/path`` too; ``local://`` is fsspec's other name of ``file://``."""
 _ESCAPE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 """Stands for a byte that is not UTF-8, or for a backslash, in a name."""
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -67,7 +69,7 @@ def server(url: str) -> str:
 
 def is_local(url: str) -> bool:
     """Whether the URL names a place on this machine's file system."""
-    return scheme(url) in ("", "file")
+    return scheme(url) in ("", "file", "local")
 
 
 def is_web(url: str) -> bool:
@@ -79,21 +81,28 @@ def local_path(url: str) -> Path:
     """The path of a local URL, as it is on the disk."""
     if not is_local(url):
         raise ValueError(f"{url} is not local")
-    return Path(unescape(_file_url_path(url)))
+    return Path(unescape(_path_of(url)))
 
 
 def absolute(url: str) -> str:
     """The URL without trailing slash, local ones as absolute paths (workers start in other folders)."""
     if is_local(url):
-        return escape(os.path.abspath(os.path.expanduser(_file_url_path(url))))
-    return url.rstrip("/")
+        return escape(os.path.abspath(os.path.expanduser(_path_of(url))))
+    # What follows a question mark may be a signature: it stays as it is.
+    return _lower_scheme(url if is_web(url) and "?" in url else url.rstrip("/"))
 
 
-def _file_url_path(url: str) -> str:
-    """The path of a ``file://`` URL, in which ``%20`` is a space (RFC 8089); another local URL is its path."""
-    if not url.startswith("file://"):
+def _lower_scheme(url: str) -> str:
+    return scheme(url) + url[len(scheme(url)) :]
+
+
+def _path_of(url: str) -> str:
+    """The path of a local URL. In that of a ``file:`` URL ``%20`` is a space (RFC 8089)."""
+    found = _LOCAL_URL.match(url)
+    if found is None:
         return url
-    return unquote(url.removeprefix("file://").removeprefix("localhost"), errors="surrogateescape")
+    path = url[found.end() :]
+    return unquote(path, errors="surrogateescape") if found[1].lower() == "file" else path
 
 
 def escape_name(name: str) -> str:
@@ -120,7 +129,9 @@ def resolve(url: str, name: str) -> str:
     """A name relative to a folder's URL; an absolute path or URL as it is."""
     if name.startswith(_HERE):
         return join(url, object_path(name))
-    return absolute(name) if "://" in name or name.startswith("/") else join(url, name)
+    if name.startswith("/") or _LOCAL_URL.match(name):
+        return absolute(name)
+    return _lower_scheme(name) if scheme(name) else join(url, name)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -132,9 +143,10 @@ def split(url: str) -> tuple[str, str]:
 def relative_name(path: str) -> str:
     """The path of an object below a folder, as a name that `resolve` finds there.
 
-    Keys of a bucket may begin with a slash or hold ``://``: these begin with ``./``.
+    Keys of a bucket may begin with a slash or look like a URL: these begin with ``./``.
     """
-    return _HERE + path if "://" in path or path.startswith(("/", _HERE)) else path
+    is_plain = not (scheme(path) or path.startswith(("/", _HERE)) or _LOCAL_URL.match(path))
+    return path if is_plain else _HERE + path
 
 
 def object_path(name: str) -> str:

@@ -71,11 +71,18 @@ class WebFiles(HTTPFileSystem):
                 num_bytes, tag = await _read_through(session, url, limits, tag)
         return {"name": url, "type": "file", "size": num_bytes, "ETag": tag}
 
-    async def _cat_file(self, url: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """Some bytes; those before them are read and dropped where the server knows no ranges."""
+    async def _cat_file(
+        self, url: str, start: int | None = None, end: int | None = None, version: list[str] | None = None, **_: Any
+    ) -> bytes:
+        """Some bytes; those before them are read and dropped where the server knows no ranges.
+
+        ``version`` holds the file's ETag and time, and is filled in where it is empty.
+        """
         first, last = start or 0, LOOK_LIMITS.bytes if end is None else end
         session = await self.set_session()
         async with _ends_in_time(url, LOOK_LIMITS), _get(session, url, first, last) as response:
+            if version is not None:
+                _check_version(url, response, version)
             if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return b""
             if response.status != HTTPStatus.PARTIAL_CONTENT:
@@ -121,6 +128,15 @@ def _described(response: ClientResponse) -> _Answer:
     tag = headers.get("ETag", "").strip('"') or (f"modified:{modified}" if modified else None)
     # A header may hold any bytes; our formats are UTF-8.
     return _Answer(int(length) if length and length.isdigit() else None, escape(tag) if tag else None)
+
+
+def _check_version(url: str, response: ClientResponse, version: list[str]) -> None:
+    """Raises `Unreadable` where both ETag and time of a file are new: a site's machines may differ in one of them."""
+    tags = [response.headers[name] for name in ("ETag", "Last-Modified") if name in response.headers]
+    if not version:
+        version += tags
+    elif tags and not set(tags) & set(version):
+        raise Unreadable(f"{shown(url)} was replaced while it was read")
 
 
 def _has_file(response: ClientResponse) -> bool:

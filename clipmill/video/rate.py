@@ -31,8 +31,9 @@ _FASTEST_GUESS = 120
 def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, int | None]]) -> float:
     """Average frames per second of a stream.
 
-    The stated rate holds where the timestamps agree with it, and in AVI, which has no timestamps. Otherwise the rate of
-    the timestamps holds, without pauses: a clip that is stored at this rate plays at its true speed.
+    The stated rate holds where the timestamps agree with it. Otherwise the rate of the timestamps holds, without
+    pauses: a clip that is stored at this rate plays at its true speed. AVI has no timestamps, but empty chunks where
+    the picture stays: its rate follows from the places of the others.
 
     Args:
         container: of PyAV.
@@ -40,9 +41,9 @@ def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, in
         times: (pts, dts) of its first packets in ticks, in the order of the file.
     """
     stated = stream.average_rate or stream.guessed_rate
-    if stated and container.format.name == "avi":
-        return float(stated)
-    ticks = _complete(times)
+    if container.format.name == "avi":
+        return float(stated or 1) * _frames_per_chunk([dts for _, dts in times if dts is not None])
+    ticks = _complete([pts for pts, _ in times])
     measured = _rate_of_ticks(ticks)
     if measured is None:
         return float(stated) if stated and stated <= _FASTEST_GUESS else 1.0
@@ -68,9 +69,21 @@ def rate_of_seconds(times: Sequence[float]) -> float:
     return 1.0 if measured is None else _usual_rate(*(float(limit * 1000) for limit in measured))
 
 
-def _complete(times: Sequence[tuple[int | None, int | None]]) -> list[int]:
-    """Presentation times in order, up to where the packets that were looked at hold all of them."""
-    ordered = sorted({pts for pts, _ in times if pts is not None})
+def _frames_per_chunk(places: Sequence[int]) -> float:
+    """1 where most chunks hold a frame, so that a lost one here and there counts as such.
+
+    Args:
+        places: of the chunks that hold a frame, ascending.
+    """
+    steps = [late - early for early, late in pairwise(places)]
+    usual = median(steps) if steps else 1
+    kept = [step for step in steps if step <= _PAUSE * usual]
+    return 1.0 if usual <= 1 else len(kept) / sum(kept)
+
+
+def _complete(times: Sequence[int | None]) -> list[int]:
+    """The times of packets in order, up to where the packets that were looked at hold all of them."""
+    ordered = sorted({ticks for ticks in times if ticks is not None})
     if len(times) < NUM_TIMED_PACKETS:
         return ordered
     return ordered[: -min(_NUM_REORDERED, len(ordered) // 2)]

@@ -15,9 +15,8 @@ from clipmill.pipeline.plan import load_plan
 from clipmill.pipeline.sources.record import edges_sha256
 from clipmill.shards.commits import commit_unit
 from clipmill.shards.manifest import SPLITS
-from clipmill.storage import connection
 from tests.pipeline.corpus import extend_plan, make_plan, run_config
-from tests.s3.emulated import EmulatedS3
+from tests.storage.s3_server import S3Server
 
 NUM_VIDEOS = 12
 VIDEO_BYTES = 3 * 2**16
@@ -25,14 +24,11 @@ VIDEO_BYTES = 3 * 2**16
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedS3]:
-    emulated = EmulatedS3()
-    for name, value in emulated.environment.items():
-        monkeypatch.setenv(name, value)
-    connection._connected.cache_clear()
-    yield emulated
-    connection._connected.cache_clear()
-    emulated.stop()
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    server = S3Server()
+    server.use(monkeypatch)
+    yield server
+    server.stop()
 
 
 def content_of(number: int) -> bytes:
@@ -47,7 +43,7 @@ def put_on_disk(folder: Path, numbers: range = range(NUM_VIDEOS)) -> str:
 
 
 def put_in_bucket(
-    bucket: EmulatedS3, name: str, part_bytes: int | None = None, numbers: range = range(NUM_VIDEOS)
+    bucket: S3Server, name: str, part_bytes: int | None = None, numbers: range = range(NUM_VIDEOS)
 ) -> str:
     for number in numbers:
         bucket.put(name, f"raw/{number:02d}.mp4", content_of(number), part_bytes)
@@ -80,7 +76,7 @@ def splits_of(config: RunConfig) -> dict[str, set[str]]:
     ],
 )
 def test_a_moved_corpus_is_planned_once(
-    tmp_path: Path, bucket: EmulatedS3, before: str, after: str, number_of_new: int
+    tmp_path: Path, bucket: S3Server, before: str, after: str, number_of_new: int
 ) -> None:
     def put(kind: str, name: str, part_bytes: int, numbers: range = range(NUM_VIDEOS)) -> str:
         if kind == "disk":
@@ -104,18 +100,18 @@ def moved(config: RunConfig, url: str) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
 
 
-def test_growth_where_etags_are_md5s_costs_no_look(tmp_path: Path, bucket: EmulatedS3) -> None:
+def test_growth_where_etags_are_md5s_costs_no_look(tmp_path: Path, bucket: S3Server) -> None:
     config = moved(run_config(tmp_path / "run", Path("x"), val_fraction=0.4), put_in_bucket(bucket, "one"))
     make_plan(config)
     put_in_bucket(bucket, "one", numbers=range(NUM_VIDEOS, NUM_VIDEOS + 5))
-    bucket.num_requests.clear()
+    bucket.requests.clear()
     assert extend_plan(config)
-    assert bucket.num_requests == {"list": 1}
+    assert bucket.requests == {"LIST": 1}
     assert len(splits_of(config)) == NUM_VIDEOS + 5
 
 
 def test_what_workers_recorded_tells_files_that_are_gone(
-    tmp_path: Path, bucket: EmulatedS3, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, bucket: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Uploaded in other parts, and the old objects were removed: only the commit records know their edges."""
     config = moved(run_config(tmp_path / "run", Path("x"), val_fraction=0.4), put_in_bucket(bucket, "one", 2**16))
@@ -139,7 +135,7 @@ def test_what_workers_recorded_tells_files_that_are_gone(
     assert f"left out {NUM_VIDEOS} videos, such as s3://two/raw/" in caplog.text
 
 
-def test_one_content_uploaded_in_two_ways_is_one_video(tmp_path: Path, bucket: EmulatedS3) -> None:
+def test_one_content_uploaded_in_two_ways_is_one_video(tmp_path: Path, bucket: S3Server) -> None:
     put_in_bucket(bucket, "one")
     for number in range(NUM_VIDEOS):
         bucket.put("one", f"raw/again/{number:02d}.mp4", content_of(number), 2**16)
@@ -149,7 +145,7 @@ def test_one_content_uploaded_in_two_ways_is_one_video(tmp_path: Path, bucket: E
     assert not extend_plan(config)
 
 
-def test_the_videos_of_a_moved_tar_are_planned_once(tmp_path: Path, bucket: EmulatedS3) -> None:
+def test_the_videos_of_a_moved_tar_are_planned_once(tmp_path: Path, bucket: S3Server) -> None:
     (tmp_path / "one").mkdir()
     for name in ("a", "b"):
         with tarfile.open(tmp_path / "one" / f"{name}.tar", "w") as tar:
@@ -164,7 +160,7 @@ def test_the_videos_of_a_moved_tar_are_planned_once(tmp_path: Path, bucket: Emul
     assert not extend_plan(moved(config, "s3://two/raw"))
 
 
-def test_spans_of_a_moved_film_stay_in_its_split(tmp_path: Path, bucket: EmulatedS3) -> None:
+def test_spans_of_a_moved_film_stay_in_its_split(tmp_path: Path, bucket: S3Server) -> None:
     put_on_disk(tmp_path / "one")
     put_in_bucket(bucket, "two", 2**16)
     table, columns = tmp_path / "t.csv", {"start": "start", "end": "end"}

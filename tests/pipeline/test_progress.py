@@ -20,10 +20,9 @@ from clipmill.errors import StageFailed, UserError
 from clipmill.lease import hold
 from clipmill.pipeline import shard
 from clipmill.pipeline.planning import listing, make_plan, progress, spool, units
-from clipmill.storage import connection
 from tests.pipeline import corpus
 from tests.pipeline.corpus import extend_plan, run_config
-from tests.s3.emulated import EmulatedS3, Fabricated
+from tests.storage.s3_server import Fabricated, S3Server
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_OBJECTS = 5000
@@ -39,15 +38,12 @@ make_plan(RunConfig.model_validate_json(sys.argv[1]))
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatedS3]:
-    emulated = EmulatedS3()
-    emulated.fabricated["many"] = Fabricated(NUM_OBJECTS)
-    for name, value in emulated.environment.items():
-        monkeypatch.setenv(name, value)
-    connection._connected.cache_clear()
-    yield emulated
-    connection._connected.cache_clear()
-    emulated.stop()
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    server = S3Server()
+    server.fabricated["many"] = Fabricated(NUM_OBJECTS)
+    server.use(monkeypatch)
+    yield server
+    server.stop()
 
 
 def config_for(root: Path) -> RunConfig:
@@ -58,11 +54,11 @@ def parts(config: RunConfig) -> list[Path]:
     return sorted(Path(config.folder("clips", "plan", "listing")).glob("*.json"))
 
 
-def test_planning_resumes_after_a_kill_in_the_middle_of_the_listing(tmp_path: Path, bucket: EmulatedS3) -> None:
+def test_planning_resumes_after_a_kill_in_the_middle_of_the_listing(tmp_path: Path, bucket: S3Server) -> None:
     undisturbed = corpus.make_plan(config_for(tmp_path / "undisturbed"))
-    assert bucket.num_requests["list"] == NUM_OBJECTS // 1000
+    assert bucket.num_lists() == NUM_OBJECTS // 1000
     config = config_for(tmp_path / "run")
-    bucket.seconds_per_page = 0.5
+    bucket.delay_seconds = 0.5
     planner = subprocess.Popen([sys.executable, "-c", PLANNER, config.model_dump_json()], cwd=REPOSITORY)
     deadline = time.monotonic() + 60
     while len(parts(config)) < 2 and planner.poll() is None and time.monotonic() < deadline:
@@ -71,9 +67,10 @@ def test_planning_resumes_after_a_kill_in_the_middle_of_the_listing(tmp_path: Pa
     planner.wait()
     num_listed = 1000 * (len(parts(config)) - 1)
     assert num_listed > 0
-    bucket.num_requests.clear()
+    bucket.delay_seconds = 0.0
+    bucket.requests.clear()
     plan = corpus.make_plan(config)
-    assert bucket.num_requests["list"] <= (NUM_OBJECTS - num_listed) // 1000 + 1
+    assert bucket.num_lists() <= (NUM_OBJECTS - num_listed) // 1000 + 1
     assert plan.generations == undisturbed.generations
     assert not parts(config)
 
@@ -226,16 +223,16 @@ def test_a_stale_planner_publishes_no_part(tmp_path: Path, monkeypatch: pytest.M
     assert not Path(config.folder("clips", "plan")).exists()
 
 
-def test_the_planner_streams_a_bucket(tmp_path: Path, bucket: EmulatedS3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_planner_streams_a_bucket(tmp_path: Path, bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small runs, ranges and batches make the same plan; a page is one request, a failed one is asked for again."""
     expected = corpus.make_plan(config_for(tmp_path / "expected"))
     monkeypatch.setattr(spool, "RUN_ROWS", 400)
     monkeypatch.setattr(listing, "BATCH_ROWS", 150)
     monkeypatch.setattr(units, "_GROUP_ROWS", 500)
-    bucket.num_requests.clear()
-    bucket.num_failures = 2
+    bucket.requests.clear()
+    bucket.fault = lambda request, number: (503, "SlowDown") if request == "LIST" and number < 2 else None
     plan = corpus.make_plan(config_for(tmp_path / "run"))
-    assert bucket.num_requests["list"] == NUM_OBJECTS // 1000 + 2
+    assert bucket.num_lists() == NUM_OBJECTS // 1000 + 2
     ids = [[one for table in each.tables(["id"]) for one in table["id"].to_pylist()] for each in (expected, plan)]
     assert ids[0] == ids[1]
     assert sum(1 for _ in plan.tables()) > 4

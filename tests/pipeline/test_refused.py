@@ -16,7 +16,7 @@ from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources import list_videos
 from clipmill.pipeline.sources.many import KeptFiles, find_files
-from clipmill.storage import connection, patience
+from clipmill.storage import patience
 from tests.pipeline.corpus import make_plan, run_config, video_bytes, write_corpus
 from tests.pipeline.sources.fixtures import shard_in_process, source_config
 from tests.storage.s3_server import Answer, S3Server
@@ -31,7 +31,6 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     server.use(monkeypatch)
     server.objects = {f"raw/{name}.mp4": b"1234" for name in ("a", "b", "c")}
     yield server
-    connection._connected.cache_clear()
     server.stop()
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from clipmill.storage import connection
 from tests.storage.s3_server import S3Server
 
 
@@ -14,5 +13,4 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     server = S3Server()
     server.use(monkeypatch)
     yield server
-    connection._connected.cache_clear()
     server.stop()

@@ -1,13 +1,21 @@
-"""A small S3 server in a thread: what tests of listings and of blame need, and real requests that they can count."""
+"""A small S3 server in a thread: enough to list, look at, read and write objects, and requests that a test can count.
+
+``python -m tests.storage.s3_server NUMBER...`` serves buckets of so many fabricated objects, ``b<NUMBER>``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import re
+import sys
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -18,12 +26,59 @@ from clipmill.storage import connection
 Answer = tuple[int, str]
 """HTTP status and S3's error code."""
 
+MODIFIED = "2026-01-02T03:04:05.000Z"
+
+
+class Object(NamedTuple):
+    """An object; without content where only its size counts."""
+
+    etag: str
+    num_bytes: int
+    content: bytes = b""
+
+
+def whole(content: bytes) -> Object:
+    """An object that was put in one request."""
+    return Object(hashlib.md5(content).hexdigest(), len(content), content)
+
+
+def in_parts(content: bytes, part_bytes: int) -> Object:
+    """An object that was uploaded in parts."""
+    parts = [content[first : first + part_bytes] for first in range(0, len(content), part_bytes)]
+    digests = b"".join(hashlib.md5(part).digest() for part in parts)
+    return Object(f"{hashlib.md5(digests).hexdigest()}-{len(parts)}", len(content), content)
+
+
+class Fabricated(Sequence[str]):
+    """Keys ``raw/000000000.mp4`` and so on, in order: ten million of them cost nothing to store."""
+
+    def __init__(self, num_keys: int) -> None:
+        self._num_keys = num_keys
+
+    def __len__(self) -> int:
+        return self._num_keys
+
+    def __getitem__(self, index):
+        if not 0 <= index < self._num_keys:
+            raise IndexError(index)
+        return f"raw/{index:09d}.mp4"
+
+    def find(self, key: str) -> Object | None:
+        """An object of some megabytes that was put whole."""
+        found = re.fullmatch(r"raw/(\d{9})\.mp4", key)
+        if found is None or int(found[1]) >= self._num_keys:
+            return None
+        number = int(found[1])
+        return Object(f"{number * 0x9E3779B97F4A7C15F39CC0605CEDC835 % 2**128:032x}", 2**21 + number % 4096)
+
 
 class S3Server:
-    """Serves one bucket, whatever its name.
+    """Serves buckets.
 
     Attributes:
-        objects: content by key.
+        objects: content by key, of every bucket that is in neither of the next two.
+        buckets: objects by key, by bucket.
+        fabricated: keys of fabricated objects, by bucket.
         classes: storage class by key, where it is not the standard one.
         requests: made so far: ``LIST``, and ``GET key`` and so on.
         fault: (request, how often it was made before) to what goes wrong, or None.
@@ -35,6 +90,8 @@ class S3Server:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.buckets: dict[str, dict[str, Object]] = {}
+        self.fabricated: dict[str, Fabricated] = {}
         self.classes: dict[str, str] = {}
         self.requests: Counter[str] = Counter()
         self.fault: Callable[[str, int], Answer | None] = lambda request, number: None
@@ -50,6 +107,7 @@ class S3Server:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        connection._connected.cache_clear()
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Makes it the storage of this process."""
@@ -67,34 +125,47 @@ class S3Server:
     def num_lists(self) -> int:
         return self.requests["LIST"]
 
-    def page(self, query: dict[str, str]) -> str:
+    def put(self, bucket: str, key: str, content: bytes, part_bytes: int | None = None) -> None:
+        """Puts an object into one of ``buckets``, as a whole or in parts."""
+        one = whole(content) if part_bytes is None else in_parts(content, part_bytes)
+        self.buckets.setdefault(bucket, {})[key] = one
+
+    def find(self, bucket: str, key: str) -> Object | None:
+        if bucket in self.fabricated:
+            return self.fabricated[bucket].find(key)
+        if bucket in self.buckets:
+            return self.buckets[bucket].get(key)
+        return whole(self.objects[key]) if key in self.objects else None
+
+    def page(self, bucket: str, query: dict[str, str]) -> str:
         """An answer of ListObjectsV2."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         after = query.get("continuation-token", query.get("start-after", "") if self.knows_start_after else "")
+        most = int(query.get("max-keys", "1000"))
+        keys = self.fabricated.get(bucket) or sorted(self.buckets.get(bucket, self.objects))
         names: list[tuple[str, str]] = []
-        for key in sorted(self.objects):
-            if not key.startswith(prefix):
-                continue
+        for place in range(max(bisect_left(keys, prefix), bisect_right(keys, after)), len(keys)):
+            key = keys[place]
+            if not key.startswith(prefix) or len(names) > most:
+                break
             rest = key.removeprefix(prefix)
             folder = prefix + rest.partition("/")[0] + "/" if delimiter and "/" in rest else None
             item = ("CommonPrefixes", folder) if folder else ("Contents", key)
-            if item[1] > after and item not in names[-1:] and not (folder and after.startswith(folder)):
+            if item not in names[-1:] and not (folder and after.startswith(folder)):
                 names.append(item)
-        page = names[: int(query.get("max-keys", "1000"))]
-        parts = [self._item(kind, name) for kind, name in page]
-        is_cut = len(page) < len(names)
-        token = f"<NextContinuationToken>{escape(page[-1][1])}</NextContinuationToken>" if is_cut else ""
+        parts = [self._item(bucket, kind, name) for kind, name in names[:most]]
+        is_cut = len(names) > most
+        token = f"<NextContinuationToken>{escape(names[most - 1][1])}</NextContinuationToken>" if is_cut else ""
         head = f"<EncodingType>url</EncodingType><IsTruncated>{str(is_cut).lower()}</IsTruncated>{token}"
         return f"<ListBucketResult>{head}{''.join(parts)}</ListBucketResult>"
 
-    def _item(self, kind: str, name: str) -> str:
+    def _item(self, bucket: str, kind: str, name: str) -> str:
         if kind == "CommonPrefixes":
             return f"<CommonPrefixes><Prefix>{quote(name, safe='/')}</Prefix></CommonPrefixes>"
-        content = self.objects[name]
+        one = self.find(bucket, name)
         return (
-            f"<Contents><Key>{quote(name, safe='/')}</Key><Size>{len(content)}</Size>"
-            f"<ETag>&quot;{hashlib.md5(content).hexdigest()}&quot;</ETag>"
-            f"<LastModified>2026-01-02T03:04:05.000Z</LastModified>"
+            f"<Contents><Key>{quote(name, safe='/')}</Key><Size>{one.num_bytes}</Size>"
+            f"<ETag>&quot;{one.etag}&quot;</ETag><LastModified>{MODIFIED}</LastModified>"
             f"<StorageClass>{self.classes.get(name, 'STANDARD')}</StorageClass></Contents>"
         )
 
@@ -104,7 +175,7 @@ class S3Server:
 
             def _serve(self) -> None:
                 url = urlsplit(self.path)
-                key = unquote(url.path).lstrip("/").partition("/")[2]
+                bucket, _, key = unquote(url.path).lstrip("/").partition("/")
                 query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 request = "LIST" if "list-type" in query else f"{self.command} {key}"
@@ -116,41 +187,48 @@ class S3Server:
                     server.num_at_once -= 1
                     number = server.requests[request]
                     server.requests[request] += 1
-                    self._answer(request, key, query, body, server.fault(request, number))
-
-            def _answer(self, request: str, key: str, query: dict[str, str], body: bytes, fault: Answer | None) -> None:
-                if fault is not None:
-                    self._error(*fault)
-                elif request == "LIST":
-                    self._send(200, server.page(query).encode())
-                elif self.command == "PUT":
-                    if key in server.objects and self.headers.get("If-None-Match") and server.is_fenced:
-                        self._error(412, "PreconditionFailed")
+                    fault = server.fault(request, number)
+                    if fault is not None:
+                        self._error(*fault)
+                    elif request == "LIST":
+                        self._send(200, server.page(bucket, query).encode())
+                    elif self.command == "PUT":
+                        self._put(key, body)
+                    elif self.command == "DELETE":
+                        server.objects.pop(key, None)
+                        self._send(204, b"")
                     else:
-                        server.objects[key] = body
-                        self._send(200, b"")
-                elif self.command == "DELETE":
-                    server.objects.pop(key, None)
-                    self._send(204, b"")
-                elif key not in server.objects:
+                        self._give(key, server.find(bucket, key))
+
+            def _put(self, key: str, body: bytes) -> None:
+                if key in server.objects and self.headers.get("If-None-Match") and server.is_fenced:
+                    self._error(412, "PreconditionFailed")
+                    return
+                server.objects[key] = body
+                self._send(200, b"", {"ETag": f'"{whole(body).etag}"'})
+
+            def _give(self, key: str, one: Object | None) -> None:
+                if one is None:
                     self._error(404, "NoSuchKey")
                 elif server.classes.get(key) == "GLACIER" and self.command == "GET":
                     self._error(403, "InvalidObjectState")
+                elif self.headers.get("If-Match", f'"{one.etag}"') != f'"{one.etag}"':
+                    self._error(412, "PreconditionFailed")
                 else:
-                    self._content(server.objects[key])
-
-            def _content(self, content: bytes) -> None:
-                first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
-                part = content[int(first) : int(last) + 1 if last else None] if first else content
-                self._send(206 if first else 200, part)
+                    headers = {"ETag": f'"{one.etag}"', "Last-Modified": "Fri, 02 Jan 2026 03:04:05 GMT"}
+                    first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+                    part = one.content[int(first) : int(last) + 1 if last else None] if first else one.content
+                    if self.command == "HEAD":
+                        headers["Content-Length"] = str(one.num_bytes)
+                    self._send(206 if first else 200, part, headers)
 
             def _error(self, status: int, code: str) -> None:
                 self._send(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
 
-            def _send(self, status: int, content: bytes) -> None:
+            def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("ETag", '"tag"')
+                for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(content)
@@ -161,3 +239,18 @@ class S3Server:
                 pass
 
         return Handler
+
+
+def main() -> None:
+    """Serves until standard input ends; prints the endpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("objects", type=int, nargs="+")
+    server = S3Server()
+    for num_objects in parser.parse_args().objects:
+        server.fabricated[f"b{num_objects}"] = Fabricated(num_objects)
+    print(server.endpoint, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -106,6 +106,10 @@ def test_urls():
     assert storage.absolute("s3://bucket/a/") == "s3://bucket/a"
     assert storage.absolute("file:///tmp/x") == "/tmp/x"
     assert storage.absolute("runs") == os.path.join(os.getcwd(), "runs")
+    assert storage.absolute("S3://Bucket/Key") == "s3://Bucket/Key"
+    assert storage.absolute("https://host/list.csv?sig=ab/") == "https://host/list.csv?sig=ab/"
+    assert storage.resolve("/base", "https://host/video/") == "https://host/video/"
+    assert storage.resolve("/base", "dir/what://is.mp4") == "/base/dir/what://is.mp4"
     assert storage.is_local("runs/demo")
     assert not storage.is_local("s3://bucket")
     with pytest.raises(UserError, match="cannot open nonsense"):
@@ -156,4 +160,6 @@ def test_file_urls_are_percent_encoded(tmp_path):
     assert storage.read_bytes(storage.resolve("/elsewhere", f"{url}/sp%20ace.mp4")) == b"1"
     assert storage.read_bytes(f"{url}/per%2520cent.mp4") == b"2"
     assert storage.read_bytes(f"file://localhost{tmp_path}/sp%20ace.mp4") == b"1"
+    for url in (f"file:{tmp_path}/sp%20ace.mp4", f"FILE://{tmp_path}/sp%20ace.mp4", f"local://{tmp_path}/sp ace.mp4"):
+        assert storage.read_bytes(storage.resolve("/elsewhere", url)) == b"1"
     assert storage.read_bytes(storage.resolve(str(tmp_path), "per%20cent.mp4")) == b"2"

@@ -19,6 +19,7 @@ from clipmill.storage.urls import request_url, shown
 
 CONTENT = bytes(range(256)) * 1024
 ETAG = {"ETag": '"tag"'}
+OTHER_ETAG = {"ETag": '"other"'}
 DATED = {"Last-Modified": "Fri, 02 Jan 2026 03:04:05 GMT"}
 
 
@@ -278,6 +279,27 @@ def test_a_file_is_read_at_any_place_whether_its_server_knows_ranges_or_not(serv
         assert file.read(10) == CONTENT[:10]
         file.seek(len(CONTENT) - 100)
         assert file.read() == CONTENT[-100:]
+
+
+@pytest.mark.parametrize(
+    ("later", "is_same"),
+    [
+        (ETAG | DATED, True),
+        (ETAG, True),
+        (OTHER_ETAG | DATED, True),
+        ({}, True),
+        (OTHER_ETAG, False),
+    ],
+)
+def test_two_versions_of_a_file_are_not_mixed(server: WebServer, later: dict[str, str], is_same: bool) -> None:
+    server.behave = lambda handler: handler.give(headers=later if server.num("GET") > 1 else ETAG | DATED, ranges=True)
+    with storage.open_to_read(f"{server.url}/a.mp4", 2**12) as file:
+        assert file.read(2**12) == CONTENT[: 2**12]
+        if is_same:
+            assert file.read(10) == CONTENT[:10]
+        else:
+            with pytest.raises(storage.Unreadable, match=r"a\.mp4 was replaced while it was read"):
+                file.read(10)
 
 
 @pytest.mark.parametrize("status", [403, 503])

@@ -17,8 +17,9 @@ from tests.video.conftest import make_video
 
 def _write(path, milliseconds, codec="libx264"):
     """One frame at each time; times are stored in milliseconds."""
+    options = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {"bf": "0"}
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"g": "12", "bf": "0"})
+        stream = container.add_stream(codec, rate=25, options={"g": "12", **options})
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for number, time in enumerate(milliseconds):
@@ -108,6 +109,23 @@ def test_avi_with_lost_frames_keeps_the_places_of_the_others(tmp_path):
     assert 20 < len(times) < 60
     assert set(np.round(times, 6)) <= set(np.round(whole, 6))
     assert times[-1] == pytest.approx(whole[-1])
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg4"])
+@pytest.mark.parametrize(("step", "fps"), [(1, 50.0), (2, 25.0), (3, 50 / 3)])
+def test_avi_with_empty_chunks_has_the_rate_of_the_others(tmp_path, codec, step, fps):
+    path = tmp_path / "copied.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=50)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 50)
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), number * 5, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number * step, Fraction(1, 50)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert probe(path).fps == pytest.approx(fps)
+    np.testing.assert_allclose(_times(path), np.arange(20) / fps)
 
 
 def test_animated_pictures_are_read_as_videos(tmp_path):

@@ -34,11 +34,13 @@ class Member(NamedTuple):
         name: in the tar, with ``/``.
         offset: of its header, which lies right before the data.
         bytes: of the data.
+        stated_bytes: by that header; a PAX record before it may state another size, which holds.
     """
 
     name: str
     offset: int
     bytes: int
+    stated_bytes: int
 
     @property
     def data_offset(self) -> int:
@@ -86,8 +88,10 @@ def index_members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
             continue
         is_extension = header.kind in _EXTENSIONS
         name = names.name or header.name.decode("utf-8", "replace")
-        size = 0 if header.kind in _WITHOUT_DATA else header.size
-        if not is_extension and names.size is not None:
+        size = header.size
+        if header.kind in _WITHOUT_DATA:
+            size = 0
+        elif not is_extension and names.size is not None:
             size = names.size
         data = offset + BLOCK_BYTES
         if header.kind == b"S" and header.is_extended:
@@ -99,15 +103,15 @@ def index_members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
             names.read(header.kind, file, data, size)
         else:
             if header.kind in _REGULAR and not names.is_sparse and not name.endswith("/"):
-                yield Member(name, offset, size)
+                yield Member(name, offset, size, header.size)
             names.forget()
         offset = data + -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def is_header_of(block: bytes, num_bytes: int) -> bool:
-    """Whether a block is still the header of a regular file of this size."""
+def is_header_of(block: bytes, stated_bytes: int) -> bool:
+    """Whether a block is still the header of a regular file that states this size."""
     header = _parse_header(block)
-    return header is not None and header.kind in _REGULAR and header.size in (num_bytes, 0)  # 0: PAX has the size
+    return header is not None and header.kind in _REGULAR and header.size == stated_bytes
 
 
 class _Names:

@@ -68,10 +68,16 @@ def _list_tar(source: SourceConfig, base: str, tar: storage.Entry) -> Iterator[S
                     name=tar.name,
                     bytes=video.bytes,
                     etag=tar.etag,
-                    member=f"{video.name}@{video.offset}",
+                    member=_written(video),
                     identity=f"{identity}:{video.offset}",
                     group=described.group or f"{identity}:{sample.key}",
                 )
+
+
+def _written(member: Member) -> str:
+    """A member as the plan names it; `extract` reads it."""
+    stated = "" if member.stated_bytes == member.bytes else f"/{member.stated_bytes}"
+    return f"{member.name}@{member.offset}{stated}"
 
 
 def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]:
@@ -102,7 +108,8 @@ def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]
         if damaged.offset == tar_bytes:  # between two members: whether any is missing is not known
             logger.warning("%s: %s", storage.shown(url), damaged)
             return
-        lost = Member(damaged.name, damaged.offset, tar_bytes - damaged.offset)
+        num_lost = tar_bytes - damaged.offset
+        lost = Member(damaged.name, damaged.offset, num_lost, num_lost)
         yield _Sample(f"@{damaged.offset}", [lost], fault=str(damaged))
         return
     if sample.videos:
@@ -149,11 +156,12 @@ def extract(url: str, member: str, num_bytes: int, folder: Path) -> Path:
         DamagedVideo: the tar has changed since it was listed.
         FileNotFoundError: the tar is missing.
     """
-    name, _, offset = member.rpartition("@")
+    name, _, place = member.rpartition("@")
+    offset, _, stated_bytes = place.partition("/")
     path = folder / f"video{PurePosixPath(name).suffix}"
     with storage.open_to_read(url) as file, path.open("wb") as copy:
         file.seek(int(offset))
-        if not is_header_of(file.read(BLOCK_BYTES), num_bytes):
+        if not is_header_of(file.read(BLOCK_BYTES), int(stated_bytes or num_bytes)):
             raise DamagedVideo("the tar changed since it was planned: no video begins there")
         missing = num_bytes
         while missing:

@@ -15,6 +15,7 @@ from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.sources import list_videos
 from clipmill.pipeline.sources.tar import DamagedTar, Member, index_members
+from clipmill.pipeline.sources.webdataset import extract
 from clipmill.stages import run_stage
 from tests.pipeline.corpus import make_plan, video_bytes
 from tests.pipeline.sources.fixtures import shard_in_process, source_config
@@ -209,7 +210,7 @@ def test_no_header_makes_the_reader_loop_or_leave_the_file(tmp_path: Path, damag
     path.write_bytes(GOOD + damage + (END if len(damage) >= BLOCK else b""))
     with path.open("rb") as file:
         members = index_members(file, path.stat().st_size)
-        assert next(members) == Member("a.mp4", 0, 5)
+        assert next(members) == Member("a.mp4", 0, 5, 5)
         with pytest.raises(DamagedTar, match=cause) as error:
             next(members)
     assert "\n" not in str(error.value)
@@ -231,6 +232,21 @@ def test_tars_that_were_joined_are_read_to_the_end(
     path.write_bytes(GOOD + END + bytes(padding) + behind)
     with path.open("rb") as file:
         assert [member.name for member in index_members(file, path.stat().st_size)] == names
+
+
+@pytest.mark.parametrize("stated", [0, 3, 2**30])
+def test_the_size_of_a_pax_record_holds_whatever_the_header_states(tmp_path: Path, stated: int) -> None:
+    record = b"13 size=1000\n"
+    extended = header("x", b"%011o" % len(record), b"x") + record.ljust(BLOCK, b"\0")
+    content = bytes(range(250)) * 4
+    data = header("b.mp4", b"%011o" % stated) + content.ljust(2 * BLOCK, b"\0")
+    link = extended + header("c.mp4", b"%011o" % stated, b"2")
+    path = tmp_path / "x.tar"
+    path.write_bytes(extended + data + link + GOOD + END)
+    videos = listed(path)
+    assert [video.bytes for video in videos] == [1000, 5]
+    copy = extract(str(path), videos[0].member, videos[0].bytes, tmp_path)
+    assert copy.read_bytes() == content
 
 
 def test_sparse_files_are_passed_over(tmp_path: Path) -> None:
