@@ -33,11 +33,21 @@ fi
 until ray health-check --address "$head:$port" 2> /dev/null; do sleep 1; done
 clipmill submit --address "http://$head:8265" "$@" &
 submitter=$!
-trap 'kill -TERM "$submitter"' TERM
-wait "$submitter"
-status=$?
-# 75: stopped in order before the end. The allocation ends here, so it is queued again.
-if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then
+
+# Before the end of the allocation the running stage is stopped in order, through the storage of its run.
+root=
+for argument in "$@"; do
+    case $argument in root=*) root=${argument#root=} ;; esac
+done
+is_ending=
+trap 'is_ending=1; clipmill stop "$root"' TERM
+
+status=
+while kill -0 "$submitter" 2> /dev/null; do
+    wait "$submitter"
+    status=$?
+done
+if [ -n "$is_ending" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,39 @@ def test_slurm_asks_for_the_grace_period() -> None:
     directives = dict(re.findall(r"(?m)^#SBATCH --([a-z-]+)(?:=(\S+))?$", text))
     assert directives["signal"] == f"B:TERM@{STOP_WAIT_SECONDS}"
     assert {"requeue", "exclusive"} <= directives.keys()
+
+
+STAND_IN = """#!/bin/bash
+echo "$(basename "$0") $*" >> calls
+case "$(basename "$0") $1" in
+    "scontrol show") printf 'n1\\nn2\\n' ;;
+    "clipmill stop") touch stop ;;
+    "clipmill submit")
+        touch submitted
+        until [ -e stop ]; do sleep 0.05; done
+        exit 76 ;;
+esac
+"""
+
+
+def test_slurm_stops_the_stage_and_requeues_before_the_allocation_ends(tmp_path: Path) -> None:
+    """Slurm cannot run here: stand-ins note how its commands, Ray and clipmill are called."""
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name in ("scontrol", "srun", "ray", "clipmill"):
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(0o755)
+    allocation = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    command = ["bash", str(DEPLOY / "slurm.sh"), "root=/data/r", "seed=1"]
+    with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **allocation}) as script:
+        while not (tmp_path / "submitted").exists():
+            assert script.poll() is None
+            time.sleep(0.05)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(60) == 76
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "clipmill submit --address http://n1:8265 root=/data/r seed=1" in calls
+    assert calls[-2:] == ["clipmill stop /data/r", "scontrol requeue 7"]
 
 
 def test_dockerfile_is_clean() -> None:
