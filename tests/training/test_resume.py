@@ -113,9 +113,8 @@ def test_the_tokenizer_resumes_exactly_with_its_codebook(workspace, tmp_path, ze
 def test_the_tokenizer_resumes_exactly_with_its_discriminator(workspace, tmp_path, zero_stage):
     """The first checkpoint, of step 8, comes before the tokenizer feels the discriminator and after it was trained."""
     network = save(RandomDistance(), tmp_path / "perceptual.pt")
-    settings = {
-        "adversarial_cost": 0.5, "adversarial_start": 10, "discriminator_dim": 8, "perceptual_weights": network, "frames": 2
-    }  # fmt: skip
+    settings = {"adversarial_cost": 0.5, "adversarial_start": 10, "discriminator_dim": 8, "frames": 2}
+    settings["perceptual_weights"] = network
     assignments = [f"vqvae.sharpness.{name}={value}" for name, value in settings.items()]
     _check_exact_resume(workspace, tmp_path, "train-vqvae", zero_stage, 2, *assignments)
     records = [each for each in read_metrics(str(tmp_path / "killed" / "vqvae")) if each["split"] == "train"]
