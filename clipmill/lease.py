@@ -253,18 +253,12 @@ class _Keeper:
         before = signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         if before != -1:  # somebody else listens, such as a notebook
             signal.set_wakeup_fd(before)
-            return False
-        os.register_at_fork(after_in_child=self._stop_listening)  # a child's signals are not ours
-        return True
-
-    def _stop_listening(self) -> None:
-        if not self._is_closed.is_set():
-            signal.set_wakeup_fd(-1)
+        return before == -1
 
     def close(self) -> None:
-        if self._hears_signals:
-            self._stop_listening()
         self._is_closed.set()
+        if self._hears_signals:
+            signal.set_wakeup_fd(-1)
         self._signals.close()  # wakes the thread
         self._thread.join()
         self._wakeup.close()

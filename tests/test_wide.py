@@ -16,7 +16,7 @@ import yaml
 from clipmill import stages
 from clipmill.config import RunConfig, load_config
 from clipmill.demo import generate, video_size
-from clipmill.evaluation.film import Film
+from clipmill.evaluation.film import Film, Row
 from clipmill.models.export import load_prior
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
@@ -70,19 +70,25 @@ def test_every_stage_keeps_the_shape(run: RunConfig) -> None:
     assert per_dim == pytest.approx(8 * HEIGHT * WIDTH * 3)
 
 
+def film_of_one() -> Film:
+    film = Film.of("one", [Row("real", [np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)], [8.0], ["a"])])
+    assert film is not None
+    return film
+
+
 def test_the_report_shows_a_ball_as_a_circle(run: RunConfig) -> None:
     page = Path(run.folder("report", "index.html")).read_text()
     assert "8 frames of 36 x 64 pixels (height x width)" in page
     shown = re.findall(
-        r'<h3>(\w+)</h3>.*?aspect-ratio: (\d+) / (\d+).*?<video src="data:video/mp4;base64,([^"]+)"', page, re.DOTALL
+        r'<h3>(\w+)</h3>.*?data-src="data:video/mp4;base64,([^"]+)".*?aspect-ratio: (\d+) / (\d+)', page, re.DOTALL
     )
-    films = {label: (int(width), int(height), base64.b64decode(data)) for label, width, height, data in shown}
+    films = {label: (int(width), int(height), base64.b64decode(data)) for label, data, width, height in shown}
     width, height, data = films["ball_bouncing"]
     with av.open(io.BytesIO(data)) as video:
         assert video.streams.video[0].sample_aspect_ratio in (None, 1)
         frame = next(video.decode(video=0)).to_ndarray(format="rgb24")
     assert frame.shape == (height, width, 3)  # the page gives the video the room of its pixels, in their proportion
-    clip_width, clip_height = Film.of(None, {"real": [np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)]}).clip_size
+    clip_width, clip_height = film_of_one().clip_size
     real = frame[:clip_height, :clip_width]  # the first clip of the first row
     ball = (real[..., 0] > 130) & (real[..., 1] < 110)
     across, down = (np.ptp(np.flatnonzero(ball.any(axis))) + 1 for axis in (0, 1))

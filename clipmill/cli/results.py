@@ -1,4 +1,4 @@
-"""Commands that put results side by side: ``runs``."""
+"""Commands that put results side by side: ``runs``, ``compare``."""
 
 from __future__ import annotations
 
@@ -63,6 +63,26 @@ def _cells(evaluation: Evaluation) -> list[str]:
         short(samples["appearance"]["ratio"]["motion_energy"]) if samples else "",
         short(fvd["fvd"]) if "fvd" in fvd else "",
     ]
+
+
+@app.command("compare", rich_help_panel=PANEL)
+def compare(
+    urls: Annotated[
+        list[str],
+        typer.Argument(help="Evaluations, such as runs/demo/evaluation/default; the first is the reference."),
+    ],
+    out: Annotated[str, typer.Option("--out", help="The page to write.")] = "compare.html",
+) -> None:
+    """Put evaluations side by side on one page: numbers, curves, and samples of the same noise."""
+    from clipmill import storage
+    from clipmill.errors import UserError
+    from clipmill.evaluation.compare import compare as write_page
+    from clipmill.evaluation.compare import find_evaluation
+
+    if len(urls) < 2:
+        raise UserError("compare needs two evaluations or more; `clipmill runs URL` names those of a run")
+    storage.publish_bytes(storage.absolute(out), write_page([find_evaluation(url) for url in urls]))
+    print(f"page: {out}")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -87,10 +87,17 @@ def evaluate(
         Literal["all", "vqvae"] | None,
         typer.Option("--what", help="vqvae: the tokenizer alone, right after train-vqvae.", show_default="all"),
     ] = None,
+    sample_first: Annotated[
+        bool, typer.Option("--sample", help="Make the samples first, as far as they are missing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure reconstructions, prior and samples."""
+    """Measure reconstructions, prior and samples; the result is evaluation/NAME/."""
+    from clipmill import stages
+
     words = [*(assignments or []), *([f"evaluate.what={what}"] if what else [])]
+    if sample_first:
+        stages.run_stage("sample", load_config(config or [], words))
     _run_stage("evaluate", words, config, as_json)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from clipmill.cluster.connection import is_embedded
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
 from clipmill.evaluation.baselines import CodeTables
-from clipmill.evaluation.extremes import extremes_picture
+from clipmill.evaluation.film import USUAL_FPS
 from clipmill.evaluation.gallery import Gallery, pick_clips
 from clipmill.evaluation.generation import fvd_of_all, prior_section, sample_section
 from clipmill.evaluation.inputs import Inputs, refuse_other, settings_of, val_clips
@@ -104,10 +105,11 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         torch.set_num_threads(config.cluster.fanout_cpus)  # what is left to compute gives the same bits on any driver
         metrics = {"settings": settings, "inputs": inputs.fingerprints(), **_numbers(inputs, found)}
     seconds = time.monotonic() - began
-    made = provenance(hardware, seconds, storage.shown(config.root))
+    samples = config.sample.name if config.evaluate.what == "all" else None
+    made = provenance(hardware, seconds, storage.shown(config.root), samples)
     lease.check()
     evaluation = Evaluation(folder_url(config), metrics, made)
-    _publish_pictures(evaluation, job, found)
+    _publish_gallery(evaluation, job, found)
     evaluation.publish()
     _warn_of_few_clips(metrics["fvd"])
     clips_per_second = _num_clips(missing) / seconds
@@ -264,20 +266,18 @@ def _numbers(inputs: Inputs, found: _Found) -> dict[str, Any]:
         "fvd": fvd_of_all(sections["fvd"], found.real, found.copies, found.samples),
         "prior": prior_section(found.nats, inputs.clips.recipe["clip"], found.train_tables, found.val_tables),
         "samples": sample_section(
-            inputs.samples, found.samples, found.sample_code_counts, found.real, found.val_tables.unigram
+            inputs.prior, inputs.samples, found.samples, found.sample_code_counts, found.real, found.val_tables.unigram
         ),
     }
 
 
-def _publish_pictures(evaluation: Evaluation, job: Job, found: _Found) -> None:
-    """The gallery, and the picture of the worst and the best clips."""
+def _publish_gallery(evaluation: Evaluation, job: Job, found: _Found) -> None:
     rows, _, _ = job.measures["shown"].merged()
-    keys = found.real["key"][list(job.shown)].tolist()
-    labels = [label or None for label in found.real["label"][list(job.shown)].tolist()]
-    gallery = Gallery(rows["real"], rows["reconstruction"], tuple(labels), tuple(keys))
+    real = {name: found.real[name][list(job.shown)].tolist() for name in ("key", "label", "fps")}
+    labels = tuple(label or None for label in real["label"])
+    rates = tuple(USUAL_FPS if math.isnan(rate) else rate for rate in real["fps"])
+    gallery = Gallery(rows["real"], rows["reconstruction"], labels, tuple(real["key"]), rates)
     gallery.save(storage.join(evaluation.url, "gallery.npz"))
-    picture = extremes_picture(evaluation.metrics["extremes"], gallery)
-    storage.publish_bytes(storage.join(evaluation.url, "vqvae.png"), picture)
 
 
 def _headlines(metrics: dict[str, Any]) -> dict[str, Any]:

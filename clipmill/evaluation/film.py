@@ -1,88 +1,114 @@
-"""The clips of one class as a single video for the report, so that what is compared cannot drift apart."""
+"""Clips as a single video for a page, so that what is compared cannot drift apart."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipmill.video.pictures import playing_row
+from clipmill.video.pictures import playing_grid
 
-__all__ = ["FRAMES_PER_SECOND", "Film"]
+__all__ = ["USUAL_FPS", "Film", "Row"]
 
-FRAMES_PER_SECOND = 8
-"""Slow enough to compare moving rows by eye, whatever the footage ran at."""
+USUAL_FPS = 8.0
+"""Of clips that do not say at which rate they play."""
 _SHOWN_PIXELS = 128
 """Clips smaller than this are enlarged by whole pixels: h264 halves the resolution of colour."""
-_GAP_PIXELS = 3
-"""Between clips, before they are enlarged."""
+_GAP_PIXELS = 6
+"""Between clips, in pixels of the film."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Clips beside each other."""
+
+    kind: str
+    """What they are: real, reconstruction, sample, or the name of an evaluation."""
+    clips: Sequence[NDArray[np.uint8]]
+    """[T, H, W, 3] each."""
+    rates: Sequence[float]
+    """Frames per second at which each plays."""
+    titles: Sequence[str]
+    """What each is called."""
+    num_given: int = 0
+    """First frames that were given, not generated."""
 
 
 @dataclass(frozen=True)
 class Film:
-    """A grid of playing clips: a row is a kind (real, sample), a column a clip.
+    """A grid of playing clips, each at its own rate.
 
-    The gaps are white in the video; the page covers them in its own colour, which is why it gets all sizes.
+    The gaps are white in the video. The page covers them in its own colour; so it needs to know all sizes.
     """
 
-    label: str | None
-    """The class."""
-    kinds: tuple[str, ...]
-    """What the rows show, from the top; a kind without any clip has no row."""
-    missing: tuple[str, ...]
-    """The kinds without any clip."""
-    lengths: tuple[int, ...]
-    """Clips in each row; the rest of a row is empty."""
-    clip_size: tuple[int, int] = (0, 0)
-    """Width and height of a clip in pixels of the video."""
-    size: tuple[int, int] = (0, 0)
-    """Width and height of the video."""
-    uri: str = ""
-    """The h264 file as a data URI; empty without any clip."""
+    name: str
+    rows: tuple[Row, ...]
+    fps: float
+    """Of the film: the highest rate of its clips. A clip of a lower one repeats frames."""
+    num_frames: int
+    """Of the film: the longest clip's time. A shorter clip waits at its last frame."""
+    clip_size: tuple[int, int]
+    """Width and height of a clip in pixels of the film."""
+    size: tuple[int, int]
+    """Width and height of the film."""
+    data: bytes
+    """The h264 file."""
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[Row]) -> Film | None:
+        """Lays clips out and encodes them; None without any.
+
+        Args:
+            name: of the film, for its file.
+            rows: from the top; those without clips are left out.
+        """
+        rows = tuple(row for row in rows if len(row.clips))
+        if not rows:
+            return None
+        fps = max(max(row.rates) for row in rows)
+        timed = [(clip, rate) for row in rows for clip, rate in zip(row.clips, row.rates, strict=True)]
+        num_frames = max(math.ceil(len(clip) / rate * fps - 1e-6) for clip, rate in timed)
+        height, width = rows[0].clips[0].shape[1:3]
+        columns = max(len(row.clips) for row in rows)
+        grid = np.full((len(rows) * columns, num_frames, height, width, 3), 255, np.uint8)
+        for number, row in enumerate(rows):
+            for column, (clip, rate) in enumerate(zip(row.clips, row.rates, strict=True)):
+                times = np.arange(num_frames) / fps
+                grid[number * columns + column] = clip[np.minimum((times * rate + 1e-6).astype(int), len(clip) - 1)]
+        scale = max(1, -(-_SHOWN_PIXELS // min(height, width)))
+        clip_size = (width * scale, height * scale)
+        size = tuple(
+            number * (pixels + _GAP_PIXELS) - _GAP_PIXELS
+            for number, pixels in zip((columns, len(rows)), clip_size, strict=True)
+        )
+        data = playing_grid(grid, fps=fps, scale=scale, gap=_GAP_PIXELS, columns=columns)
+        return cls(name, rows, fps, num_frames, clip_size, (size[0] + size[0] % 2, size[1] + size[1] % 2), data)
 
     @property
     def num_columns(self) -> int:
         """Clips in the longest row."""
-        return max(self.lengths)
+        return max(len(row.clips) for row in self.rows)
+
+    @property
+    def download_name(self) -> str:
+        """Name of a downloaded file."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.name) + ".mp4"
+
+    @property
+    def file_name(self) -> str:
+        """A name of its own for its content."""
+        return f"{hashlib.sha256(self.data).hexdigest()[:16]}.mp4"
+
+    def given_film_frames(self, row: Row) -> int:
+        """Frames of the film during which a row shows given frames."""
+        return math.ceil(row.num_given / row.rates[0] * self.fps - 1e-6) if row.num_given else 0
 
     def shares(self, axis: int) -> tuple[float, float]:
-        """Percent of the video's width (axis 0) or height (axis 1) that one clip takes, and that one gap takes."""
-        count = (self.num_columns, len(self.kinds))[axis]
+        """Percent of the film's width (axis 0) or height (axis 1) that one clip takes, and that one gap takes."""
+        count = (self.num_columns, len(self.rows))[axis]
         clip = 100 * self.clip_size[axis] / self.size[axis]
         return clip, (100 - count * clip) / max(1, count - 1)
-
-    @classmethod
-    def of(cls, label: str | None, clips: Mapping[str, Sequence[NDArray[np.uint8]]]) -> Film:
-        """Lays clips out and encodes them.
-
-        Args:
-            label: their class.
-            clips: uint8 [T, H, W, 3] by kind, all of one size and at least as many frames as the first.
-        """
-        kinds = tuple(kind for kind in clips if len(clips[kind]))
-        missing = tuple(kind for kind in clips if not len(clips[kind]))
-        lengths = tuple(len(clips[kind]) for kind in kinds)
-        if not kinds:
-            return cls(label, kinds, missing, lengths)
-        num_frames, height, width, _ = clips[kinds[0]][0].shape
-        scale = max(1, -(-_SHOWN_PIXELS // min(height, width)))
-        column_height = len(kinds) * (height + _GAP_PIXELS) - _GAP_PIXELS
-        columns = np.full((max(lengths), num_frames, column_height, width, 3), 255, np.uint8)
-        for row, kind in enumerate(kinds):
-            top = row * (height + _GAP_PIXELS)
-            for column, clip in enumerate(clips[kind]):
-                columns[column, :, top : top + height] = clip[:num_frames]  # samples may be longer
-        gap = _GAP_PIXELS * scale
-        video = playing_row(columns, fps=FRAMES_PER_SECOND, scale=scale, gap=gap)
-        return cls(
-            label,
-            kinds,
-            missing,
-            lengths,
-            clip_size=(width * scale, height * scale),
-            size=(len(columns) * (width * scale + gap) - gap, column_height * scale),
-            uri=f"data:video/mp4;base64,{base64.b64encode(video).decode()}",
-        )

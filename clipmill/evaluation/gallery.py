@@ -31,13 +31,17 @@ class Gallery:
     labels: tuple[str | None, ...]
     """Class of each clip, None without classes."""
     keys: tuple[str, ...]
+    rates: tuple[float, ...]
+    """Frames per second of each clip."""
 
     def save(self, url: str) -> None:
         """Publishes one npz file."""
         file = io.BytesIO()
         labels = np.array([label or "" for label in self.labels], dtype=np.str_)  # no class has an empty name
         keys = np.array(self.keys, dtype=np.str_)
-        np.savez_compressed(file, real=self.real, reconstruction=self.reconstruction, labels=labels, keys=keys)
+        np.savez_compressed(
+            file, real=self.real, reconstruction=self.reconstruction, labels=labels, keys=keys, rates=self.rates
+        )
         storage.publish_bytes(url, file.getvalue())
 
     @classmethod
@@ -50,12 +54,15 @@ class Gallery:
         with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
             labels = tuple(str(label) or None for label in arrays["labels"])
             keys = tuple(map(str, arrays["keys"]))
-            return cls(arrays["real"], arrays["reconstruction"], labels, keys)
+            rates = tuple(arrays["rates"].tolist())
+            return cls(arrays["real"], arrays["reconstruction"], labels, keys, rates)
 
 
 def clips_per_class(classes: list[str]) -> dict[str | None, int]:
     """How many clips of which classes are worth showing: all of few classes, some of many; {None: n} without any."""
-    shown: list[str | None] = list(classes[:MAX_CLASSES]) or [None]
+    if not classes:
+        return {None: MAX_CLIPS}
+    shown: list[str | None] = list(classes[:MAX_CLASSES])
     number = min(MAX_PER_CLASS, max(MIN_PER_CLASS, MAX_CLIPS // len(shown)))
     return dict.fromkeys(shown, number)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipmill.config import frame_size
+from clipmill.config import VQVAEModelConfig, frame_size
 from clipmill.errors import UserError
 from clipmill.evaluation.appearance import appearance_of, compare_appearance, total_variation
 from clipmill.evaluation.baselines import CodeTables, baseline_scores
@@ -20,11 +20,21 @@ from clipmill.evaluation.networks import Networks
 from clipmill.evaluation.parts import Arrays
 from clipmill.evaluation.scores import count_codes
 from clipmill.models.conditioning import condition_of
+from clipmill.models.export import model_config
 from clipmill.models.prior import Prior
+from clipmill.models.vqvae import num_frames_of
 from clipmill.shards.dataset import decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
 
-__all__ = ["decode_sample", "fvd_of_all", "prior_section", "sample_arrays", "sample_section", "token_nats"]
+__all__ = [
+    "decode_sample",
+    "fvd_of_all",
+    "given_frames",
+    "prior_section",
+    "sample_arrays",
+    "sample_section",
+    "token_nats",
+]
 
 
 def token_nats(batch: dict[str, Any], prior: Prior, classes: list[str], device: torch.device) -> NDArray[np.float64]:
@@ -126,12 +136,31 @@ def sample_arrays(
     return rows, {"code_counts": count_codes(batch["codes"], num_codes, num_codebooks)}
 
 
+def given_frames(prior: dict[str, Any], samples: Manifest) -> int:
+    """First frames of each sample that it was given: those behind given latents, or those the prior is conditioned on.
+
+    Args:
+        prior: body of its export.
+        samples: that it made.
+    """
+    tokenizer = model_config(prior["tokenizer"], VQVAEModelConfig)
+    behind = num_frames_of(tokenizer, samples.recipe["sample"].get("prefix_latents", 0))
+    shown = prior["condition_shape"][0] if prior["model"].get("condition") == "frames" else 0
+    return max(behind, shown)
+
+
 def sample_section(
-    samples: Manifest, made: Arrays, counts: NDArray[np.int64], real: Arrays, val_counts: NDArray[np.int64]
+    prior: dict[str, Any],
+    samples: Manifest,
+    made: Arrays,
+    counts: NDArray[np.int64],
+    real: Arrays,
+    val_counts: NDArray[np.int64],
 ) -> dict[str, Any]:
     """Section ``samples`` of ``metrics.json``.
 
     Args:
+        prior: body of the export that made them.
         samples: that were measured.
         made: of `sample_arrays`, of all samples.
         counts: int64 [M, K], their codes.
@@ -141,7 +170,7 @@ def sample_section(
     return {
         "count": len(made["key"]),
         "per_class": dict(sorted(Counter(label for label in made["label"].tolist() if label).items())),
-        "given_latent_frames": samples.recipe["sample"].get("prefix_latents", 0),
+        "given_frames": given_frames(prior, samples),
         "appearance": compare_appearance(real, made),
         "code_total_variation": total_variation(counts, val_counts),
         "inception_score": inception_score(made["probabilities"]) if "probabilities" in made else None,

@@ -21,18 +21,19 @@ __all__ = ["hardware_name", "provenance"]
 _PACKAGES = ("torch", "numpy", "av", "torchmetrics")
 
 
-def provenance(hardware: Collection[str], seconds: float, root: str) -> dict[str, Any]:
+def provenance(hardware: Collection[str], seconds: float, root: str, samples: str | None) -> dict[str, Any]:
     """What ``made.json`` says.
 
     Args:
         hardware: of the workers, of `hardware_name`; empty where all parts were there already.
         seconds: that this took.
         root: URL of the run, without credentials.
+        samples: name of the set of samples; None for a tokenizer alone.
 
     Returns:
         ``at`` (UTC, to the second), ``host`` of the command, ``hardware`` of the workers (of this host where all parts
         were there already), ``cpus`` of this host, ``versions``, ``commit`` of clipmill's source (None outside a
-        checkout), ``seconds``, ``root``.
+        checkout), ``seconds``, ``root``, ``samples``.
     """
     return {
         "at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -44,6 +45,7 @@ def provenance(hardware: Collection[str], seconds: float, root: str) -> dict[str
         "commit": _commit(),
         "seconds": round(seconds, 3),
         "root": root,
+        "samples": samples,
     }
 
 

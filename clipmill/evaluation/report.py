@@ -1,41 +1,47 @@
-"""Stage ``report``: one page, ``report/index.html``, that shows a run and needs nothing but itself.
+"""Stage ``report``: one page, ``report/index.html``, that shows a run.
 
-It only reads files: a result that does not exist yet is shown as missing, and every number comes from a file.
+It only reads files: a result that does not exist yet is shown as missing, and every number comes from a file. It shows
+one evaluation, and says at a number if that is of something that is not the newest any more.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
-from numpy.typing import NDArray
 
 import clipmill
 from clipmill import storage
 from clipmill.config import RunConfig, fingerprint
 from clipmill.errors import UserError
-from clipmill.evaluation.charts import code_usage_chart, loss_chart, nats_chart
-from clipmill.evaluation.film import FRAMES_PER_SECOND, Film
-from clipmill.evaluation.gallery import Gallery, clips_per_class
+from clipmill.evaluation.charts import Chart, code_usage_chart, fvd_chart, loss_chart
+from clipmill.evaluation.exhibits import class_groups, extreme_films, read_samples, wall_films
+from clipmill.evaluation.film import Film
+from clipmill.evaluation.gallery import MAX_CLIPS
+from clipmill.evaluation.pages import MEDIA_FOLDER, PlacedFilm, place_films, render
 from clipmill.evaluation.results import Evaluation, find_evaluations
-from clipmill.evaluation.table import circumstances, fvd_rows, pixels, short, tokenizer_rows
+from clipmill.evaluation.skipped import skipped_of
+from clipmill.evaluation.staleness import staleness
+from clipmill.evaluation.table import (
+    circumstances,
+    fvd_rows,
+    headlines,
+    origin,
+    prior_rows,
+    sample_rows,
+    tokenizer_rows,
+)
 from clipmill.lease import Lease
 from clipmill.metrics import read_metrics
-from clipmill.shards.dataset import ShardDataset, decode_clip
+from clipmill.models.export import read_latest
 from clipmill.shards.manifest import SPLITS, Kind, Manifest
 
 __all__ = ["folder_url", "is_finished", "run"]
 
 REPORT_SCHEMA = 1
 SUMMARY_SCHEMA = 1
-
-_MAX_SAMPLES_SEARCHED = 1024
-"""Samples that are read to find enough of each class."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -59,32 +65,25 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
-    """Writes the page.
+    """Writes the page and the films beside it.
 
     Returns:
         Its size, for the summary.
     """
     inputs = _inputs(config)
-    page = _render(config).encode()
+    page, files = _render(config)
     lease.check()
+    for path, content in files.items():
+        storage.publish_bytes(config.folder("report", path), content)
     storage.publish_bytes(config.folder("report", "index.html"), page)
+    for entry in storage.list_folder(config.folder("report", MEDIA_FOLDER)):  # films of an earlier page
+        if f"{MEDIA_FOLDER}/{entry.name}" not in files:
+            storage.remove(config.folder("report", MEDIA_FOLDER, entry.name))
     storage.publish_document(config.folder("report", "report.json"), {"inputs": inputs}, REPORT_SCHEMA)
-    return {"page": config.folder("report", "index.html"), "bytes": len(page)}
+    return {"page": config.folder("report", "index.html"), "bytes": len(page), "films_beside": len(files)}
 
 
 # ------------------------------------------------------------------------------------------- what is read
-
-
-def _stage_folders(config: RunConfig) -> dict[str, str]:
-    """Folder of each stage's summary, in the order of a run."""
-    return {
-        "shard": config.folder("clips"),
-        "train-vqvae": config.folder("vqvae"),
-        "tokenize": config.folder("tokens"),
-        "train-prior": config.folder("prior"),
-        "sample": config.folder("samples", config.sample.name),
-        **({"evaluate": judged.url} if (judged := _judged(config)) else {}),
-    }
 
 
 def _judged(config: RunConfig) -> Evaluation | None:
@@ -97,27 +96,42 @@ def _judged(config: RunConfig) -> Evaluation | None:
     return candidates[-1] if candidates else None
 
 
+def _stage_folders(config: RunConfig, judged: Evaluation | None) -> dict[str, str]:
+    """Folder of each stage's summary, in the order of a run."""
+    return {
+        "shard": config.folder("clips"),
+        "train-vqvae": config.folder("vqvae"),
+        "tokenize": config.folder("tokens"),
+        "train-prior": config.folder("prior"),
+        "sample": config.folder("samples", config.sample.name),
+        "evaluate": judged.url if judged else config.folder("evaluation", config.sample.name),
+    }
+
+
 def _inputs(config: RunConfig) -> str:
     """Hash of all files that the page is made from."""
-    documents = [storage.join(url, "summary.json") for url in _stage_folders(config).values()]
+    judged = _judged(config)
+    documents = [storage.join(url, "summary.json") for url in _stage_folders(config, judged).values()]
     documents += [config.folder("clips", split, "manifest.json") for split in SPLITS]
+    documents += [config.folder("clips", "quarantine.jsonl"), config.folder("tokens", "val", "manifest.json")]
     documents += [config.folder("samples", config.sample.name, "manifest.json")]
-    if judged := _judged(config):
-        documents += [storage.join(judged.url, name) for name in ("vqvae.png", "metrics.json", "made.json")]
+    for evaluation in find_evaluations(config.root):
+        documents += [storage.join(evaluation.url, name) for name in ("metrics.json", "made.json")]
     read = {url.removeprefix(config.root): _digest(url) for url in documents}
     logs = {
         stage: [(entry.name, entry.bytes) for entry in storage.list_folder(config.folder(stage, "metrics"))]
         for stage in ("vqvae", "prior")
     }
-    return fingerprint({"documents": read, "logs": logs, "config": _config_text(config), "of": clipmill.__version__})
-
-
-def _picture(judged: Evaluation | None) -> str | None:
-    """The worst and best clips as a data URI."""
-    if judged is None:
-        return None
-    data = storage.read_bytes(storage.join(judged.url, "vqvae.png"))
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    exports = [read_latest(url) for url in (config.tokenizer_url, config.folder("prior"))]
+    return fingerprint(
+        {
+            "documents": read,
+            "logs": logs,
+            "exports": [found and found[1] for found in exports],
+            "config": _config_text(config),
+            "of": clipmill.__version__,
+        }
+    )
 
 
 def _digest(url: str) -> str | None:
@@ -148,91 +162,123 @@ def _config_text(config: RunConfig) -> str:
 # ----------------------------------------------------------------------------------------------- the page
 
 
-def _render(config: RunConfig) -> str:
+def _render(config: RunConfig) -> tuple[bytes, dict[str, bytes]]:
+    """The page, and the files beside it by path."""
     judged = _judged(config)
-    vqvae = judged.metrics if judged else None
-    metrics = vqvae if vqvae and "prior" in vqvae else None
-    manifests = {split: _manifest(config.folder("clips", split), "clips") for split in SPLITS}
-    samples = _manifest(config.folder("samples", config.sample.name), "samples")
-    environment = Environment(
-        loader=PackageLoader("clipmill.evaluation", "."),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"short": short, "pixels": pixels}
-    return environment.get_template("report.html.j2").render(
+    metrics = judged.metrics if judged else None
+    found = {split: _manifest(config.folder("clips", split), "clips") for split in SPLITS}
+    manifests = {split: manifest for split, manifest in found.items() if manifest is not None}
+    stale = staleness(config, judged) if judged else {}
+    exhibits, files = _exhibits(config, judged, manifests)
+    page = render(
+        "report.html.j2",
         title=config.root.rstrip("/").rpartition("/")[2],
         clip=config.data.clip,
-        train=manifests["train"],
-        val=manifests["val"],
-        films=_films(judged, manifests["train"], samples),
-        evaluation=judged.name if judged else None,
-        frames_per_second=FRAMES_PER_SECOND,
-        samples=samples,
-        vqvae=vqvae,
-        metrics=metrics,
-        circumstances=circumstances(vqvae) if vqvae else None,
-        tokenizer_rows=tokenizer_rows(vqvae) if vqvae else [],
-        fvd_rows=fvd_rows(vqvae) if vqvae else [],
-        extremes=_picture(judged),
-        charts=_charts(config, vqvae, metrics),
-        stages=_stages(config),
-        numbers=_flat({name: part for name, part in (vqvae or {}).items() if name not in ("settings", "inputs")}),
-        identity=_flat({**vqvae["settings"], **vqvae["inputs"]}) if vqvae else [],
+        train=manifests.get("train"),
+        val=manifests.get("val"),
+        evaluation=judged,
+        origin=origin(judged) if judged else "",
+        stale=stale,
+        figures=headlines(metrics) if metrics else [],
+        circumstances=circumstances(metrics) if metrics else "",
+        tables=_tables(metrics) if metrics else [],
+        charts=_charts(config, metrics),
+        nats=_nats(metrics) if metrics else {},
+        stages=_stages(config, judged),
+        skipped=skipped_of(config.folder("clips"), manifests),
+        evaluations=find_evaluations(config.root),
+        numbers=_flat({name: part for name, part in (metrics or {}).items() if name not in ("settings", "inputs")}),
+        identity=_flat({**metrics["settings"], **metrics["inputs"]}) if metrics else [],
         config_text=_config_text(config),
-        version=clipmill.__version__,
+        **exhibits,
     )
+    return page, files
 
 
-def _charts(config: RunConfig, vqvae: dict[str, Any] | None, metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Title, caption and drawing of each chart; None where its stage has not run."""
-    tokenizer, prior = read_metrics(config.folder("vqvae")), read_metrics(config.folder("prior"))
-    numbers = metrics["prior"] if metrics else {}
-    tables = {
-        "unigram": "unigram_nats",
-        "temporal bigram": "temporal_bigram_nats",
-        "raster bigram": "raster_bigram_nats",
-    }
-    nats = {name: numbers[key] for name, key in {"prior": "val_nats_per_token", **tables}.items()} if metrics else {}
-    marks = {f"{name} table": nats[name] for name in ("unigram", "temporal bigram") if name in nats}
-    return [
-        _chart(
+def _exhibits(
+    config: RunConfig, judged: Evaluation | None, manifests: dict[str, Manifest]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Groups of films, films of the worst and the best clips and of all samples; and the files beside the page."""
+    samples = _manifest(config.folder("samples", config.sample.name), "samples")
+    classes = manifests["train"].facts["classes"] if "train" in manifests else []
+    num_given = judged.metrics["samples"]["given_frames"] if judged and "samples" in judged.metrics else 0
+    clips = read_samples(samples) if samples else []
+    groups = class_groups(judged, classes, clips, num_given)
+    extremes = extreme_films(judged) if judged else []
+    num_shown = min(len(clips), MAX_CLIPS)
+    wall = list(wall_films(clips, num_given)) if len(clips) > num_shown else []
+    films: list[Film] = [*chain.from_iterable(group.films for group in groups), *extremes, *wall]
+    placed, files = place_films(films)
+    taken = iter(placed)
+
+    def next_films(number: int) -> list[PlacedFilm]:
+        return [next(taken) for _ in range(number)]
+
+    return {
+        "groups": [(group, next_films(len(group.films))) for group in groups],
+        "extremes": next_films(len(extremes)),
+        "wall": next_films(len(wall)),
+        "num_classes": len(classes),
+        "num_wall": len(clips),
+        "num_samples": samples.num_samples if samples else 0,
+    }, files
+
+
+def _tables(metrics: dict[str, Any]) -> list[tuple[str, str, list[tuple[str, str, str]]]]:
+    """Title, section of ``metrics.json`` and rows of each table."""
+    tables = [("Reconstructions and codes", "reconstruction", tokenizer_rows(metrics))]
+    if "samples" in metrics:
+        tables.append(("Prior", "prior", prior_rows(metrics)))
+        tables.append(("Samples beside real clips", "samples", sample_rows(metrics)))
+    section = "samples" if "samples" in metrics else "reconstruction"
+    return [*tables, ("Distances of sets of videos", section, fvd_rows(metrics))]
+
+
+def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[Chart]:
+    prior = (metrics or {}).get("prior", {})
+    marks = {"unigram table": "unigram_nats", "temporal bigram table": "temporal_bigram_nats"}
+    charts = [
+        loss_chart(
             "Tokenizer loss",
             "MSE over the variance of the data, plus the commitment.",
+            "loss",
+            {(): read_metrics(config.folder("vqvae"))},
+            {},
             "train-vqvae",
-            loss_chart("Tokenizer loss over steps", tokenizer, "loss", {}) if tokenizer else None,
         ),
-        _chart(
+        loss_chart(
             "Prior loss",
             "Cross-entropy of the codes, beside what tables of the training codes reach.",
+            "nats per token",
+            {(): read_metrics(config.folder("prior"))},
+            {name: prior[key] for name, key in marks.items() if key in prior},
             "train-prior",
-            loss_chart("Prior loss over steps", prior, "nats per token", marks) if prior else None,
         ),
-        _chart(
-            "Codebook",
-            "Use of the codes over the validation clips.",
-            "evaluate",
-            code_usage_chart("Codes by frequency", vqvae["codebook"]["sorted_counts"]) if vqvae else None,
-        ),
-        _chart(
-            "Prior against tables",
-            "On the validation codes; the smoothing of the tables is picked in their favour. Shorter is better.",
-            "evaluate",
-            nats_chart("Nats per token of the prior and of tables", nats) if metrics else None,
-        ),
+        code_usage_chart({"": metrics["codebook"]["sorted_counts"]} if metrics else {}),
     ]
+    by_count = ((metrics or {}).get("fvd") or {}).get("by_count")
+    return [*charts, fvd_chart({"": by_count})] if by_count else charts
 
 
-def _chart(title: str, caption: str, stage: str, drawing: Markup | None) -> dict[str, Any]:
-    return {"title": title, "caption": caption, "stage": stage, "drawing": drawing}
+def _nats(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Nats per token of the prior and of tables, each with its share of the longest bar in percent."""
+    prior = metrics.get("prior")
+    if prior is None:
+        return {}
+    keys = {
+        "prior": "val_nats_per_token",
+        "temporal bigram": "temporal_bigram_nats",
+        "raster bigram": "raster_bigram_nats",
+        "unigram": "unigram_nats",
+    }
+    longest = max(prior[key] for key in keys.values())
+    return {name: (prior[key], 75 * prior[key] / longest) for name, key in keys.items()}
 
 
-def _stages(config: RunConfig) -> list[dict[str, Any]]:
+def _stages(config: RunConfig, judged: Evaluation | None) -> list[dict[str, Any]]:
     """A row for each stage: seconds, throughput and the other facts of its summary."""
     rows = []
-    for name, url in _stage_folders(config).items():
+    for name, url in _stage_folders(config, judged).items():
         summary = _document(storage.join(url, "summary.json"), SUMMARY_SCHEMA)
         facts: dict[str, Any] = {
             key: value
@@ -253,42 +299,3 @@ def _flat(document: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         elif not isinstance(value, list):
             rows.append((prefix + name, value))
     return rows
-
-
-# ------------------------------------------------------------------------------------------------ the clips
-
-
-def _films(judged: Evaluation | None, train: Manifest | None, samples: Manifest | None) -> list[Film]:
-    """A film for each class, with the rows real, reconstruction and sample."""
-    gallery = Gallery.load(storage.join(judged.url, "gallery.npz")) if judged else None
-    wanted = clips_per_class(train.facts["classes"] if train else [])
-    made = _sampled_clips(samples, wanted) if samples else {}
-    labels: list[str | None] = list(wanted)
-    if None not in wanted and None in made:  # an unconditional prior on clips with classes
-        labels.append(None)
-    films = []
-    for label in labels:
-        rows = [row for row, other in enumerate(gallery.labels) if other == label] if gallery else []
-        clips = {
-            "real": [gallery.real[row] for row in rows] if gallery else [],
-            "reconstruction": [gallery.reconstruction[row] for row in rows] if gallery else [],
-            "sample": made.get(label, []),
-        }
-        films.append(Film.of(label, clips))
-    return films
-
-
-def _sampled_clips(samples: Manifest, wanted: dict[str | None, int]) -> dict[str | None, list[NDArray[np.uint8]]]:
-    """The first samples of each class."""
-    missing = dict(wanted)
-    missing.setdefault(None, max(wanted.values()))  # an unconditional prior may be trained on clips with classes
-    dataset = ShardDataset(samples, decode_clip)
-    found: dict[str | None, list[NDArray[np.uint8]]] = {}
-    for index in range(min(len(dataset), _MAX_SAMPLES_SEARCHED)):
-        if not missing[None] or not any(missing[label] for label in wanted):
-            break
-        sample = dataset[index]
-        if missing.get(sample["label"], 0):
-            missing[sample["label"]] -= 1
-            found.setdefault(sample["label"], []).append(np.array(sample["video"]))
-    return found

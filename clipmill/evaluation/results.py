@@ -1,8 +1,8 @@
 """Evaluations on disk: ``evaluation/NAME/`` below a run, each the answer to one question.
 
 ``metrics.json`` holds every number, beside the settings and the identities of all that it was measured on; it is
-written last. ``made.json`` says when, where and with what software; ``gallery.npz`` holds the clips that the report
-plays, ``vqvae.png`` the worst and the best reconstructions.
+written last. ``made.json`` says when, where and with what software; ``gallery.npz`` holds the real clips and the
+reconstructions that the pages play.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from clipmill.models.export import require_vqvae
 
 __all__ = ["METRICS_SCHEMA", "Evaluation", "find_evaluations", "folder_url", "read_evaluation"]
 
-METRICS_SCHEMA = 5
-"""5: the energy of high frequencies. 4: one document an evaluation, with its settings. 3: of a limited number of clips
-those of as many videos."""
+METRICS_SCHEMA = 4
+"""4: one document an evaluation, with its settings. 3: of a limited number of clips those of as many videos."""
 MADE_SCHEMA = 1
 
 

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipmill.config import frame_size
+from clipmill.evaluation.results import Evaluation
 
 __all__ = [
     "Row",
     "circumstances",
     "fvd_rows",
+    "headlines",
+    "origin",
     "pixels",
     "prior_rows",
     "row_groups",
@@ -57,6 +60,50 @@ def circumstances(result: dict[str, Any]) -> str:
     )
 
 
+def origin(evaluation: Evaluation) -> str:
+    """When, where and with what an evaluation was made, in one line."""
+    made = evaluation.made
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("clipmill", "torch"))
+    commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
+    if made["commit"] and made["commit"].endswith("+changes"):
+        commit += " with changes"
+    hardware = " and ".join(made["hardware"])
+    when = made["at"].replace("T", " ").removesuffix("Z")
+    return f"made {when} UTC on {made['host']} ({hardware}) in {short(made['seconds'])} s, {versions}{commit}"
+
+
+def headlines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The most important numbers: value, meaning, and the section of the result that it is of."""
+    scores, codes = result["reconstruction"], result["codebook"]
+    ssim = "" if scores["ssim"] is None else f"; SSIM {short(scores['ssim'])}"
+    used = f"of {short(codes['num_codes'])} codes in use; perplexity {short(codes['perplexity'])}"
+    rows = [
+        (short(scores["nmse"]), "NMSE of reconstructions (a constant picture: 1)", "reconstruction"),
+        (f"{short(scores['psnr_db'])} dB", f"PSNR of reconstructions{ssim}", "reconstruction"),
+        (f"{short(round(100 * codes['used_share'], 1))} %", used, "reconstruction"),
+    ]
+    if "prior" not in result:
+        return rows
+    prior, samples = result["prior"], result["samples"]
+    nats = f"temporal bigram {short(prior['temporal_bigram_nats'])}, unigram {short(prior['unigram_nats'])}"
+    rows.append((short(prior["val_nats_per_token"]), f"nats per token of the prior; {nats}", "prior"))
+    rows += [(value, meaning, "samples") for value, meaning in _sample_headlines(samples["appearance"])]
+    fvd = result["fvd"]
+    if fvd:
+        others = f"FVD* {short(fvd['fvd_star'])}, rFVD {short(fvd['rfvd'])}"
+        rows.append((short(fvd["fvd"]), f"FVD of {short(fvd['num_samples'])} samples; {others}", "samples"))
+    return rows
+
+
+def _sample_headlines(appearance: dict[str, Any]) -> list[tuple[str, str]]:
+    """The two numbers that say most about samples without any network."""
+    ratio = appearance["ratio"]
+    motion = (f"{short(ratio['motion_energy'])} x", "motion energy of samples over that of real clips")
+    if min(appearance[name]["easy_masks"] for name in ("real", "other")) >= 0.5:
+        return [motion, (f"{short(ratio['object_variation'])} x", "size changes of objects over those in real clips")]
+    return [motion, (f"{short(ratio['flicker_energy'])} x", "flicker of samples over that of real clips")]
+
+
 def row_groups(result: dict[str, Any]) -> list[list[Row]]:
     """All rows of a result: tokenizer, prior, distances of sets of videos."""
     groups = [tokenizer_rows(result), fvd_rows(result)]
@@ -93,11 +140,6 @@ def tokenizer_rows(result: dict[str, Any]) -> list[Row]:
     return [
         ("NMSE", short(scores["nmse"]), "mean squared error over the variance of the clips' pixels"),
         ("PSNR", f"{short(scores['psnr_db'])} dB", "of the mean squared error over all pixels"),
-        (
-            "high frequencies",
-            short(scores["high_frequency_energy"]),
-            "their energy over that of the real clips; below 1 is blur",
-        ),
         ("SSIM", short(scores["ssim"]), "mean over frames" + _without(scores["ssim"], "frames of 11 pixels or more")),
         ("LPIPS", short(scores["lpips"]), "mean over frames" + _without(scores["lpips"], "evaluate.lpips_weights")),
         (
@@ -129,8 +171,8 @@ def fvd_rows(result: dict[str, Any]) -> list[Row]:
 
 def _sample_rows(result: dict[str, Any], fvd: dict[str, Any], missing: str) -> list[Row]:
     samples = f"{short(result['count'])} samples"
-    if result["given_latent_frames"]:
-        samples += f" that go on from {result['given_latent_frames']} given latent frames"
+    if result["given_frames"]:
+        samples += f" that go on from {result['given_frames']} given frames"
     rows = [
         ("FVD", short(fvd.get("fvd")), f"real against {samples}{missing}"),
         ("FVD*", short(fvd.get("fvd_star")), f"reconstructions against {samples}{missing}"),
