@@ -20,6 +20,10 @@ test-slow: $(VENV)/installed-dev
 test-s3: $(VENV)/installed-dev
 	$(BIN)/pytest -m slow --timeout 600 tests/s3
 
+# Nothing is installed: it runs in the Python that has torch with CUDA and DeepSpeed. More options in PARTS="--skip prior".
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py $(PARTS)
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
