@@ -29,6 +29,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/habits.py
 
 # Pages that are generated; a test compares them with the code.
 docs: $(VENV)/installed

@@ -40,7 +40,8 @@ class PriorModelConfig(Section):
     """The prior: VideoGPT's transformer (arXiv 2104.10157, section 3.2), or the same idea in today's parts."""
 
     preset: Annotated[str | None, FREE] = None
-    """Sizes by name (see ``PRESETS``); keys that are set beside it override it. Free: what counts is what it sets."""
+    """Sizes by name (see ``PRESETS``); keys that are set beside it override it. Not part of the identity; the values it
+    expands to are."""
     style: Literal["videogpt", "modern"] = "videogpt"
     """``videogpt``: as published (axial learned positions, layer norm, quick-GELU). ``modern``: rotary positions over
     t, h, w, RMS norm, normalised queries and keys, SwiGLU, grouped keys and values, no biases."""
@@ -79,7 +80,7 @@ class PriorModelConfig(Section):
     """Share of the training clips whose condition is hidden behind a learned null: above 0, ``sample.guidance`` can
     push away from a prior without it. One random number decides for a clip: at equal shares its class is hidden too."""
     checkpointed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
-    """Share of the blocks whose activations are made again in the backward pass: 0 is fastest, 1 needs least memory."""
+    """Share of the blocks whose activations the backward pass recomputes: 0 is fastest, 1 needs the least memory."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,5 +143,5 @@ class PriorModelConfig(Section):
 
     @property
     def num_checkpointed(self) -> int:
-        """Blocks whose activations are made again in the backward pass: the first ones."""
+        """Number of blocks whose activations the backward pass recomputes: the first ones."""
         return round(self.checkpointed_share * self.num_layers)

@@ -27,7 +27,7 @@ class TokenizeConfig(Section):
     """CPUs of each worker that decode clips, beside the ``cluster.fanout_cpus`` of its model. 0: one thread decodes on
     those of the model. None: 3 for a worker with a GPU, else 0."""
     condition_frames: Annotated[int, Field(ge=0)] = 0
-    """So many first frames of each clip are kept beside its codes, for ``prior.model.condition=frames``."""
+    """First frames of each clip that are kept beside its codes, for ``prior.model.condition=frames``."""
     text_embeddings: Annotated[str | None, FREE] = None
     """Folder (URL) of embeddings for ``prior.model.condition=text``: for a clip whose text has the SHA-256 ``h``, the
     file ``h.npy`` holds float [length, channels], of one shape for all. Any text encoder may write it."""
@@ -61,16 +61,16 @@ class SampleConfig(Section):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Keep codes at least this many times as likely as the most likely one. 0 keeps all."""
     classes: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = None
-    """Names of classes to draw from in turn; none: all of them in turn. Those of a published prior are numbers."""
+    """Names of the classes to sample, in turn. None samples all classes in turn. A published prior has numbers for names."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
-    """Logits go this far from those without class and condition through those with them (1: to them); needs
-    ``prior.model.label_dropout`` or ``prior.model.condition_dropout``. Only what training hid is left out."""
+    """Classifier-free guidance scale: logits are ``without + guidance * (with - without)`` class and condition. 1
+    disables it. Needs ``prior.model.label_dropout`` or ``prior.model.condition_dropout``."""
     decoder: Literal["sequential", "parallel"] = "sequential"
     """``parallel`` draws the same codes, up to rounding, in several times fewer passes over many positions each."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the prior's weights, activations and cache."""
+    """Dtype of the prior's weights, activations and cache."""
     prefix_latents: Annotated[int, Field(ge=0)] = 0
-    """So many first latent frames of a clip are taken as given, and the prior goes on from them."""
+    """First latent frames of a clip that are given; the prior continues from them."""
     given: str = "val"
     """Where given latents and conditions come from: a split of ``tokens/``, the URL of such a data set, or the URL of a
     video, a picture, a ``.npy`` file of actions or of an embedding, or a folder or table of them. Sample i takes its
@@ -108,7 +108,7 @@ class EvaluateConfig(Section):
     batch_size: Annotated[PositiveInt, FREE] = 16
     """Clips that go through a network at once."""
     max_clips: PositiveInt | None = None
-    """Clips of the split ``val``, and samples, that are read; none: all."""
+    """Clips of the split ``val``, and samples, that are read. None reads all."""
     max_train_clips: PositiveInt = 2048
     """Clips of the split ``train`` that the table baselines are counted on."""
     fvd_weights: str | None = None
@@ -130,11 +130,11 @@ class ClusterConfig(Section):
     """
 
     address: Annotated[str | None, FREE] = None
-    """Address of a running Ray cluster; none: ``RAY_ADDRESS``, else an embedded Ray."""
+    """Address of a running Ray cluster. None takes ``RAY_ADDRESS``, or starts an embedded Ray where it is not set."""
     training_launcher: Annotated[Literal["ray", "process"], FREE] = "ray"
     """``process``: train in this process, without Ray. Under torchrun, and without Ray installed, that is so anyway."""
     num_cpus: Annotated[PositiveInt | None, FREE] = None
-    """CPUs of the embedded Ray; none: all of this machine."""
+    """CPUs of the embedded Ray. None takes all CPUs of this machine."""
     fanout_workers: Annotated[PositiveInt | None, FREE] = None
     """Workers of shard, tokenize, sample and evaluate. None: as many as the cluster's CPUs (or GPUs) hold. More than
     fit now are demand that an autoscaler sees."""
@@ -143,7 +143,7 @@ class ClusterConfig(Section):
     training_workers: Annotated[PositiveInt, FREE] = 1
     """Ranks of a training that Ray Train places, one for each GPU where ``use_gpu`` is set."""
     training_cpus: Annotated[PositiveInt | None, FREE] = None
-    """CPUs of one training worker; none: its even share of the cluster."""
+    """CPUs of one training worker. None takes an even share of the cluster."""
     use_gpu: Annotated[bool, FREE] = False
     """Give each training, tokenize, sample and evaluate worker one GPU; without, all of them compute on the CPU. A
     training under torchrun or in this process takes the GPUs it sees."""

@@ -12,7 +12,7 @@ __all__ = ["SourceConfig", "TableColumns"]
 
 
 class TableColumns(Section):
-    """Names of the columns of a table of videos; what is none is not read. All other columns become metadata."""
+    """Names of the columns of a table of videos. None is not read; columns without a role become metadata."""
 
     url: str = "url"
     """Absolute path or URL of the file, or relative to the table's folder."""
@@ -73,8 +73,8 @@ class SourceConfig(Section):
     split_number: Literal[1, 2, 3] = 1
     """``ucf101``: which of the official splits."""
     split_files: str | None = None
-    """``ucf101``: folder of ``trainlist01.txt`` and so on, relative to ``url`` or absolute; none:
-    ``ucfTrainTestlist``. ``tgif``: folder of ``train.txt``, ``val.txt``, ``test.txt``; none: a hash decides."""
+    """``ucf101``: folder of ``trainlist01.txt`` and so on, relative to ``url`` or absolute. None takes
+    ``ucfTrainTestlist``. ``tgif``: folder of ``train.txt``, ``val.txt``, ``test.txt``. None splits by a hash."""
     captions: str = "tgif-v1.0.tsv"
     """``tgif``: the list of URLs and captions, relative to ``url`` or absolute."""
 

@@ -106,7 +106,7 @@ def _config(choices: Choices) -> RunConfig:
 
 
 def _set_steps(choices: Choices, timing: Timing, seconds: float) -> None:
-    """Steps that fill the time, but not more than so many epochs."""
+    """Sets steps that fill the time, within `_MOST_EPOCHS`."""
     parts = (
         ("vqvae", timing.vqvae_step, timing.vqvae_micro_batch, _VQVAE_SHARE),
         ("prior", timing.prior_step, timing.prior_micro_batch, 1 - _VQVAE_SHARE),

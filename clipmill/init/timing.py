@@ -1,7 +1,7 @@
 """How long the work of a config takes on this machine: a few real steps, timed.
 
-Each number is measured with the config's own models, batches and precision, on random pixels and codes. What is not
-measured is left out: the start of each stage, the loader where it is slower than the device, uploads.
+Each number is measured with the config's own models, batches and precision, on random pixels and codes. Three
+things are not measured: the start of each stage, a loader that is slower than the device, and uploads.
 """
 
 from __future__ import annotations
