@@ -61,7 +61,7 @@ class SampleConfig(Section):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Keep codes at least this many times as likely as the most likely one. 0 keeps all."""
     classes: list[Annotated[str, Field(coerce_numbers_to_str=True)]] | None = None
-    """Names of the classes to sample, in turn. None samples all classes in turn. A published prior has numbers for names."""
+    """Names of the classes to sample, in turn. None samples all in turn. A published prior names them by numbers."""
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance scale: logits are ``without + guidance * (with - without)`` class and condition. 1
     disables it. Needs ``prior.model.label_dropout`` or ``prior.model.condition_dropout``."""
