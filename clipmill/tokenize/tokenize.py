@@ -14,20 +14,17 @@ import time
 from collections import Counter
 from typing import Any
 
-import numpy as np
-import torch
-
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import require_vqvae_for
-from clipmill.models.quantizers import codebook_metrics
 from clipmill.progress import bar
 from clipmill.shards.commits import committed_units, read_commits
 from clipmill.shards.freeze import freeze
 from clipmill.shards.interop import publish_energon
 from clipmill.shards.manifest import SPLITS, Manifest
+from clipmill.tokenize.tally import SEGMENT_UNITS, Tally
 from clipmill.tokenize.unit import TIMES, Unit, decode_cpus, make_worker
 
 __all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
@@ -51,7 +48,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     """
     clips, recipe = _inputs(config)
     num_codebooks = math.prod(recipe["latent_shape"][3:])
-    tallies = {split: Tally(recipe["num_codes"], num_codebooks) for split in SPLITS}
+    tallies = {split: Tally(config.folder("tokens", split), recipe["num_codes"], num_codebooks) for split in SPLITS}
     pending = [unit for split in SPLITS for unit in _count_committed(config, clips[split], recipe, tallies[split])]
     began, num_clips_before = time.monotonic(), _num_clips(tallies)
     times: Counter[str] = Counter(dict.fromkeys(TIMES, 0.0))
@@ -59,19 +56,27 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
         def on_result(unit: Unit, result: dict[str, Any]) -> None:
             tallies[unit.split].add(result)
+            if tallies[unit.split].num_unpublished >= SEGMENT_UNITS:
+                lease.check()
+                tallies[unit.split].publish()
             times.update({name: result[name] for name in TIMES})
             progress.update(_num_clips(tallies))
 
-        if pending:
-            arguments = (config, lease, recipe["tokenizer"])
-            fan_out(
-                make_worker,
-                arguments,
-                pending,
-                config=config.cluster,
-                on_result=on_result,
-                beside_cpus=decode_cpus(config),
-            )
+        try:
+            if pending:
+                arguments = (config, lease, recipe["tokenizer"])
+                fan_out(
+                    make_worker,
+                    arguments,
+                    pending,
+                    config=config.cluster,
+                    on_result=on_result,
+                    beside_cpus=decode_cpus(config),
+                )
+        finally:
+            if lease.is_newest():  # a later run that took over knows more
+                for tally in tallies.values():
+                    tally.publish()
     clips_per_second = (_num_clips(tallies) - num_clips_before) / (time.monotonic() - began)
     lease.check()
     _note_waits(config, times)
@@ -111,41 +116,6 @@ def is_finished(config: RunConfig) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- the driver
-
-
-class Tally:
-    """What the finished units of a split amount to.
-
-    Attributes:
-        num_clips: clips encoded.
-        code_counts: int64 [M * K], how often each of the K codes of each of the M codebooks occurs.
-        versions: of the software that encoded them.
-        fields: what clips come with beside codes: in how many of them, and the shapes it has.
-    """
-
-    def __init__(self, num_codes: int, num_codebooks: int) -> None:
-        self.num_clips = 0
-        self.num_codebooks = num_codebooks
-        self.code_counts = np.zeros(num_codebooks * num_codes, np.int64)
-        self.versions: list[dict[str, Any]] = []
-        self.fields: dict[str, dict[str, Any]] = {}
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Adds one unit's commit record."""
-        self.num_clips += record["num_clips"]
-        self.code_counts += np.array(record["code_counts"], np.int64)
-        if record["versions"] not in self.versions:
-            self.versions.append(record["versions"])
-        for name, found in record["fields"].items():
-            known = self.fields.setdefault(name, {"clips": 0, "shapes": []})
-            known["clips"] += found["clips"]
-            known["shapes"] = sorted([*known["shapes"], *(s for s in found["shapes"] if s not in known["shapes"])])
-
-    @property
-    def perplexity(self) -> float:
-        """See `codebook_metrics`."""
-        counts = torch.from_numpy(self.code_counts).double()
-        return codebook_metrics(counts, self.num_codebooks)["codebook_perplexity"].item()
 
 
 def _note_waits(config: RunConfig, times: Counter[str]) -> None:
@@ -213,16 +183,25 @@ def _count_committed(config: RunConfig, clips: Manifest, recipe: dict[str, Any],
     units = [Unit(split, number, tuple(names)) for number, names in shards.items()]
     url = config.folder("tokens", split)
     committed = set(committed_units(url))
-    finished = [unit for unit in units if unit.number in committed]
-    for unit, record in zip(finished, read_commits(url, [unit.number for unit in finished]), strict=True):
-        _check_recipe(config, split, record, recipe)
-        if tuple(record["clips"]) != unit.shards:
-            raise UserError(
-                f"{url} holds tokens of other clips (unit {unit.number}); remove {folder_url(config)} or choose "
-                "another root"
-            )
+    finished = {unit.number: unit for unit in units if unit.number in committed}
+    for facts in tally.read_segments(committed):
+        _check_unit(config, finished.get(facts["unit"]), facts, split, recipe)
+    for record in read_commits(url, [number for number in finished if number not in tally.parts]):
+        _check_unit(config, finished[record["unit"]], record, split, recipe)
         tally.add(record)
     return [unit for unit in units if unit.number not in committed]
+
+
+def _check_unit(
+    config: RunConfig, unit: Unit | None, facts: dict[str, Any], split: str, recipe: dict[str, Any]
+) -> None:
+    """Compares what a committed unit was made of and by with what is asked for."""
+    _check_recipe(config, split, facts, recipe)
+    if unit is None or tuple(facts["clips"]) != unit.shards:
+        raise UserError(
+            f"{config.folder('tokens', split)} holds tokens of other clips (unit {facts['unit']}); remove "
+            f"{folder_url(config)} or choose another root"
+        )
 
 
 def _freeze(
@@ -241,7 +220,8 @@ def _freeze(
             "versions": sorted(tally.versions, key=str),
             "fields": tally.fields,
         }
-        manifests[split] = freeze(config.folder("tokens", split), "tokens", range(facts["num_units"]), recipe, facts)
+        url = config.folder("tokens", split)
+        manifests[split] = freeze(url, "tokens", range(facts["num_units"]), recipe, facts, known=tally.parts)
         summary[f"{split}_clips"] = tally.num_clips
         summary[f"{split}_tokens"] = int(tally.code_counts.sum())
         summary[f"{split}_codes_used"] = int((tally.code_counts > 0).sum())

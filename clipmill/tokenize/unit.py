@@ -30,6 +30,7 @@ from clipmill.shards.format import Sample, UnitWriter, npy_bytes, parse_npy
 from clipmill.shards.manifest import SPLITS, Manifest
 from clipmill.tokenize.ahead import Clip, ClipsAhead
 from clipmill.tokenize.encoder import Encoder, make_encoder
+from clipmill.tokenize.tally import pack_counts
 
 __all__ = ["TIMES", "Unit", "decode_cpus", "make_worker"]
 
@@ -80,7 +81,7 @@ def make_worker(config: RunConfig, lease: Lease, tokenizer: str) -> Callable[[Un
 def _tokenize_unit(
     config: RunConfig, lease: Lease, tokenizer: str, encoder: Encoder, clips: dict[str, Manifest], unit: Unit
 ) -> dict[str, Any]:
-    """Encodes, packs and commits one unit; returns its commit record without the parts, and `TIMES`."""
+    """Encodes, packs and commits one unit; returns its commit record and `TIMES`."""
     with ScratchFolder("tokenize") as folder:
         finished, copies = folder / "finished", folder / "copies"
         finished.mkdir()
@@ -93,7 +94,7 @@ def _tokenize_unit(
             "precision": encoder.precision,
             "clips": list(unit.shards),
             "num_clips": packed.num_clips,
-            "code_counts": packed.counts.tolist(),
+            "code_counts": pack_counts(packed.counts),
             "fields": packed.fields,
             "condition_frames": config.tokenize.condition_frames,
             "versions": encoder.versions(),
@@ -102,7 +103,7 @@ def _tokenize_unit(
         lease.check()
         record = commit_unit(config.folder("tokens", unit.split), unit.number, parts, body)
     times = (encode_seconds, ahead.wait_seconds, ahead.decode_seconds)
-    return {name: record[name] for name in body} | dict(zip(TIMES, times, strict=True))
+    return record | dict(zip(TIMES, times, strict=True))
 
 
 def _encode_all(encoder: Encoder, ahead: ClipsAhead, packed: _Packed) -> float:
@@ -139,7 +140,7 @@ class _Packed:
         writer: of its tars.
         num_clips: in them.
         counts: int64 [M * K], occurrences of each code.
-        fields: what clips come with beside codes; see `clipmill.tokenize.tokenize.Tally`.
+        fields: what clips come with beside codes; see `clipmill.tokenize.tally.Tally`.
     """
 
     def __init__(self, config: RunConfig, encoder: Encoder, writer: UnitWriter) -> None:
