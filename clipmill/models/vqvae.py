@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +200,17 @@ class VQVAEOutput:
     """float32 [M * K]: how often each code occurs, in eval mode in this rank's clips."""
 
 
+class _Counts(NamedTuple):
+    """Which parts of a batch of clips count, where some are filled up."""
+
+    frames: Tensor
+    """Bool [B, 1, T, 1, 1]."""
+    rows: Tensor
+    """Float32 [B, rows of a clip]: 1 for a row of latents that counts."""
+    scale: Tensor
+    """Float32 [B]: frames of a clip over those that count."""
+
+
 class VQVAE(nn.Module):
     """The tokenizer.
 
@@ -240,25 +252,35 @@ class VQVAE(nn.Module):
         """Video float [B, 3, T, H, W] of codes int64 [B, t, h, w] or [B, t, h, w, M]; call in eval mode."""
         return self._video(self.quantizer.embed(codes[..., None] if self.config.num_codebooks == 1 else codes))
 
-    def forward(self, video: Tensor, weight: Tensor | None = None) -> VQVAEOutput:
+    def forward(self, video: Tensor, weight: Tensor | None = None, num_frames: Tensor | None = None) -> VQVAEOutput:
         """One pass through the bottleneck, with its loss.
 
         Args:
             video: float [B, 3, T, H, W] in [-0.5, 0.5]; the same B on every rank.
             weight: float32 [B], 0 for a clip that only pads the batch. It enters neither loss nor codebook, but the
                 batch statistics.
+            num_frames: first frames of each clip that count, int64 [B]; the rest fills it up to T, and enters neither
+                loss nor codebook (a causal model with group norm does not see it either). None counts all.
         """
         latents = self._latents(video)
+        counts = None if num_frames is None else self._what_counts(num_frames, video, latents)
         rows_per_clip = latents.shape[1:-1].numel()
         row_weight = None if weight is None else weight.repeat_interleave(rows_per_clip)
+        if counts is not None:
+            row_weight = counts.rows.flatten() if row_weight is None else row_weight * counts.rows.flatten()
         quantized = self.quantizer(latents.flatten(0, -2), row_weight)
         reconstruction = self._video(quantized.latents.view(latents.shape))
-        recon_mse = _weighted_mean(_mse_of_clips(reconstruction, video), weight)
-        commitment = _weighted_mean(quantized.commitment.view(len(video), -1).mean(1), weight)
+        scale = 1.0 if counts is None else counts.scale
+        if counts is not None:  # frames that do not count are right, whatever measures them
+            reconstruction = torch.where(counts.frames, reconstruction, video.to(reconstruction.dtype))
+        recon_mse = _weighted_mean(_mse_of_clips(reconstruction, video) * scale, weight)
+        commitment = _weighted_mean(_mean_of_rows(quantized.commitment, len(video), counts), weight)
         loss = recon_mse / self.pixel_variance + self.config.commitment_cost * commitment
         optional = {}
         if self.config.l1_cost:
-            optional["recon_l1"] = _weighted_mean((reconstruction.float() - video).abs().mean((1, 2, 3, 4)), weight)
+            optional["recon_l1"] = _weighted_mean(
+                (reconstruction.float() - video).abs().mean((1, 2, 3, 4)) * scale, weight
+            )
             loss = loss + self.config.l1_cost * optional["recon_l1"] / self.pixel_variance**0.5
         if quantized.entropy is not None:
             optional["entropy"] = quantized.entropy
@@ -272,6 +294,15 @@ class VQVAE(nn.Module):
         }
         codes = self._as_clips(quantized.codes, latents)
         return VQVAEOutput(loss, metrics, reconstruction, codes, quantized.counts)
+
+    def _what_counts(self, num_frames: Tensor, video: Tensor, latents: Tensor) -> _Counts:
+        """Which parts of clips [B, 3, T, H, W] and their latents [B, t, h, w, D] count."""
+        frames = torch.arange(video.shape[2], device=video.device) < num_frames[:, None]
+        first = 1 if self.config.causal else 0
+        num_latents = first + (num_frames - first) // self.config.downsample[0]
+        rows = (torch.arange(latents.shape[1], device=video.device) < num_latents[:, None]).float()
+        rows = rows[:, :, None].expand(-1, -1, latents.shape[2:-1].numel()).flatten(1)
+        return _Counts(frames[:, None, :, None, None], rows, video.shape[2] / num_frames)
 
     def _as_clips(self, codes: Tensor, latents: Tensor) -> Tensor:
         """Codes [N, M] in the shape of latents [B, t, h, w, D]."""
@@ -308,6 +339,12 @@ def make_quantizer(config: VQVAEModelConfig) -> EMACodebook | FiniteScalar | Loo
 def _mse_of_clips(reconstruction: Tensor, video: Tensor) -> Tensor:
     """Mean square error of each clip, float32 [B]."""
     return (reconstruction.float() - video.float()).square().mean((1, 2, 3, 4))
+
+
+def _mean_of_rows(values: Tensor, num_clips: int, counts: _Counts | None) -> Tensor:
+    """Mean of values [N] over the rows of each clip that count, float32 [B]."""
+    values = values.view(num_clips, -1)
+    return values.mean(1) if counts is None else (values * counts.rows).sum(1) / counts.rows.sum(1)
 
 
 def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:

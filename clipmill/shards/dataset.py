@@ -35,6 +35,7 @@ __all__ = [
     "MixedDataset",
     "ShardDataset",
     "decode_clip",
+    "decode_clip_filled_up",
     "decode_codes",
     "eval_batches",
     "train_batches",
@@ -75,6 +76,22 @@ def decode_clip(members: dict[str, memoryview]) -> dict[str, Any]:
         video = parse_npy(members["npy"])
     meta = _parse_json(members["json"])
     return {"video": video, "label": meta["label"], "meta": meta, **_actions(members)}
+
+
+def decode_clip_filled_up(members: dict[str, memoryview], num_frames: int) -> dict[str, Any]:
+    """A sample of ``clips`` as `decode_clip`, of as many frames as others of its batch.
+
+    Args:
+        members: of the sample.
+        num_frames: T; a clip of fewer frames, such as a picture, repeats its last one.
+
+    Returns:
+        Also ``num_frames`` int64, its own.
+    """
+    sample = decode_clip(members)
+    video = sample["video"]
+    missing = np.repeat(video[-1:], num_frames - len(video), axis=0)
+    return {**sample, "video": np.concatenate((video, missing)), "num_frames": np.array(len(video))}
 
 
 def decode_codes(members: dict[str, memoryview]) -> dict[str, Any]:

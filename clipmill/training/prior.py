@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clipmill import storage
 from clipmill.config import RunConfig, TrainingConfig, fingerprint, frame_size, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
@@ -47,7 +48,10 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there are none yet.
     """
-    return {tokens.url: tokens.recipe.get("clip", {}) for tokens in require_manifests(config, "tokens", "train")}
+    return {
+        tokens.url: tokens.recipe.get("clip", {})
+        for tokens in require_manifests(_without_pictures(config), "tokens", "train")
+    }
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -57,6 +61,7 @@ def is_finished(config: RunConfig) -> bool:
         UserError: there are no tokens yet, another tokenizer made them, they come without the prior's condition or
             class, or the folder holds another model.
     """
+    config = _without_pictures(config)
     tokens = _tokens(config)
     _condition_shape(config, tokens + require_manifests(config, "tokens", "val"))
     training = config.prior.training
@@ -65,6 +70,7 @@ def is_finished(config: RunConfig) -> bool:
 
 def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     """Trains and exports, as one rank of whatever process group this process is in. Collective."""
+    config = _without_pictures(config)
     training = config.prior.training
     world = join_world()
     inputs = _inputs(config)
@@ -121,6 +127,7 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
     Raises:
         UserError: there is no such checkpoint, or it is of other settings.
     """
+    config = _without_pictures(config)
     inputs = _inputs(config)
     found = find_checkpoint(folder_url(config), step, _identity(config, inputs.tokens), config.prior.training)
     return export_checkpoint(found, lambda weights, step: _export(config, inputs, weights, step, dtype))
@@ -140,6 +147,21 @@ def _source(inputs: _Inputs, url: str) -> Source:
     if body["classes"] != inputs.classes:
         strange["norms.table"] = "the export has other classes"
     return Source(sha8, model.state_dict(), strange)
+
+
+def _without_pictures(config: RunConfig) -> RunConfig:
+    """The config without those parts of its mix that hold pictures for the tokenizer and have no tokens."""
+    parts = tuple(part for part in config.data.mix if not _holds_pictures(part.url))
+    return config.model_copy(update={"data": config.data.model_copy(update={"mix": parts})})
+
+
+def _holds_pictures(root: str) -> bool:
+    clips, tokens = (storage.join(root, kind, "train") for kind in ("clips", "tokens"))
+    if storage.exists(storage.join(tokens, "manifest.json")) or not storage.exists(
+        storage.join(clips, "manifest.json")
+    ):
+        return False
+    return Manifest.load(clips, "clips").recipe["clip"].get("num_frames") == 1
 
 
 class PriorObjective(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -16,7 +17,7 @@ from clipmill.models.export import Dtype, load_vqvae, save_export
 from clipmill.models.quantizers import codebook_metrics
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input, to_pixels
 from clipmill.shards.augment import ClipAugmentation
-from clipmill.shards.dataset import decode_clip
+from clipmill.shards.dataset import Decode, decode_clip, decode_clip_filled_up
 from clipmill.shards.manifest import Manifest
 from clipmill.shards.mix import NUM_SLOTS
 from clipmill.training.exports import export_checkpoint, find_checkpoint
@@ -41,7 +42,15 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there are none yet.
     """
-    return {clips.url: clips.recipe for clips in require_manifests(config, "clips", "train")}
+    clips = require_manifests(config, "clips", "train")
+    longest = _longest(clips)
+    recipes = {longest.url: longest.recipe}
+    for each in clips:
+        rule = each.recipe["clip"]
+        if rule["num_frames"] < longest.recipe["clip"]["num_frames"]:  # pictures beside the clips that are configured
+            rule = {key: value for key, value in rule.items() if key != "num_frames"}
+        recipes.setdefault(each.url, {**each.recipe, "clip": rule})
+    return recipes
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -74,7 +83,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
             f"workers: {usable}, and micro_batch must divide their share"
         )
     clips = _clips(config)
-    clip = clips[0].recipe["clip"]
+    clip = _longest(clips).recipe["clip"]
     size = frame_size(training.random_crop or clip["resolution"])
     torch.manual_seed(config.seed)  # of the initial weights
     model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
@@ -83,9 +92,9 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     job = Job(
         folder_url=folder_url(config),
         objective=objective,
-        prepare=lambda batch: {"video": batch["video"], "weight": batch["weight"]},
-        train=open_dataset(config, clips, decode_clip, training),
-        val=open_dataset(config, require_manifests(config, "clips", "val"), decode_clip, training),
+        prepare=lambda batch: {name: batch[name] for name in ("video", "weight", "num_frames") if name in batch},
+        train=open_dataset(config, clips, _decode(clips), training),
+        val=open_dataset(config, require_manifests(config, "clips", "val"), _decode(clips), training),
         config=training,
         seed=config.seed,
         identity=_identity(config, clips),
@@ -140,12 +149,12 @@ class VQVAEObjective(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B].
+        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B], in a mix with pictures ``num_frames`` [B].
 
         In eval mode the metrics have the 1-d ``code_counts`` too, see `score_counts`, and the ``reconstruction``,
         uint8 [B, T, H, W, 3].
         """
-        output = self.model(to_input(batch["video"]), batch["weight"])
+        output = self.model(to_input(batch["video"]), batch["weight"], batch.get("num_frames"))
         if self.training:
             return output.loss, output.metrics
         shown = {"code_counts": output.counts, "reconstruction": to_pixels(output.reconstruction)}
@@ -158,16 +167,20 @@ class VQVAEObjective(nn.Module):
 
 
 def _clips(config: RunConfig) -> list[Manifest]:
-    """The training clips, which have one shape."""
-    clips = require_manifests(config, "clips", "train")
-    for manifest in clips[1:]:
-        for key in ("num_frames", "resolution"):
-            wanted, found = clips[0].recipe["clip"][key], manifest.recipe["clip"][key]
-            if wanted != found:
-                raise UserError(
-                    f"data.mix: the clips at {clips[0].url} have {key}={wanted}, those at {manifest.url} {found}; "
-                    "shard them alike, or remove one"
-                )
+    """The training clips, which have one size, and one length unless the model can take pictures beside them."""
+    clips, model = require_manifests(config, "clips", "train"), config.vqvae.model
+    for manifest in clips:
+        wanted, found = (each.recipe["clip"] for each in (_longest(clips), manifest))
+        keys = [key for key in ("num_frames", "resolution") if wanted[key] != found[key]]
+        if keys == ["num_frames"] and model.causal and model.norm == "group":
+            codes_shape(model, found["num_frames"], frame_size(found["resolution"]))
+        elif keys:
+            key = keys[0]
+            raise UserError(
+                f"data.mix: the clips at {_longest(clips).url} have {key}={wanted[key]}, those at {manifest.url} "
+                f"{found[key]}; shard them alike, or remove one (pictures, clips of one frame, train beside others "
+                "with vqvae.model.causal=true and vqvae.model.norm=group)"
+            )
     crop, resolution = config.vqvae.training.random_crop, clips[0].recipe["clip"]["resolution"]
     if crop is not None and any(map(operator.gt, frame_size(crop), frame_size(resolution))):
         raise UserError(
@@ -177,12 +190,23 @@ def _clips(config: RunConfig) -> list[Manifest]:
     return clips
 
 
+def _longest(clips: list[Manifest]) -> Manifest:
+    """The first of the data sets whose clips have most frames: what the tokenizer is for."""
+    return max(clips, key=lambda each: each.recipe["clip"]["num_frames"])
+
+
+def _decode(clips: list[Manifest]) -> Decode:
+    """Makes a batch of clips of one length, also where the data sets differ in it."""
+    lengths = {each.recipe["clip"]["num_frames"] for each in clips}
+    return decode_clip if len(lengths) == 1 else functools.partial(decode_clip_filled_up, num_frames=max(lengths))
+
+
 def _identity(config: RunConfig, clips: list[Manifest]) -> dict[str, Any]:
     return {"vqvae": identity(config.vqvae), "clips": identity_of(config, clips), "seed": config.seed}
 
 
 def _codes_shape(config: RunConfig, clips: list[Manifest]) -> tuple[int, ...]:
-    clip = clips[0].recipe["clip"]
+    clip = _longest(clips).recipe["clip"]
     return codes_shape(config.vqvae.model, clip["num_frames"], frame_size(clip["resolution"]))
 
 
@@ -211,7 +235,7 @@ def _export(config: RunConfig, clips: list[Manifest], weights: dict[str, Tensor]
         "model": identity(config.vqvae.model),
         "latent_shape": list(_codes_shape(config, clips)),
         "num_codes": config.vqvae.model.num_codes,
-        "clip": clips[0].recipe,
+        "clip": _longest(clips).recipe,
         "pixel_variance": model.pixel_variance,
         "identity": _identity(config, clips),
         "step": step,
