@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -49,5 +51,13 @@ def submit(
         config=config or (),
         follow=sys.stdout.isatty() if follow is None else follow,
         dry_run=dry_run,
+        since=_process_began(),
         confirm=typer.confirm if sys.stdin.isatty() else None,
     )
+
+
+def _process_began() -> float:
+    """When this process began, seconds since the epoch: loading Ray takes seconds, in which another submit may end."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))

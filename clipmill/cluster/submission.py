@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import sys
 import threading
@@ -64,6 +63,7 @@ def submit(
     config: Sequence[str] = (),
     follow: bool = False,
     dry_run: bool = False,
+    since: float | None = None,
     confirm: Callable[[str], bool] | None = None,
 ) -> None:
     """Submits the named jobs (none: all) and what they need, one after the other, and waits for each.
@@ -79,6 +79,8 @@ def submit(
         config: replaces the ``config`` of the file.
         follow: print the log of the running job.
         dry_run: print what would be submitted, and submit nothing.
+        since: when it was asked for, seconds since the epoch; None: now. A job that has succeeded since is not
+            submitted again, for somebody asked for it at the same instant.
         confirm: see `clipmill.cluster.server.connect`.
 
     Raises:
@@ -86,6 +88,7 @@ def submit(
         StageFailed: a job failed, was out of retries or of time; names it and the end of its log.
         Interrupted: somebody stopped a job, or this process (its job runs on).
     """
+    since = time.time() if since is None else since
     chain = plan_chain(path, names, assignments, config)
     server = connect(address, confirm)
     if dry_run:
@@ -94,7 +97,7 @@ def submit(
         return
     seen = _attempts(server)
     for one in chain:
-        _run(server, one, seen.get(one.stem, (0, None)), follow)
+        _run(server, one, seen.get(one.stem, (0, None)), since, follow)
         logger.info("job %s: finished", one.job.name)
 
 
@@ -111,17 +114,18 @@ def _attempts(server: Server) -> dict[str, tuple[int, JobDetails | None]]:
     return newest
 
 
-def _run(server: Server, planned: PlannedJob, seen: tuple[int, JobDetails | None], follow: bool) -> None:
+def _run(server: Server, planned: PlannedJob, seen: tuple[int, JobDetails | None], since: float, follow: bool) -> None:
     """Brings one job to its end, submitting it again where that helps.
 
     Args:
         server: of the cluster.
         planned: the job.
-        seen: the newest attempt when this process began; a later one is somebody's who began at the same time.
+        seen: the newest attempt when the chain began; a later one is somebody's who began at the same time.
+        since: when the chain was asked for.
         follow: print its log.
     """
     job, num_failures = planned.job, 0
-    attempt = seen[0] - 1 if seen[1] is not None and _is_ours(seen[1]) else seen[0]
+    attempt = seen[0] - 1 if seen[1] is not None and _is_ours(seen[1], since) else seen[0]
     while True:
         attempt = _next_attempt(server, planned, attempt)
         submission_id, began = f"{planned.stem}-a{attempt}", time.monotonic()
@@ -143,19 +147,11 @@ def _run(server: Server, planned: PlannedJob, seen: tuple[int, JobDetails | None
         time.sleep(seconds)
 
 
-def _is_ours(details: JobDetails) -> bool:
-    """Whether an attempt is as good as one that this process submits: it runs, or succeeded since we began."""
+def _is_ours(details: JobDetails, since: float) -> bool:
+    """Whether an attempt is as good as one that is submitted now: it runs, or has succeeded since."""
     if not details.status.is_terminal():
         return True
-    return details.status.value == "SUCCEEDED" and (details.end_time or 0) / 1000 > _began()
-
-
-def _began() -> float:
-    """When this process began, seconds since the epoch."""
-    with open("/proc/self/stat") as stat, open("/proc/uptime") as uptime:
-        ticks = int(stat.read().rpartition(")")[2].split()[19])
-        age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
+    return details.status.value == "SUCCEEDED" and (details.end_time or 0) / 1000 > since
 
 
 def _next_attempt(server: Server, planned: PlannedJob, after: int) -> int:

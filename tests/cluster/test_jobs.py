@@ -352,6 +352,17 @@ def test_what_another_attempt_would_not_change_is_not_tried_again(
     assert attempts_of(client) == ["a1"]
 
 
+def test_a_job_that_succeeded_before_the_call_runs_again(tmp_path: Path, fake: Any) -> None:
+    client = fake(0)
+    path = write_jobs(tmp_path, [job("a")])
+    submit(path, [], None)
+    time.sleep(0.01)
+    submit(path, [], None)
+    assert attempts_of(client) == ["a1", "a2"]
+    submit(path, [], None, since=time.time() - 1)
+    assert attempts_of(client) == ["a1", "a2"]
+
+
 def test_retries_end(tmp_path: Path, fake: Any) -> None:
     client = fake(75)
     with pytest.raises(StageFailed, match="failed with exit status 75"):
