@@ -33,7 +33,16 @@ _ERRORS = {"ClipmillError", "UserError"}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'clipmill' has no attribute {name!r}")
-    return getattr(import_module("clipmill.errors" if name in _ERRORS else "clipmill.api"), name)
+    try:
+        return getattr(import_module("clipmill.errors" if name in _ERRORS else "clipmill.api"), name)
+    except ModuleNotFoundError as error:
+        from clipmill.errors import UserError
+        from clipmill.extras import explain_missing
+
+        missing = explain_missing(error)
+        if missing is None:
+            raise
+        raise UserError(missing) from error
 
 
 def __dir__() -> list[str]:

@@ -253,12 +253,18 @@ class _Keeper:
         before = signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
         if before != -1:  # somebody else listens, such as a notebook
             signal.set_wakeup_fd(before)
-        return before == -1
+            return False
+        os.register_at_fork(after_in_child=self._stop_listening)  # a child's signals are not ours
+        return True
+
+    def _stop_listening(self) -> None:
+        if not self._is_closed.is_set():
+            signal.set_wakeup_fd(-1)
 
     def close(self) -> None:
-        self._is_closed.set()
         if self._hears_signals:
-            signal.set_wakeup_fd(-1)
+            self._stop_listening()
+        self._is_closed.set()
         self._signals.close()  # wakes the thread
         self._thread.join()
         self._wakeup.close()

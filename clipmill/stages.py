@@ -307,6 +307,7 @@ def _train_in_worker(payload: tuple[str, RunConfig, Lease], report: Any) -> None
     if rank == 0:
         logging.getLogger("clipmill").setLevel(logging.INFO)
         logging.getLogger("clipmill").addHandler(_ToDriver(report))
+        logging.getLogger("clipmill").propagate = False  # Ray would bring each line to the driver a second time
     STAGES[name].module.train(config, lease if rank == 0 else None, report)
 
 

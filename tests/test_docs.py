@@ -24,7 +24,7 @@ from tests.video.test_encode import moving_disc
 
 REPOSITORY = Path(__file__).parents[1]
 README, FORMATS = REPOSITORY / "README.md", REPOSITORY / "docs" / "formats.md"
-NOT_RUN = {"lpips": "its weights are downloaded"}
+NOT_RUN = {"lpips": "its weights are downloaded", "torch, torchvision": "so are those of VGG-16"}
 
 CODES = np.arange(8, dtype="u1").reshape(2, 2, 2)
 ACTIONS = np.linspace(0, 1, 32, dtype=np.float32).reshape(16, 2)

@@ -9,7 +9,8 @@ from types import FrameType
 
 from clipmill import storage
 from clipmill.cli.app import app
-from clipmill.errors import ClipmillError, Interrupted
+from clipmill.errors import ClipmillError, Interrupted, UserError
+from clipmill.extras import explain_missing
 from clipmill.status import formatter
 
 # isort: off
@@ -32,6 +33,12 @@ def main() -> None:
     except ClipmillError as error:
         print(f"clipmill: {storage.redacted(str(error))}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except ModuleNotFoundError as error:
+        missing = explain_missing(error)
+        if missing is None:
+            raise
+        print(f"clipmill: {missing}", file=sys.stderr)
+        sys.exit(UserError.exit_status)
 
 
 def _begin_logging() -> None:

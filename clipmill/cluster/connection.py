@@ -83,7 +83,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise UserError("this stage runs on Ray, which is not installed: pip install 'ray[default,train]'") from error
+        raise UserError("this stage runs on Ray, which is not installed: pip install 'clipmill[cluster]'") from error
     if ray.is_initialized():
         yield
         return

@@ -51,7 +51,7 @@ def connect(address: str | None, confirm: Callable[[str], bool] | None = None) -
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
-        raise UserError("submitting jobs needs Ray: pip install 'ray[default]'") from error
+        raise UserError("submitting jobs needs Ray: pip install 'clipmill[cluster]'") from error
     is_named = address is not None or any(os.environ.get(name) for name in _ADDRESS_VARIABLES)
     where = address or ("RAY_ADDRESS" if is_named else "this machine")
     try:

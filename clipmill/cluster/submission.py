@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from clipmill import storage
 from clipmill.cluster.chain import PlannedJob, describe, plan_chain
 from clipmill.cluster.connection import stop_signals
 from clipmill.cluster.jobs import Job
@@ -99,6 +100,8 @@ def submit(
     for one in chain:
         _run(server, one, seen.get(one.stem, (0, None)), since, follow)
         logger.info("job %s: finished", one.job.name)
+        if one.stage == "report" and one.config is not None:
+            logger.info("report: %s", storage.shown(one.config.folder("report", "index.html")))
 
 
 # ------------------------------------------------------------------------------------------ attempts

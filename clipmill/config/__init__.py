@@ -17,15 +17,16 @@ from clipmill.config.recorded import with_recorded_clips
 from clipmill.config.reference import Key, SectionReference, all_sections, json_schema, markdown, schema_keys
 from clipmill.config.run import ClusterConfig, EvaluateConfig, RunConfig, SampleConfig, TokenizeConfig
 from clipmill.config.section import FREE, Section, changed_keys, fingerprint, identity
+from clipmill.config.sharpness import SharpnessConfig
 from clipmill.config.source import SourceConfig, TableColumns
 from clipmill.config.training import (
     PriorConfig,
     TrainingConfig,
     VQVAEConfig,
-    VQVAEModelConfig,
     VQVAETrainingConfig,
     refused_changes,
 )
+from clipmill.config.vqvae import VQVAEModelConfig
 
 __all__ = [
     "FREE",
@@ -42,6 +43,7 @@ __all__ = [
     "SampleConfig",
     "Section",
     "SectionReference",
+    "SharpnessConfig",
     "SourceConfig",
     "TableColumns",
     "TokenizeConfig",

@@ -10,13 +10,14 @@ from pydantic import Field, field_validator, model_validator
 from clipmill.config.data import Resolution, frame_size
 from clipmill.config.prior import PriorModelConfig
 from clipmill.config.section import FREE, PositiveInt, Section, changed_keys
+from clipmill.config.sharpness import SharpnessConfig
+from clipmill.config.vqvae import VQVAEModelConfig
 
 __all__ = [
     "DATASET_KEYS",
     "PriorConfig",
     "TrainingConfig",
     "VQVAEConfig",
-    "VQVAEModelConfig",
     "VQVAETrainingConfig",
     "refused_changes",
 ]
@@ -73,8 +74,9 @@ class TrainingConfig(Section):
     """Keep the optimizer's states in CPU memory and step there; needs ZeRO stage 1, 2 or 3."""
     compile: Annotated[bool, FREE] = False
     """Compile the model's blocks (torch.compile); needs ZeRO stage 0, 1 or 2."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype; weights, gradients and reductions stay float32."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Compute dtype; weights, gradients and reductions stay float32. ``tf32``: float32 whose products a GPU computes
+    with 10 bits of mantissa; on a CPU the same as ``float32``."""
     shuffle_window: PositiveInt = 4096
     """Consecutive samples of a stream that are permuted together (see ``clipmill/shards/order.py``)."""
     loader_workers: Annotated[int, Field(ge=0), FREE] = 1
@@ -163,86 +165,6 @@ def refused_changes(recorded: dict[str, Any], wanted: dict[str, Any], accept_new
     return changes
 
 
-class VQVAEModelConfig(Section):
-    """The tokenizer (VideoGPT, arXiv 2104.10157, section 3.1)."""
-
-    hidden_dim: PositiveInt = 240
-    """Channels of the encoder and the decoder."""
-    num_res_layers: Annotated[int, Field(ge=0)] = 4
-    """Residual blocks of the encoder, and as many of the decoder."""
-    num_heads: PositiveInt = 2
-    """Heads of the axial attention."""
-    axial_attention: bool = True
-    """Whether residual blocks attend along time, height and width. False leaves the convolutions alone."""
-    norm: Literal["batch", "group"] = "batch"
-    """``batch``: statistics over the clips of all ranks. ``group``: of each clip alone (of each frame, if causal)."""
-    causal: bool = False
-    """No latent depends on later frames. Clips have 1 + n * downsample[0] frames; the first can be decoded alone."""
-    quantizer: Literal["ema", "fsq", "lfq"] = "ema"
-    """``ema``: a learned codebook. ``fsq``: rounding to ``fsq_levels``. ``lfq``: signs of log2(num_codes) channels."""
-    embedding_dim: PositiveInt = 256
-    """Channels of a latent, for ``ema``. ``fsq`` has a channel for each of its levels, ``lfq`` one for each bit."""
-    num_codes: Annotated[int, Field(ge=2)] = 2048
-    """Codes of one codebook."""
-    num_codebooks: Annotated[int, Field(ge=1, le=8)] = 1
-    """Codes of one latent; each quantises a slice of its channels."""
-    fsq_levels: tuple[Annotated[int, Field(ge=3)], ...] = ()
-    """Levels of each channel; their product is num_codes: 4, 4, 4, 4 for 256 codes, 8, 5, 5, 5 for 1,000. The shifted
-    tanh of the paper would reach only one of two levels; ``lfq`` has two."""
-    distance: Literal["euclidean", "cosine"] = "euclidean"
-    """Distance between latents and codes of ``ema``."""
-    codebook_start: Literal["rows", "kmeans"] = "rows"
-    """Initial codes of ``ema``: latents of the first batch, or the centres of their clusters."""
-    downsample: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 4, 4)
-    """Frames, rows and columns of pixels per latent; each a power of two."""
-    l1_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the mean absolute error over the pixels' standard deviation, added to the mean squared error."""
-    commitment_cost: Annotated[float, Field(ge=0)] = 0.25
-    """Weight of the commitment loss, which pulls latents towards their codes."""
-    entropy_cost: Annotated[float, Field(ge=0)] = 0.3
-    """Weight of the entropy loss of ``lfq``, in nats per bit."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """Decay of the moving averages that move the codes of ``ema``."""
-    restart_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """A code whose use falls below this share of the uniform use (tokens of a step / codes) restarts from data."""
-
-    @field_validator("downsample")
-    @classmethod
-    def _powers_of_two(cls, downsample: tuple[int, int, int]) -> tuple[int, int, int]:
-        if any(factor & (factor - 1) for factor in downsample):
-            raise ValueError(f"downsample {downsample} must be powers of two, such as (4, 4, 4) or (1, 4, 4)")
-        return downsample
-
-    @model_validator(mode="after")
-    def _codes_fit(self) -> VQVAEModelConfig:
-        num_codes = math.prod(self.fsq_levels)
-        if self.quantizer == "fsq" and num_codes != self.num_codes:
-            raise ValueError(
-                f"fsq_levels {self.fsq_levels} make {num_codes} codes, not num_codes {self.num_codes}; "
-                "set both, such as fsq_levels=[4,4,4,4] and num_codes=256"
-            )
-        if self.quantizer != "fsq" and self.fsq_levels:
-            raise ValueError(f"fsq_levels needs quantizer=fsq, not {self.quantizer}; remove it, or set fsq")
-        if self.quantizer != "ema" and (self.distance, self.codebook_start) != ("euclidean", "rows"):
-            raise ValueError(f"distance and codebook_start need quantizer=ema, not {self.quantizer}; remove them")
-        if self.quantizer == "lfq" and self.num_codes & (self.num_codes - 1):
-            raise ValueError(f"num_codes {self.num_codes} must be a power of two for quantizer lfq, such as 1024")
-        if self.latent_dim % self.num_codebooks:
-            raise ValueError(
-                f"embedding_dim {self.embedding_dim} must be a multiple of num_codebooks {self.num_codebooks}"
-            )
-        return self
-
-    @property
-    def latent_dim(self) -> int:
-        """Channels of a latent, of all codebooks."""
-        if self.quantizer == "fsq":
-            return len(self.fsq_levels) * self.num_codebooks
-        if self.quantizer == "lfq":
-            return (self.num_codes.bit_length() - 1) * self.num_codebooks
-        return self.embedding_dim
-
-
 class VQVAETrainingConfig(TrainingConfig):
     """Training of the tokenizer, with the paper's learning rate."""
 
@@ -259,7 +181,17 @@ class VQVAEConfig(Section):
     """Stage ``train-vqvae``."""
 
     model: VQVAEModelConfig = VQVAEModelConfig()
+    sharpness: SharpnessConfig = SharpnessConfig()
     training: VQVAETrainingConfig = VQVAETrainingConfig()
+
+    @model_validator(mode="after")
+    def _discriminator_is_whole(self) -> VQVAEConfig:
+        if self.sharpness.adversarial_cost and self.training.zero_stage == 3:
+            raise ValueError(
+                "sharpness.adversarial_cost needs training.zero_stage 0, 1 or 2: stage 3 cannot take the "
+                "discriminator's gradient within a step"
+            )
+        return self
 
     @model_validator(mode="after")
     def _crop_divides(self) -> VQVAEConfig:

@@ -8,10 +8,11 @@ from typing import Any
 from clipmill import storage
 from clipmill.config import RunConfig, changed_keys, identity
 from clipmill.errors import UserError
-from clipmill.evaluation.networks import C3D_FRAMES, I3D_FEWEST_FRAMES, weights_sha256
+from clipmill.evaluation.networks import C3D_FRAMES, I3D_FEWEST_FRAMES
 from clipmill.evaluation.reader import num_read
 from clipmill.evaluation.results import Evaluation
 from clipmill.models.export import require_condition, require_prior, require_vqvae_for
+from clipmill.models.torchscript import weights_sha256
 from clipmill.shards.manifest import Manifest
 
 __all__ = ["Inputs", "refuse_other", "settings_of", "val_clips"]
@@ -27,7 +28,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     """
     keys = identity(config.evaluate)
     urls = {name: keys.pop(f"{name}_weights") for name in _WEIGHTS}
-    hashes = {name: None if url is None else weights_sha256(f"{name}_weights", url) for name, url in urls.items()}
+    hashes = {name: url and weights_sha256(f"evaluate.{name}_weights", url) for name, url in urls.items()}
     return {**keys, "weights_sha256": hashes}
 
 

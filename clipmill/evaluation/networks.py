@@ -9,8 +9,6 @@ The first two signatures are those of ``i3d_torchscript.pt`` and ``c3d_ucf101.pt
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipmill import storage
 from clipmill.config import EvaluateConfig
 from clipmill.errors import UserError
+from clipmill.models.torchscript import load_torchscript, reason_of
 
-__all__ = ["I3D_CHANNELS", "I3D_FEWEST_FRAMES", "C3D_FRAMES", "Network", "Networks", "weights_sha256"]
+__all__ = ["I3D_CHANNELS", "I3D_FEWEST_FRAMES", "C3D_FRAMES", "Network", "Networks"]
 
 I3D_CHANNELS = 400
 I3D_FEWEST_FRAMES = 9
@@ -33,29 +31,11 @@ C3D_FRAMES = 16
 C3D_CLASSES = 101
 
 
-def weights_sha256(key: str, url: str) -> str:
-    """Hash of a weights file.
-
-    Raises:
-        UserError: there is none.
-    """
-    return hashlib.sha256(_read(key, url)).hexdigest()
-
-
-def _read(key: str, url: str) -> bytes:
-    try:
-        return storage.read_bytes(url)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError | IsADirectoryError):
-            raise UserError(f"evaluate.{key} {url} is not there; name a TorchScript file, or leave it out") from error
-        raise
-
-
 class Network:
     """A TorchScript module from a file, in eval mode.
 
     Args:
-        key: of the section ``evaluate`` that names the file.
+        key: of the configuration, which names the file.
         url: of the file.
         device: to run on.
 
@@ -64,15 +44,9 @@ class Network:
     """
 
     def __init__(self, key: str, url: str, device: torch.device) -> None:
-        self._name = f"evaluate.{key} {url}"
+        self._name = f"{key} {url}"
         self._device = device
-        data = _read(key, url)
-        try:
-            self._module = torch.jit.load(io.BytesIO(data), map_location=device).eval()
-        except RuntimeError as error:
-            raise UserError(
-                f"{self._name} is no TorchScript file ({_reason(error)}); save one with torch.jit.save"
-            ) from error
+        self._module = load_torchscript(key, url, device)
 
     def features(self, clips: NDArray[np.uint8]) -> NDArray[np.floating]:
         """I3D's logits of clips uint8 [B, T, H, W, 3]: [B, 400], of the network's own type."""
@@ -112,7 +86,7 @@ class Network:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, torch.jit.Error) as error:  # a failing operation; an exception of the module's own
-            raise UserError(f"{self._name} cannot be called as docs/evaluation.md says: {_reason(error)}") from error
+            raise UserError(f"{self._name} cannot be called as docs/evaluation.md says: {reason_of(error)}") from error
         if not isinstance(output, Tensor) or output.shape != shape:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(
@@ -140,16 +114,10 @@ class Networks:
         """
 
         def network(key: str, url: str | None) -> Network | None:
-            return None if url is None else Network(key, url, device)
+            return None if url is None else Network(f"evaluate.{key}", url, device)
 
         return cls(
             network("fvd_weights", settings.fvd_weights),
             network("is_weights", settings.is_weights),
             network("lpips_weights", settings.lpips_weights),
         )
-
-
-def _reason(error: Exception) -> str:
-    """The telling line of a TorchScript error: the first, or after a trace through the module the last."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]

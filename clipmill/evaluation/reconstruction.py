@@ -20,6 +20,7 @@ from clipmill.evaluation.scores import (
     clip_psnr_db,
     code_numbers,
     count_codes,
+    detail_energies,
     reconstruction_numbers,
     squared_errors,
     ssim_per_clip,
@@ -68,6 +69,8 @@ def tokenizer_arrays(real: Tensor, tokenizer: VQVAE, networks: Networks) -> tupl
     pixels = copies.cpu().numpy()
     rows: Arrays = {
         "squared_error": squared_errors(real, copies),
+        "detail": detail_energies(copies),
+        "detail_of_original": detail_energies(real),
         "ssim": ssim_per_clip(real, copies),
         "lpips": np.full(len(real), np.nan),
     }

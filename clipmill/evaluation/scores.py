@@ -24,6 +24,7 @@ __all__ = [
     "clip_psnr_db",
     "code_numbers",
     "count_codes",
+    "detail_energies",
     "psnr_db",
     "reconstruction_numbers",
     "squared_errors",
@@ -33,7 +34,7 @@ __all__ = [
 _SSIM_WINDOW = 11  # pixels; the Gaussian window (sigma 1.5) of Wang et al. 2004
 
 
-RECONSTRUCTION = ("squared_error", "ssim", "lpips")
+RECONSTRUCTION = ("squared_error", "detail", "detail_of_original", "ssim", "lpips")
 """The arrays that a reconstruction leaves of each clip; see `reconstruction_numbers`."""
 
 
@@ -49,30 +50,52 @@ def squared_errors(original: Tensor, reconstruction: Tensor) -> NDArray[np.int64
     return (original.int() - reconstruction).square().flatten(1).sum(1, dtype=torch.int64).cpu().numpy()
 
 
+def detail_energies(video: Tensor) -> NDArray[np.int64]:
+    """Energy of the high frequencies of each clip: the sum of its frames' squared five-point Laplacian.
+
+    Four times a value less its neighbours above, below, left and right: 0 of a flat picture, most of a chequerboard.
+    Values at the border have no such neighbours.
+
+    Args:
+        video: uint8 [B, T, H, W, 3].
+
+    Returns:
+        int64 [B], exact.
+    """
+    values = video.to(torch.int16)
+    inner = values[:, :, 1:-1, 1:-1]
+    neighbours = values[:, :, :-2, 1:-1] + values[:, :, 2:, 1:-1] + values[:, :, 1:-1, :-2] + values[:, :, 1:-1, 2:]
+    return (4 * inner - neighbours).int().square().flatten(1).sum(1, dtype=torch.int64).cpu().numpy()
+
+
 def reconstruction_numbers(found: Arrays, sizes: NDArray[np.int64], variance: float) -> dict[str, Any]:
     """The scores of a set of clips, as plain JSON values.
 
     Args:
-        found: ``squared_error`` int64 [N], ``ssim`` and ``lpips`` float64 [N], NaN where they were not measured.
+        found: ``squared_error``, ``detail`` and ``detail_of_original`` int64 [N], ``ssim`` and ``lpips`` float64 [N],
+            NaN where they were not measured.
         sizes: int64 [N, 3], T, H and W of each clip.
         variance: of the originals, pooled over clips, places and colours, in units of [0, 1].
 
     Returns:
         ``mse`` over all values in [0, 1]; ``data_variance``; ``nmse`` = mse / data_variance (None for constant data);
-        ``psnr_db`` of the pooled mse at a range of 1 (None when it is zero); ``ssim``: mean over frames of Wang et al.
-        2004 (None below 11 pixels); ``lpips``: mean over frames (None without a network); ``per_clip``: mean,
+        ``psnr_db`` of the pooled mse at a range of 1 (None when it is zero); ``high_frequency_energy`` over that of the
+        originals (None where they have none); ``ssim``: mean over frames of Wang et al. 2004 (None below 11 pixels);
+        ``lpips``: mean over frames (None without a network); ``per_clip``: mean,
         deviation, 5th percentile and median of each clip's own PSNR and SSIM.
     """
     values_per_clip = sizes.prod(axis=1) * 3
     errors = found["squared_error"]
     mse = int(errors.sum()) / int(values_per_clip.sum()) / 255**2
     psnr = clip_psnr_db(errors, sizes)
+    detail = int(found["detail_of_original"].sum())
     return {
         "num_clips": len(errors),
         "mse": mse,
         "data_variance": variance,
         "nmse": mse / variance if variance else None,
         "psnr_db": psnr_db(mse),
+        "high_frequency_energy": int(found["detail"].sum()) / detail if detail else None,
         "ssim": _mean(found["ssim"]),
         "lpips": _mean(found["lpips"]),
         "per_clip": {"psnr_db": _spread(psnr[np.isfinite(psnr)]), "ssim": _spread(found["ssim"])},

@@ -140,6 +140,11 @@ def tokenizer_rows(result: dict[str, Any]) -> list[Row]:
     return [
         ("NMSE", short(scores["nmse"]), "mean squared error over the variance of the clips' pixels"),
         ("PSNR", f"{short(scores['psnr_db'])} dB", "of the mean squared error over all pixels"),
+        (
+            "high frequencies",
+            short(scores["high_frequency_energy"]),
+            "their energy over that of the real clips; below 1 is blur",
+        ),
         ("SSIM", short(scores["ssim"]), "mean over frames" + _without(scores["ssim"], "frames of 11 pixels or more")),
         ("LPIPS", short(scores["lpips"]), "mean over frames" + _without(scores["lpips"], "evaluate.lpips_weights")),
         (

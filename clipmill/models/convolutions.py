@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Grow", "Mix", "Pointwise", "Shrink"]
+__all__ = ["Grow", "Mix", "Pointwise", "Shrink", "grow_by_phases", "shrink_by_phases"]
 
 KERNEL = 4
 COLOURS = 3
-"""So many outputs take a detour on a CPU: `_GrowToColours`."""
+"""Outputs of the last convolution, which takes a detour on a CPU: `_GrowToColours`."""
 
 
 class Pointwise(nn.Linear):
@@ -43,15 +43,22 @@ class Mix(nn.Conv3d):
 class Shrink(nn.Conv3d):
     """Convolution with kernel 4 and SAME zero padding; of an odd padding more is in front, of a causal one all."""
 
+    stride: tuple[int, int, int]
+
     def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int], causal: bool = False) -> None:
         super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=(0 if causal else 1, 1, 1))
         # Stride 2 pads (1, 1), stride 1 pads (2, 1): the convolution pads 1, this the rest (last axis first).
         self.front = [pad for s in reversed(stride) for pad in (2 - s, 0)]
         if causal:
             self.front[-2] = KERNEL - 1
+        in_convolution = (1, 1, 1, 1, *((0, 0) if causal else (1, 1)))
+        self.around = [sum(pads) for pads in zip(self.front, in_convolution, strict=True)]
+        """All of the padding, last axis first."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Divides each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n * s become 1 + n."""
+        if wants_matrix_units(x):
+            return shrink_by_phases(F.pad(x, self.around), self.weight, self.bias, self.stride)
         return super().forward(F.pad(x, self.front) if any(self.front) else x)
 
 
@@ -66,17 +73,86 @@ class Grow(nn.ConvTranspose3d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Multiplies each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n become 1 + n * s."""
+        starts = [self.stride[0] - 1 if self.causal else 1, 1, 1]
+        sizes = [length * s for length, s in zip(x.shape[2:], self.stride, strict=True)]
         if self.causal:
-            s = self.stride[0]
-            t, h, w = 1 + (x.shape[2] - 1) * s, x.shape[3] * self.stride[1], x.shape[4] * self.stride[2]
-            return super().forward(x)[:, :, s - 1 : s - 1 + t, :h, :w]
-        if self.out_channels == COLOURS and x.device.type == "cpu":
+            sizes[0] -= self.stride[0] - 1
+        if wants_matrix_units(x):
+            return _cropped(grow_by_phases(x, self.weight, self.bias, self.stride), starts, sizes)
+        if self.out_channels == COLOURS and not self.causal:
             return _GrowToColours.apply(x, self.weight, self.bias, self.stride)
-        grown = super().forward(x)
-        if min(self.stride) == 2:
-            return grown
-        t, h, w = (length * s for length, s in zip(x.shape[2:], self.stride, strict=True))
-        return grown[:, :, :t, :h, :w]  # an axis of stride 1 comes out one too long at its end
+        # The convolution crops its padding by itself: 1, of a causal time axis 0. An axis of stride 1 comes out one too
+        # long at its end.
+        return _cropped(super().forward(x), [starts[0] if self.causal else 0, 0, 0], sizes)
+
+
+def wants_matrix_units(x: Tensor) -> bool:
+    """Whether convolutions on x take the form for matrix units of a GPU, which is 1.5 to 2 times slower on a CPU."""
+    return x.is_cuda
+
+
+def _cropped(x: Tensor, starts: list[int], sizes: list[int]) -> Tensor:
+    """The part of x [B, C, T, H, W] that begins at ``starts`` and has ``sizes``."""
+    t, h, w = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return x[:, :, t, h, w]
+
+
+def shrink_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    """The convolution of `Shrink` as one of stride 1 over space-to-depth: matrix units of a GPU do it whole.
+
+    cuDNN computes kernel 4 with stride 2 without them, and 3 input channels fill none. With kernel index k = s * a + p,
+    output o of an axis takes input s * (o + a) + p: tap a of phase p.
+
+    Args:
+        x: padded, float [B, C, T, H, W]; what does not fill a stride at an axis' end is dropped.
+        weight: float [O, C, 4, 4, 4].
+        bias: float [O].
+        stride: of each axis, 1 or 2.
+    """
+    phases = _channels_of_phases(x, stride)
+    kernel = _split_kernel(weight, stride).permute(0, 3, 5, 7, 1, 2, 4, 6)  # [O, phases, C, taps]
+    return F.conv3d(phases, kernel.flatten(1, 4), bias)
+
+
+def grow_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    """The transposed convolution of `Grow`, uncropped, as one convolution of stride 1 and depth-to-space.
+
+    With output index s * i + k and kernel index k = s * a + p, every phase p of the outputs is a convolution of 4 / s
+    taps a over the inputs i.
+
+    Args:
+        x: float [B, C, T, H, W].
+        weight: float [C, O, 4, 4, 4].
+        bias: float [O].
+        stride: of each axis, 1 or 2.
+
+    Returns:
+        float [B, O, ...]: of each axis (length - 1) * stride + 4 values, as without padding.
+    """
+    split = _split_kernel(weight, stride)  # [C, O, taps and phases in turns]
+    kernel = split.permute(3, 5, 7, 1, 0, 2, 4, 6).flip(5, 6, 7)  # [phases, O, C, taps]
+    taps = kernel.shape[5:]
+    repeated = None if bias is None else bias.repeat(math.prod(stride))
+    y = F.conv3d(x, kernel.flatten(0, 3), repeated, padding=[tap - 1 for tap in taps])
+    y = y.permute(0, 2, 3, 4, 1)  # [B, m_t, m_h, m_w, phases and channels], output s * m + p
+    b, *sizes = y.shape[:4]
+    y = y.reshape(b, *sizes, *stride, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    y = y.reshape(b, *(size * s for size, s in zip(sizes, stride, strict=True)), -1)
+    return y.permute(0, 4, 1, 2, 3)
+
+
+def _split_kernel(weight: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """A kernel [A, B, 4, 4, 4] as [A, B, taps, phases, taps, phases, taps, phases], 4 / s taps of s phases an axis."""
+    return weight.reshape(*weight.shape[:2], *(size for s in stride for size in (KERNEL // s, s)))
+
+
+def _channels_of_phases(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """Space-to-depth of x [B, C, T, H, W]: [B, phases * C, T / s, H / s, W / s], phases outermost."""
+    t, h, w = (length // s for length, s in zip(x.shape[2:], stride, strict=True))
+    st, sh, sw = stride
+    blocks = x[:, :, : t * st, : h * sh, : w * sw].permute(0, 2, 3, 4, 1)  # [B, T, H, W, C]
+    blocks = blocks.reshape(len(x), t, st, h, sh, w, sw, -1).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return blocks.reshape(len(x), t, h, w, -1).permute(0, 4, 1, 2, 3)
 
 
 class _GrowToColours(torch.autograd.Function):
@@ -86,18 +162,8 @@ class _GrowToColours(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        # Output o of an axis with stride s takes input i through tap k where o + 1 = s * i + k. With
-        # k = s * a + p every phase p of the outputs is a convolution of 4 / s taps a over i.
-        taps = [KERNEL // s for s in stride]
-        phases = [size for tap, s in zip(taps, stride, strict=True) for size in (tap, s)]
-        kernel = weight.reshape(*weight.shape[:2], *phases).permute(3, 5, 7, 1, 0, 2, 4, 6).flip(5, 6, 7)
-        y = F.conv3d(x, kernel.flatten(0, 3), bias.repeat(math.prod(stride)), padding=[tap - 1 for tap in taps])
-        y = y.permute(0, 2, 3, 4, 1)  # [B, m_t, m_h, m_w, phases and channels], o + 1 = s * m + p
-        b, *sizes = y.shape[:4]
-        y = y.reshape(b, *sizes, *stride, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        y = y.reshape(b, *(size * s for size, s in zip(sizes, stride, strict=True)), -1)
-        t, h, w = (1 + length * s for length, s in zip(x.shape[2:], stride, strict=True))
-        return y[:, 1:t, 1:h, 1:w].permute(0, 4, 1, 2, 3)
+        sizes = [length * s for length, s in zip(x.shape[2:], stride, strict=True)]
+        return _cropped(grow_by_phases(x, weight, bias, stride), [1, 1, 1], sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:

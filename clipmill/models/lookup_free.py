@@ -1,7 +1,8 @@
 """Quantizers whose codebook is a fixed grid: nothing to learn, initialise, restart or keep the same on all ranks.
 
 `FiniteScalar` (FSQ): Mentzer et al., arXiv 2309.15505, section 3.1. `LookupFree` (LFQ): Yu et al., arXiv 2310.05737,
-section 3.1. Interface and shapes are those of ``quantizers.py``: N rows, M codebooks, K codes, D channels.
+section 3.1; on a sphere it is BSQ: Zhao et al., arXiv 2406.07548, section 4.1. Interface and shapes are those of
+``quantizers.py``: N rows, M codebooks, K codes, D channels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipmill.models.quantizers import Quantized, codebook_metrics, count_codes, table_rows
+from clipmill.models.quantizers import Quantized, codebook_metrics, count_codes, straight_through, table_rows
 from clipmill.models.ranks import sum_over_ranks, world_size
 
 __all__ = ["FiniteScalar", "LookupFree"]
@@ -89,7 +90,7 @@ class FiniteScalar(_Grid):
             # An even number of levels has none at 0: the tanh is shifted by half a level, 0 still maps to the middle.
             offset = (self.levels % 2 == 0) / 2
             bounded = (self._split(latents) + (offset / half).atanh()).tanh() * half - offset
-            rounded = bounded + (bounded.round() - bounded).detach()
+            rounded = straight_through(bounded, bounded.round())
             digits = (rounded.detach().round() + self.levels // 2).long()
             commitment = rounded.new_zeros(len(rounded))
             return self._finish(latents, rounded / (self.levels // 2), digits, commitment, None, weight)
@@ -105,21 +106,26 @@ class LookupFree(_Grid):
     Args:
         num_bits: log2 K, and the channels of one codebook.
         num_codebooks: M.
+        temperature: of the probabilities p(c | z) in the entropies; see `_entropy`.
+        spherical: scale each row of a codebook to the length of its codes first (BSQ), so that no row can run away.
     """
 
-    def __init__(self, num_bits: int, num_codebooks: int) -> None:
+    def __init__(self, num_bits: int, num_codebooks: int, temperature: float, spherical: bool = False) -> None:
         super().__init__((2,) * num_bits, num_codebooks)
+        self.temperature = temperature
+        self.spherical = spherical
 
     def forward(self, latents: Tensor, weight: Tensor | None = None) -> Quantized:
         """Quantises latents [N, D]; see `EMACodebook.forward`."""
         with torch.autocast(latents.device.type, enabled=False):
             parts = self._split(latents)
-            learned = parts.detach()
-            digits = (learned > 0).long()
+            if self.spherical:
+                parts = F.normalize(parts, dim=-1) * parts.shape[-1] ** 0.5
+            digits = (parts.detach() > 0).long()
             chosen = self._value(digits)
             commitment = (parts - chosen).square().mean((1, 2))
             entropy = self._entropy(parts, weight) if self.training else None
-            return self._finish(latents, parts + (chosen - learned), digits, commitment, entropy, weight)
+            return self._finish(latents, straight_through(parts, chosen), digits, commitment, entropy, weight)
 
     def _value(self, digits: Tensor) -> Tensor:
         return digits.float() * 2 - 1
@@ -127,16 +133,17 @@ class LookupFree(_Grid):
     def _entropy(self, parts: Tensor, weight: Tensor | None) -> Tensor:
         """E[H(p(c | z))] - H(E[p(c | z)]) in nats per bit, a mean over the codebooks, 0-d.
 
-        p(c | z) = softmax over c of -|z - e_c|^2 / 2. The signs are independent given z, so p is the product of the
-        bits' probabilities sigmoid(2 z): the first entropy is a sum over bits, and the mean of p over all K codes is
-        the product of two matrices [sqrt(K), N] and [N, sqrt(K)], which needs no N x K table, whatever K.
+        p(c | z) = softmax over c of -|z - e_c|^2 / temperature. The signs are independent given z, so p is the product
+        of the bits' probabilities sigmoid(4 z / temperature): the first entropy is a sum over bits, and the mean of p
+        over all K codes is the product of two matrices [sqrt(K), N] and [N, sqrt(K)], which needs no N x K table.
         """
         weight = parts.new_ones(len(parts)) if weight is None else weight
         num_rows = sum_over_ranks(weight.sum())
-        ones = (2 * parts).sigmoid()  # [N, M, bits]
+        logits = 4 * parts / self.temperature  # [N, M, bits]
+        ones = logits.sigmoid()
         # The entropy of a bit by its logit, and no share below the smallest float: entr has no finite gradient at 0,
         # which shares of rows far from 0 round to.
-        far = (2 * parts).abs()
+        far = logits.abs()
         single = (F.softplus(-far) + far * (-far).sigmoid()).sum(-1)  # [N, M]
         # Of the ranks' mean gradient, which the optimizer steps by, this is the whole batch's.
         ranks = world_size()

@@ -41,5 +41,7 @@ def deterministic_device(config: ClusterConfig) -> torch.device:
         )
     torch.set_num_threads(config.fanout_cpus)  # sums are split over threads: their number is part of the bytes
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
+    # A training in the same process may have set these otherwise.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if config.use_gpu else "cpu")

@@ -1,9 +1,10 @@
-"""Vector quantisation: what all quantizers share, and the codebook that follows the data by moving averages.
+"""Vector quantisation: what all quantizers share, and the two learned codebooks.
 
-The codebook: van den Oord et al., arXiv 1711.00937, appendix A.1; as in VideoGPT a code that almost nothing maps to
-restarts from an encoder output. Everything it learns from is summed over all ranks, so every rank holds the same
-codebook, and no decision waits for the device: no host sync, no N x K one-hot. Quantizers without a learned codebook
-are in ``lookup_free.py``.
+`EMACodebook` follows the data by moving averages: van den Oord et al., arXiv 1711.00937, appendix A.1; as in VideoGPT a
+code that almost nothing maps to restarts from an encoder output. Everything it learns from is summed over all ranks, so
+every rank holds the same codebook, and no decision waits for the device: no host sync, no N x K one-hot.
+`LinearCodebook` learns a linear map of fixed codes by gradient (SimVQ: Zhu et al., arXiv 2411.02038). Quantizers
+without a learned codebook are in ``lookup_free.py``.
 
 A quantizer is a module with ``codebook``, float32 [M * K, D / M]; ``forward(latents, weight) -> Quantized``; and
 ``embed(codes) -> latents``. With several codebooks each quantises its own slice of the channels.
@@ -21,7 +22,21 @@ from torch import Tensor, nn
 
 from clipmill.models.ranks import rank, sum_over_ranks, world_size
 
-__all__ = ["EMACodebook", "Quantized", "codebook_metrics", "count_codes", "nearest_codes", "table_rows"]
+__all__ = [
+    "CodeGradient",
+    "EMACodebook",
+    "LinearCodebook",
+    "Quantized",
+    "codebook_metrics",
+    "count_codes",
+    "nearest_codes",
+    "rotated",
+    "straight_through",
+    "table_rows",
+]
+
+CodeGradient = Literal["straight_through", "rotation"]
+"""How the gradient passes a code: see the functions of these names."""
 
 CHUNK_SCORES = 2**22
 """Distances held at once (float32: 16 MiB)."""
@@ -29,25 +44,55 @@ KMEANS_ROUNDS = 10
 _SALT = 0x636C6970
 """Keeps the draws of restart rows apart from every other keyed draw."""
 _START_THRESHOLDS = 2.0
-"""A fresh code starts with so many restart thresholds as its count: data soon outweighs its first row,
-and one that finds no data restarts again after ln(2) / -ln(decay) = 69 steps."""
+"""Count of a fresh code in restart thresholds: data soon outweighs its first row, and a code that finds no data
+restarts after ln(2) / -ln(decay) = 69 steps."""
 
 
 class Quantized(NamedTuple):
     """What a quantizer makes of latents [N, D]."""
 
     latents: Tensor
-    """float [N, D]: the chosen embeddings; the gradient goes straight through to the input."""
+    """float [N, D]: the chosen embeddings; the gradient passes them to the input."""
     codes: Tensor
     """int64 [N, M]."""
     commitment: Tensor
     """float32 [N]: mean square distance of a row to its embedding (gradient to the row alone)."""
     entropy: Tensor | None
-    """float32 0-d, over all ranks' rows: what `LookupFree` minimises beside; none for the others."""
+    """float32 0-d, over all ranks' rows: what `LookupFree` minimises beside; None for the others."""
     counts: Tensor
     """float32 [M * K]: rows of each code, of all ranks in training mode, else of this rank alone."""
     metrics: dict[str, Tensor]
     """0-d, of training mode alone: see `codebook_metrics`, and ``codebook_restarts`` where codes restart."""
+    codebook_loss: Tensor | None = None
+    """float32 [N]: the same distance as ``commitment`` with its gradient to the codebook alone; None for codebooks that
+    no gradient reaches."""
+
+
+def straight_through(rows: Tensor, chosen: Tensor) -> Tensor:
+    """The embeddings ``chosen`` with the gradient of ``rows`` as if both were one (arXiv 1711.00937); same shapes."""
+    return rows + (chosen - rows).detach()
+
+
+def rotated(rows: Tensor, chosen: Tensor) -> Tensor:
+    """The embeddings ``chosen`` as rows turned and scaled onto them, which are constants for the gradient.
+
+    The rotation trick: Fifty et al., arXiv 2410.06424, equation 4. The rotation in the plane of a row's direction u and
+    its embedding's q is x - 2 (x . s) s + 2 (x . u) q, with s the direction of u + q.
+
+    Args:
+        rows: float32 [..., D].
+        chosen: float32 [..., D].
+    """
+    length = torch.linalg.vector_norm(chosen, dim=-1, keepdim=True) / _length(rows.detach())
+    u, q = (x.detach() / _length(x.detach()) for x in (rows, chosen))
+    s = (u + q) / _length(u + q)
+    turned = rows - 2 * (rows * s).sum(-1, keepdim=True) * s + 2 * (rows * u).sum(-1, keepdim=True) * q
+    return turned * length.detach()
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Lengths [..., 1] of rows [..., D], at least a tiny number."""
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def nearest_codes(rows: Tensor, embeddings: Tensor) -> Tensor:
@@ -97,6 +142,7 @@ class EMACodebook(nn.Module):
         num_codebooks: M; each quantises D / M channels.
         cosine: compare directions: rows and embeddings have length sqrt(D / M), like rows of unit variance.
         start: the first codes are ``rows`` of the first batch, or the centres of its clusters (``kmeans``).
+        gradient: how it passes the codes.
     """
 
     codebook: Tensor
@@ -114,6 +160,7 @@ class EMACodebook(nn.Module):
         num_codebooks: int = 1,
         cosine: bool = False,
         start: Literal["rows", "kmeans"] = "rows",
+        gradient: CodeGradient = "straight_through",
     ) -> None:
         super().__init__()
         self.num_codes = num_codes
@@ -121,7 +168,8 @@ class EMACodebook(nn.Module):
         self.decay = decay
         self.restart_share = restart_share
         self.cosine = cosine
-        self.start = start
+        self.gradient = gradient
+        self._may_cluster = start == "kmeans"
         table = (num_codes * num_codebooks, dim // num_codebooks)
         self.register_buffer("codebook", self._normalised(torch.randn(table)))
         self.register_buffer("counts", torch.zeros(table[0]))
@@ -154,8 +202,8 @@ class EMACodebook(nn.Module):
                     restarts = self._update(counts, sums, candidates)
                     metrics = codebook_metrics(counts, self.num_codebooks) | {"codebook_restarts": restarts.sum()}
             commitment = (parts - chosen).square().mean((1, 2))
-            straight_through = (parts + (chosen - learned)).flatten(1)
-        return Quantized(straight_through.to(latents.dtype), codes, commitment, None, counts, metrics)
+            passed = _passed(parts, chosen, self.gradient).flatten(1)
+        return Quantized(passed.to(latents.dtype), codes, commitment, None, counts, metrics)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Embeddings float32 [..., D] of codes int64 [..., M]."""
@@ -171,8 +219,7 @@ class EMACodebook(nn.Module):
 
     def _nearest(self, parts: Tensor) -> Tensor:
         """Codes int64 [N, M] of parts [N, M, D / M]."""
-        tables = self._table().chunk(self.num_codebooks)
-        return torch.stack([nearest_codes(part, table) for part, table in zip(parts.unbind(1), tables, strict=True)], 1)
+        return _nearest_of_each(parts, self._table())
 
     def _gather(self, counts: Tensor, weighted: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Counts [M * K] and sums [M * K, D / M] of all ranks, in one collective."""
@@ -187,15 +234,23 @@ class EMACodebook(nn.Module):
             candidates: a row for each code, float32 [M * K, D / M].
             parts: this rank's rows, float32 [N, M, D / M].
         """
-        if self.start == "kmeans" and not self.initialised:  # a host sync, which only this choice pays
-            self.codebook.copy_(candidates)
-            for _ in range(KMEANS_ROUNDS):
-                rows = table_rows(self._nearest(parts), self.num_codes)
-                counts, sums = self._gather(count_codes(rows, None, self.codebook), parts, rows)
-                centres = self._normalised(sums / counts.clamp(min=1)[:, None])
-                self.codebook.copy_(torch.where(counts[:, None] > 0, centres, self.codebook))
-            return
+        if self._may_cluster:
+            # Reads the device in the first two steps alone. The second sees that the first was not undone: a skipped
+            # step puts the buffers back.
+            self._may_cluster = not self.initialised
+            if self._may_cluster:
+                self._cluster(candidates, parts)
+                return
         self.codebook.copy_(torch.where(self.initialised, self.codebook, candidates))
+
+    def _cluster(self, centres: Tensor, parts: Tensor) -> None:
+        """k-means of all ranks' rows from the given centres."""
+        self.codebook.copy_(centres)
+        for _ in range(KMEANS_ROUNDS):
+            rows = table_rows(self._nearest(parts), self.num_codes)
+            counts, sums = self._gather(count_codes(rows, None, self.codebook), parts, rows)
+            centres = self._normalised(sums / counts.clamp(min=1)[:, None])
+            self.codebook.copy_(torch.where(counts[:, None] > 0, centres, self.codebook))
 
     def _update(self, counts: Tensor, sums: Tensor, candidates: Tensor) -> Tensor:
         """Moves averages and embeddings; returns which codes restarted, bool [M * K].
@@ -240,6 +295,67 @@ class EMACodebook(nn.Module):
         place = local.clamp(0, num_local - 1) * self.num_codebooks + index // self.num_codes
         found = F.embedding(place, parts.flatten(0, 1))
         return sum_over_ranks(torch.where(owned[:, None], found, 0.0))
+
+
+class LinearCodebook(nn.Module):
+    """SimVQ: fixed random codes behind a learned linear map, which moves all of them at once, so that none dies.
+
+    Args:
+        num_codes: K.
+        dim: D.
+        num_codebooks: M; each quantises D / M channels.
+        gradient: how it passes the codes.
+    """
+
+    frozen: Tensor
+
+    def __init__(self, num_codes: int, dim: int, num_codebooks: int, gradient: CodeGradient) -> None:
+        super().__init__()
+        self.num_codes = num_codes
+        self.num_codebooks = num_codebooks
+        self.gradient = gradient
+        width = dim // num_codebooks
+        self.register_buffer("frozen", torch.randn(num_codes * num_codebooks, width) * width**-0.5)
+        self.transform = nn.Parameter(torch.eye(width).repeat(num_codebooks, 1, 1))  # [M, D / M, D / M]
+
+    @property
+    def codebook(self) -> Tensor:
+        """Embeddings of all codes, float32 [M * K, D / M]."""
+        return (self.frozen.unflatten(0, (self.num_codebooks, -1)) @ self.transform).flatten(0, 1)
+
+    def forward(self, latents: Tensor, weight: Tensor | None = None) -> Quantized:
+        """Quantises latents [N, D]; see `EMACodebook.forward`."""
+        with torch.autocast(latents.device.type, enabled=False):
+            parts = latents.float().unflatten(1, (self.num_codebooks, -1))  # [N, M, D / M]
+            table = self.codebook
+            with torch.no_grad():
+                codes = _nearest_of_each(parts, table)
+                rows = table_rows(codes, self.num_codes)
+                counts = count_codes(rows, weight, table)
+                metrics = {}
+                if self.training:
+                    counts = sum_over_ranks(counts)
+                    metrics = codebook_metrics(counts, self.num_codebooks)
+            chosen = F.embedding(rows, table)
+            commitment = (parts - chosen.detach()).square().mean((1, 2))
+            codebook_loss = (parts.detach() - chosen).square().mean((1, 2))
+            passed = _passed(parts, chosen.detach(), self.gradient).flatten(1)
+        return Quantized(passed.to(latents.dtype), codes, commitment, None, counts, metrics, codebook_loss)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Embeddings float32 [..., D] of codes int64 [..., M]."""
+        return F.embedding(table_rows(codes, self.num_codes), self.codebook).flatten(-2)
+
+
+def _passed(parts: Tensor, chosen: Tensor, gradient: CodeGradient) -> Tensor:
+    """The embeddings ``chosen`` of parts [N, M, D / M], with the configured gradient."""
+    return rotated(parts, chosen) if gradient == "rotation" else straight_through(parts, chosen)
+
+
+def _nearest_of_each(parts: Tensor, table: Tensor) -> Tensor:
+    """Codes int64 [N, M] of parts [N, M, D / M] by embeddings [M * K, D / M]."""
+    tables = table.chunk(parts.shape[1])
+    return torch.stack([nearest_codes(part, own) for part, own in zip(parts.unbind(1), tables, strict=True)], 1)
 
 
 def _sum_by_code(rows: Tensor, codes: Tensor, num_codes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the models compute over all ranks: sums, and batch normalisation with everybody's statistics.
+"""What the models compute over all ranks: sums, and batch normalisation with the statistics of all clips.
 
 torch's SyncBatchNorm refuses CPU tensors, so the norm here is an ordinary one whose statistics and whose
 gradient's two sums cross the ranks. Without an initialised process group, or with one rank, everything
@@ -35,11 +35,14 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 class _NormOverRanks(torch.autograd.Function):
-    """Batch norm in training mode; the statistics and the gradient's means are those of all ranks' rows."""
+    """Batch norm in training mode; the statistics and the gradient's means are those of all ranks' rows.
+
+    Made of the native kernels of the one-rank norm, which stay in channels-last memory and keep no copy of x.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        var, mean = torch.var_mean(x.float(), dim=(0, 2, 3, 4), correction=0)
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
         # One collective: each rank fills its slot, so the variance between ranks needs no cancelling
         # difference of large sums.
         slots = x.new_zeros(world_size(), 2, x.shape[1], dtype=torch.float32)
@@ -47,22 +50,24 @@ class _NormOverRanks(torch.autograd.Function):
         means, variances = sum_over_ranks(slots).unbind(1)
         mean = means.mean(0)
         var = (variances + (means - mean).square()).mean(0)
-        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps))
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, inverse_std = ctx.saved_tensors
-        shape = (1, -1, 1, 1, 1)
-        normal = (x - mean.view(shape)) * inverse_std.view(shape)
-        grad_bias = grad.sum(dim=(0, 2, 3, 4), dtype=torch.float32)
-        grad_weight = (grad * normal).sum(dim=(0, 2, 3, 4), dtype=torch.float32)
+        x, weight, mean, var = ctx.saved_tensors
+        # As if the statistics were constants: grad_x is the gradient times scale, the others are this rank's sums.
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
         num_rows = x.numel() // x.shape[1] * world_size()
         mean_grad, mean_grad_normal = sum_over_ranks(torch.stack((grad_bias, grad_weight))) / num_rows
-        grad_x = grad - mean_grad.view(shape) - normal * mean_grad_normal.view(shape)
-        grad_x = grad_x * (weight * inverse_std).view(shape)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+        # What the statistics add is an affine function of the normalised x.
+        scale = weight * torch.rsqrt(var + ctx.eps)
+        grad_x += F.batch_norm(x, mean, var, -scale * mean_grad_normal, -scale * mean_grad, training=False, eps=ctx.eps)
+        return grad_x, grad_weight, grad_bias, None
 
 
 class GlobalBatchNorm(nn.Module):

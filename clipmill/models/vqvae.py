@@ -23,7 +23,7 @@ from clipmill.errors import UserError
 from clipmill.models.attention import AxialAttention
 from clipmill.models.convolutions import Grow, Mix, Pointwise, Shrink
 from clipmill.models.lookup_free import FiniteScalar, LookupFree
-from clipmill.models.quantizers import EMACodebook
+from clipmill.models.quantizers import EMACodebook, LinearCodebook
 from clipmill.models.ranks import GlobalBatchNorm
 
 __all__ = ["VQVAE", "VQVAEOutput", "codes_shape", "latent_shape", "to_input", "to_pixels"]
@@ -188,7 +188,8 @@ class VQVAEOutput:
 
     loss: Tensor
     """0-d: mean over this rank's clips that count of ``recon_mse / pixel_variance + commitment_cost * commitment``,
-    with ``l1_cost * recon_l1 / sqrt(pixel_variance)`` and ``entropy_cost * entropy`` where they are configured."""
+    with ``l1_cost * recon_l1 / sqrt(pixel_variance)``, ``entropy_cost * entropy`` and the quantizer's codebook loss
+    where there are such."""
     metrics: dict[str, Tensor]
     """0-d on the device, without gradient: ``recon_mse``, ``nmse`` (over the pixel variance), ``commitment``; where
     they enter the loss ``recon_l1`` and ``entropy``; and, in training, the quantizer's, over all ranks."""
@@ -282,6 +283,8 @@ class VQVAE(nn.Module):
                 (reconstruction.float() - video).abs().mean((1, 2, 3, 4)) * scale, weight
             )
             loss = loss + self.config.l1_cost * optional["recon_l1"] / self.pixel_variance**0.5
+        if quantized.codebook_loss is not None:
+            loss = loss + _weighted_mean(quantized.codebook_loss.view(len(video), -1).mean(1), weight)
         if quantized.entropy is not None:
             optional["entropy"] = quantized.entropy
             loss = loss + self.config.entropy_cost * quantized.entropy
@@ -319,12 +322,16 @@ class VQVAE(nn.Module):
         return self.decoder(self.from_latent(latents.permute(0, 4, 1, 2, 3)))
 
 
-def make_quantizer(config: VQVAEModelConfig) -> EMACodebook | FiniteScalar | LookupFree:
+def make_quantizer(config: VQVAEModelConfig) -> EMACodebook | LinearCodebook | FiniteScalar | LookupFree:
     """The configured quantizer."""
     if config.quantizer == "fsq":
         return FiniteScalar(config.fsq_levels, config.num_codebooks)
-    if config.quantizer == "lfq":
-        return LookupFree(config.num_codes.bit_length() - 1, config.num_codebooks)
+    if config.quantizer in ("lfq", "bsq"):
+        num_bits = config.num_codes.bit_length() - 1
+        spherical = config.quantizer == "bsq"
+        return LookupFree(num_bits, config.num_codebooks, config.entropy_temperature, spherical)
+    if config.quantizer == "simvq":
+        return LinearCodebook(config.num_codes, config.embedding_dim, config.num_codebooks, config.code_gradient)
     return EMACodebook(
         config.num_codes,
         config.embedding_dim,
@@ -333,6 +340,7 @@ def make_quantizer(config: VQVAEModelConfig) -> EMACodebook | FiniteScalar | Loo
         config.num_codebooks,
         cosine=config.distance == "cosine",
         start=config.codebook_start,
+        gradient=config.code_gradient,
     )
 
 

@@ -52,7 +52,7 @@ class Job:
 
     folder_url: str
     objective: nn.Module
-    """See `Engine`: its ``model`` attribute is what gets exported."""
+    """See `Engine`: its ``model`` attribute is what gets exported. In training its batches say the ``step``, an int."""
     prepare: Callable[[dict[str, Any]], dict[str, Any]]
     """Turns a collated micro-batch into what the objective takes, tensors still on the CPU."""
     train: ShardDataset | MixedDataset
@@ -215,7 +215,7 @@ def _train_step(job: Job, engine: Engine, step: int, micro_batches: list[dict[st
     with engine.step(learning_rate(job.config, step), average_weight(job.config, step)):
         for index, micro_batch in enumerate(micro_batches):
             _seed(job.seed, step, index, engine.world.rank)
-            batch = engine.to_device(job.prepare(micro_batch))
+            batch = engine.to_device(job.prepare(micro_batch) | {"step": step})
             loss, metrics = engine.micro_step(batch)
             means.add(batch["weight"].sum(), {"loss": loss, **metrics})
     return means

@@ -18,14 +18,14 @@ __all__ = ["Stopwatch", "peak_flops", "prior_flops_per_token", "vqvae_flops_per_
 
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # Dense, without sparsity, as NVIDIA's data sheets give them. Longer names first: the first that fits counts.
-    "H100 PCIe": {"bfloat16": 756, "float32": 51},
-    "H100": {"bfloat16": 989, "float32": 67},
-    "H200": {"bfloat16": 989, "float32": 67},
-    "B200": {"bfloat16": 2250, "float32": 75},
-    "A100": {"bfloat16": 312, "float32": 19.5},
-    "L40S": {"bfloat16": 362, "float32": 91.6},
-    "A10": {"bfloat16": 125, "float32": 31.2},
-    "L4": {"bfloat16": 121, "float32": 30.3},
+    "H100 PCIe": {"bfloat16": 756, "tf32": 378, "float32": 51},
+    "H100": {"bfloat16": 989, "tf32": 495, "float32": 67},
+    "H200": {"bfloat16": 989, "tf32": 495, "float32": 67},
+    "B200": {"bfloat16": 2250, "tf32": 1125, "float32": 75},
+    "A100": {"bfloat16": 312, "tf32": 156, "float32": 19.5},
+    "L40S": {"bfloat16": 362, "tf32": 183, "float32": 91.6},
+    "A10": {"bfloat16": 125, "tf32": 62.5, "float32": 31.2},
+    "L4": {"bfloat16": 121, "tf32": 60.5, "float32": 30.3},
 }
 
 
@@ -39,7 +39,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` gives it.
-        precision: ``bfloat16`` or ``float32`` (without TF32, which clipmill does not switch on).
+        precision: ``bfloat16``, ``tf32`` or ``float32``.
     """
     words = device_name.replace("-", " ").split()
     for name, peaks in _PEAK_TFLOPS.items():

@@ -24,6 +24,7 @@ from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.initial import Source, initial_facts, initialise
 from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, slots_of
 from clipmill.training.loop import Job, fit
+from clipmill.training.sharpness import Sharpness, networks_sha256
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import vqvae_flops_per_clip
 from clipmill.training.world import join_world
@@ -88,7 +89,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     torch.manual_seed(config.seed)  # of the initial weights
     model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
     initialise(model, training, folder_url(config), world, lambda url: _source(config, url))
-    objective = VQVAEObjective(model)
+    objective = VQVAEObjective(model, Sharpness(config.vqvae.sharpness, world.device))
     job = Job(
         folder_url=folder_url(config),
         objective=objective,
@@ -142,21 +143,30 @@ def _source(config: RunConfig, url: str) -> Source:
 
 
 class VQVAEObjective(nn.Module):
-    """The tokenizer's loss as the loop wants it (see `clipmill.training.zero.engine.Engine`)."""
+    """The tokenizer's loss as the loop wants it (see `clipmill.training.zero.engine.Engine`).
 
-    def __init__(self, model: VQVAE) -> None:
+    Args:
+        model: the tokenizer.
+        sharpness: further terms, in training alone.
+    """
+
+    def __init__(self, model: VQVAE, sharpness: Sharpness) -> None:
         super().__init__()
         self.model = model
+        self.sharpness = sharpness
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B], in a mix with pictures ``num_frames`` [B].
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B], in a mix with pictures ``num_frames`` [B], in
+        training ``step``.
 
         In eval mode the metrics have the 1-d ``code_counts`` too, see `score_counts`, and the ``reconstruction``,
         uint8 [B, T, H, W, 3].
         """
-        output = self.model(to_input(batch["video"]), batch["weight"], batch.get("num_frames"))
+        video = to_input(batch["video"])
+        output = self.model(video, batch["weight"], batch.get("num_frames"))
         if self.training:
-            return output.loss, output.metrics
+            loss, metrics = self.sharpness(output.loss, output.reconstruction, video, batch["step"])
+            return loss, output.metrics | metrics
         shown = {"code_counts": output.counts, "reconstruction": to_pixels(output.reconstruction)}
         return output.loss, output.metrics | shown
 
@@ -202,7 +212,9 @@ def _decode(clips: list[Manifest]) -> Decode:
 
 
 def _identity(config: RunConfig, clips: list[Manifest]) -> dict[str, Any]:
-    return {"vqvae": identity(config.vqvae), "clips": identity_of(config, clips), "seed": config.seed}
+    keys = {"vqvae": identity(config.vqvae), "clips": identity_of(config, clips), "seed": config.seed}
+    networks = networks_sha256(config.vqvae.sharpness)
+    return keys | ({"sharpness_networks": networks} if networks else {})
 
 
 def _codes_shape(config: RunConfig, clips: list[Manifest]) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clipmill.errors import UserError
-from clipmill.evaluation.networks import Network, weights_sha256
+from clipmill.evaluation.networks import Network
+from clipmill.models.torchscript import weights_sha256
 from tests.evaluation.networks import TinyC3D, TinyI3D, TinyLPIPS, save
 
 CPU = torch.device("cpu")
@@ -51,7 +52,10 @@ def test_lpips_gets_frames_between_minus_one_and_one(tmp_path: Path):
 
 def test_a_file_that_is_missing_or_no_torchscript_is_named(tmp_path: Path):
     absent = str(tmp_path / "absent.pt")
-    for ask in (lambda: Network("fvd_weights", absent, CPU), lambda: weights_sha256("fvd_weights", absent)):
+    for ask in (
+        lambda: Network("evaluate.fvd_weights", absent, CPU),
+        lambda: weights_sha256("evaluate.fvd_weights", absent),
+    ):
         with pytest.raises(UserError, match=r"evaluate\.fvd_weights .*absent\.pt is not there"):
             ask()
     torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pt")

@@ -5,11 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.signal import convolve2d
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from clipmill.evaluation.scores import (
     code_numbers,
     count_codes,
+    detail_energies,
     reconstruction_numbers,
     squared_errors,
     ssim_per_clip,
@@ -24,6 +26,8 @@ def clips(seed: int, num_clips: int = 5, side: int = 16) -> torch.Tensor:
 def scores(original: torch.Tensor, reconstruction: torch.Tensor) -> dict[str, Any]:
     found = {
         "squared_error": squared_errors(original, reconstruction),
+        "detail": detail_energies(reconstruction),
+        "detail_of_original": detail_energies(original),
         "ssim": ssim_per_clip(original, reconstruction),
         "lpips": np.full(len(original), np.nan),
     }
@@ -73,6 +77,27 @@ def test_predicting_the_mean_has_nmse_one_and_a_perfect_copy_zero():
     assert perfect["psnr_db"] is None
     assert perfect["per_clip"]["psnr_db"] is None
     assert perfect["ssim"] == pytest.approx(1.0)
+
+
+def test_blur_loses_energy_of_high_frequencies():
+    original = clips(4, 2, 16)
+    blurred = original.clone()
+    blurred[:, :, :, :-1] = (original[:, :, :, :-1].int() + original[:, :, :, 1:]) // 2
+    copies = {"same": original, "blurred": blurred, "flat": torch.full_like(original, 90)}
+    found = {name: scores(original, copy)["high_frequency_energy"] for name, copy in copies.items()}
+    kernel = np.array([[0, -1, 0], [-1, 4, -1], [0, -1, 0]])
+    energies = [
+        sum(
+            (convolve2d(frame[..., colour].double().numpy(), kernel, mode="valid") ** 2).sum()
+            for clip in video
+            for frame in clip
+            for colour in range(3)
+        )
+        for video in (blurred, original)
+    ]
+    assert (found["same"], found["flat"]) == (1.0, 0.0)
+    assert found["blurred"] == pytest.approx(energies[0] / energies[1], rel=1e-12)
+    assert found["blurred"] < 0.7
 
 
 def test_constant_data_has_no_nmse():

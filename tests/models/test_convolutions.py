@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clipmill.models import convolutions
 from clipmill.models.convolutions import Grow, Pointwise, Shrink
 
 STRIDES = [stride for stride in itertools.product((1, 2), repeat=3) if 2 in stride]
@@ -42,3 +43,23 @@ def test_pointwise_is_a_convolution_of_kernel_one() -> None:
     layer = Pointwise(4, 6)
     x = torch.randn(2, 4, 3, 4, 5)
     torch.testing.assert_close(layer(x), F.conv3d(x, layer.weight[..., None, None, None], layer.bias))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("stride", STRIDES)
+def test_what_a_gpu_computes_is_the_same(
+    stride: tuple[int, int, int], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Space-to-depth and kernels of stride 1 against torch's own convolutions, in float64 on the CPU."""
+    for conv in (Shrink(3, 5, stride, causal), Grow(5, 4, stride, causal), Grow(5, 3, stride, causal)):
+        conv.double()
+        x = torch.randn(2, conv.in_channels, 5 if causal else 4, 4, 6, dtype=torch.float64, requires_grad=True)
+        sources = (x, conv.weight, conv.bias)
+        results = []
+        for is_gpu in (False, True):
+            monkeypatch.setattr(convolutions, "wants_matrix_units", lambda _, is_gpu=is_gpu: is_gpu)
+            y = conv(x)
+            direction = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+            results.append((y, *torch.autograd.grad((y * direction).sum(), sources)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

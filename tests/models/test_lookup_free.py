@@ -10,7 +10,10 @@ from clipmill.models.lookup_free import FiniteScalar, LookupFree
 from tests.models.processes import run_ranks
 
 
-@pytest.mark.parametrize("quantizer", [FiniteScalar((8, 5, 3), 1), FiniteScalar((4, 3), 2), LookupFree(5, 2)])
+@pytest.mark.parametrize(
+    "quantizer",
+    [FiniteScalar((8, 5, 3), 1), FiniteScalar((4, 3), 2), LookupFree(5, 2, 0.01), LookupFree(5, 2, 1.0, True)],
+)
 def test_codes_are_the_places_of_the_embeddings(quantizer: FiniteScalar | LookupFree) -> None:
     num_codebooks, num_codes = quantizer.num_codebooks, quantizer.num_codes
     table = quantizer.codebook.view(num_codebooks, num_codes, -1)
@@ -37,18 +40,19 @@ def test_every_level_is_reached_and_zero_is_the_middle() -> None:
 
 
 def test_gradients_pass_rounding_and_sign() -> None:
-    for quantizer, dim in ((FiniteScalar((8, 5, 3), 1), 3), (LookupFree(4, 1), 4)):
+    for quantizer, dim in ((FiniteScalar((8, 5, 3), 1), 3), (LookupFree(4, 1, 0.01), 4)):
         rows = torch.randn(32, dim, requires_grad=True)
         quantizer(rows).latents.sum().backward()
         assert (rows.grad > 0).all()
 
 
-def test_entropies_are_those_of_the_whole_table() -> None:
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_entropies_are_those_of_the_whole_table(temperature: float) -> None:
     """Against the definition, with the N x K table that the factorised form avoids."""
-    quantizer = LookupFree(5, 1).double()
+    quantizer = LookupFree(5, 1, temperature).double()
     rows = torch.randn(40, 5, dtype=torch.float64, requires_grad=True)
     distances = torch.cdist(rows, quantizer.codebook.double()).square()
-    shares = (-distances / 2).softmax(1)
+    shares = (-distances / temperature).softmax(1)
     certainty = torch.special.entr(shares).sum(1).mean()
     variety = torch.special.entr(shares.mean(0)).sum()
     expected = (certainty - variety) / 5
@@ -65,14 +69,36 @@ def test_entropies_of_certain_rows_have_a_finite_gradient(far: float) -> None:
     rows = torch.full((32, 6), far)
     rows[::2, 0] = -far
     rows.requires_grad_()
-    entropy = LookupFree(6, 1)(rows).entropy
+    entropy = LookupFree(6, 1, 0.01)(rows).entropy
     entropy.backward()
     assert entropy.item() == pytest.approx(-math.log(2) / 6, abs=2e-3)
     assert rows.grad.isfinite().all()
 
 
+def test_a_collapse_costs_its_share_of_the_losss_range() -> None:
+    """16 of 256 codes carry 4 of 8 bits: half of the range, which a temperature of 2 hid from soft rows."""
+    rows = torch.randn(8192, 8)
+    collapsed = torch.cat((rows[:, :4], rows[:, 4:].abs()), 1)
+
+    def cost(temperature: float) -> float:
+        spread, few = (LookupFree(8, 1, temperature)(each).entropy.item() for each in (rows, collapsed))
+        return (few - spread) / math.log(2)
+
+    assert cost(0.01) == pytest.approx(0.5, abs=0.02)
+    assert cost(2.0) < 0.2
+
+
+def test_rows_on_a_sphere_cannot_run_away() -> None:
+    quantizer = LookupFree(4, 2, 0.01, spherical=True)
+    rows = torch.randn(64, 8)
+    near, far = quantizer(rows), quantizer(rows * 1000)
+    torch.testing.assert_close(near.commitment, far.commitment)
+    assert torch.equal(near.codes, far.codes)
+    assert far.commitment.max() < 2
+
+
 def test_a_quarter_of_a_million_codes_need_no_table() -> None:
-    quantizer = LookupFree(18, 1)
+    quantizer = LookupFree(18, 1, 0.01)
     quantized = quantizer(torch.randn(512, 18))
     assert -math.log(2) <= quantized.entropy <= math.log(2)
     assert quantized.counts.sum() == 512
@@ -81,7 +107,7 @@ def test_a_quarter_of_a_million_codes_need_no_table() -> None:
 def entropy_of_part(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows = torch.randn(32, 6, generator=torch.Generator().manual_seed(4)) * 2
     mine = rows.chunk(world_size)[rank].clone().requires_grad_()
-    entropy = LookupFree(6, 1)(mine).entropy
+    entropy = LookupFree(6, 1, 1.0)(mine).entropy
     entropy.backward()
     return entropy.detach(), mine.grad / world_size  # as the optimizer averages over ranks
 

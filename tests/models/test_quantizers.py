@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipmill.models import quantizers
-from clipmill.models.quantizers import EMACodebook, nearest_codes
+from clipmill.models.quantizers import EMACodebook, LinearCodebook, nearest_codes, rotated
 
 
 def codebook(num_codes: int = 8, restart_share: float = 0.03, decay: float = 0.99) -> EMACodebook:
@@ -184,6 +185,73 @@ def test_clusters_are_a_better_start_than_rows() -> None:
         errors[start] = quantizer(rows).commitment.mean()
         assert quantizer.initialised
     assert errors["kmeans"] < 0.9 * errors["rows"]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that bring a number from the device to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("start", ["rows", "kmeans"])
+def test_no_step_but_the_first_two_waits_for_the_device(start: str) -> None:
+    quantizer = EMACodebook(8, 4, 0.99, 0.03, start=start)
+    reads = []
+    for _ in range(4):
+        with HostReads() as mode:
+            quantizer(torch.randn(64, 4))
+        reads.append(mode.count)
+    assert reads == ([1, 1, 0, 0] if start == "kmeans" else [0, 0, 0, 0])
+
+
+def test_clusters_are_found_again_when_the_first_step_was_undone() -> None:
+    quantizer = EMACodebook(8, 4, 0.99, 0.0, start="kmeans")
+    before = {name: buffer.clone() for name, buffer in quantizer.named_buffers()}
+    rows = torch.randn(64, 4)
+    quantizer(rows)
+    expected = quantizer.codebook.clone()
+    for name, buffer in quantizer.named_buffers():
+        buffer.copy_(before[name])
+    quantizer(rows)
+    assert torch.equal(quantizer.codebook, expected)
+
+
+def test_a_linear_codebook_learns_by_gradient_and_its_fixed_codes_stay() -> None:
+    quantizer = LinearCodebook(8, 4, 2, "straight_through")
+    frozen = quantizer.frozen.clone()
+    rows = (torch.randn(64, 4) * 3).requires_grad_()
+    quantized = quantizer(rows)
+    torch.testing.assert_close(quantized.latents, quantizer.embed(quantized.codes))
+    torch.testing.assert_close(quantized.codebook_loss, quantized.commitment)
+    commitment = quantized.commitment.mean()
+    assert torch.autograd.grad(commitment, quantizer.transform, allow_unused=True, retain_graph=True) == (None,)
+    losses = []
+    optimizer = torch.optim.Adam(quantizer.parameters(), 0.05)
+    for _ in range(30):
+        loss = quantizer(rows).codebook_loss.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(quantizer.frozen, frozen)
+
+
+def test_the_rotation_trick_is_a_rotation_and_a_scaling() -> None:
+    rows = torch.randn(16, 5, dtype=torch.float64, requires_grad=True)
+    chosen = torch.randn(16, 5, dtype=torch.float64)
+    passed = rotated(rows, chosen)
+    torch.testing.assert_close(passed, chosen)
+    jacobians = torch.autograd.functional.jacobian(lambda x: rotated(x, chosen), rows.detach())
+    for row in range(16):
+        scale = chosen[row].norm() / rows[row].norm()
+        turn = jacobians[row, :, row] / scale
+        torch.testing.assert_close(turn @ turn.T, torch.eye(5, dtype=torch.float64))
+        assert torch.linalg.det(turn).item() == pytest.approx(1)
 
 
 def test_counts_of_batches_add_up_to_those_of_the_whole() -> None:

@@ -126,6 +126,8 @@ QUANTIZERS = [
     {"num_codes": 64, "quantizer": "fsq", "fsq_levels": (4, 4, 4)},
     {"num_codes": 64, "quantizer": "lfq"},
     {"num_codes": 16, "quantizer": "lfq", "num_codebooks": 4},
+    {"num_codes": 64, "quantizer": "bsq"},
+    {"num_codes": 32, "quantizer": "simvq", "code_gradient": "rotation"},
     {"norm": "group"},
     {"l1_cost": 1.0},
     {"causal": True, "downsample": (1, 2, 2)},
@@ -204,6 +206,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"quantizer": "fsq", "fsq_levels": (2, 8), "num_codes": 16}, "greater than or equal to 3"),
         ({"fsq_levels": (4, 4)}, "fsq_levels needs quantizer=fsq, not ema"),
         ({"quantizer": "lfq", "codebook_start": "kmeans"}, "need quantizer=ema, not lfq"),
+        ({"quantizer": "bsq", "num_codes": 16, "code_gradient": "rotation"}, "needs quantizer=ema or simvq, not bsq"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(**changes)

@@ -18,6 +18,7 @@ from clipmill.metrics import read_metrics
 from clipmill.models.export import load_prior
 from clipmill.training import prior
 from clipmill.training.checkpoint import newest
+from tests.training.networks import RandomDistance, save
 from tests.training.processes import kill_all, run, start, wait_for
 from tests.training.toy import CHECKPOINT_EVERY, CLASSES, EXACT, STEPS, read_losses, stage_command
 
@@ -105,6 +106,21 @@ def test_the_prior_resumes_exactly_at_every_zero_stage(workspace, tmp_path, zero
 def test_the_tokenizer_resumes_exactly_with_its_codebook(workspace, tmp_path, zero_stage, num_ranks):
     average = "vqvae.training.weights_ema=0.9"
     _check_exact_resume(workspace, tmp_path, "train-vqvae", zero_stage, num_ranks, average)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_the_tokenizer_resumes_exactly_with_its_discriminator(workspace, tmp_path, zero_stage):
+    """The first checkpoint, of step 8, comes before the tokenizer feels the discriminator and after it was trained."""
+    network = save(RandomDistance(), tmp_path / "perceptual.pt")
+    settings = {"adversarial_cost": 0.5, "adversarial_start": 10, "discriminator_dim": 8, "frames": 2}
+    settings["perceptual_weights"] = network
+    assignments = [f"vqvae.sharpness.{name}={value}" for name, value in settings.items()]
+    _check_exact_resume(workspace, tmp_path, "train-vqvae", zero_stage, 2, *assignments)
+    records = [each for each in read_metrics(str(tmp_path / "killed" / "vqvae")) if each["split"] == "train"]
+    assert all(record["perceptual"] > 0 for record in records)
+    trained = {record["step"] for record in records if record["discriminator"]}
+    assert trained == set(range(6, STEPS + 1))  # from half of adversarial_start steps on
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from clipmill.training.zero.averaging import AVERAGE, Averages, BufferAverages, 
 from clipmill.training.zero.conversion import WholeTensors, load_whole
 from clipmill.training.zero.guard import Guard
 
-__all__ = ["BUCKET_ELEMENTS", "Engine", "deepspeed_config", "whole_state"]
+__all__ = ["BUCKET_ELEMENTS", "Engine", "deepspeed_config", "set_cuda_arithmetic", "whole_state"]
 
 TAG = "state"
 """DeepSpeed's files lie in a folder of this name."""
@@ -103,6 +103,7 @@ class Engine:
         self, objective: nn.Module, config: TrainingConfig, world: World, rows: int, accumulation: int
     ) -> None:
         deepspeed = _import_deepspeed()
+        set_cuda_arithmetic(config.precision)
         self.world, self._config, self._accumulation = world, config, accumulation
         if config.compile:
             _require_compiler(world.device)
@@ -259,6 +260,19 @@ def whole_state(folder: Path, zero_stage: int) -> dict[str, Tensor]:
     whole = WholeTensors(folder / TAG, zero_stage)
     part = AVERAGE if AVERAGE in whole.moments else "weights"
     return averaged_buffers(whole.buffers) | {name: whole.read(name, part) for name in whole.shapes}
+
+
+def set_cuda_arithmetic(precision: str) -> None:
+    """Sets, for this whole process, how CUDA computes float32 products, and lets cuDNN time its kernels.
+
+    torch lets convolutions compute in TF32 unless told otherwise. Timing pays where shapes stay the same, as they do in
+    a training; another process may then choose other kernels, whose last digits differ.
+
+    Args:
+        precision: of the training.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True
 
 
 def _require_compiler(device: torch.device) -> None:

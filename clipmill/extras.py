@@ -1,0 +1,78 @@
+"""Which packages each part of clipmill needs, for slim images. The plain install has all of them.
+
+``python -m clipmill.extras train report`` prints the requirements of some parts and of the core, a line each::
+
+    pip install --no-deps clipmill
+    python -m clipmill.extras train > requirements.txt
+    pip install -r requirements.txt
+
+docs/install.md says which command needs which part. This module and ``clipmill/__init__.py`` import nothing that has to
+be installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+
+__all__ = ["EXTRAS", "explain_missing", "requirements"]
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "sources": ("av", "decord", "google.protobuf", "google_crc32c", "h5py", "PIL", "pyarrow"),
+    "cluster": ("ray",),
+    "train": ("torch", "deepspeed", "safetensors", "tensorboard"),
+    "report": ("torchmetrics", "jinja2"),
+}
+"""The modules that come with each extra."""
+
+_EXTRA = re.compile(r"""(?:\s+and\s+)?extra\s*==\s*['"]([\w-]+)['"]""")
+
+
+def explain_missing(error: ModuleNotFoundError) -> str | None:
+    """What to install for a module that cannot be imported; None where no extra of clipmill brings it."""
+    name = error.name or ""
+    for extra, modules in EXTRAS.items():
+        if any(name == module or name.startswith(f"{module}.") for module in modules):
+            return (
+                f"this needs the package {name.partition('.')[0]}; install the extra: pip install 'clipmill[{extra}]'"
+            )
+    return None
+
+
+def requirements(extras: list[str]) -> list[str]:
+    """Requirements of the core and of some extras, as pip reads them.
+
+    Raises:
+        ValueError: an extra has another name.
+    """
+    if unknown := set(extras) - EXTRAS.keys():
+        raise ValueError(f"unknown extra {', '.join(sorted(unknown))}; known: {', '.join(EXTRAS)}")
+    of_extras: dict[str, list[str]] = {name: [] for name in EXTRAS}
+    plain: list[str] = []
+    for line in importlib.metadata.requires("clipmill") or ():
+        found = _EXTRA.search(line)
+        if found is None:
+            plain.append(line)
+        elif found[1] in of_extras:
+            of_extras[found[1]].append(_EXTRA.sub("", line).strip(" ;"))
+    optional = {_name_of(line) for lines in of_extras.values() for line in lines}
+    core = [line for line in plain if _name_of(line) not in optional]
+    return sorted({*core, *(line for name in extras for line in of_extras[name])})
+
+
+def _name_of(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower()
+
+
+def main() -> None:
+    """Prints the requirements of the extras that the command line names."""
+    try:
+        print("\n".join(requirements(sys.argv[1:])))
+    except ValueError as error:
+        print(f"clipmill: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
