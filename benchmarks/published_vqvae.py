@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmill.config import VQVAEModelConfig
-from clipmill.models.vqvae import halvings
+from clipmill.models.coders import halvings
 
 __all__ = ["PublishedVQVAE"]
 

@@ -73,7 +73,7 @@ class TrainingConfig(Section):
     offload: Annotated[bool, FREE] = False
     """Keep the optimizer's states in CPU memory and step there; needs ZeRO stage 1, 2 or 3."""
     compile: Annotated[bool, FREE] = False
-    """Compile the model's blocks (torch.compile); needs ZeRO stage 0, 1 or 2."""
+    """Compile the blocks of a prior, or encoder and decoder (torch.compile); needs ZeRO stage 0, 1 or 2."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Compute dtype; weights, gradients and reductions stay float32. ``tf32``: float32 whose products a GPU computes
     with 10 bits of mantissa; on a CPU the same as ``float32``."""

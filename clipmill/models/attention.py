@@ -1,6 +1,6 @@
-"""The two attentions: along the axes of a video's features, and causal over a sequence with a cache.
+"""The attentions of a prior: causal over a sequence, and to a condition.
 
-B: batch   T, H, W: frames, height, width of the features   L: sequence length   C: channels
+B: batch   L: sequence length   C: channels
 N: heads   M: heads of keys and values   D: channels of a head (C = N * D)
 """
 
@@ -17,7 +17,7 @@ from clipmill.models.norms import scaled_to_unit
 from clipmill.models.positions import rotate
 from clipmill.models.strided import StridedMask
 
-__all__ = ["AxialAttention", "CausalAttention", "CrossAttention", "KeysValues"]
+__all__ = ["CausalAttention", "CrossAttention", "KeysValues"]
 
 
 class KeysValues(NamedTuple):
@@ -25,47 +25,6 @@ class KeysValues(NamedTuple):
 
     keys: Tensor
     values: Tensor
-
-
-class AxialAttention(nn.Module):
-    """Sum of three multi-head attentions, along W, H and T (VideoGPT, arXiv 2104.10157; Ho et al., arXiv 1912.12180).
-
-    Args:
-        dim: channels C.
-        num_heads: heads N of each of the three.
-        causal: a frame sees no later one.
-    """
-
-    def __init__(self, dim: int, num_heads: int, causal: bool = False) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.causal = causal
-        self.qkv = nn.Linear(dim, 9 * dim, bias=False)  # rows: axis (W, H, T), then q, k, v, then channels
-        self.out = nn.Linear(3 * dim, dim)
-        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
-        nn.init.normal_(self.out.weight, std=dim**-0.5)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mixes x [B, C, T, H, W] along each axis; channels-last memory in and out."""
-        x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C]
-        axes = zip((3, 2, 1), self.qkv.weight.chunk(3), self.out.weight.chunk(3, 1), strict=True)
-        mixed: Tensor = self.out.bias
-        for axis, qkv, out in axes:
-            mixed = torch.addmm(mixed, self._along(x, qkv, axis).flatten(0, -2), out.t())
-        return mixed.view(x.shape).permute(0, 4, 1, 2, 3)
-
-    def _along(self, x: Tensor, qkv: Tensor, axis: int) -> Tensor:
-        """Attention along one axis of x [B, T, H, W, C] with weights qkv [3 * C, C] -> [B, T, H, W, C]."""
-        length, later = x.shape[axis], x.shape[axis + 1 : -1].numel()
-        heads = F.linear(x, qkv).view(-1, length, later, 3, self.num_heads, x.shape[-1] // self.num_heads)
-        q, k, v = heads.permute(3, 0, 2, 4, 1, 5)  # [axes before, axes after, N, L, D]
-        # An axis is short: while L < D (published: 120) its scores are fewer than its queries, and writing them out
-        # beats every kernel made for long sequences: 3 times with bfloat16 on a CPU, and on an H100 once compiled.
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if self.causal and axis == 1:
-            scores = scores.masked_fill(scores.new_ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
-        return (scores.softmax(-1) @ v).permute(0, 3, 1, 2, 4).reshape(x.shape)
 
 
 class CausalAttention(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Grow", "Mix", "Pointwise", "Shrink", "grow_by_phases", "shrink_by_phases"]
+__all__ = ["Grow", "Mix", "Pointwise", "Shrink", "grow_by_phases", "shrink_by_phases", "wants_matrix_units"]
 
 KERNEL = 4
 COLOURS = 3
@@ -87,7 +87,7 @@ class Grow(nn.ConvTranspose3d):
 
 
 def wants_matrix_units(x: Tensor) -> bool:
-    """Whether convolutions on x take the form for matrix units of a GPU, which is 1.5 to 2 times slower on a CPU."""
+    """Whether x is computed on by a GPU, whose forms of convolutions are 1.5 to 2 times slower on a CPU."""
     return x.is_cuda
 
 

@@ -10,25 +10,20 @@ D: channels of a latent   M: codebooks (the codes' last axis [M] is there when M
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmill.config import VQVAEModelConfig
 from clipmill.errors import UserError
-from clipmill.models.attention import AxialAttention
-from clipmill.models.convolutions import Grow, Mix, Pointwise, Shrink
+from clipmill.models.coders import Decoder, Encoder
+from clipmill.models.convolutions import Pointwise
 from clipmill.models.lookup_free import FiniteScalar, LookupFree
 from clipmill.models.quantizers import EMACodebook, LinearCodebook
-from clipmill.models.ranks import GlobalBatchNorm
 
 __all__ = ["VQVAE", "VQVAEOutput", "codes_shape", "latent_shape", "to_input", "to_pixels"]
-
-MOST_GROUPS = 32
 
 
 def to_input(video: Tensor) -> Tensor:
@@ -82,106 +77,6 @@ def codes_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]
     return shape if config.num_codebooks == 1 else (*shape, config.num_codebooks)
 
 
-def halvings(downsample: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Strides of the downsampling convolutions, first to last: 2 on each axis that is not yet small enough."""
-    powers = [factor.bit_length() - 1 for factor in downsample]
-    t, h, w = ([2] * power + [1] * (max(powers) - power) for power in powers)
-    return list(zip(t, h, w, strict=True))
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu & He, arXiv 1803.08494) with the statistics of each clip, or of each of its frames."""
-
-    def __init__(self, dim: int, each_frame: bool) -> None:
-        super().__init__(math.gcd(dim, MOST_GROUPS), dim)
-        self.each_frame = each_frame
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises x [B, C, T, H, W]."""
-        if not self.each_frame:
-            return super().forward(x)
-        frames = super().forward(x.transpose(1, 2).flatten(0, 1))  # [B * T, C, H, W]
-        return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
-
-
-def norm(config: VQVAEModelConfig, dim: int) -> nn.Module:
-    """The configured norm of [B, C, T, H, W]."""
-    return GlobalBatchNorm(dim) if config.norm == "batch" else GroupNorm(dim, each_frame=config.causal)
-
-
-class ResidualBlock(nn.Module):
-    """x + [norm, ReLU, conv 3 to half the channels, norm, ReLU, conv 1 back, norm, ReLU, axial attention].
-
-    Without axial attention the block ends with the second convolution.
-    """
-
-    def __init__(self, config: VQVAEModelConfig) -> None:
-        super().__init__()
-        dim = config.hidden_dim
-        layers: list[nn.Module] = [
-            norm(config, dim),
-            nn.ReLU(inplace=True),
-            Mix(dim, dim // 2, bias=False, causal=config.causal),
-            norm(config, dim // 2),
-            nn.ReLU(inplace=True),
-            Pointwise(dim // 2, dim, bias=False),
-        ]
-        if config.axial_attention:
-            layers += [norm(config, dim), nn.ReLU(inplace=True), AxialAttention(dim, config.num_heads, config.causal)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds to x [B, C, T, H, W]."""
-        return x + self.layers(x)
-
-
-def residual_stack(config: VQVAEModelConfig) -> nn.Sequential:
-    """The residual blocks, then norm and ReLU."""
-    blocks = [ResidualBlock(config) for _ in range(config.num_res_layers)]
-    return nn.Sequential(*blocks, norm(config, config.hidden_dim), nn.ReLU(inplace=True))
-
-
-class Encoder(nn.Module):
-    """Video [B, 3, T, H, W] -> features [B, C, t, h, w]."""
-
-    def __init__(self, config: VQVAEModelConfig) -> None:
-        super().__init__()
-        dim = config.hidden_dim
-        strides = halvings(config.downsample)
-        self.shrink = nn.ModuleList(
-            Shrink(3 if i == 0 else dim, dim, stride, config.causal) for i, stride in enumerate(strides)
-        )
-        self.last = Mix(dim, dim, causal=config.causal)
-        self.stack = residual_stack(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Encodes x [B, 3, T, H, W]."""
-        for conv in self.shrink:
-            x = F.relu(conv(x), inplace=True)
-        return self.stack(self.last(x))
-
-
-class Decoder(nn.Module):
-    """Features [B, C, t, h, w] -> video [B, 3, T, H, W]."""
-
-    def __init__(self, config: VQVAEModelConfig) -> None:
-        super().__init__()
-        dim = config.hidden_dim
-        strides = halvings(config.downsample)
-        last = len(strides) - 1
-        self.stack = residual_stack(config)
-        self.grow = nn.ModuleList(
-            Grow(dim, 3 if i == last else dim, stride, config.causal) for i, stride in enumerate(strides)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Decodes x [B, C, t, h, w]."""
-        x = self.stack(x)
-        for conv in self.grow[:-1]:
-            x = F.relu(conv(x), inplace=True)
-        return self.grow[-1](x)
-
-
 @dataclass(frozen=True)
 class VQVAEOutput:
     """Result of one pass, for a training step."""
@@ -227,9 +122,9 @@ class VQVAE(nn.Module):
         super().__init__()
         if max(config.downsample) == 1:
             raise UserError("vqvae.model.downsample (1, 1, 1) compresses nothing; use (4, 4, 4) or (1, 4, 4)")
-        if config.hidden_dim % (2 * config.num_heads):
+        if config.hidden_dim < max(2, config.num_heads):
             raise UserError(
-                f"vqvae.model.hidden_dim {config.hidden_dim} must be a multiple of 2 * num_heads ({config.num_heads})"
+                f"vqvae.model.hidden_dim {config.hidden_dim} must be at least 2, and num_heads ({config.num_heads})"
             )
         self.config = config
         self.pixel_variance = pixel_variance
@@ -241,8 +136,8 @@ class VQVAE(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The residual blocks: alike, and most of the arithmetic."""
-        return [block for block in self.modules() if isinstance(block, ResidualBlock)]
+        """What is compiled: encoder and decoder, each as a whole."""
+        return [self.encoder, self.decoder]
 
     def encode(self, video: Tensor) -> Tensor:
         """Codes int64 [B, t, h, w] or [B, t, h, w, M] of a video [B, 3, T, H, W]; call in eval mode."""
@@ -284,7 +179,7 @@ class VQVAE(nn.Module):
             )
             loss = loss + self.config.l1_cost * optional["recon_l1"] / self.pixel_variance**0.5
         if quantized.codebook_loss is not None:
-            loss = loss + _weighted_mean(quantized.codebook_loss.view(len(video), -1).mean(1), weight)
+            loss = loss + _weighted_mean(_mean_of_rows(quantized.codebook_loss, len(video), counts), weight)
         if quantized.entropy is not None:
             optional["entropy"] = quantized.entropy
             loss = loss + self.config.entropy_cost * quantized.entropy

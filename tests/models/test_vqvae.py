@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from clipmill.config import VQVAEModelConfig
 from clipmill.errors import UserError
-from clipmill.models.vqvae import VQVAE, codes_shape, halvings, latent_shape, to_input, to_pixels
+from clipmill.models import coders
+from clipmill.models.coders import GroupNorm, halvings
+from clipmill.models.vqvae import VQVAE, codes_shape, latent_shape, to_input, to_pixels
 
 
 def tiny(**changes: object) -> VQVAE:
@@ -59,8 +62,45 @@ def test_sizes_that_do_not_fit_are_user_errors() -> None:
         latent_shape(VQVAEModelConfig(), 15, (64, 64))
     with pytest.raises(UserError, match="compresses nothing"):
         tiny(downsample=(1, 1, 1))
-    with pytest.raises(UserError, match="multiple of 2"):
-        tiny(hidden_dim=9)
+    with pytest.raises(UserError, match="at least 2"):
+        tiny(hidden_dim=1)
+
+
+@pytest.mark.parametrize("hidden_dim", [6, 7])
+def test_widths_need_not_divide_by_four(hidden_dim: int) -> None:
+    model = tiny(hidden_dim=hidden_dim)
+    model(clips()).loss.backward()
+    assert model.decode(model.eval().encode(clips())).shape == clips().shape
+
+
+def test_the_attention_of_a_block_begins_smaller_than_in_the_published_code() -> None:
+    """There the branch is some 45 times as large as its shortcut: a block begins as a mean over rows and columns."""
+    model = tiny(hidden_dim=64, num_res_layers=1, downsample=(4, 4, 4))
+    block, ratios = model.encoder.stack[0], []
+    block.register_forward_hook(lambda _, x, y: ratios.append(((y - x[0]).std() / x[0].std()).item()))
+    model(clips(size=(32, 32)))
+    attention = block.layers[-1]
+    for weight in (attention.qkv.weight, attention.out.weight):
+        nn.init.normal_(weight, std=64**-0.5)
+    model(clips(size=(32, 32)))
+    assert ratios[0] < 0.4 * ratios[1]
+
+
+@pytest.mark.parametrize("each_frame", [False, True])
+def test_group_norm_of_a_gpu_is_the_same(each_frame: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = GroupNorm(12, each_frame).double()
+    with torch.no_grad():
+        norm.weight.uniform_()
+        norm.bias.uniform_()
+    x = torch.randn(2, 12, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for is_gpu in (False, True):
+        monkeypatch.setattr(coders, "wants_matrix_units", lambda _, is_gpu=is_gpu: is_gpu)
+        y = norm(x.contiguous(memory_format=torch.channels_last_3d))
+        found.append((y, *torch.autograd.grad(y.square().sum() + y[:, 0].sum(), (x, norm.weight, norm.bias))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # its statistics are float32
+    assert found[1][0].is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_shifted_content_stays_in_place() -> None:

@@ -134,7 +134,7 @@ class Engine:
             raise UserError(f"DeepSpeed refuses training.deepspeed={config.deepspeed}: {reason}") from error
         self._averages = Averages(self.deepspeed, averages) if averages else None
         if config.compile:
-            # Block by block: they are alike, so that one compilation serves all.
+            # A prior names its blocks, which are alike, so that one compilation serves all; a tokenizer its two halves.
             for block in cast(Any, objective).model.blocks:
                 block.compile()
 
