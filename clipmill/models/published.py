@@ -9,6 +9,7 @@ sizes and finite.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import struct
 import zipfile
@@ -62,10 +63,10 @@ def read_published(path: Path) -> Published:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     """Weights and settings, whatever they are."""
-    _require_whole(path)
+    archive = _whole_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(archive))
         lightning = {name for name in foreign if name.startswith(("pytorch_lightning.", "lightning."))}
         if refused := sorted(foreign - lightning):
             raise _UnlikeError(
@@ -74,7 +75,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
             )
         inert = [(OrderedDict if name.endswith(".AttributeDict") else _Inert, name) for name in lightning]
         with torch.serialization.safe_globals([argparse.Namespace, *inert]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            archive.seek(0)
+            checkpoint = torch.load(archive, map_location="cpu", weights_only=True)
         state, args = checkpoint["state_dict"], checkpoint["hyper_parameters"]["args"]
     except _UnlikeError:
         raise
@@ -89,20 +91,28 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     return state, args
 
 
-def _require_whole(path: Path) -> None:
-    """Checks what the archive says of its own bytes: torch looks at no checksum."""
+def _whole_archive(path: Path) -> io.BytesIO:
+    """A copy of the archive made of its members, whose checksums hold.
+
+    torch looks at no checksum, and reads headers otherwise than zipfile: it takes a member that one flipped bit calls a
+    folder for zeros. In the copy all headers are new.
+    """
+    copy = io.BytesIO()
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise _UnlikeError("its members are compressed, as torch writes none")
             if sum(member.file_size for member in members) > path.stat().st_size:
                 raise _UnlikeError("its members are larger than the file; download it again")
-            damaged = archive.testzip()
+            if len({member.filename for member in members}) < len(members):
+                raise _UnlikeError("two of its members have one name; download it again")
+            for member in members:
+                clean.writestr(member.filename, archive.read(member))
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
         raise _UnlikeError(f"it is no whole zip archive, as torch writes ({error}); download it again") from error
-    if damaged is not None:
-        raise _UnlikeError(f"{damaged} is damaged: its checksum does not hold; download it again")
+    copy.seek(0)
+    return copy
 
 
 def _require_plain(name: Any, tensor: Any) -> None:
