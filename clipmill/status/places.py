@@ -5,7 +5,7 @@ from __future__ import annotations
 from clipmill import storage
 from clipmill.errors import UserError
 
-__all__ = ["FOLDERS", "SAMPLES", "folder_of", "stage_folders"]
+__all__ = ["FOLDERS", "folder_of", "stage_folders"]
 
 FOLDERS = {
     "shard": "clips",
@@ -13,31 +13,32 @@ FOLDERS = {
     "tokenize": "tokens",
     "train-prior": "prior",
     "sample": "samples/default",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation/default",
     "report": "report",
 }
-"""The folder of each stage below the root of a run, in the order of a run; each set of samples has a folder."""
-SAMPLES = "samples"
+"""The folder of each stage below the root of a run, in the order of a run. Each set of samples has one, and each of its
+evaluations."""
 
 
 def stage_folders(root: str) -> dict[str, str]:
-    """The URL of each stage's folder, by the stage's name; of several sets of samples each is ``sample/NAME``."""
+    """The URL of each stage's folder by the stage's name; of several sets, by ``sample/NAME`` and ``evaluate/NAME``."""
     root = storage.absolute(root)
     found: dict[str, str] = {}
     for stage, folder in FOLDERS.items():
-        if stage == "sample":
-            found |= _sample_folders(root)
+        if "/" in folder:
+            found |= _sets(root, stage, *folder.split("/"))
         else:
             found[stage] = storage.join(root, folder)
     return found
 
 
-def _sample_folders(root: str) -> dict[str, str]:
-    url = storage.join(root, SAMPLES)
-    names = storage.list_folders(url)
+def _sets(root: str, stage: str, parent: str, default: str) -> dict[str, str]:
+    """The folders of a stage that has one for each set of samples."""
+    url = storage.join(root, parent)
+    names = [name for name in storage.list_folders(url) if not name.startswith("_")]
     if len(names) <= 1:
-        return {"sample": storage.join(url, *(names or ["default"]))}
-    return {f"sample/{name}": storage.join(url, name) for name in names}
+        return {stage: storage.join(url, *(names or [default]))}
+    return {f"{stage}/{name}": storage.join(url, name) for name in names}
 
 
 def folder_of(root: str, stage: str) -> str:

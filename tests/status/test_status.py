@@ -265,11 +265,14 @@ def test_a_run_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
             for number in range(1000):
                 BOARD.advance(number, 1000, "videos", {})
             assert server.requests["PUT run/clips/status.json"] == 1
+        server.objects["run/evaluation/_parts/a.npz"] = b""
+        with hold("s3://bucket/run/evaluation/walks", "evaluate") as lease, status.publishing(lease, "evaluate"):
+            pass
         for name in ("walks", "jumps"):
             with hold(f"s3://bucket/run/samples/{name}", "sample") as lease, status.publishing(lease, "sample"):
                 pass
         found = {one.stage: one.shown for one in status.read_run("s3://bucket/run")}
-        assert found["shard"] == found["sample/jumps"] == found["sample/walks"] == "finished"
+        assert found["shard"] == found["sample/jumps"] == found["sample/walks"] == found["evaluate"] == "finished"
         assert found["report"] == "not begun"
         assert "planned" in status.read_log(status.folder_of("s3://bucket/run", "shard"))
     finally:
