@@ -91,15 +91,21 @@ def some_checkpoint(
         downsample=downsample,
     )
     sizes = vqvae.sizes("vqvae.") | PriorSettings(**vars(args)).sizes(shape, vqvae)
+    state = random_state(sizes)
+    state["fc_in.weight"] *= residual_scale
+    state["fc_out.weight"] *= head_scale
+    return {"state_dict": state, "hyper_parameters": {"args": args}}
+
+
+def random_state(sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Weights as large as trained ones: products keep about the size of their input, gains are about one."""
     state = {}
     for name, size in sizes.items():
         drawn = torch.randn(size) * (0.3 if len(size) < 2 else (size[-1] if len(size) == 2 else WIDTHS[0]) ** -0.5)
         state[name] = drawn.abs() if name.endswith(("running_var", ".N")) else drawn
         if name.endswith((".g", "norm.weight")):
             state[name] += 1
-    state["fc_in.weight"] *= residual_scale
-    state["fc_out.weight"] *= head_scale
-    return {"state_dict": state, "hyper_parameters": {"args": args}}
+    return state
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> Path:

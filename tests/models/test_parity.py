@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from clipmill.models.export import load_prior, load_vqvae
+from clipmill.models.published_sizes import VQVAESettings
 from clipmill.models.videogpt import import_videogpt, load_videogpt_prior, load_videogpt_vqvae
 from tests.models.published_frames import NUM_FRAMES, frames_state, given_frames
-from tests.models.published_prior import published_logits, save, some_checkpoint
+from tests.models.published_prior import published_logits, random_state, save, some_checkpoint
+from tests.models.published_vqvae import PublishedVQVAE
 from tests.models.test_decoding import WAYS, cached_logits
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "reference"
@@ -149,3 +152,18 @@ def test_large_residuals_keep_the_published_logits(attn_type: str, classes: int 
     assert expected.abs().max() > 5
     for logits in (prior(codes, label), cached_logits(prior, codes, label)):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_hiddens", [6, 22, 25])
+def test_tokenizers_whose_width_is_no_multiple_of_four_give_the_published_codes(n_hiddens: int, tmp_path: Path) -> None:
+    settings = {"n_hiddens": n_hiddens, "n_res_layers": 1, "embedding_dim": 5, "n_codes": 30, "downsample": (2, 4, 4)}
+    args = Namespace(**settings, resolution=16, sequence_length=4)
+    state = random_state(VQVAESettings.model_validate(vars(args)).sizes())
+    torch.save({"state_dict": state, "hyper_parameters": {"args": args}}, tmp_path / "vqvae.ckpt")
+    model, published = load_videogpt_vqvae(tmp_path / "vqvae.ckpt"), PublishedVQVAE(state, args.downsample)
+    video = torch.rand(2, 3, 4, 16, 16) - 0.5
+    codes = published.encode(video)
+    assert len(codes.unique()) > 3
+    assert torch.equal(model.encode(video), codes)
+    torch.testing.assert_close(model.decode(codes), published.decode(codes).float(), rtol=1e-4, atol=1e-4)
