@@ -232,7 +232,8 @@ def compare_decoders(prior: Prior, rounds: int, url: str | None) -> dict[str, An
     with torch.inference_mode():
         device = prior.head.weight.device
         cached = CachedPrior(prior, 1, None if label is None else label.to(device), None, torch.float32)
-        drawing = Drawing(prior, cached, Noise(0, [0], prior.num_codes, device), None, 1.0, Filters(), 0)
+        drawing = Drawing(prior, cached, 1, 1.0, Filters())
+        drawing.begin(Noise(0, [0], prior.num_codes, device))
         num_passes = decode_in_parallel(drawing)
     return {
         "prior": url or "random weights",

@@ -69,11 +69,26 @@ class _Layer(NamedTuple):
     out: _Linear
     cross_q: _Linear | None
     cross_out: _Linear | None
-    memory: KeysValues | None
     up: _Linear
     down: _Linear
     head_gains: Tensor | None
     """Of queries and keys in the modern style, float32 [N + M, D]."""
+
+
+class _Given(NamedTuple):
+    """What label and condition of the rows turn into."""
+
+    modulations: Tensor | None
+    """Gains and biases of all norms, float32 [2, norms, R, t or 1, C]; None where all rows share them."""
+    added: Tensor | None
+    """To the input of each latent frame, [R, t, C]."""
+    memories: list[KeysValues]
+    """Of each layer, if layers attend to the condition."""
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there, in one order."""
+        parts = (self.modulations, self.added, *(part for memory in self.memories for part in memory))
+        return [part for part in parts if part is not None]
 
 
 class CachedPrior:
@@ -104,13 +119,11 @@ class CachedPrior:
         self.num_codes, self.num_codebooks = prior.num_codes, prior.input.num_codebooks
         self.per_frame = math.prod(prior.latent_shape[1:])
         self.normalise: Callable[[Tensor], Tensor] = _unit if self.modern else standardised
-        told = prior.told(condition, hidden)
-        norms = prior.norms(label, told.offsets)
         self.norms_per_block = prior.norms_per_block
-        self.modulations = None if norms[0].gain.dim() == 1 else _stacked(norms)
+        self._prior = prior
+        self.given, norms = self._take(label, condition, hidden)
         self.layers = [
-            _layer(block, prior.norms_of(norms, index), told.memory, dtype)
-            for index, block in enumerate(cast("list[Block]", list(prior.blocks)))
+            _layer(block, prior.norms_of(norms, index), dtype) for index, block in enumerate(_blocks(prior))
         ]
         weights = prior.head.weight.unflatten(0, (self.num_codebooks, self.num_codes))
         self.heads = [_linear(weight, None, dtype, norms[-1]) for weight in weights]
@@ -118,7 +131,6 @@ class CachedPrior:
         # The row behind those of the codes stands before the first position and adds nothing.
         self.table = torch.cat((table, torch.zeros_like(table[:1]))).to(dtype)
         self.offsets = prior.input.first_and_offsets(prior.num_positions).to(dtype)  # [L, C]
-        self.added = None if told.added is None else told.added.to(dtype)  # [R, t, C]
         self.rotation = (
             None if prior.rotation is None else torch.view_as_complex(prior.rotation.movedim(0, -1).contiguous())
         )
@@ -130,6 +142,29 @@ class CachedPrior:
         self.cache = torch.zeros(shape, dtype=cache_dtype, device=table.device)
         self.rows = torch.full((num_rows, prior.num_positions + 1), len(table), device=table.device)
         """Row of the table that enters at each position: that of the code before it."""
+
+    def begin(self, label: Tensor | None, condition: Tensor | None, hidden: Tensor | None = None) -> None:
+        """Goes on to other rows, with arguments of the same shapes; every tensor stays where it is."""
+        for kept, new in zip(self.given.tensors(), self._take(label, condition, hidden)[0].tensors(), strict=True):
+            kept.copy_(new)
+        self.rows.fill_(len(self.table) - 1)
+        self.cache.zero_()  # attention reads zero times what lies behind a position, which must be finite
+
+    def _take(
+        self, label: Tensor | None, condition: Tensor | None, hidden: Tensor | None
+    ) -> tuple[_Given, list[Norm]]:
+        """What label and condition turn into, and the norms that they decide on."""
+        prior, dtype = self._prior, self.dtype
+        told = prior.told(condition, hidden)
+        norms = prior.norms(label, told.offsets)
+        memories = []
+        if told.memory is not None:
+            memories = [_memory(cast(CrossAttention, block.cross), told.memory, dtype) for block in _blocks(prior)]
+        return _Given(
+            None if norms[0].gain.dim() == 1 else _stacked(norms),
+            None if told.added is None else told.added.to(dtype),
+            memories,
+        ), norms
 
     def put(self, places: Places, codes: Tensor) -> None:
         """Notes the codes int64 [R, n] at some positions, which later positions follow."""
@@ -163,10 +198,10 @@ class CachedPrior:
     def _hidden(self, places: Places) -> Tensor:
         """What the heads read, [R * n, C]."""
         x = F.embedding(places.take(self.rows, 1), self.table).add_(places.take(self.offsets, 0))  # [R, n, C]
-        if self.added is not None:
-            x += places.frames(self.per_frame, x.device).take(self.added, 1)
+        modulations, added, memories = self.given
+        if added is not None:
+            x += places.frames(self.per_frame, x.device).take(added, 1)
         x = x.flatten(0, 1)
-        modulations = self.modulations
         if modulations is not None and modulations.shape[3] > 1:
             modulations = places.frames(self.per_frame, x.device).take(modulations, 3)
         rotation = None if self.rotation is None else places.take(self.rotation, 0)[:, None]
@@ -175,9 +210,9 @@ class CachedPrior:
             norms = iter(range(self.norms_per_block * index, self.norms_per_block * (index + 1)))
             mixed = self._attention(self._norm(x, next(norms), modulations), layer, index, rotation, seen, places)
             layer.out.add_to(x, mixed)
-            if layer.cross_q is not None and layer.cross_out is not None and layer.memory is not None:
+            if layer.cross_q is not None and layer.cross_out is not None:
                 queries = layer.cross_q(self._norm(x, next(norms), modulations))
-                layer.cross_out.add_to(x, self._cross(queries, layer.memory))
+                layer.cross_out.add_to(x, self._cross(queries, memories[index]))
             layer.down.add_to(x, self._gate(layer.up(self._norm(x, next(norms), modulations))))
         return self._norm(x, self.norms_per_block * len(self.layers), modulations)
 
@@ -238,7 +273,11 @@ class CachedPrior:
 # ------------------------------------------------------------------------------------------ weights
 
 
-def _layer(block: Block, norms: list[Norm], memory: Tensor | None, dtype: torch.dtype) -> _Layer:
+def _blocks(prior: Prior) -> list[Block]:
+    return cast("list[Block]", list(prior.blocks))
+
+
+def _layer(block: Block, norms: list[Norm], dtype: torch.dtype) -> _Layer:
     attention, cross = block.attention, block.cross
     qkv, head_gains = attention.qkv.weight, None
     up_scale = 1.0 if block.modern else 1.702
@@ -254,7 +293,6 @@ def _layer(block: Block, norms: list[Norm], memory: Tensor | None, dtype: torch.
         out=_linear(attention.out.weight, attention.out.bias, dtype),
         cross_q=None if cross is None else _linear(cross.q.weight, None, dtype, norms[1]),
         cross_out=None if cross is None else _linear(cross.out.weight, cross.out.bias, dtype),
-        memory=None if cross is None else _memory(cross, cast(Tensor, memory), dtype),
         up=_linear(block.widen.weight, block.widen.bias, dtype, norms[-1], up_scale),
         down=_linear(block.narrow.weight / up_scale, block.narrow.bias, dtype),
         head_gains=head_gains,

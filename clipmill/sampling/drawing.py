@@ -1,4 +1,4 @@
-"""The codes of one batch while they are drawn: what the sequential and the parallel decoder share.
+"""The codes of a batch while they are drawn: what the sequential and the parallel decoder share.
 
 B: samples   R: rows of the prior, B or, under guidance, 2 B   n: positions at once   L: all positions   K: codes
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from clipmill.models.prior import Prior
 from clipmill.sampling.filters import Filters, draw
 from clipmill.sampling.noise import Noise
 
+if TYPE_CHECKING:
+    from clipmill.sampling.sequential import DeviceStep
+
 __all__ = ["Drawing"]
 
 _NOISE_ELEMENTS = 2**19
@@ -25,53 +29,64 @@ _NOISE_ELEMENTS = 2**19
 
 
 class Drawing:
-    """A batch of which the first ``num_given`` positions are decided.
+    """Batches of one size and one set of filters, one after another, in the same tensors; `begin` starts each.
 
     Args:
         prior: in eval mode.
         cached: the same, ready for R rows; with guidance the second half of them goes without what training hid.
-        noise: of the B samples.
-        prefix: codes of the first positions, int64 [B, P]; None: nothing is given.
+        num_samples: B.
         guidance: see `clipmill.sampling.generate`.
         filters: of the draws.
-        first_frame: latent frame of the whole video at which the batch begins.
-        on_progress: gets the number of positions drawn since its last call, about once a latent frame.
 
     Attributes:
         codes: int64 [B, L].
-        num_given: P.
+        num_given: positions that are decided when a batch begins.
+        step: of the sequential decoder on a GPU, with its CUDA graphs.
     """
 
     def __init__(
+        self, prior: Prior, cached: CachedPrior, num_samples: int, guidance: float, filters: Filters
+    ) -> None:
+        self.cached, self.filters, self.guidance = cached, filters, guidance
+        self.num_samples, self.num_positions = num_samples, prior.num_positions
+        self.num_frames, self.num_codes = prior.latent_shape[0], prior.num_codes
+        self.num_codebooks, self.device = cached.num_codebooks, cached.rows.device
+        self.copies = cached.num_rows // num_samples
+        self.per_frame = math.prod(prior.latent_shape[1:])
+        self.temperatures: Tensor | None = None  # [L, 1]
+        if filters.temperature != 1.0:
+            self.temperatures = torch.ones(self.num_positions, 1, device=self.device)
+        self.codes = torch.zeros(num_samples, self.num_positions, dtype=torch.int64, device=self.device)
+        self.health = torch.zeros(num_samples, device=self.device)
+        self.step: DeviceStep | None = None
+
+    def begin(
         self,
-        prior: Prior,
-        cached: CachedPrior,
         noise: Noise,
-        prefix: Tensor | None,
-        guidance: float,
-        filters: Filters,
-        first_frame: int,
+        prefix: Tensor | None = None,
+        first_frame: int = 0,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        self.cached, self.noise, self.filters, self.guidance = cached, noise, filters, guidance
-        self.num_samples, self.num_positions = noise.num_samples, prior.num_positions
-        self.num_codebooks, self.device = cached.num_codebooks, cached.rows.device
-        self.copies = cached.num_rows // self.num_samples
-        self.per_frame = math.prod(prior.latent_shape[1:])
-        self.offset = first_frame * self.per_frame
-        temperatures = filters.temperatures(first_frame, prior.latent_shape[0])
-        self.temperatures = None  # [L, 1]
-        if set(temperatures) != {1.0}:
-            by_frame = torch.tensor(temperatures, device=self.device)
-            self.temperatures = by_frame.repeat_interleave(self.per_frame)[:, None]
-        self.codes = torch.zeros(self.num_samples, self.num_positions, dtype=torch.int64, device=self.device)
-        self.health = torch.zeros(self.num_samples, device=self.device)
-        self.noise_block, self.noise_first = torch.empty(self.num_samples, 0, noise.num_codes), 0
+        """Starts a batch; ``cached`` has begun with its labels and conditions.
+
+        Args:
+            noise: of the B samples.
+            prefix: codes of the first positions, int64 [B, P]; None: nothing is given.
+            first_frame: latent frame of the whole video at which the batch begins.
+            on_progress: gets the number of positions drawn since its last call, about once a latent frame.
+        """
+        self.noise, self.offset = noise, first_frame * self.per_frame
+        self.noise_block, self.noise_first = torch.empty(self.num_samples, 0, self.num_codes), 0
+        if self.temperatures is not None:
+            by_frame = torch.tensor(self.filters.temperatures(first_frame, self.num_frames), device=self.device)
+            self.temperatures.copy_(by_frame.repeat_interleave(self.per_frame)[:, None])
+        self.codes.zero_()
+        self.health.zero_()
         self.num_given = 0 if prefix is None else prefix.shape[1]
         self._on_progress, self._num_told = on_progress, self.num_given
         if prefix is not None and self.num_given:
             self.codes[:, : self.num_given] = prefix
-            cached.prefill(prefix.repeat(self.copies, 1))
+            self.cached.prefill(prefix.repeat(self.copies, 1))
 
     def tell(self, num_drawn: int) -> None:
         """Reports progress when the first ``num_drawn`` positions are drawn; on a GPU, when they are on their way."""
@@ -83,7 +98,7 @@ class Drawing:
     @property
     def noise_positions(self) -> int:
         """Positions whose noise is made at once."""
-        return max(1, _NOISE_ELEMENTS // (self.num_samples * self.noise.num_codes))
+        return max(1, _NOISE_ELEMENTS // (self.num_samples * self.num_codes))
 
     def noise_at(self, places: HostPlaces) -> Tensor:
         """Float32 [B, n, K]."""

@@ -13,10 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipmill.models.decoding import CachedPrior
 from clipmill.models.prior import Prior
-from clipmill.sampling.drawing import Drawing
 from clipmill.sampling.filters import Filters
+from clipmill.sampling.kept import DrawingSettings, Kept
 from clipmill.sampling.noise import Noise
 from clipmill.sampling.parallel import decode_in_parallel
 from clipmill.sampling.sequential import decode_sequentially
@@ -39,6 +38,7 @@ def generate(
     precision: Literal["float32", "bfloat16"] = "float32",
     first_frame: int = 0,
     on_progress: Callable[[int], None] | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Draws the codes of samples ``indices``.
 
@@ -59,6 +59,7 @@ def generate(
         first_frame: latent frame of the whole video at which this window of it begins. Noise and a schedule of
             temperatures go by the place in the whole video.
         on_progress: gets the number of positions drawn since its last call, about once a latent frame.
+        kept: spares later calls of the same sizes and settings the preparation. None keeps nothing.
 
     Returns:
         int64 [B, t, h, w], or [B, t, h, w, M] of a prior over M codebooks.
@@ -80,19 +81,13 @@ def generate(
             condition = torch.cat((condition, condition))
             if prior.config.condition_dropout:
                 hidden = torch.arange(2 * num_samples, device=device) >= num_samples
-    drawing = Drawing(
-        prior,
-        CachedPrior(prior, copies * num_samples, labels, condition, getattr(torch, precision), hidden),
-        Noise(seed, indices, prior.num_codes, device),
-        None if prefix is None else prefix.flatten(1),
-        guidance,
-        filters or Filters(),
-        first_frame,
-        on_progress,
-    )
-    if decoder == "parallel":
-        decode_in_parallel(drawing)
-    else:
-        decode_sequentially(drawing)
-    drawing.require_finite(indices)
-    return drawing.codes.view(num_samples, *prior.latent_shape)
+    settings = DrawingSettings(num_samples, copies, precision, guidance, filters or Filters(), torch.get_num_threads())
+    with (kept or Kept()).drawing(prior, settings, labels, condition, hidden) as drawing:
+        noise = Noise(seed, indices, prior.num_codes, device)
+        drawing.begin(noise, None if prefix is None else prefix.flatten(1), first_frame, on_progress)
+        if decoder == "parallel":
+            decode_in_parallel(drawing)
+        else:
+            decode_sequentially(drawing)
+        drawing.require_finite(indices)
+        return drawing.codes.view(num_samples, *prior.latent_shape).clone()

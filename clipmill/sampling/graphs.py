@@ -17,7 +17,6 @@ class Graphs:
     """Runs functions that read and write the same tensors each time; of a key from the second time on as a graph."""
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
@@ -27,7 +26,9 @@ class Graphs:
             return
         function()  # libraries make their workspaces on first use, which no graph may contain
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        # Another thread may decode the last batch meanwhile, and allocate memory.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             function()
         self.graphs[key] = graph
 

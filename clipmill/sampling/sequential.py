@@ -15,15 +15,9 @@ __all__ = ["decode_sequentially"]
 
 def decode_sequentially(drawing: Drawing) -> None:
     """Draws all positions that are not given; nothing in the loop waits for the device."""
-    if drawing.device.type == "cuda":
-        step = DeviceStep(drawing)
-        graphs = Graphs()
-        for position in range(drawing.num_given, drawing.num_positions):
-            step.refill(position)
-            context = context_bucket(position + 1, drawing.num_positions)
-            codebook = position % drawing.num_codebooks
-            graphs.run((context, codebook), functools.partial(step, context, codebook))
-            drawing.tell(position + 1)
+    if device_counts(drawing.device):
+        drawing.step = drawing.step or DeviceStep(drawing)
+        drawing.step.draw_all()
         return
     for position in range(drawing.num_given, drawing.num_positions):
         places = HostPlaces(position, 1)
@@ -33,16 +27,36 @@ def decode_sequentially(drawing: Drawing) -> None:
         drawing.tell(position + 1)
 
 
+def device_counts(device: torch.device) -> bool:
+    """Whether a device counts the positions itself: then one CUDA graph serves many of them."""
+    return device.type == "cuda"
+
+
 class DeviceStep:
-    """A step whose position the device knows: the same kernels on the same memory for every position of a bucket."""
+    """A step whose position the device knows: the same kernels on the same memory for every position of a bucket.
+
+    Its CUDA graphs serve all batches of its drawing.
+    """
 
     def __init__(self, drawing: Drawing) -> None:
         self.drawing = drawing
-        self.position = torch.tensor([drawing.num_given], device=drawing.device)
+        self.graphs = Graphs()
+        self.position = torch.zeros(1, dtype=torch.int64, device=drawing.device)
         self.slot = torch.zeros_like(self.position)
         """Where the noise of the position is in ``noise``."""
-        shape = (drawing.num_samples, drawing.noise_positions, drawing.noise.num_codes)
+        shape = (drawing.num_samples, drawing.noise_positions, drawing.num_codes)
         self.noise = torch.empty(shape, device=drawing.device)
+
+    def draw_all(self) -> None:
+        """Draws the batch that the drawing has begun."""
+        drawing = self.drawing
+        self.position.fill_(drawing.num_given)
+        for position in range(drawing.num_given, drawing.num_positions):
+            self.refill(position)
+            context = context_bucket(position + 1, drawing.num_positions)
+            codebook = position % drawing.num_codebooks
+            self.graphs.run((context, codebook), functools.partial(self, context, codebook))
+            drawing.tell(position + 1)
 
     def refill(self, position: int) -> None:
         """Makes the noise of the next positions where it is used up; the host counts along."""

@@ -19,6 +19,7 @@ from clipmill.sampling.drawing import Drawing
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
 from clipmill.sampling.graphs import context_bucket
+from clipmill.sampling.kept import Kept
 from clipmill.sampling.noise import Noise
 from tests.models import test_conditioning, test_prior
 
@@ -107,22 +108,18 @@ def test_a_prior_that_ignores_codes_takes_one_pass_a_window(monkeypatch: pytest.
 def test_steps_that_the_device_counts_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA graph holds, run without one."""
 
-    def decode(drawing: Drawing) -> None:
-        step = sequential.DeviceStep(drawing)
-        for position in range(drawing.num_given, drawing.num_positions):
-            step.refill(position)
-            step(context_bucket(position + 1, drawing.num_positions), position % drawing.num_codebooks)
-
     monkeypatch.setattr("clipmill.sampling.drawing._NOISE_ELEMENTS", 5 * 4 * 11)
     for prior in (test_prior.stirred(3, label_dropout=0.1), test_prior.stirred(shape=(2, 2, 2, 3), style="modern")):
         labels = torch.tensor([0, 1, 2, 0]) if prior.norms.num_classes else None
         keys = {"seed": 1, "indices": range(4), "labels": labels, "guidance": 2.0 if labels is not None else 1.0}
         expected = generate(prior, **keys)
         with monkeypatch.context() as patch:
-            patch.setattr("clipmill.sampling.generate.decode_sequentially", decode)
-            assert torch.equal(generate(prior, **keys), expected)
+            patch.setattr(sequential, "device_counts", lambda device: True)
+            patch.setattr(sequential.Graphs, "run", lambda graphs, key, function: function())
+            kept = Kept()
+            assert torch.equal(generate(prior, kept=kept, **keys), expected)
             prefix = expected[:, :1]
-            assert torch.equal(generate(prior, prefix=prefix, **keys), expected)
+            assert torch.equal(generate(prior, prefix=prefix, kept=kept, **keys), expected)
 
 
 @test_prior.styles
@@ -132,7 +129,8 @@ def test_a_step_that_the_device_counts_never_waits_for_it(style: str, filters: F
     prior, meta = test_prior.stirred(3, style).to("meta"), torch.device("meta")
     with torch.inference_mode():
         cached = CachedPrior(prior, 4, torch.zeros(4, dtype=torch.int64, device=meta), None, torch.bfloat16)
-        drawing = Drawing(prior, cached, Noise(0, range(4), 11, meta), None, 1.0, filters, 0)
+        drawing = Drawing(prior, cached, 4, 1.0, filters)
+        drawing.begin(Noise(0, range(4), 11, meta))
         step = sequential.DeviceStep(drawing)
         step.refill(0)
         step(64, 0)

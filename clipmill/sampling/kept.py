@@ -1,0 +1,108 @@
+"""What batches of one prior share: its weights as decoding reads them, a cache, and on a GPU the CUDA graphs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipmill.models.decoding import CachedPrior
+from clipmill.models.prior import Prior
+from clipmill.sampling.drawing import Drawing
+from clipmill.sampling.filters import Filters
+
+__all__ = ["DrawingSettings", "Kept"]
+
+
+class DrawingSettings(NamedTuple):
+    """What a drawing is made for, beside the prior and the shapes of labels and condition.
+
+    Attributes:
+        num_samples: B.
+        copies: rows of the prior for each sample: 2 under guidance, else 1.
+        precision: a dtype of torch.
+        guidance: see `clipmill.sampling.generate`.
+        filters: of the draws.
+        num_threads: of torch, among which layers are cut.
+    """
+
+    num_samples: int
+    copies: int
+    precision: str
+    guidance: float
+    filters: Filters
+    num_threads: int
+
+
+class Kept:
+    """Keeps the drawing of the last call for the next one of the same settings.
+
+    Belongs to whoever draws several batches of a prior, and holds their memory as long as it lives. A call from another
+    thread meanwhile gets a drawing of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: Any = None
+        self._drawing: Drawing | None = None
+
+    @contextmanager
+    def drawing(
+        self,
+        prior: Prior,
+        settings: DrawingSettings,
+        labels: Tensor | None,
+        condition: Tensor | None,
+        hidden: Tensor | None,
+    ) -> Iterator[Drawing]:
+        """A drawing that has its labels and condition, and begins with a batch.
+
+        Args:
+            prior: in eval mode.
+            settings: of the drawing.
+            labels: int64 [R]; None for a prior without classes.
+            condition: of the R rows; None for a prior without.
+            hidden: rows whose condition is hidden, bool [R]; None hides none.
+        """
+        if not self._lock.acquire(blocking=False):
+            yield _new_drawing(prior, settings, labels, condition, hidden)
+            return
+        try:
+            key = _key(prior, settings, labels, condition, hidden)
+            if self._drawing is not None and key == self._key:
+                self._drawing.cached.begin(labels, condition, hidden)
+            else:
+                self._drawing = self._key = None  # frees its memory first
+                self._drawing = _new_drawing(prior, settings, labels, condition, hidden)
+                self._key = key
+            yield self._drawing
+        finally:
+            self._lock.release()
+
+
+def _new_drawing(
+    prior: Prior,
+    settings: DrawingSettings,
+    labels: Tensor | None,
+    condition: Tensor | None,
+    hidden: Tensor | None,
+) -> Drawing:
+    dtype = getattr(torch, settings.precision)
+    num_rows = settings.copies * settings.num_samples
+    cached = CachedPrior(prior, num_rows, labels, condition, dtype, hidden)
+    return Drawing(prior, cached, settings.num_samples, settings.guidance, settings.filters)
+
+
+def _key(prior: Prior, settings: DrawingSettings, *given: Tensor | None) -> Any:
+    """Equal for calls that may share a drawing: weights that were moved or changed make another."""
+    weights = tuple((weight.data_ptr(), _version(weight)) for weight in prior.parameters())
+    return weights, settings, tuple(None if each is None else each.shape for each in given)
+
+
+def _version(weight: Tensor) -> object:
+    """Changes with each operation in place; a tensor of inference counts none, and so equals nothing."""
+    return object() if weight.is_inference() else weight._version
