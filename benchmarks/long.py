@@ -25,7 +25,7 @@ from clipmill.models.export import load_prior
 from clipmill.models.vqvae import to_pixels
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
-from clipmill.sampling.long import sample_videos, video_length
+from clipmill.sampling.long import Batch, sample_videos, video_length
 
 GOALS = {"seam_ratio": 1.1}
 
@@ -58,7 +58,7 @@ def main() -> None:
     for num_frames in (4 * window, arguments.num_frames):
         began = time.perf_counter()
         length = video_length(body, num_frames, arguments.overlap_latents)
-        videos = sample_videos(draw, tokenizer, length)
+        (videos,) = sample_videos([Batch(draw)], tokenizer, length, lambda _, videos: videos)
         seconds = time.perf_counter() - began
         peaks[num_frames] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"{num_frames} frames: {seconds:.1f} s, peak {peaks[num_frames] / 2**20:.0f} MiB", flush=True)

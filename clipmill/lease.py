@@ -51,7 +51,7 @@ class Lease:
     """Set once somebody has asked the owner to stop. Stays with the process that holds the folder."""
 
     def __reduce__(self) -> tuple[type[Lease], tuple[str, int]]:
-        return Lease, (self.url, self.attempt)
+        return type(self), (self.url, self.attempt)
 
     def is_newest(self) -> bool:
         """Whether no later run has taken the folder over."""

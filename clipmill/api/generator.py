@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,9 @@ from clipmill.api.tokenizer import Tokenizer
 from clipmill.config import SampleConfig
 from clipmill.errors import UserError
 from clipmill.models.prior import Prior
-from clipmill.sampling.long import VideoLength, Videos, sample_videos, video_length
+from clipmill.sampling.fitting import batch_size_for
+from clipmill.sampling.kept import Kept
+from clipmill.sampling.long import Batch, VideoLength, sample_videos, video_length
 from clipmill.sampling.settings import draw_by
 
 __all__ = ["Generator", "Samples"]
@@ -43,6 +44,7 @@ class Generator:
 
     def __init__(self, model: Prior, tokenizer: Tokenizer, body: dict[str, Any]) -> None:
         self.model, self.tokenizer, self.body = model, tokenizer, body
+        self._kept = Kept()
         shape = body.get("condition_shape")
         self.info = GeneratorInfo(
             sha8=body["sha8"],
@@ -80,9 +82,9 @@ class Generator:
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        decoder: Literal["sequential", "parallel"] = "sequential",
+        decoder: Literal["auto", "sequential", "parallel"] = "auto",
         precision: Literal["float32", "bfloat16"] = "float32",
-        batch_size: int = 16,
+        batch_size: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
         """Makes videos.
@@ -104,9 +106,9 @@ class Generator:
             top_k: of the codes of a position.
             top_p: of their probability.
             min_p: over the most likely one.
-            decoder: both draw the same codes, up to rounding.
+            decoder: both draw the same codes, up to rounding; ``auto`` takes the faster one.
             precision: of the draw.
-            batch_size: videos drawn at once.
+            batch_size: videos drawn at once. None is 16 on a CPU, and on a GPU what its memory holds.
             on_progress: gets the number of codes drawn so far, and that of all.
 
         Raises:
@@ -129,26 +131,26 @@ class Generator:
         prefix, frames = given_frames(self.info, self.tokenizer, length, num, first_frames, prefix_latents)
         condition = given_condition(self.info, length, num, frames, {"actions": actions, "text": text})
         progress = _Progress(on_progress, self.info.codes_shape, length, num, 0 if prefix is None else prefix.shape[1])
-        draw = functools.partial(self._draw, wanted, length, progress)
+        batch_size = batch_size_for(wanted, self.model, self.tokenizer.model, length)
         batches = [slice(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
-        made = [draw(first_index, rows, labels=labels, condition=condition, prefix=prefix) for rows in batches]
+        drawn = (
+            self._batch(wanted, progress, first_index, rows, labels=labels, condition=condition, prefix=prefix)
+            for rows in batches
+        )
+        made = list(sample_videos(drawn, self.tokenizer.model, length, lambda _, videos: videos))
         # What concatenates is an ordinary tensor, with which a user may train.
-        return Samples(torch.cat([each.pixels for each in made]), torch.cat([each.codes.cpu() for each in made]))
+        return Samples(torch.cat([each.pixels for each in made]), torch.cat([each.codes for each in made]))
 
-    def _draw(
-        self,
-        settings: SampleConfig,
-        length: VideoLength,
-        progress: _Progress,
-        first_index: int,
-        rows: slice,
-        **given: Tensor | None,
-    ) -> Videos:
-        """One batch: some rows of all samples and of what is given to each."""
+    def _batch(
+        self, settings: SampleConfig, progress: _Progress, first_index: int, rows: slice, **given: Tensor | None
+    ) -> Batch:
+        """Some rows of all samples and of what is given to each."""
         batch = {name: None if each is None else each[rows] for name, each in given.items()}
         indices = range(first_index + rows.start, first_index + rows.stop)
-        draw = draw_by(settings, self.model, indices, batch.pop("labels"), progress.of_batch(len(indices)))
-        return sample_videos(draw, self.tokenizer.model, length, **batch)
+        labels = batch.pop("labels")
+        return Batch(
+            draw_by(settings, self.model, indices, labels, self._kept, progress.of_batch(len(indices))), **batch
+        )
 
     def _settings(self, **settings: Any) -> SampleConfig:
         """The settings of the draw, checked as the config checks them."""

@@ -65,8 +65,9 @@ class SampleConfig(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance scale: logits are ``without + guidance * (with - without)`` class and condition. 1
     disables it. Needs ``prior.model.label_dropout`` or ``prior.model.condition_dropout``."""
-    decoder: Literal["sequential", "parallel"] = "sequential"
-    """``parallel`` draws the same codes, up to rounding, in several times fewer passes over many positions each."""
+    decoder: Literal["auto", "sequential", "parallel"] = "auto"
+    """``parallel`` draws the same codes, up to rounding, in several times fewer passes over many positions each.
+    ``auto`` takes the one that was measured to be faster at the batch size, and the recipe records which."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the prior's weights, activations and cache."""
     prefix_latents: Annotated[int, Field(ge=0)] = 0
@@ -81,8 +82,9 @@ class SampleConfig(Section):
     overlap_latents: PositiveInt | None = None
     """Latent frames that consecutive windows of a longer sample share. None is half of the window, or as many as hold
     the frames that the prior is conditioned on."""
-    batch_size: PositiveInt = 16
-    """Identity: samples are bit-identical at the recorded batch size, precision and hardware class."""
+    batch_size: PositiveInt | None = None
+    """Videos drawn at once. None is 16 on a CPU, and on a GPU the largest power of two up to 256 that its memory holds.
+    Samples are bit-identical at the recorded batch size, precision and hardware class."""
     format: Literal["mp4", "npy"] = "mp4"
     """How a sample's pixels are stored. ``mp4``: h264 at a constant rate factor of 10, which every player shows.
     ``npy``: lossless uint8 [T, H, W, 3]."""

@@ -18,6 +18,7 @@ from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.progress import bar
 from clipmill.sampling.filters import Filters
+from clipmill.sampling.fitting import most_at_once
 from clipmill.sampling.generate import generate
 from clipmill.training.estimate import build_prior
 
@@ -35,7 +36,7 @@ class Timing(NamedTuple):
         encode_clip: one clip into codes.
         prior_step: one optimizer step of the prior.
         prior_clip: one clip through the prior, without gradients.
-        draw_sample: the codes of one sample, in batches of ``sample.batch_size``.
+        draw_sample: the codes of one sample, in batches of ``sample.batch_size``, or of 16 where that is not set.
         vqvae_micro_batch: clips that fit on the device at once.
         prior_micro_batch: as ``vqvae_micro_batch``.
     """
@@ -117,7 +118,7 @@ def _time_step(
 
 def _time_draw(config: RunConfig, prior: Prior, device: torch.device) -> float:
     """Draws the last latent frame only, behind given ones: the longest cache, so an upper bound for the others."""
-    codes, labels = _codes(config, config.sample.batch_size, device)
+    codes, labels = _codes(config, most_at_once(config.sample, use_gpu=False), device)
     filters = Filters(temperature=1.0, top_k=None, top_p=config.sample.top_p, min_p=0.0)
     num_frames = codes.shape[1]
     began = time.perf_counter()

@@ -122,9 +122,7 @@ class CachedPrior:
         self.norms_per_block = prior.norms_per_block
         self._prior = prior
         self.given, norms = self._take(label, condition, hidden)
-        self.layers = [
-            _layer(block, prior.norms_of(norms, index), dtype) for index, block in enumerate(_blocks(prior))
-        ]
+        self.layers = [_layer(block, prior.norms_of(norms, index), dtype) for index, block in enumerate(_blocks(prior))]
         weights = prior.head.weight.unflatten(0, (self.num_codebooks, self.num_codes))
         self.heads = [_linear(weight, None, dtype, norms[-1]) for weight in weights]
         table = prior.input.table()
@@ -150,9 +148,7 @@ class CachedPrior:
         self.rows.fill_(len(self.table) - 1)
         self.cache.zero_()  # attention reads zero times what lies behind a position, which must be finite
 
-    def _take(
-        self, label: Tensor | None, condition: Tensor | None, hidden: Tensor | None
-    ) -> tuple[_Given, list[Norm]]:
+    def _take(self, label: Tensor | None, condition: Tensor | None, hidden: Tensor | None) -> tuple[_Given, list[Norm]]:
         """What label and condition turn into, and the norms that they decide on."""
         prior, dtype = self._prior, self.dtype
         told = prior.told(condition, hidden)

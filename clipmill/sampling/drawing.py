@@ -44,9 +44,7 @@ class Drawing:
         step: of the sequential decoder on a GPU, with its CUDA graphs.
     """
 
-    def __init__(
-        self, prior: Prior, cached: CachedPrior, num_samples: int, guidance: float, filters: Filters
-    ) -> None:
+    def __init__(self, prior: Prior, cached: CachedPrior, num_samples: int, guidance: float, filters: Filters) -> None:
         self.cached, self.filters, self.guidance = cached, filters, guidance
         self.num_samples, self.num_positions = num_samples, prior.num_positions
         self.num_frames, self.num_codes = prior.latent_shape[0], prior.num_codes

@@ -9,9 +9,12 @@ B: batch   t: latent frames of the window   L: of the video   T: frames of the v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +25,13 @@ from clipmill.models.chunks import decode_to_pixels
 from clipmill.models.export import model_config
 from clipmill.models.vqvae import VQVAE, num_frames_of, to_pixels, whole_latents_of
 
-__all__ = ["DrawWindow", "VideoLength", "Videos", "nearest_num_frames", "sample_videos", "video_length"]
+__all__ = ["Batch", "DrawWindow", "VideoLength", "Videos", "nearest_num_frames", "sample_videos", "video_length"]
+
+
+T = TypeVar("T")
+
+DECODED_VIDEOS = 16
+"""Videos that are decoded at once: more are no faster, and the memory is the prior's."""
 
 
 class DrawWindow(Protocol):
@@ -32,13 +41,28 @@ class DrawWindow(Protocol):
         """Codes int64 [B, t, h, w] or [B, t, h, w, M] of one window."""
 
 
+class Batch(NamedTuple):
+    """Videos that are drawn together.
+
+    Attributes:
+        draw: makes one window: `generate` with its prior, seed, indices, labels and filters.
+        condition: of each video (see `clipmill.models.conditioning`). Actions are those of all T frames. A prior that
+            is conditioned on frames gets the first of the video here, and later those that it has made.
+        prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M], n < L.
+    """
+
+    draw: DrawWindow
+    condition: Tensor | None = None
+    prefix: Tensor | None = None
+
+
 class Videos(NamedTuple):
-    """What `sample_videos` makes."""
+    """What `sample_videos` makes of a batch, on the host."""
 
     codes: Tensor
     """int64 [B, L, h, w] or [B, L, h, w, M]."""
     pixels: Tensor
-    """uint8 [B, T, H, W, 3], on the host."""
+    """uint8 [B, T, H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -155,42 +179,82 @@ def _overlap(window_latents: int, wanted: int | None, least: int) -> int:
     return wanted
 
 
-@torch.inference_mode()
 def sample_videos(
-    draw: DrawWindow,
+    batches: Iterable[Batch],
     tokenizer: VQVAE,
     length: VideoLength,
-    *,
-    condition: Tensor | None = None,
-    prefix: Tensor | None = None,
-) -> Videos:
-    """Draws videos of any length and decodes them.
+    finish: Callable[[int, Videos], T],
+) -> Iterator[T]:
+    """Draws videos of any length; each batch is decoded and finished in a thread while the next one is drawn.
 
     Args:
-        draw: makes one window: `generate` with its prior, seed, indices, labels and filters.
+        batches: in order.
         tokenizer: of the prior, in eval mode on its device.
         length: of the videos.
-        condition: of each video (see `clipmill.models.conditioning`). Actions are those of all T frames. A prior that
-            is conditioned on frames gets the first of the video here, and later those that it has made.
-        prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M], n < L.
+        finish: called in the thread with the number of a batch and its videos.
+
+    Yields:
+        What ``finish`` returned, in order.
 
     Raises:
         UserError: there are fewer actions than frames, or `generate` refuses something.
     """
+    with ThreadPoolExecutor(1, thread_name_prefix="decode-samples") as thread:
+        decoding: Future[T] | None = None
+        for number, batch in enumerate(batches):
+            codes = _draw_codes(batch, tokenizer, length)
+            if decoding is not None:
+                yield decoding.result()
+            drawn = torch.cuda.current_stream(codes.device).record_event() if codes.is_cuda else None
+            decoding = thread.submit(_decode, tokenizer, length, codes, drawn, functools.partial(finish, number))
+        if decoding is not None:
+            yield decoding.result()
+
+
+@torch.inference_mode()
+def _draw_codes(batch: Batch, tokenizer: VQVAE, length: VideoLength) -> Tensor:
+    """Codes int64 [B, L, h, w] or [B, L, h, w, M]."""
+    prefix = batch.prefix
     codes = None if prefix is None else prefix.to(tokenizer.from_latent.weight.device)
     num_known = 0 if prefix is None else prefix.shape[1]
-    _check_given(length, condition, num_known)
+    _check_given(length, batch.condition, num_known)
     while num_known < length.num_latents:
         start = length.start(num_known)
         known = None if codes is None or num_known == start else codes[:, start:]
-        told = _condition_at(tokenizer, length, start, condition, codes)
-        window = draw(condition=told, prefix=known, first_frame=start)
+        told = _condition_at(tokenizer, length, start, batch.condition, codes)
+        window = batch.draw(condition=told, prefix=known, first_frame=start)
         new = window[:, num_known - start :]
         codes = new if codes is None else torch.cat((codes, new), 1)
         num_known = start + length.window_latents
     assert codes is not None
+    return codes
+
+
+def _decode(
+    tokenizer: VQVAE,
+    length: VideoLength,
+    codes: Tensor,
+    drawn: torch.cuda.Event | None,
+    finish: Callable[[Videos], T],
+) -> T:
+    """Decodes and finishes a batch; ``drawn`` is when a GPU has its codes."""
     trained = (length.window_latents, *codes.shape[2:4])
-    return Videos(codes, decode_to_pixels(tokenizer, codes, trained))
+    with _beside(codes, drawn):
+        pixels = [decode_to_pixels(tokenizer, part, trained) for part in codes.split(DECODED_VIDEOS)]
+        return finish(Videos(codes.cpu(), torch.cat(pixels)))
+
+
+@contextmanager
+def _beside(codes: Tensor, drawn: torch.cuda.Event | None) -> Iterator[None]:
+    """On a GPU, a stream of its own: else decoding would wait for the steps of the next batch that are on their way."""
+    if drawn is None:
+        yield
+        return
+    stream = torch.cuda.Stream(codes.device)
+    stream.wait_event(drawn)
+    codes.record_stream(stream)
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _check_given(length: VideoLength, condition: Tensor | None, num_known: int) -> None:

@@ -20,10 +20,11 @@ from clipmill.lease import Lease
 from clipmill.models.export import require_prior
 from clipmill.progress import bar
 from clipmill.sampling.files import FileList
+from clipmill.sampling.fitting import most_at_once
 from clipmill.sampling.given import require_given
 from clipmill.sampling.long import video_length
 from clipmill.sampling.preview import has_preview, publish_preview, remove_preview
-from clipmill.sampling.settings import USUAL_FPS
+from clipmill.sampling.settings import USUAL_FPS, decoder_for
 from clipmill.sampling.units import Unit, leading_units, missing_units
 from clipmill.sampling.worker import Job, make_worker
 from clipmill.shards.commits import ShardEntry, committed_units, read_commit, read_commits
@@ -122,7 +123,7 @@ def _make_missing(job: Job) -> tuple[dict[int, tuple[ShardEntry, ...]], int]:
         # Once is enough, unless a run that has lost the lease commits a shorter unit of the same number meanwhile.
         while missing := missing_units(
             settings.num_samples,
-            settings.batch_size,
+            job.recipe["sample"]["batch_size"],
             {unit: _num_samples(entries) for unit, entries in shards.items()},
         ):
             done = settings.num_samples - sum(unit.num_samples for unit in missing)
@@ -192,7 +193,14 @@ def _recipe(config: RunConfig, body: dict[str, Any], given: Manifest | FileList 
     """Everything that sample i depends on beside i. Names are only places: a copy elsewhere is the same data."""
     settings = {key: value for key, value in identity(config.sample).items() if key not in ("name", "given")}
     length = video_length(body, config.sample.num_frames, config.sample.overlap_latents)
-    settings |= {"num_frames": length.num_frames, "overlap_latents": length.overlap_latents}
+    use_gpu = config.cluster.use_gpu
+    batch_size = most_at_once(config.sample, use_gpu)
+    settings |= {
+        "num_frames": length.num_frames,
+        "overlap_latents": length.overlap_latents,
+        "batch_size": batch_size,
+        "decoder": decoder_for(config.sample.decoder, batch_size, "cuda" if use_gpu else "cpu"),
+    }
     recipe = {"schema": _RECIPE_SCHEMA, "sample": settings, "prior": body["sha8"]}
     return recipe if given is None else recipe | {"given": given.fingerprint}
 

@@ -1,21 +1,26 @@
 """Which samples a unit of a sample set holds.
 
-A batch is ``sample.batch_size`` consecutive indices from a multiple of it on, and is always computed whole, so that
-sample i never depends on ``sample.num_samples``. A unit holds the samples of one batch that were wanted and were not
-there yet; its number is the index of its first sample. So a set has exactly ``num_samples`` samples, and raising that
-adds units to those on disk.
+A batch is a number of consecutive indices from a multiple of that number on, and is always computed whole, so that
+sample i never depends on ``sample.num_samples``. A unit holds the samples of one or a few batches that were wanted and
+were not there yet; its number is the index of its first sample. So a set has exactly ``num_samples`` samples, and
+raising that adds units to those on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["Unit", "leading_units", "missing_units"]
+__all__ = ["Unit", "leading_units", "missing_units", "samples_per_unit"]
+
+_MOST_BATCHES = 4
+"""Of a unit: a batch is decoded while the next is drawn."""
+_LEAST_UNITS = 8
+"""Of a set whose units hold more than one batch: workers share them."""
 
 
 class Unit(NamedTuple):
-    """Consecutive samples of one batch."""
+    """Consecutive samples."""
 
     first: int
     """Index of its first sample, and the number under which it is committed."""
@@ -24,10 +29,21 @@ class Unit(NamedTuple):
     def __repr__(self) -> str:
         return f"{self.first:06d}"
 
-    def batch(self, batch_size: int) -> range:
-        """Indices of the whole batch that is computed for it."""
-        start = self.first // batch_size * batch_size
-        return range(start, start + batch_size)
+    def batches(self, batch_size: int) -> list[range]:
+        """Indices of the whole batches that are computed for it."""
+        first = self.first // batch_size * batch_size
+        starts = range(first, self.first + self.num_samples, batch_size)
+        return [range(start, start + batch_size) for start in starts]
+
+
+def samples_per_unit(num_samples: int, batch_size: int) -> int:
+    """Samples of a whole unit.
+
+    Args:
+        num_samples: of the set.
+        batch_size: of the set.
+    """
+    return batch_size * min(_MOST_BATCHES, max(1, num_samples // (_LEAST_UNITS * batch_size)))
 
 
 def missing_units(num_samples: int, batch_size: int, committed: Mapping[int, int]) -> list[Unit]:
@@ -38,21 +54,17 @@ def missing_units(num_samples: int, batch_size: int, committed: Mapping[int, int
         batch_size: of the set.
         committed: number of samples of each committed unit, by its first sample.
     """
+    size = samples_per_unit(num_samples, batch_size)
     missing: list[Unit] = []
-    for start in range(0, num_samples, batch_size):
-        end = min(start + batch_size, num_samples)
-        held = [Unit(first, committed[first]) for first in range(start, end) if first in committed]
-        missing += _gaps(start, end, held)
+    position = 0
+    for first, count in [*sorted(committed.items()), (num_samples, 0)]:
+        end = min(first, num_samples)
+        while position < end:
+            stop = min(end, position // size * size + size)
+            missing.append(Unit(position, stop - position))
+            position = stop
+        position = max(position, first + count)
     return missing
-
-
-def _gaps(start: int, end: int, held: list[Unit]) -> Iterator[Unit]:
-    """What ascending units leave open between two indices."""
-    position = start
-    for unit in [*held, Unit(end, 0)]:
-        if position < unit.first:
-            yield Unit(position, unit.first - position)
-        position = max(position, unit.first + unit.num_samples)
 
 
 def leading_units(committed: Mapping[int, int]) -> list[int]:

@@ -1,11 +1,10 @@
-"""Makes one unit of samples: draws the codes of a batch, decodes, packs and commits them."""
+"""Makes one unit of samples: draws the codes of its batches, decodes, packs and commits them."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +17,10 @@ from clipmill.models.prior import Prior
 from clipmill.models.provenance import computed_with, deterministic_device
 from clipmill.models.vqvae import VQVAE
 from clipmill.sampling.files import GivenFiles
+from clipmill.sampling.fitting import batch_size_for
 from clipmill.sampling.given import class_of_clip, condition_of_clips, open_given, prefix_of_clips, require_given
-from clipmill.sampling.long import VideoLength, sample_videos
+from clipmill.sampling.kept import Kept
+from clipmill.sampling.long import Batch, VideoLength, Videos, sample_videos
 from clipmill.sampling.settings import CRF, draw_by
 from clipmill.sampling.units import Unit
 from clipmill.scratch import ScratchFolder
@@ -51,57 +52,103 @@ class Job:
 
 
 def make_worker(job: Job) -> Callable[[Unit], dict[str, Any]]:
-    """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one batch."""
+    """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one unit."""
     device = deterministic_device(job.config.cluster)
     url = storage.join(job.config.folder("prior"), "exports", job.recipe["prior"])
     prior, tokenizer, body, _ = load_prior(url)
     prior, tokenizer = prior.to(device), tokenizer.to(device)
     found = require_given(job.config, body)
     given = None if found is None else open_given(found, body, prior, tokenizer, job.config.sample.prefix_latents)
-    return functools.partial(_make_batch, job, prior, tokenizer, body["classes"], given)
+    batch_size = batch_size_for(job.config.sample, prior, tokenizer, job.length)
+    return _Worker(job, prior, tokenizer, body["classes"], given, batch_size)
 
 
-def _make_batch(
-    job: Job,
-    prior: Prior,
-    tokenizer: VQVAE,
-    classes: Sequence[str],
-    given: ShardDataset | GivenFiles | None,
-    unit: Unit,
-) -> dict[str, Any]:
-    """Generates, decodes, packs and commits the samples of one unit."""
-    settings = job.config.sample
-    indices = unit.batch(settings.batch_size)
-    clips = [] if given is None else [given[index % len(given)] for index in indices]
-    names = [job.labels[index % len(job.labels)] for index in indices]
-    if clips and classes and settings.classes is None:
-        names = [class_of_clip(clip, classes, name) for clip, name in zip(clips, names, strict=True)]
-    class_numbers = torch.tensor([classes.index(name) for name in names if name is not None])
-    draw = draw_by(settings, prior, indices, class_numbers if classes else None)
-    codes, pixels = sample_videos(
-        draw,
-        tokenizer,
-        job.length,
-        condition=condition_of_clips(clips, prior, job.length),
-        prefix=prefix_of_clips(clips, settings.prefix_latents),
-    )
-    video = pixels.numpy()
-    narrow_codes = codes.cpu().numpy().astype(code_dtype(prior.num_codes))
-    with ScratchFolder("sample") as folder:
-        writer = UnitWriter(folder, "samples", unit.first, _SHARD_BYTES)
-        for index in range(unit.first, unit.first + unit.num_samples):
-            row = index - indices.start
-            about = _about(job, index, names[row], clips[row]["key"] if clips else None)
+class _Drawn(NamedTuple):
+    """Which samples a batch holds, and what each is given."""
+
+    indices: range
+    labels: list[str | None]
+    clips: list[dict[str, Any]]
+    """Empty if nothing is given."""
+
+
+class _Worker:
+    """Generates, decodes, packs and commits the samples of one unit after the other.
+
+    Args:
+        job: the sample set.
+        prior: in eval mode on the device.
+        tokenizer: the same.
+        classes: names of the classes that the prior knows.
+        given: where conditions and first latents come from.
+        batch_size: videos drawn at once.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        prior: Prior,
+        tokenizer: VQVAE,
+        classes: Sequence[str],
+        given: ShardDataset | GivenFiles | None,
+        batch_size: int,
+    ) -> None:
+        self.job, self.prior, self.tokenizer, self.classes, self.given = job, prior, tokenizer, classes, given
+        self.batch_size, self.kept = batch_size, Kept()
+
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        job, drawn = self.job, []
+        batch_size = min(self.batch_size, job.recipe["sample"]["batch_size"])
+
+        def batches() -> Iterator[Batch]:
+            for indices in unit.batches(batch_size):
+                drawn.append(self._give(indices))
+                yield self._batch(drawn[-1])
+
+        def pack(number: int, videos: Videos) -> list[Sample]:
+            return list(self._samples(unit, drawn[number], videos))
+
+        with ScratchFolder("sample") as folder:
+            writer = UnitWriter(folder, "samples", unit.first, _SHARD_BYTES)
+            for samples in sample_videos(batches(), self.tokenizer, job.length, pack):
+                for sample in samples:
+                    writer.add(sample)
+            parts = writer.finish()
+            job.lease.check()
+            versions = {**computed_with(self.prior.head.weight.device), "batch_size": batch_size}
+            commit_unit(job.url, unit.first, parts, {"recipe": job.recipe, "versions": versions})
+        return {"samples": unit.num_samples}
+
+    def _give(self, indices: range) -> _Drawn:
+        job = self.job
+        clips = [] if self.given is None else [self.given[index % len(self.given)] for index in indices]
+        labels = [job.labels[index % len(job.labels)] for index in indices]
+        if clips and self.classes and job.config.sample.classes is None:
+            labels = [class_of_clip(clip, self.classes, label) for clip, label in zip(clips, labels, strict=True)]
+        return _Drawn(indices, labels, clips)
+
+    def _batch(self, drawn: _Drawn) -> Batch:
+        settings = self.job.config.sample
+        numbers = torch.tensor([self.classes.index(label) for label in drawn.labels if label is not None])
+        return Batch(
+            draw_by(settings, self.prior, drawn.indices, numbers if self.classes else None, self.kept),
+            condition=condition_of_clips(drawn.clips, self.prior, self.job.length),
+            prefix=prefix_of_clips(drawn.clips, settings.prefix_latents),
+        )
+
+    def _samples(self, unit: Unit, drawn: _Drawn, videos: Videos) -> Iterator[Sample]:
+        """Those of a batch that belong to the unit."""
+        job, first = self.job, drawn.indices.start
+        codes = videos.codes.numpy().astype(code_dtype(self.prior.num_codes))
+        for index in range(max(unit.first, first), min(unit.first + unit.num_samples, drawn.indices.stop)):
+            row = index - first
+            about = _about(job, index, drawn.labels[row], drawn.clips[row]["key"] if drawn.clips else None)
             members = {
-                **_pixels(settings.format, video[row], job.fps),
-                "codes.npy": npy_bytes(narrow_codes[row]),
+                **_pixels(job.config.sample.format, videos.pixels[row].numpy(), job.fps),
+                "codes.npy": npy_bytes(codes[row]),
                 "json": json_bytes(about),
             }
-            writer.add(Sample(f"{index:016x}_000000", members))
-        parts = writer.finish()
-        job.lease.check()
-        commit_unit(job.url, unit.first, parts, {"recipe": job.recipe, "versions": computed_with(codes.device)})
-    return {"samples": unit.num_samples}
+            yield Sample(f"{index:016x}_000000", members)
 
 
 def _pixels(kind: str, video: np.ndarray, fps: float) -> dict[str, bytes]:

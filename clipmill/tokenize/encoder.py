@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from clipmill.config import TokenizeConfig, frame_size
+from clipmill.models.memory import largest_batch
 from clipmill.models.provenance import computed_with
 from clipmill.models.quantizers import table_rows
 from clipmill.models.vqvae import VQVAE, to_input
 from clipmill.shards.format import code_dtype
 
-__all__ = ["Encoder", "largest_batch", "make_encoder"]
+__all__ = ["Encoder", "make_encoder"]
 
 CPU_BATCH = 16
 """Larger batches encode no faster on a CPU (benchmarks/README.md)."""
-MAX_BATCH = 256
-MEMORY_SHARE = 0.8
-"""Of a GPU's memory; the rest is for workspaces that grow with shapes."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +77,9 @@ def make_encoder(
     if settings.batch_size is None and device.type == "cuda":
         video = np.zeros((clip["num_frames"], *frame_size(clip["resolution"]), 3), np.uint8)
         one, two = (_peak_bytes(encoder, [video] * num_clips) for num_clips in (1, 2))
-        # Of all memory, not of what is free now: a worker on the same kind of GPU finds the same number.
         total = torch.cuda.get_device_properties(device).total_memory
         return Encoder(model, num_codes, device, settings.precision, largest_batch(total, one, two))
     return encoder
-
-
-def largest_batch(total_bytes: int, bytes_of_one: int, bytes_of_two: int) -> int:
-    """The largest power of two of clips, up to `MAX_BATCH`, that a device's memory holds.
-
-    Args:
-        total_bytes: of the device.
-        bytes_of_one: peak while one clip is encoded, with the weights.
-        bytes_of_two: the same of two clips.
-    """
-    room = MEMORY_SHARE * total_bytes - bytes_of_one
-    clips = 1 + max(0, int(room // max(1, bytes_of_two - bytes_of_one)))
-    return min(MAX_BATCH, 1 << (clips.bit_length() - 1))
 
 
 def _peak_bytes(encoder: Encoder, videos: list[np.ndarray]) -> int:

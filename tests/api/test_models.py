@@ -80,7 +80,7 @@ def test_samples_are_those_of_the_stage(run_root: Path, generator: Generator):
     assert torch.equal(later, codes[3:])
     assert not torch.equal(generator.sample(5, seed=1).codes, codes)
     told: list[tuple[int, int]] = []
-    generator.sample(5, batch_size=2, num_frames=12, on_progress=lambda *done: told.append(done))
+    generator.sample(5, batch_size=2, num_frames=12, decoder="sequential", on_progress=lambda *done: told.append(done))
     assert told[-1] == (5 * 3 * 12, 5 * 3 * 12)  # three latent frames of twelve codes, in two windows
     assert [done for done, _ in told] == [24, 48, 72, 96, 120, 144, 156, 168, 180]  # a latent frame of a batch each
 

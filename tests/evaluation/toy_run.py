@@ -80,11 +80,12 @@ def write_run_up_to_tokenizer(config: RunConfig, scratch: Path) -> dict[str, Man
 def make_samples(config: RunConfig) -> None:
     """The stage ``sample`` in this process: its units one after the other, then the stage, which finds them done."""
     lease = Unleased(sample.folder_url(config), 1)
-    work = make_worker(sample.new_job(config, lease, require_prior(config.folder("prior"))[0]))
+    job = sample.new_job(config, lease, require_prior(config.folder("prior"))[0])
+    work = make_worker(job)
     url = sample.folder_url(config)
     records = read_commits(url, committed_units(url))
     committed = {record["unit"]: sum(part["samples"] for part in record["parts"]) for record in records}
-    for unit in missing_units(config.sample.num_samples, config.sample.batch_size, committed):
+    for unit in missing_units(config.sample.num_samples, job.recipe["sample"]["batch_size"], committed):
         work(unit)
     sample.run(config, lease)
 

@@ -27,7 +27,7 @@ RUN_SECONDS = 900
 
 
 def config_of(root: Path) -> RunConfig:
-    """Twenty units; each draws many windows a sample, so that a kill finds it at work."""
+    """Ten units; each draws many windows a sample, so that a kill finds it at work."""
     config = toy_config(root, num_samples=59, batch_size=3)
     sample = config.sample.model_copy(update={"num_frames": 128})
     cluster = config.cluster.model_copy(update={"max_failures": 20})

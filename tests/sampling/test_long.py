@@ -15,7 +15,7 @@ from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
-from clipmill.sampling.long import VideoLength, nearest_num_frames, sample_videos, video_length
+from clipmill.sampling.long import Batch, VideoLength, Videos, nearest_num_frames, sample_videos, video_length
 
 SHAPE = (4, 2, 2)
 INDICES = [0, 5]
@@ -48,10 +48,16 @@ def drawing(prior: Prior) -> Any:
     return partial(generate, prior, seed=7, indices=INDICES, filters=Filters())
 
 
+def sampled(draw: Any, tokenizer: VQVAE, length: VideoLength, **given: Tensor) -> Videos:
+    """One batch."""
+    (videos,) = sample_videos([Batch(draw, **given)], tokenizer, length, lambda _, videos: videos)
+    return videos
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_video_of_the_window_is_what_generate_makes(causal: bool) -> None:
     prior, tokenizer, body = make_models(causal)
-    videos = sample_videos(drawing(prior), tokenizer, video_length(body, None))
+    videos = sampled(drawing(prior), tokenizer, video_length(body, None))
     codes = generate(prior, seed=7, indices=INDICES)
     assert torch.equal(videos.codes, codes)
     with torch.inference_mode():
@@ -63,7 +69,7 @@ def test_a_video_of_the_window_is_what_generate_makes(causal: bool) -> None:
 def test_each_window_goes_on_from_the_one_before_it(causal: bool, num_frames: int, overlap_latents: int) -> None:
     prior, tokenizer, body = make_models(causal)
     length = video_length(body, num_frames, overlap_latents)
-    videos = sample_videos(drawing(prior), tokenizer, length)
+    videos = sampled(drawing(prior), tokenizer, length)
     assert videos.codes.shape == (2, length.num_latents, 2, 2)
     assert videos.pixels.shape == (2, num_frames, 8, 8, 3)
     starts = sorted({*range(0, length.num_latents - 4, 4 - overlap_latents), length.num_latents - 4})
@@ -81,7 +87,7 @@ def test_a_prior_of_16_frames_makes_512(monkeypatch: pytest.MonkeyPatch) -> None
     decoded: list[int] = []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda codes: decoded.append(codes.shape[1]) or decode(codes))
-    videos = sample_videos(drawing(prior), tokenizer, video_length(body, 512))
+    videos = sampled(drawing(prior), tokenizer, video_length(body, 512))
     assert videos.pixels.shape == (2, 512, 8, 8, 3)
     assert set(decoded) == {4}  # no more at once than in the training
     halves = videos.codes.chunk(2, 1)
@@ -91,12 +97,12 @@ def test_a_prior_of_16_frames_makes_512(monkeypatch: pytest.MonkeyPatch) -> None
 def test_given_latents_may_be_longer_than_the_window() -> None:
     prior, tokenizer, body = make_models()
     prefix = torch.randint(16, (2, 6, 2, 2))
-    videos = sample_videos(drawing(prior), tokenizer, video_length(body, 40), prefix=prefix)
+    videos = sampled(drawing(prior), tokenizer, video_length(body, 40), prefix=prefix)
     assert torch.equal(videos.codes[:, :6], prefix)
     window = drawing(prior)(condition=None, prefix=prefix[:, 4:], first_frame=4)
     assert torch.equal(videos.codes[:, 4:8], window)
     with pytest.raises(UserError, match="6 latent frames are given, of 4 that the video has"):
-        sample_videos(drawing(prior), tokenizer, video_length(body, None), prefix=prefix)
+        sampled(drawing(prior), tokenizer, video_length(body, None), prefix=prefix)
 
 
 def recorded(prior: Prior, conditions: list[Tensor | None]) -> Any:
@@ -114,16 +120,16 @@ def test_actions_slide_along(causal: bool, window: int, num_frames: int) -> None
     prior, tokenizer, body = make_models(causal, (window, 3), condition="actions", condition_by="add")
     actions = torch.randn(2, 30, 3)
     seen: list[Tensor | None] = []
-    sample_videos(recorded(prior, seen), tokenizer, video_length(body, num_frames), condition=actions)
+    sampled(recorded(prior, seen), tokenizer, video_length(body, num_frames), condition=actions)
     assert [torch.equal(got, actions[:, first : first + window]) for got, first in zip(seen, (0, 8, 12), strict=True)]
     with pytest.raises(UserError, match=f"of 20 frames, the video is to have {num_frames}; give actions of every"):
-        sample_videos(drawing(prior), tokenizer, video_length(body, num_frames), condition=actions[:, :20])
+        sampled(drawing(prior), tokenizer, video_length(body, num_frames), condition=actions[:, :20])
 
 
 def test_a_text_stays() -> None:
     prior, tokenizer, body = make_models(condition_shape=(3, 5), condition="text")
     text, seen = torch.randn(2, 3, 5), list[Tensor | None]()
-    sample_videos(recorded(prior, seen), tokenizer, video_length(body, 28), condition=text)
+    sampled(recorded(prior, seen), tokenizer, video_length(body, 28), condition=text)
     assert len(seen) == 3
     assert all(each is text for each in seen)
 
@@ -133,7 +139,7 @@ def test_a_prior_that_sees_frames_sees_its_own_later(causal: bool, num_frames: i
     prior, tokenizer, body = make_models(causal, (3, 8, 8, 3), condition="frames")
     frames, seen = torch.randint(256, (2, 3, 8, 8, 3), dtype=torch.uint8), list[Tensor | None]()
     length = video_length(body, num_frames)
-    videos = sample_videos(recorded(prior, seen), tokenizer, length, condition=frames)
+    videos = sampled(recorded(prior, seen), tokenizer, length, condition=frames)
     assert torch.equal(seen[0], frames)
     with torch.inference_mode():
         first_window = to_pixels(tokenizer.decode(videos.codes[:, :4]))

@@ -17,6 +17,7 @@ from clipmill.config import ClusterConfig, RunConfig, VQVAEModelConfig, identity
 from clipmill.errors import UserError
 from clipmill.lease import hold
 from clipmill.models.export import load_vqvae, save_export
+from clipmill.models.memory import largest_batch
 from clipmill.models.vqvae import VQVAE, latent_shape, to_input
 from clipmill.shards.commits import committed_units, read_commit
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
@@ -24,7 +25,7 @@ from clipmill.shards.format import code_dtype
 from clipmill.shards.manifest import SPLITS, Manifest
 from clipmill.tokenize import tokenize, unit
 from clipmill.tokenize.ahead import ClipsAhead
-from clipmill.tokenize.encoder import Encoder, largest_batch
+from clipmill.tokenize.encoder import Encoder
 from clipmill.tokenize.tally import Tally, pack_counts
 from tests.pipeline.corpus import NUM_FRAMES, RESOLUTION, facts_of, files_of, run_config, run_shard, write_corpus
 
