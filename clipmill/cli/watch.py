@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -42,15 +43,25 @@ def status(
     shown = render(root, _look(root))
     if not watch:
         console.print(shown, soft_wrap=True)
-        return
-    with Live(shown, console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        while True:
-            time.sleep(WATCH_SECONDS)
-            try:
-                shown = render(root, _look(root))
-                live.update(shown, refresh=True)
-            except StorageUnavailable as error:
-                live.update(Group(shown, Text(f"as of the last answer: {error}")), refresh=True)
+    elif console.is_terminal:
+        with Live(shown, console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            for newer in _looks(root, shown):
+                live.update(newer, refresh=True)
+    else:
+        console.print(shown, soft_wrap=True)
+        for newer in _looks(root, shown):
+            console.print(newer, soft_wrap=True)
+
+
+def _looks(root: str, shown: Group) -> Iterator[Group]:
+    """The status of a run again and again; while its storage is away, the last one with a line that says so."""
+    while True:
+        time.sleep(WATCH_SECONDS)
+        try:
+            shown = render(root, _look(root))
+            yield shown
+        except StorageUnavailable as error:
+            yield Group(shown, Text(f"as of the last answer: {error}"))
 
 
 def _look(root: str) -> list[run_status.StageStatus]:
