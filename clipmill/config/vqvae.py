@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,8 +15,13 @@ __all__ = ["VQVAEModelConfig"]
 class VQVAEModelConfig(Section):
     """The tokenizer (VideoGPT, arXiv 2104.10157, section 3.1)."""
 
+    style: Literal["videogpt", "modern"] = "videogpt"
+    """``videogpt``: as published. ``modern``: resolution changes beside shortcuts, attention has a branch of its own
+    and knows distances, and branches begin at zero; its defaults are ``hidden_dim`` 256 and ``norm`` group."""
     hidden_dim: PositiveInt = 240
-    """Channels of the encoder and the decoder."""
+    """Channels of the encoder; of the decoder, too, unless ``decoder_dim`` is set."""
+    decoder_dim: PositiveInt | None = None
+    """Channels of the decoder, which needs more of them than the encoder. None is ``hidden_dim``. ``modern`` only."""
     num_res_layers: Annotated[int, Field(ge=0)] = 4
     """Residual blocks of the encoder, and as many of the decoder."""
     num_heads: PositiveInt = 2
@@ -62,6 +67,12 @@ class VQVAEModelConfig(Section):
     restart_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """A code whose use falls below this share of the uniform use (tokens of a step / codes) restarts from data."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_style(cls, values: Any) -> Any:
+        is_modern = isinstance(values, dict) and values.get("style") == "modern"
+        return {"hidden_dim": 256, "norm": "group"} | values if is_modern else values
+
     @field_validator("downsample")
     @classmethod
     def _powers_of_two(cls, downsample: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -71,6 +82,8 @@ class VQVAEModelConfig(Section):
 
     @model_validator(mode="after")
     def _codes_fit(self) -> VQVAEModelConfig:
+        if self.style == "videogpt" and self.decoder_dim is not None:
+            raise ValueError("decoder_dim needs style=modern: the published decoder is as wide as the encoder")
         num_codes = math.prod(self.fsq_levels)
         if self.quantizer == "fsq" and num_codes != self.num_codes:
             raise ValueError(
@@ -92,6 +105,11 @@ class VQVAEModelConfig(Section):
                 f"embedding_dim {self.embedding_dim} must be a multiple of num_codebooks {self.num_codebooks}"
             )
         return self
+
+    @property
+    def decoder_width(self) -> int:
+        """Channels of the decoder."""
+        return self.hidden_dim if self.decoder_dim is None else self.decoder_dim
 
     @property
     def latent_dim(self) -> int:

@@ -82,7 +82,7 @@ def reaches(model: VQVAE) -> list[Reach | None]:
 
 @torch.inference_mode()
 def _reach(model: VQVAE, decoder: nn.Module, axis: int, middle: int) -> Reach | None:
-    shape = [1, model.config.hidden_dim, 1, 1, 1]
+    shape = [1, model.config.decoder_width, 1, 1, 1]
     shape[2 + axis] = length = 2 * middle + 1
     features = torch.zeros(shape)
     features.select(2 + axis, middle).fill_(torch.nan)

@@ -47,6 +47,7 @@ class Shrink(nn.Conv3d):
 
     def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int], causal: bool = False) -> None:
         super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=(0 if causal else 1, 1, 1))
+        self.causal = causal
         # Stride 2 pads (1, 1), stride 1 pads (2, 1): the convolution pads 1, this the rest (last axis first).
         self.front = [pad for s in reversed(stride) for pad in (2 - s, 0)]
         if causal:

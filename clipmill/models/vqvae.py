@@ -21,6 +21,7 @@ from clipmill.errors import UserError
 from clipmill.models.coders import Decoder, Encoder
 from clipmill.models.convolutions import Pointwise
 from clipmill.models.lookup_free import FiniteScalar, LookupFree
+from clipmill.models.modern_coders import ModernDecoder, ModernEncoder
 from clipmill.models.quantizers import EMACodebook, LinearCodebook
 
 __all__ = ["VQVAE", "VQVAEOutput", "codes_shape", "latent_shape", "to_input", "to_pixels"]
@@ -122,17 +123,19 @@ class VQVAE(nn.Module):
         super().__init__()
         if max(config.downsample) == 1:
             raise UserError("vqvae.model.downsample (1, 1, 1) compresses nothing; use (4, 4, 4) or (1, 4, 4)")
-        if config.hidden_dim < max(2, config.num_heads):
+        if min(config.hidden_dim, config.decoder_width) < max(2, config.num_heads):
             raise UserError(
-                f"vqvae.model.hidden_dim {config.hidden_dim} must be at least 2, and num_heads ({config.num_heads})"
+                f"vqvae.model.hidden_dim {config.hidden_dim} and decoder_dim must be at least 2, and num_heads "
+                f"({config.num_heads})"
             )
         self.config = config
         self.pixel_variance = pixel_variance
-        self.encoder = Encoder(config)
+        is_modern = config.style == "modern"
+        self.encoder = ModernEncoder(config) if is_modern else Encoder(config)
         self.to_latent = Pointwise(config.hidden_dim, config.latent_dim)
         self.quantizer = make_quantizer(config)
-        self.from_latent = Pointwise(config.latent_dim, config.hidden_dim)
-        self.decoder = Decoder(config)
+        self.from_latent = Pointwise(config.latent_dim, config.decoder_width)
+        self.decoder = ModernDecoder(config) if is_modern else Decoder(config)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -8,8 +8,9 @@ from torch import nn
 
 from clipmill.config import VQVAEModelConfig
 from clipmill.errors import UserError
-from clipmill.models import coders
+from clipmill.models import coders, modern_coders
 from clipmill.models.coders import GroupNorm, halvings
+from clipmill.models.convolutions import Grow, Shrink
 from clipmill.models.vqvae import VQVAE, codes_shape, latent_shape, to_input, to_pixels
 
 
@@ -36,9 +37,9 @@ def test_pixels_outside_the_range_are_clipped(outside: float) -> None:
 
 
 @pytest.mark.parametrize("downsample", [(4, 4, 4), (2, 2, 2), (1, 2, 2), (1, 4, 4), (4, 2, 2), (2, 8, 4), (1, 1, 2)])
-@pytest.mark.parametrize("axial_attention", [True, False])
-def test_shapes_for_any_downsampling(downsample: tuple[int, int, int], axial_attention: bool) -> None:
-    model = tiny(downsample=downsample, axial_attention=axial_attention).eval()
+@pytest.mark.parametrize("style", [{"style": "modern", "decoder_dim": 12}, {}, {"axial_attention": False}], ids=str)
+def test_shapes_for_any_downsampling(downsample: tuple[int, int, int], style: dict[str, object]) -> None:
+    model = tiny(downsample=downsample, **style).eval()
     video = clips()
     codes = model.encode(video)
     assert codes.shape == (2, *latent_shape(model.config, 8, (8, 16)))
@@ -118,9 +119,11 @@ def test_shifted_content_stays_in_place() -> None:
     assert touched.max(0).values.tolist() == [3, 10, 10]
 
 
+@pytest.mark.parametrize("style", ["videogpt", "modern"])
 @pytest.mark.parametrize("axial_attention", [True, False])
-def test_gradients_reach_every_parameter(axial_attention: bool) -> None:
-    model = tiny(axial_attention=axial_attention)
+def test_gradients_reach_every_parameter(axial_attention: bool, style: str) -> None:
+    model = tiny(axial_attention=axial_attention, style=style)
+    stir(model)
     model(clips()).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not without
@@ -169,6 +172,8 @@ QUANTIZERS = [
     {"num_codes": 64, "quantizer": "bsq"},
     {"num_codes": 32, "quantizer": "simvq", "code_gradient": "rotation"},
     {"norm": "group"},
+    {"style": "modern", "decoder_dim": 24},
+    {"style": "modern", "causal": True, "downsample": (1, 4, 4)},
     {"l1_cost": 1.0},
     {"causal": True, "downsample": (1, 2, 2)},
 ]
@@ -210,10 +215,18 @@ def test_l1_and_entropy_enter_the_loss_by_their_formula() -> None:
     torch.testing.assert_close(loss, terms)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+def stir(model: VQVAE) -> None:
+    """Gives every branch that begins at zero a value."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+
+
+@pytest.mark.parametrize(("style", "norm"), [("videogpt", "batch"), ("videogpt", "group"), ("modern", "group")])
 @pytest.mark.parametrize("downsample", [(4, 4, 4), (2, 2, 2), (1, 2, 2)])
-def test_a_causal_model_never_looks_ahead(norm: str, downsample: tuple[int, int, int]) -> None:
-    model = tiny(causal=True, norm=norm, downsample=downsample)
+def test_a_causal_model_never_looks_ahead(style: str, norm: str, downsample: tuple[int, int, int]) -> None:
+    model = tiny(causal=True, style=style, norm=norm, downsample=downsample)
+    stir(model)
     step = downsample[0]
     video = clips(num_frames=1 + 3 * step)
     model(video)
@@ -231,6 +244,28 @@ def test_a_causal_model_never_looks_ahead(norm: str, downsample: tuple[int, int,
         latent_shape(model.config, 1 + 3 * step, (15, 15))
 
 
+def test_the_modern_style_begins_with_its_shortcuts() -> None:
+    """No branch of a block adds anything, and a constant clip stays constant away from its edges."""
+    model = tiny(style="modern", downsample=(4, 4, 4))
+    x = torch.randn(2, 8, 2, 4, 4)
+    assert torch.equal(model.encoder.stack[0](x), x)
+    assert VQVAEModelConfig(style="modern").hidden_dim == 256
+    assert VQVAEModelConfig(style="modern", hidden_dim=64, norm="batch").norm == "batch"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_shortcuts_average_and_repeat_what_an_output_stands_for(causal: bool) -> None:
+    stride = (2, 2, 1)
+    frames = 5 if causal else 4
+    x = torch.arange(float(frames)).view(1, 1, frames, 1, 1).expand(1, 1, frames, 4, 4).contiguous()
+    averaged = modern_coders._averaged(x, Shrink(1, 1, stride, causal))
+    assert averaged[0, 0, :, 0, 0].tolist() == ([0, 1.5, 3.5] if causal else [0.5, 2.5])
+    assert averaged.shape[3:] == (2, 4)
+    repeated = modern_coders._repeated(averaged, Grow(1, 1, stride, causal))
+    assert repeated.shape == x.shape
+    assert repeated[0, 0, :, 0, 0].tolist() == ([0, 1.5, 1.5, 3.5, 3.5] if causal else [0.5, 0.5, 2.5, 2.5])
+
+
 def test_group_norm_needs_no_other_clip() -> None:
     model = tiny(norm="group", quantizer="fsq", fsq_levels=(4, 4), num_codes=16)
     video = clips(3)
@@ -243,6 +278,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         ({"quantizer": "fsq", "fsq_levels": (8, 8), "num_codes": 256}, "make 64 codes"),
         ({"quantizer": "lfq", "num_codes": 100}, "power of two"),
         ({"num_codebooks": 3}, "multiple of num_codebooks"),
+        ({"decoder_dim": 16}, "decoder_dim needs style=modern"),
         ({"quantizer": "fsq", "fsq_levels": (2, 8), "num_codes": 16}, "greater than or equal to 3"),
         ({"fsq_levels": (4, 4)}, "fsq_levels needs quantizer=fsq, not ema"),
         ({"quantizer": "lfq", "codebook_start": "kmeans"}, "need quantizer=ema, not lfq"),
