@@ -109,8 +109,15 @@ class EvaluateConfig(Section):
     """``vqvae``: the newest tokenizer alone, which needs neither tokens nor a prior nor samples."""
     batch_size: Annotated[PositiveInt, FREE] = 16
     """Clips that go through a network at once."""
+    protocol: Literal["bair-256", "styleganv-2048-16f", "tats-2048", "larp-10k", "ucf101-is"] | None = None
+    """What published numbers were measured on: clips, size, split, given frames and network files are then fixed. A run
+    that does not meet it is refused."""
+    split: Literal["train", "val"] = "val"
+    """Where the real clips come from. A protocol has its own."""
     max_clips: PositiveInt | None = None
-    """Clips of the split ``val``, and samples, that are read. None reads all."""
+    """Real clips, and samples, that are read. None reads all."""
+    fvd_seeds: Annotated[int, Field(ge=0)] = 5
+    """Draws of half of the clips, for the deviation of FVD. 0 measures none."""
     max_train_clips: PositiveInt = 2048
     """Clips of the split ``train`` that the table baselines are counted on."""
     fvd_weights: str | None = None

@@ -1,6 +1,6 @@
 """Stage ``evaluate``: the numbers a run is judged by, measured from what is on disk.
 
-``evaluate.what=vqvae`` judges the newest tokenizer by the clips of the split ``val``. ``all`` does the same for the
+``evaluate.what=vqvae`` judges the newest tokenizer by real clips. ``all`` does the same for the
 tokenizer inside the newest prior export, runs that prior over the tokens of ``val``, and looks at the samples. An
 evaluation is one folder, ``evaluation/NAME/`` (`clipmill.evaluation.results`), and is never overwritten by another.
 The work is split into index ranges (`clipmill.evaluation.parts`), which workers measure (`clipmill.evaluation.worker`);
@@ -29,10 +29,11 @@ from clipmill.evaluation.baselines import CodeTables
 from clipmill.evaluation.film import USUAL_FPS
 from clipmill.evaluation.gallery import Gallery, pick_clips
 from clipmill.evaluation.generation import fvd_of_all, prior_section, sample_section
-from clipmill.evaluation.inputs import Inputs, refuse_other, settings_of, val_clips
+from clipmill.evaluation.inputs import Inputs, real_clips, refuse_other, settings_of
 from clipmill.evaluation.made import provenance
 from clipmill.evaluation.networks import I3D_CHANNELS
 from clipmill.evaluation.parts import Arrays, Measure, Unit
+from clipmill.evaluation.protocols import most_clips, protocol_section
 from clipmill.evaluation.reader import num_read
 from clipmill.evaluation.reconstruction import extreme_clips, reconstruction_sections
 from clipmill.evaluation.results import Evaluation, folder_url, read_evaluation
@@ -59,7 +60,7 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there are none yet.
     """
-    return {clips.url: clips.recipe for clips in [val_clips(config)]}
+    return {clips.url: clips.recipe for clips in [real_clips(config)]}
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -103,7 +104,13 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         job = _with_shown(job, found)
         hardware |= _measure(job, job.measures["shown"].missing())
         torch.set_num_threads(config.cluster.fanout_cpus)  # what is left to compute gives the same bits on any driver
-        metrics = {"settings": settings, "inputs": inputs.fingerprints(), **_numbers(inputs, found)}
+        protocol = protocol_section(config.evaluate, settings["weights_sha256"])
+        metrics = {
+            "settings": settings,
+            "protocol": protocol,
+            "inputs": inputs.fingerprints(),
+            **_numbers(config, inputs, found),
+        }
     seconds = time.monotonic() - began
     samples = config.sample.name if config.evaluate.what == "all" else None
     made = provenance(hardware, seconds, storage.shown(config.root), samples)
@@ -121,7 +128,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
 def _measures(config: RunConfig, inputs: Inputs, settings: dict[str, Any]) -> dict[str, Measure]:
     """The measurements, each with all that its parts are a function of."""
-    weights, most = settings["weights_sha256"], config.evaluate.max_clips
+    weights, most = settings["weights_sha256"], most_clips(config.evaluate)
     computed = {
         "torch": torch.__version__,
         "device": "cuda" if config.cluster.use_gpu else "cpu",
@@ -248,7 +255,7 @@ class _Found:
         )
 
 
-def _numbers(inputs: Inputs, found: _Found) -> dict[str, Any]:
+def _numbers(config: RunConfig, inputs: Inputs, found: _Found) -> dict[str, Any]:
     """All sections of ``metrics.json`` but ``settings`` and ``inputs``."""
     sections = reconstruction_sections(inputs.clips, found.real, found.copies, found.code_counts)
     sections["steps"] = {"tokenizer": inputs.tokenizer["step"]}
@@ -263,10 +270,10 @@ def _numbers(inputs: Inputs, found: _Found) -> dict[str, Any]:
     return {
         **sections,
         "steps": {**sections["steps"], "prior": inputs.prior["step"]},
-        "fvd": fvd_of_all(sections["fvd"], found.real, found.copies, found.samples),
+        "fvd": fvd_of_all(sections["fvd"], found.real, found.copies, found.samples, config.evaluate.fvd_seeds),
         "prior": prior_section(found.nats, inputs.clips.recipe["clip"], found.train_tables, found.val_tables),
         "samples": sample_section(
-            inputs.prior, inputs.samples, found.samples, found.sample_code_counts, found.real, found.val_tables.unigram
+            inputs.given_frames, found.samples, found.sample_code_counts, found.real, found.val_tables.unigram
         ),
     }
 

@@ -11,25 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipmill.config import VQVAEModelConfig, frame_size
+from clipmill.config import frame_size
 from clipmill.errors import UserError
 from clipmill.evaluation.appearance import appearance_of, compare_appearance, total_variation
 from clipmill.evaluation.baselines import CodeTables, baseline_scores
 from clipmill.evaluation.distances import FeatureStatistics, frechet_distance, inception_score
+from clipmill.evaluation.manifold import fvd_by_count, fvd_over_seeds, kernel_distance, manifold_scores
 from clipmill.evaluation.networks import Networks
 from clipmill.evaluation.parts import Arrays
 from clipmill.evaluation.scores import count_codes
 from clipmill.models.conditioning import condition_of
-from clipmill.models.export import model_config
 from clipmill.models.prior import Prior
-from clipmill.models.vqvae import num_frames_of
 from clipmill.shards.dataset import decode_clip, decode_codes
-from clipmill.shards.manifest import Manifest
 
 __all__ = [
     "decode_sample",
     "fvd_of_all",
-    "given_frames",
     "prior_section",
     "sample_arrays",
     "sample_section",
@@ -136,22 +133,8 @@ def sample_arrays(
     return rows, {"code_counts": count_codes(batch["codes"], num_codes, num_codebooks)}
 
 
-def given_frames(prior: dict[str, Any], samples: Manifest) -> int:
-    """First frames of each sample that it was given: those behind given latents, or those the prior is conditioned on.
-
-    Args:
-        prior: body of its export.
-        samples: that it made.
-    """
-    tokenizer = model_config(prior["tokenizer"], VQVAEModelConfig)
-    behind = num_frames_of(tokenizer, samples.recipe["sample"].get("prefix_latents", 0))
-    shown = prior["condition_shape"][0] if prior["model"].get("condition") == "frames" else 0
-    return max(behind, shown)
-
-
 def sample_section(
-    prior: dict[str, Any],
-    samples: Manifest,
+    given_frames: int,
     made: Arrays,
     counts: NDArray[np.int64],
     real: Arrays,
@@ -160,8 +143,7 @@ def sample_section(
     """Section ``samples`` of ``metrics.json``.
 
     Args:
-        prior: body of the export that made them.
-        samples: that were measured.
+        given_frames: first frames of each sample that it was given.
         made: of `sample_arrays`, of all samples.
         counts: int64 [M, K], their codes.
         real: of `clipmill.evaluation.reconstruction.real_arrays`, of all real clips.
@@ -170,14 +152,16 @@ def sample_section(
     return {
         "count": len(made["key"]),
         "per_class": dict(sorted(Counter(label for label in made["label"].tolist() if label).items())),
-        "given_frames": given_frames(prior, samples),
+        "given_frames": given_frames,
         "appearance": compare_appearance(real, made),
         "code_total_variation": total_variation(counts, val_counts),
         "inception_score": inception_score(made["probabilities"]) if "probabilities" in made else None,
     }
 
 
-def fvd_of_all(rfvd: dict[str, Any] | None, real: Arrays, copies: Arrays, made: Arrays) -> dict[str, Any] | None:
+def fvd_of_all(
+    rfvd: dict[str, Any] | None, real: Arrays, copies: Arrays, made: Arrays, num_seeds: int
+) -> dict[str, Any] | None:
     """All three: rFVD (real, reconstructions), FVD (real, samples), FVD* (reconstructions, samples).
 
     FVD* takes the tokenizer's own losses out of the prior's score (arXiv 2104.10157, section 5).
@@ -187,6 +171,7 @@ def fvd_of_all(rfvd: dict[str, Any] | None, real: Arrays, copies: Arrays, made: 
         real: features of the real clips, among other arrays.
         copies: the same of their reconstructions.
         made: the same of the samples.
+        num_seeds: of `fvd_over_seeds`.
     """
     if rfvd is None:
         return None
@@ -197,4 +182,8 @@ def fvd_of_all(rfvd: dict[str, Any] | None, real: Arrays, copies: Arrays, made: 
         "fvd_star": frechet_distance(copied, sampled),
         "num_samples": sampled.num,
         "is_singular": originals.is_singular or sampled.is_singular,
+        "kvd": kernel_distance(real["features"], made["features"]),
+        "manifold": manifold_scores(real["features"], made["features"]),
+        "over_seeds": fvd_over_seeds(real["features"], made["features"], num_seeds),
+        "by_count": fvd_by_count(real["features"], made["features"]),
     }

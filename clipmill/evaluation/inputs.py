@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipmill import storage
-from clipmill.config import RunConfig, changed_keys, identity
+from clipmill.config import RunConfig, VQVAEModelConfig, changed_keys, identity
 from clipmill.errors import UserError
 from clipmill.evaluation.networks import C3D_FRAMES, I3D_FEWEST_FRAMES
+from clipmill.evaluation.protocols import most_clips, require_protocol, split_of
 from clipmill.evaluation.reader import num_read
 from clipmill.evaluation.results import Evaluation
-from clipmill.models.export import require_condition, require_prior, require_vqvae_for
+from clipmill.models.export import model_config, require_condition, require_prior, require_vqvae_for
 from clipmill.models.torchscript import weights_sha256
+from clipmill.models.vqvae import num_frames_of
 from clipmill.shards.manifest import Manifest
 
-__all__ = ["Inputs", "refuse_other", "settings_of", "val_clips"]
+__all__ = ["Inputs", "real_clips", "refuse_other", "settings_of"]
 
 _WEIGHTS = ("fvd", "is", "lpips")
 
@@ -32,13 +34,13 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     return {**keys, "weights_sha256": hashes}
 
 
-def val_clips(config: RunConfig) -> Manifest:
+def real_clips(config: RunConfig) -> Manifest:
     """The clips to judge by.
 
     Raises:
         UserError: there are none, or they are too few or too short for the FVD that is asked for.
     """
-    clips = Manifest.require(config.folder("clips", "val"), "clips")
+    clips = Manifest.require(config.folder("clips", split_of(config.evaluate)), "clips")
     if not clips.num_samples:
         raise UserError(f"{clips.url} has no clips to evaluate on; add videos or raise data.val_fraction")
     if config.evaluate.fvd_weights is not None:
@@ -48,7 +50,7 @@ def val_clips(config: RunConfig) -> Manifest:
                 f"FVD needs clips of at least {I3D_FEWEST_FRAMES} frames, those at {clips.url} have {num_frames}; "
                 "raise data.clip.num_frames, or leave evaluate.fvd_weights out"
             )
-        if num_read(clips, config.evaluate.max_clips) < 2:
+        if num_read(clips, most_clips(config.evaluate)) < 2:
             raise UserError(f"FVD needs at least 2 clips of {clips.url}; raise evaluate.max_clips or data.val_fraction")
     return clips
 
@@ -76,16 +78,29 @@ class Inputs:
         Raises:
             UserError: something is missing, or does not belong to the rest; the message says what to run.
         """
-        clips = val_clips(config)
+        clips = real_clips(config)
         if config.evaluate.what == "all":
-            return _load_all(config, clips)
-        tokenizer, _ = require_vqvae_for(config.tokenizer_url, clips.url, clips.recipe)
-        return cls(clips, config.tokenizer_url, tokenizer)
+            inputs = _load_all(config, clips)
+        else:
+            tokenizer, _ = require_vqvae_for(config.tokenizer_url, clips.url, clips.recipe)
+            inputs = cls(clips, config.tokenizer_url, tokenizer)
+        require_protocol(config.evaluate, inputs, inputs.given_frames)
+        return inputs
 
     @property
     def classes(self) -> list[str]:
         """Classes to show clips of."""
         return (self.prior and self.prior["classes"]) or self.clips.facts["classes"]
+
+    @property
+    def given_frames(self) -> int:
+        """First frames of each sample that it was given: those behind given latents, or those the prior is shown."""
+        if self.prior is None or self.samples is None:
+            return 0
+        tokenizer = model_config(self.tokenizer, VQVAEModelConfig)
+        behind = num_frames_of(tokenizer, self.samples.recipe["sample"].get("prefix_latents", 0))
+        shown = self.prior["condition_shape"][0] if self.prior["model"].get("condition") == "frames" else 0
+        return max(behind, shown)
 
     def fingerprints(self) -> dict[str, str]:
         """All data and models that the numbers are a function of."""
@@ -109,8 +124,9 @@ def _load_all(config: RunConfig, clips: Manifest) -> Inputs:
                 f"are of {tokens.recipe['tokenizer']}; run `clipmill train-prior` on them in another root, or "
                 "restore the tokens"
             )
-    if val_tokens.facts["clips"] != clips.fingerprint:
-        raise UserError(f"the tokens at {val_tokens.url} are of other clips than {clips.url}; run `clipmill tokenize`")
+    tokens = val_tokens if split_of(config.evaluate) == "val" else train_tokens
+    if tokens.facts["clips"] != clips.fingerprint:
+        raise UserError(f"the tokens at {tokens.url} are of other clips than {clips.url}; run `clipmill tokenize`")
     advice = "remove these tokens and tokenize again as for the prior's training"
     require_condition(prior, val_tokens.url, val_tokens.num_samples, val_tokens.facts, advice)
     _require_samples(config, clips, samples, prior_sha8)
@@ -136,7 +152,7 @@ def _require_samples(config: RunConfig, clips: Manifest, samples: Manifest, prio
             f"the Inception Score is one of clips of {C3D_FRAMES} frames, those at {clips.url} have {clip_frames}; "
             "leave evaluate.is_weights out"
         )
-    if config.evaluate.fvd_weights is not None and num_read(samples, config.evaluate.max_clips) < 2:
+    if config.evaluate.fvd_weights is not None and num_read(samples, most_clips(config.evaluate)) < 2:
         raise UserError(f"FVD needs at least 2 samples, {samples.url} has fewer; raise sample.num_samples")
 
 

@@ -54,8 +54,10 @@ def circumstances(result: dict[str, Any]) -> str:
     number = short(clips["num_clips"])
     if clips["num_clips"] < clips["num_clips_in_split"]:
         number = f"{number} of {short(clips['num_clips_in_split'])}"
+    protocol = result.get("protocol")
+    name = f"protocol {protocol['name']}: " if protocol else ""
     return (
-        f"{number} clips of the split {clips['split']}, {clips['num_frames']} frames of "
+        f"{name}{number} clips of the split {clips['split']}, {clips['num_frames']} frames of "
         f"{pixels(clips['resolution'])} at {rate}, fitted by {clips['fit'] or 'an unknown rule'}"
     )
 
@@ -167,6 +169,8 @@ def fvd_rows(result: dict[str, Any]) -> list[Row]:
     fvd = result["fvd"] or {}
     missing = _without(fvd.get("rfvd"), "evaluate.fvd_weights")
     rows = [("rFVD", short(fvd.get("rfvd")), f"real against reconstructions{missing}")]
+    networks = result["protocol"]["networks"] if result.get("protocol") else {}
+    rows += [(f"network of {key}", "", network["status"]) for key, network in networks.items()]
     if "samples" in result:
         rows += _sample_rows(result["samples"], fvd, missing)
     if fvd.get("is_singular"):
@@ -182,12 +186,34 @@ def _sample_rows(result: dict[str, Any], fvd: dict[str, Any], missing: str) -> l
         ("FVD", short(fvd.get("fvd")), f"real against {samples}{missing}"),
         ("FVD*", short(fvd.get("fvd_star")), f"reconstructions against {samples}{missing}"),
     ]
+    rows += _feature_rows(fvd)
     score = result["inception_score"]
     if score is not None:
         whole = score["num_splits"] == 1
         value = short(score["mean"]) if whole else f"{short(score['mean'])} ± {short(score['std'])}"
         about = f"of {samples}" if whole else f"of {samples}, mean and deviation of {score['num_splits']} parts"
         rows.append(("Inception Score", value, about))
+    return rows
+
+
+def _feature_rows(fvd: dict[str, Any]) -> list[Row]:
+    """What the features behind FVD say beside it."""
+    if "kvd" not in fvd:
+        return []
+    rows = [("KVD", short(fvd["kvd"]), "kernel distance of the same features")]
+    seeds, counts, manifold = fvd["over_seeds"], fvd["by_count"], fvd["manifold"]
+    if seeds:
+        value = f"{short(seeds['mean'])} ± {short(seeds['deviation'])}"
+        draws = f"{len(seeds['values'])} draws of {short(seeds['num_clips'])} clips each"
+        rows.append(("FVD over seeds", value, f"of {draws}"))
+    if counts:
+        meaning = f"of endless many clips, by a line over 1 / clips (R² {short(counts['r_squared'])})"
+        rows.append(("FVD extrapolated", short(counts["extrapolated"]), meaning))
+    if manifold:
+        rows += [
+            ("precision, recall", f"{short(manifold['precision'])}, {short(manifold['recall'])}", "5 neighbours"),
+            ("density, coverage", f"{short(manifold['density'])}, {short(manifold['coverage'])}", "5 neighbours"),
+        ]
     return rows
 
 

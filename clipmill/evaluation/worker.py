@@ -19,6 +19,7 @@ from clipmill.evaluation.inputs import Inputs
 from clipmill.evaluation.made import hardware_name
 from clipmill.evaluation.networks import Networks
 from clipmill.evaluation.parts import Measure, Part, Unit
+from clipmill.evaluation.protocols import most_clips
 from clipmill.evaluation.reader import Picked
 from clipmill.evaluation.reconstruction import copies_of, real_arrays, tokenizer_arrays
 from clipmill.models.export import load_prior, load_vqvae
@@ -142,7 +143,7 @@ class _Worker:
     def _reader(self, name: str, manifest: Manifest, decode: Decode) -> Picked:
         if name not in self._readers:
             settings = self._job.config.evaluate
-            most = settings.max_train_clips if name == "train" else settings.max_clips
+            most = settings.max_train_clips if name == "train" else most_clips(settings)
             self._readers[name] = Picked(manifest, decode, most, decode_cpus(self._job.config))
         return self._readers[name]
 
