@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "ClipmillError",
     "DamagedDocument",
+    "DiskUnusable",
     "Interrupted",
     "StageFailed",
     "StopRequested",
@@ -39,6 +40,10 @@ class UserError(ClipmillError):
     """Something the user can fix (exit 2): the message says what is wrong, where, and what to do."""
 
     exit_status = 2
+
+
+class DiskUnusable(UserError, OSError):
+    """A local disk is full, read-only or forbidden; an `OSError`, as the system itself raises."""
 
 
 class DamagedDocument(UserError):

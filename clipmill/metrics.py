@@ -8,12 +8,20 @@ begins at its checkpoint's step, so readers merge by step and the newest attempt
 from __future__ import annotations
 
 import json
+import logging
+import re
 from typing import Any
 
 from clipmill import storage
 from clipmill.scratch import ScratchFolder
 
-__all__ = ["MetricsLog", "read_metrics"]
+__all__ = ["ATTEMPT", "MetricsLog", "read_metrics"]
+
+ATTEMPT = re.compile(r"\d{6,}-\d{4,}")
+"""Name of an attempt: number of the lease, then number of the restart under it."""
+_FILE_NAME = re.compile(ATTEMPT.pattern + r"\.jsonl")
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -31,8 +39,8 @@ class MetricsLog:
         self._file = self._path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one record to the local file."""
-        self._file.write(json.dumps(record) + "\n")
+        """Appends one record of finite numbers to the local file."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def upload(self) -> None:
         """Publishes everything written so far."""
@@ -47,15 +55,41 @@ class MetricsLog:
 
 
 def read_metrics(url: str) -> list[dict[str, Any]]:
-    """All records of a training folder, sorted by step; from a newer attempt's first step on, only its own count."""
+    """All records of a training folder, sorted by step.
+
+    A newer attempt replaces all records of later steps than its first, and those of its first step that it has made
+    again. Files of other names than an attempt's are ignored, as are lines that are no records.
+    """
     merged: list[dict[str, Any]] = []
     for entry in storage.list_folder(storage.join(url, "metrics")):
-        if not entry.name.endswith(".jsonl"):
+        if not _FILE_NAME.fullmatch(entry.name):
             continue
-        records = [
-            json.loads(line) for line in storage.read_bytes(storage.join(url, "metrics", entry.name)).splitlines()
-        ]
+        file_url = storage.join(url, "metrics", entry.name)
+        records = _records(storage.read_bytes(file_url), file_url)
         if records:
             first_step = min(record["step"] for record in records)
-            merged = [record for record in merged if record["step"] < first_step] + records
+            again = {record["split"] for record in records if record["step"] == first_step}
+            merged = [
+                record
+                for record in merged
+                if record["step"] < first_step or (record["step"] == first_step and record["split"] not in again)
+            ]
+            merged += records
     return sorted(merged, key=lambda record: record["step"])
+
+
+def _records(data: bytes, url: str) -> list[dict[str, Any]]:
+    records = []
+    num_ignored = 0
+    for line in data.splitlines():
+        try:
+            record = json.loads(line)
+            if type(record["step"]) is not int or not isinstance(record["split"], str):
+                raise TypeError(f"step {record['step']!r}")
+        except (ValueError, TypeError, KeyError):
+            num_ignored += 1
+        else:
+            records.append(record)
+    if num_ignored:
+        logger.warning("%s: %d lines are no records of clipmill and are ignored", url, num_ignored)
+    return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -11,6 +12,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType, ModuleType, TracebackType
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from clipmill import __version__, storage
 from clipmill.cluster import launch
 from clipmill.cluster.connection import WORKER_ENVIRONMENT
 from clipmill.config import RunConfig, with_recorded_clips
-from clipmill.errors import UserError
+from clipmill.errors import Interrupted, UserError
 from clipmill.lease import Lease, hold
 from clipmill.preflight import check_later_stages
 from clipmill.progress import bar
@@ -30,6 +32,7 @@ from clipmill.status import publishing
 __all__ = ["STAGES", "Stage", "export_model", "find_datasets", "repair", "run_all", "run_stage", "way_back"]
 
 SUMMARY_SCHEMA = 1
+STOPPED = "stopped; run the same command to go on"
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,10 @@ class Stage:
 
     Its module has ``folder_url(config)``, ``is_finished(config)``, which raises `UserError` when what the stage
     needs is missing, and ``run(config, lease) -> summary``; a training stage has ``train(config, lease, report)``
-    and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function, and
-    ``export(config, step, dtype) -> sha8``. One that reads what was made of clips has ``clip_recipes(config)``: the
-    recipes of these clips by the URL of what it reads.
+    and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function,
+    ``export(config, step, dtype) -> sha8``, ``is_usable(config, num_workers)`` and ``committed_steps(config)``. One
+    that reads what was made of clips has ``clip_recipes(config)``: the recipes of these clips by the URL of what it
+    reads.
     """
 
     module_name: str
@@ -90,16 +94,23 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
         Interrupted: it was stopped; what was finished is kept, and running it again goes on.
         StageFailed: it could not finish for another reason.
     """
-    stage = STAGES[name]
     os.environ.update(WORKER_ENVIRONMENT)  # before a stage imports torch: some run in this very process
-    config = _with_recorded_clips(stage, _with_absolute_urls(config))
+    config = _with_absolute_urls(config)
+    with storage.disk_errors_explained(config.root):
+        return _run_stage(name, config, more)
+
+
+def _run_stage(name: str, config: RunConfig, more: str | None) -> dict[str, Any] | None:
+    stage = STAGES[name]
+    config = _with_recorded_clips(stage, config)
     if stage.module.is_finished(config) and more is None:
         logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
         return None
     if name == "shard":
         check_later_stages(config)
     if stage.is_training and os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 has the lease, writes the summary
-        stage.module.train(config, None, _LocalReport(name, quiet=True))
+        with _LocalReport(name, quiet=True) as report:
+            stage.module.train(config, None, report)
         return None
     began = time.monotonic()
     with hold(stage.module.folder_url(config), name) as lease, publishing(lease, name):
@@ -126,9 +137,11 @@ def export_model(name: str, config: RunConfig, step: int | None, dtype: Literal[
     Raises:
         UserError: there is no such checkpoint, or it is of other settings.
     """
-    config = _with_recorded_clips(STAGES[name], _with_absolute_urls(config))
-    module = STAGES[name].module
-    return storage.join(module.folder_url(config), "exports", module.export(config, step, dtype))
+    config = _with_absolute_urls(config)
+    with storage.disk_errors_explained(config.root):
+        config = _with_recorded_clips(STAGES[name], config)
+        module = STAGES[name].module
+        return storage.join(module.folder_url(config), "exports", module.export(config, step, dtype))
 
 
 def find_datasets(url: str) -> list[str]:
@@ -296,6 +309,8 @@ def _train(name: str, config: RunConfig, lease: Lease) -> dict[str, Any]:
                 config=config.cluster,
                 name=name,
                 on_progress=lambda facts: _show(progress, facts),
+                is_usable=lambda num_workers: stage.module.is_usable(config, num_workers),
+                count_progress=lambda: stage.module.committed_steps(config),
             )
     return stage.module.summary(config)
 
@@ -308,7 +323,8 @@ def _train_in_worker(payload: tuple[str, RunConfig, Lease], report: Any) -> None
         logging.getLogger("clipmill").setLevel(logging.INFO)
         logging.getLogger("clipmill").addHandler(_ToDriver(report))
         logging.getLogger("clipmill").propagate = False  # Ray would bring each line to the driver a second time
-    STAGES[name].module.train(config, lease if rank == 0 else None, report)
+    with storage.disk_errors_explained(config.root):
+        STAGES[name].module.train(config, lease if rank == 0 else None, report)
 
 
 class _ToDriver(logging.Handler):
@@ -332,10 +348,13 @@ def _show(progress: bar, facts: dict[str, Any]) -> None:
 
 
 class _LocalReport:
-    """The report of a training process that nobody but the user started: a bar, and signals as the wish to stop."""
+    """The report of a training process that nobody but the user started: a bar, and signals as the wish to stop.
+
+    Outside `hold_stops` a signal means what it meant before: the command line ends at once with status 75.
+    """
 
     def __init__(self, title: str, quiet: bool = False) -> None:
-        self.stop_requested = False
+        self.stop_requested = self._holds = False
         self._bar = None if quiet else bar(title, total=None, unit="steps")
         self._before: dict[int, Any] = {}
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -353,11 +372,27 @@ class _LocalReport:
             signal.signal(number, handler)
         if self._bar is not None:
             self._bar.__exit__(kind, error, traceback)
+        if self.stop_requested and not self._holds and isinstance(error, Exception | None):
+            raise Interrupted(STOPPED) from error  # such as that of a collective whose peers have ended before us
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested and number == signal.SIGINT:  # the second Ctrl-C means now
+        is_first, self.stop_requested = not self.stop_requested, True
+        if not is_first and number == signal.SIGINT:  # the second Ctrl-C means now
             sys.exit(130)
-        self.stop_requested = True
+        before = self._before.get(number)
+        if is_first and not self._holds and callable(before):
+            before(number, frame)
+
+    @contextlib.contextmanager
+    def hold_stops(self) -> Iterator[None]:
+        """Within it a signal only sets ``stop_requested``; see `clipmill.training.telemetry.Report`."""
+        if self.stop_requested:  # code that was interrupted may have swallowed the exception
+            raise Interrupted(STOPPED)
+        self._holds = True
+        yield
+        self._holds = False
+        if self.stop_requested:
+            raise Interrupted(STOPPED)
 
     def update(self, facts: dict[str, Any]) -> None:
         """Moves the bar."""

@@ -111,9 +111,12 @@ def import_videogpt(
 
 @app.command("estimate", rich_help_panel=PANEL)
 def estimate(
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs to train the prior on.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs to train on.")],
     assignments: Assignments = None,
     config: ConfigFiles = None,
+    stage: Annotated[Literal["vqvae", "prior"], typer.Option("--stage", help="Which model.")] = "prior",
+    memory_gib: Annotated[float, typer.Option(min=0.001, help="Memory of one GPU.")] = 80.0,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour.")] = None,
     mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak FLOP/s that is reached.")] = 0.4,
     peak_tflops: Annotated[
         float, typer.Option(min=0.001, help="Dense peak of one GPU (H100 in bfloat16: 989).")
@@ -121,36 +124,45 @@ def estimate(
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     upload_mb_per_second: Annotated[float, typer.Option(min=0.001, help="Of one node, 10^6 bytes.")] = 200.0,
 ) -> None:
-    """What training the prior of a config will take: memory of a GPU, tokens a day, bytes on disk."""
-    from clipmill.training.estimate import estimate as estimate_prior
+    """What a training will take: memory of a GPU, the micro-batch that fits, time, money, bytes on disk."""
+    from clipmill.training.estimate import estimate as estimate_training
 
-    result = estimate_prior(
+    result = estimate_training(
         load_config(config or [], assignments or []),
         gpus,
         mfu=mfu,
         peak_tflops=peak_tflops,
         gpus_per_node=gpus_per_node,
         upload_mb_per_second=upload_mb_per_second,
+        memory_gib=memory_gib,
+        stage=stage,
     )
-    Console().print(_memory_table(result, gpus))
+    Console().print(_memory_table(result, gpus, stage))
     gib = 2**30
     print(f"micro-batch: {result.rows} clips of {result.tokens_per_clip:,} tokens, {result.accumulation} a step")
+    fitting = ", ".join(f"{rows or 'none'} at stage {number}" for number, rows in enumerate(result.largest_rows))
+    print(f"largest micro-batch in {memory_gib:g} GiB: {fitting}")
     print(f"tokens a day: {result.tokens_per_day:.3g} at an MFU of {mfu:.0%} of {peak_tflops:g} TFLOP/s a GPU")
+    cost = "" if price is None else f", {result.hours * gpus * price:,.0f} at {price:g} a GPU hour"
+    print(f"all steps: {result.hours:,.1f} hours, {result.hours * gpus:,.1f} GPU hours{cost}")
     print(f"token shards: {result.token_bytes_per_clip * 1e6 / gib:.2f} GiB a million clips")
     print(f"checkpoint: {result.checkpoint_bytes / gib:.2f} GiB, uploaded in {result.upload_seconds:.0f} s")
 
 
-def _memory_table(result: Estimate, gpus: int) -> Table:
+def _memory_table(result: Estimate, gpus: int, stage: str) -> Table:
     """Memory of one GPU by ZeRO stage, in 80 columns."""
     parts = ("weights", "gradients", "optimizer", "buffers")
-    heads = ("ZeRO", "weights", "grads", "optim.", "buffers", "activations", "total", "recomp.")
+    heads = ["ZeRO", "weights", "grads", "optim.", "buffers", "activations", "total"]
+    recomputes = stage == "prior"  # a tokenizer keeps all of its activations
     table = Table(
         *heads,
-        caption="recomp.: the total with the activations of every block recomputed",
+        *(["recomp."] if recomputes else []),
+        caption="recomp.: the total with the activations of every block recomputed" if recomputes else None,
         title=f"{result.num_parameters:,} parameters on {gpus} GPUs: GiB of one GPU",
     )
-    for stage, memory in enumerate(result.states):
-        totals = (memory.total + result.activations, memory.total + result.checkpointed_activations)
+    for zero_stage, memory in enumerate(result.states):
+        kept = [result.activations, *([result.checkpointed_activations] if recomputes else [])]
+        totals = [memory.total + activations for activations in kept]
         cells = [getattr(memory, part) for part in parts] + [result.activations, *totals]
-        table.add_row(str(stage), *(f"{cell / 2**30:.2f}" for cell in cells))
+        table.add_row(str(zero_stage), *(f"{cell / 2**30:.2f}" for cell in cells))
     return table

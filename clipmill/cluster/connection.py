@@ -89,10 +89,13 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         return
     previous = signal.getsignal(signal.SIGTERM)
     address = _address(config)
-    if address is None:
-        _start_embedded(config)
-    else:
-        _join(address)
+    try:
+        if address is None:
+            _start_embedded(config)
+        else:
+            _join(address)
+    except SystemExit as error:  # of the handler that ray.init sets for itself
+        raise Interrupted("stopped; run the same command to go on") from error
     if callable(previous) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, previous)  # ray.init replaces the caller's handler by its own
     try:

@@ -1,22 +1,40 @@
 """The mailbox in which the driver of a training and its ranks meet: an actor on the driver's node.
 
 Ranks leave their newest progress there, because Ray Train's own ``report`` is a barrier without a timeout. The driver
-leaves its wish to stop. A rank that ends with a `ClipmillError` leaves it as its verdict.
+leaves its wish to stop. A rank that ends with a `ClipmillError` leaves it as its verdict. Each group of ranks has a
+mailbox of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from clipmill.errors import Interrupted
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-__all__ = ["Mailbox", "Report", "start_mailbox"]
+__all__ = ["Mailbox", "News", "Report", "start_mailbox"]
+
+
+class News(NamedTuple):
+    """What a mailbox tells the driver."""
+
+    progress: list[dict[str, Any]]
+    """Newest progress of each rank that sent some since the last time, in the order of ranks."""
+    has_begun: bool
+    """Whether a rank has begun."""
+    holds: bool
+    """Whether a rank holds stops (`Report.hold_stops`)."""
+    verdict: tuple[str, str] | None
+    """Class name and message of the first `ClipmillError` that ended a rank."""
 
 
 class Mailbox:
-    """Actor on the driver's node: progress and verdicts of the ranks, and the driver's wish to stop."""
+    """Actor on the driver's node: progress and verdicts of one group of ranks, and the driver's wish to stop it."""
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
@@ -24,17 +42,15 @@ class Mailbox:
         self._newest: dict[int, tuple[int, int]] = {}
         self._log: list[tuple[int, str]] = []
         self._attempts = 0
-        self._begun_group: str | None = None
+        self._holding: set[int] = set()
         self._finished: set[int] = set()
         self._verdict: tuple[str, str] | None = None
         self._controller: ActorHandle | None = None
         self._stop = asyncio.Event()
         self._all_finished = asyncio.Event()
 
-    async def begin(self, rank: int, group: str) -> int | None:
-        """Registers a rank of a new group.
-
-        Once one rank of a group has begun, a stop lets its other ranks begin too: the first would wait for them.
+    async def begin(self, rank: int) -> int | None:
+        """Registers a rank.
 
         Returns:
             The attempt's number. None: there is a verdict already, or the driver wants to stop.
@@ -42,12 +58,23 @@ class Mailbox:
         self._attempts += 1
         self._finished.discard(rank)
         self._all_finished.clear()
-        if self._verdict is None and self._stop.is_set() and group != self._begun_group:
-            self._verdict = ("Interrupted", "stopped before the training began; submit the same command again")
-        if self._verdict is not None:
-            return None
-        self._begun_group = group
-        return self._attempts
+        if self._stop.is_set():
+            self._verdict = self._verdict or ("Interrupted", "stopped; submit the same command to go on")
+        return self._attempts if self._verdict is None else None
+
+    async def hold(self, rank: int) -> bool:
+        """A rank has something to lose from here on; False if the driver wants to stop, and the rank must end.
+
+        Once one rank holds stops, the others may hold them even after a stop: they agree on the step to end after.
+        """
+        if self._stop.is_set() and not self._holding:
+            return False
+        self._holding.add(rank)
+        return True
+
+    async def release(self, rank: int) -> None:
+        """Ends what `hold` began."""
+        self._holding.discard(rank)
 
     async def put(self, rank: int, number: tuple[int, int], progress: dict[str, Any]) -> None:
         """Keeps the newest progress of a rank, by (attempt, update): async actors may run calls out of order."""
@@ -66,16 +93,13 @@ class Mailbox:
         if len(self._finished) == self._num_ranks:
             self._all_finished.set()
 
-    async def take(self) -> tuple[list[dict[str, Any]], bool, tuple[str, str] | None]:
-        """For the driver: progress since the last call in rank order, whether a rank began, the verdict.
-
-        Messages of logs come first, as ``{"log": [(level, text), ...]}``.
-        """
+    async def take(self) -> News:
+        """What the driver has not seen yet."""
         progress = [{"log": self._log}] if self._log else []
         progress += [self._progress[rank] for rank in sorted(self._progress)]
         self._log = []
         self._progress.clear()
-        return progress, self._attempts > 0, self._verdict
+        return News(progress, self._attempts > 0, bool(self._holding), self._verdict)
 
     async def introduce(self, controller: ActorHandle) -> None:
         """Ray Train's controller of the ranks begins."""
@@ -122,6 +146,20 @@ class Report:
 
         if self._sent is not None:
             ray.get(self._sent)
+
+    @contextlib.contextmanager
+    def hold_stops(self) -> Iterator[None]:
+        """Within it a stop waits for this rank; outside it the driver ends the group at once.
+
+        Raises:
+            Interrupted: on entry, if the driver wants to stop already.
+        """
+        import ray
+
+        if not ray.get(self._mailbox.hold.remote(self._rank)):
+            raise Interrupted("stopped; submit the same command to go on")
+        yield
+        ray.get(self._mailbox.release.remote(self._rank))
 
     @property
     def stop_requested(self) -> bool:

@@ -160,7 +160,7 @@ _WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean":
 def _kind(schema: dict[str, Any]) -> str:
     """The values of a JSON schema in words."""
     if "anyOf" in schema:
-        return " or ".join(_kind(option) for option in schema["anyOf"])
+        return " or ".join("section" if "$ref" in option else _kind(option) for option in schema["anyOf"])
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
     if "const" in schema:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from clipmill.config.data import DataConfig
 from clipmill.config.section import FREE, PositiveInt, Section
 from clipmill.config.training import PriorConfig, VQVAEConfig
 
-__all__ = ["ClusterConfig", "EvaluateConfig", "RunConfig", "SampleConfig", "TokenizeConfig"]
+__all__ = ["ClusterConfig", "EvaluateConfig", "RunConfig", "SampleConfig", "TokenizeConfig", "WorkerRange"]
 
 
 class TokenizeConfig(Section):
@@ -133,6 +133,21 @@ class EvaluateConfig(Section):
         return None if name is None else _folder_name("evaluate.name", name)
 
 
+class WorkerRange(Section):
+    """Numbers of training workers."""
+
+    min: PositiveInt
+    """Fewest workers that go on after a node is lost."""
+    max: PositiveInt
+    """Workers of a training that finds room for all of them."""
+
+    @model_validator(mode="after")
+    def _ascends(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} exceeds max {self.max}; swap them")
+        return self
+
+
 class ClusterConfig(Section):
     """Where the work runs. Nothing here is part of an identity; the device and its threads can change last digits, and
     so are recorded beside what was computed (``computed_with``).
@@ -149,8 +164,9 @@ class ClusterConfig(Section):
     fit now are demand that an autoscaler sees."""
     fanout_cpus: Annotated[PositiveInt, FREE] = 1
     """CPUs, and so threads, of one such worker: sums are split over them, so bytes of samples depend on it."""
-    training_workers: Annotated[PositiveInt, FREE] = 1
-    """Ranks of a training that Ray Train places, one for each GPU where ``use_gpu`` is set."""
+    training_workers: Annotated[PositiveInt | WorkerRange, FREE] = 1
+    """Ranks of a training that Ray Train places, one for each GPU where ``use_gpu`` is set. ``{min, max}``: as many as
+    the cluster's nodes hold; it goes on with fewer when a node is lost, and with more when nodes come back."""
     training_cpus: Annotated[PositiveInt | None, FREE] = None
     """CPUs of one training worker. None takes an even share of the cluster."""
     use_gpu: Annotated[bool, FREE] = False
@@ -160,7 +176,7 @@ class ClusterConfig(Section):
     """Keep the workers of shard, tokenize, sample and evaluate off the cluster's head node; no effect on an embedded
     Ray."""
     max_failures: Annotated[int, Field(ge=0), FREE] = 3
-    """How often a failed unit or a failed group of training workers is tried again."""
+    """How often a failed unit is tried again, and a failed group of training workers since its last checkpoint."""
     wait_seconds: Annotated[int, Field(ge=0), FREE] = 600
     """How long a stage waits for a cluster that has no node for a worker, or too few nodes for a training. Then it
     exits with 75, and `clipmill submit` tries it again later. An embedded Ray never grows and is not waited for."""
@@ -168,6 +184,16 @@ class ClusterConfig(Section):
     """After SIGTERM or Ctrl-C, running units of these stages get this long to finish; then they are given up, with 10 s
     to clean up, and the next run does them again. Both fit Kubernetes' 30 s. In a Ray job they shrink to
     ``RAY_JOB_STOP_WAIT_TIME_S``."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Least number of training workers."""
+        return self.training_workers.min if isinstance(self.training_workers, WorkerRange) else self.training_workers
+
+    @property
+    def most_workers(self) -> int:
+        """Largest number of training workers."""
+        return self.training_workers.max if isinstance(self.training_workers, WorkerRange) else self.training_workers
 
 
 class RunConfig(Section):

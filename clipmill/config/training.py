@@ -31,9 +31,39 @@ DEEPSPEED_TWINS = {
     "train_micro_batch_size_per_gpu": "micro_batch",
     "gradient_accumulation_steps": "micro_batch",
     "gradient_clipping": "grad_clip",
+    "optimizer": "lr, betas and weight_decay",
+    "scheduler": "lr, warmup_steps, schedule and min_lr_share",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "compile": "compile",
+    "checkpoint": "checkpoint_every, keep_last and keep_every",
+    "activation_checkpointing": "prior.model.checkpointed_share",
+    "wandb": "wandb_project",
     "zero_optimization.stage": "zero_stage",
+    "zero_optimization.compute_grad_norm": "grad_clip",
+    "zero_optimization.cpu_offload": "offload",
+    "zero_optimization.offload_optimizer": "offload",
 }
 """Keys of DeepSpeed that keys of clipmill decide."""
+DEEPSPEED_KEYS = (
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "log_level",
+    "memory_breakdown",
+    "prescale_gradients",
+    "wall_clock_breakdown",
+    "zero_optimization",
+)
+"""Keys of DeepSpeed that have an effect here; it ignores those that it does not know."""
 
 
 class TrainingConfig(Section):
@@ -57,7 +87,7 @@ class TrainingConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     """Decays of AdamW's moving averages of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW, of matrices and kernels; norms, biases, gains and positions do not decay."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
     weights_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -96,8 +126,8 @@ class TrainingConfig(Section):
     keep_every: Annotated[PositiveInt | None, FREE] = None
     """Also keep the checkpoints at multiples of this number of steps."""
     resume: Annotated[str, FREE] = "auto"
-    """``auto``: from this folder's newest checkpoint, if it has one. ``never``: refuse a folder that has one. A URL:
-    start from the newest checkpoint of that training folder, which must have one."""
+    """``auto``: from this folder's newest checkpoint, if it has one. ``never``: refuse a folder that has one, or an
+    export. A URL: start from the newest checkpoint of that training folder, which must have one."""
     init_from: Annotated[str | None, FREE] = None
     """Start from the weights of an export: URL of a training folder or of one export. The model may differ from its:
     weights of the same name and size are taken, all others are named in the log and the summary. A training that has a
@@ -106,10 +136,13 @@ class TrainingConfig(Section):
     """Resume over other clips or tokens than those of the checkpoint, from the start of an epoch (`DATASET_KEYS`)."""
     hang_seconds: Annotated[float, Field(gt=0), FREE] = 900.0
     """A rank that waits for its peers longer than this names the one that hangs and ends itself."""
+    peak_tflops: Annotated[float | None, Field(gt=0), FREE] = None
+    """Dense peak of one GPU in TFLOP/s, in ``precision``, for MFU; None looks the GPU up by its name."""
     wandb_project: Annotated[str | None, FREE] = None
     """Also record to this project of Weights & Biases; needs the package ``wandb``."""
     deepspeed: Annotated[dict[str, Any], FREE] = Field(default_factory=dict)
-    """Expert overrides of the generated DeepSpeed config; keys that clipmill sets itself are refused."""
+    """Expert overrides of the generated DeepSpeed config (`DEEPSPEED_KEYS`); keys that clipmill sets itself are
+    refused."""
 
     def rows_and_accumulation(self, world_size: int) -> tuple[int, int]:
         """Clips of a rank's micro-batch, and micro-batches of a step; rows beyond the rank's share are padding."""
@@ -119,11 +152,16 @@ class TrainingConfig(Section):
 
     @field_validator("deepspeed")
     @classmethod
-    def _says_nothing_twice(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
-        given = deepspeed | {f"zero_optimization.{key}": 0 for key in deepspeed.get("zero_optimization", {})}
-        for key, ours in DEEPSPEED_TWINS.items():
-            if key in given:
+    def _has_an_effect(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
+        zero = deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed: zero_optimization {zero!r} must be a section of keys")
+        for key in (*deepspeed, *(f"zero_optimization.{key}" for key in zero)):
+            if ours := DEEPSPEED_TWINS.get(key):
                 raise ValueError(f"deepspeed: clipmill sets {key} from {ours}; set {ours} instead")
+            if key.partition(".")[0] not in DEEPSPEED_KEYS:
+                known = ", ".join(DEEPSPEED_KEYS)
+                raise ValueError(f"deepspeed: {key} would have no effect; keys that have one: {known}")
         return deepspeed
 
     @model_validator(mode="after")

@@ -112,6 +112,11 @@ class VQVAEModelConfig(Section):
         return self.hidden_dim if self.decoder_dim is None else self.decoder_dim
 
     @property
+    def has_batch_statistics(self) -> bool:
+        """Whether a micro-step computes statistics over its clips, so that their number is part of the training."""
+        return self.norm == "batch" or self.quantizer != "fsq"
+
+    @property
     def latent_dim(self) -> int:
         """Channels of a latent, of all codebooks."""
         if self.quantizer == "fsq":

@@ -12,6 +12,7 @@ tokenizer's model.json under ``tokenizer`` in the body.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
@@ -25,7 +26,9 @@ from clipmill import storage
 from clipmill.config import PriorModelConfig, Section, VQVAEModelConfig, fingerprint
 from clipmill.errors import UserError
 from clipmill.models.prior import Prior
+from clipmill.models.tensor_file import Deferred, deferred, write_tensors
 from clipmill.models.vqvae import VQVAE
+from clipmill.scratch import ScratchFolder
 
 __all__ = [
     "Dtype",
@@ -58,8 +61,9 @@ def save_export(
     body: dict[str, Any],
     tokenizer: nn.Module | None = None,
     dtype: Dtype = "float32",
+    weights: Mapping[str, Deferred] | None = None,
 ) -> str:
-    """Writes an export and makes it the latest of its training folder.
+    """Writes an export, one tensor in memory at a time, and makes it the latest of its training folder.
 
     Args:
         folder_url: the training folder.
@@ -68,23 +72,30 @@ def save_export(
             config) and what the loader of that kind reads (see `load_vqvae`, `load_prior`).
         tokenizer: of a prior; its weights go into the same file.
         dtype: of the weights in the file; recorded in the body if it is not float32.
+        weights: the state dict, if the model is on the meta device and has none of its own.
 
     Returns:
         The export's sha8.
     """
-    tensors = _tensors(model.state_dict(), "")
+    tensors = deferred(model)
+    if weights is not None:
+        if wrong := {name for name, own in tensors.items() if name not in weights or weights[name].shape != own.shape}:
+            raise ValueError(f"no weights, or some of another shape, for {', '.join(sorted(wrong))}")
+        tensors = {name: weights[name] for name in tensors}
     if dtype != "float32":
         tensors |= {name: tensors[name].to(getattr(torch, dtype)) for name, _ in model.named_parameters()}
         body = body | {"dtype": dtype}
     if tokenizer is not None:
-        tensors |= _tensors(tokenizer.state_dict(), "tokenizer.")
-    weights = safetensors.torch.save(tensors)
-    document = _named(body, weights)
-    sha8 = document["sha8"]
-    export_url = storage.join(folder_url, "exports", sha8)
-    if not storage.exists(storage.join(export_url, "model.json")):
-        storage.publish_bytes(storage.join(export_url, "model.safetensors"), weights)
-        storage.publish_document(storage.join(export_url, "model.json"), document, SCHEMA)
+        tensors |= {f"tokenizer.{name}": value for name, value in deferred(tokenizer).items()}
+    with ScratchFolder("export") as folder:
+        path = folder / "model.safetensors"
+        with path.open("wb") as file:
+            document = _named(body, write_tensors(tensors, file))
+        sha8 = document["sha8"]
+        export_url = storage.join(folder_url, "exports", sha8)
+        if not storage.exists(storage.join(export_url, "model.json")):
+            storage.publish_file(path, storage.join(export_url, "model.safetensors"))
+            storage.publish_document(storage.join(export_url, "model.json"), document, SCHEMA)
     if _latest_sha8(folder_url) != sha8:
         storage.publish_document(storage.join(folder_url, "exports", "latest.json"), {"sha8": sha8}, SCHEMA)
     return sha8
@@ -92,11 +103,12 @@ def save_export(
 
 def export_body(model: nn.Module, body: dict[str, Any]) -> dict[str, Any]:
     """The body with the hash and the name that an export of this model would have, without writing one."""
-    return _named(body, safetensors.torch.save(_tensors(model.state_dict(), "")))
+    with open(os.devnull, "wb") as nowhere:
+        return _named(body, write_tensors(deferred(model), nowhere))
 
 
-def _named(body: dict[str, Any], weights: bytes) -> dict[str, Any]:
-    document = body | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+def _named(body: dict[str, Any], weights_sha256: str) -> dict[str, Any]:
+    document = body | {"weights_sha256": weights_sha256}
     return document | {"sha8": fingerprint(document)[:8]}
 
 
@@ -268,10 +280,6 @@ def _build_vqvae(body: dict[str, Any], tensors: dict[str, Tensor]) -> VQVAE:
     # Kernels lie as the features do, or every call would copy them: 4 % of an encoding on a CPU.
     nn.utils.convert_conv3d_weight_memory_format(model, torch.channels_last_3d)
     return model.eval()
-
-
-def _tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def _latest_sha8(folder_url: str) -> str | None:

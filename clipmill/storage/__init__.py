@@ -7,7 +7,7 @@ exception leaves ``with fs.open(url, "wb")``.
 """
 
 from clipmill.storage.blame import Refused, ServerLost, Unreadable
-from clipmill.storage.disk import TEMPORARY_PREFIX
+from clipmill.storage.disk import TEMPORARY_PREFIX, disk_errors_explained, unusable
 from clipmill.storage.documents import create_document, publish_document, read_document
 from clipmill.storage.entry import Entry, Limits
 from clipmill.storage.objects import (
@@ -54,6 +54,7 @@ __all__ = [
     "check_create",
     "create_bytes",
     "create_document",
+    "disk_errors_explained",
     "escape",
     "escape_name",
     "exists",
@@ -80,6 +81,7 @@ __all__ = [
     "shown",
     "split",
     "stat",
+    "unusable",
     "walk",
     "within",
 ]

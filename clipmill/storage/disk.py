@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from clipmill.errors import ClipmillError, DiskUnusable
 from clipmill.storage.entry import Entry
-from clipmill.storage.urls import escape_name, unescape
+from clipmill.storage.urls import escape_name, is_local, local_path, unescape
 
-__all__ = ["TEMPORARY_PREFIX", "children", "create", "publish", "walk"]
+__all__ = ["TEMPORARY_PREFIX", "children", "create", "disk_errors_explained", "publish", "unusable", "walk"]
 
 TEMPORARY_PREFIX = ".tmp-"
 """Start of the names of unfinished local files; a killed writer leaves one behind, ``verify`` names it."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def children(folder: Path) -> list[tuple[Entry, bool]]:
@@ -82,7 +87,7 @@ def _temporary_beside(target: Path, write: Callable[[BinaryIO], Any]) -> Iterato
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb") as file, _naming(target):
             write(file)
             file.flush()
             os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide published data from other users
@@ -99,3 +104,65 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Adds the target's name to errors of the system that name no file, as those of a write do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(target)
+        raise
+
+
+def unusable(error: OSError, root: str | None = None) -> DiskUnusable | None:
+    """One line for a disk that is full, read-only or forbidden; None for any other error.
+
+    Args:
+        error: of the system.
+        root: URL of a folder that may lie on the disk, for an error that names no file.
+    """
+    if isinstance(error, ClipmillError) or error.errno not in _FULL + _FORBIDDEN:
+        return None
+    folders = {Path(tempfile.gettempdir()): "set TMPDIR to another folder"}
+    if root is not None and is_local(root):
+        folders[local_path(root).absolute()] = "choose another root"
+    name = error.filename2 or error.filename  # of a copy, the second is the target
+    # A write names no file: of the disks that clipmill writes to, the one with less space is full.
+    place = Path(os.fsdecode(name)).absolute() if name else min(folders, key=_free_bytes)
+    if place.name.startswith(TEMPORARY_PREFIX):  # a name that nobody else has ever seen
+        place = place.parent
+    inside = [folder for folder in folders if place.is_relative_to(folder)]
+    advice = folders[max(inside, key=lambda folder: len(folder.parts))] if inside else "use another folder"
+    reason = os.strerror(error.errno)
+    if error.errno in _FORBIDDEN:
+        return DiskUnusable(f"{place} cannot be used ({reason}); change its owner or mount it writable, or {advice}")
+    free = f"{_free_bytes(place) / 1e6:,.1f} MB are free"
+    return DiskUnusable(f"the disk of {place} is full ({reason}; {free}); free some space, or {advice}")
+
+
+def _free_bytes(place: Path) -> int:
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+@contextlib.contextmanager
+def disk_errors_explained(root: str) -> Iterator[None]:
+    """Within it a disk that is full, read-only or forbidden is one line instead of a traceback.
+
+    Args:
+        root: URL of the folder that is written to, beside the temporary folder.
+
+    Raises:
+        DiskUnusable: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        explained = unusable(error, root)
+        if explained is None:
+            raise
+        raise explained from error

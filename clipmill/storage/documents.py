@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from clipmill.errors import DamagedDocument, UserError
@@ -12,7 +13,7 @@ __all__ = ["create_document", "publish_document", "read_document"]
 
 
 def publish_document(url: str, body: dict[str, Any], schema: int) -> None:
-    """Writes a JSON document (sorted keys) with its schema version."""
+    """Writes a JSON document (sorted keys) with its schema version; numbers that are not finite become null."""
     publish_bytes(url, _document_bytes(body, schema))
 
 
@@ -22,7 +23,17 @@ def create_document(url: str, body: dict[str, Any], schema: int) -> bool:
 
 
 def _document_bytes(body: dict[str, Any], schema: int) -> bytes:
-    return (json.dumps({"schema": schema, **body}, sort_keys=True, indent=1) + "\n").encode()
+    document = {"schema": schema, **_finite(body)}
+    return (json.dumps(document, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for each number that is not finite, which JSON cannot express."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_document(url: str, newest_schema: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Steps that were left out: found and reported when the host looks.
+"""Bad steps: found and reported when the host looks.
 
 A step is bad if the norm of its gradients, which is the same on all ranks, is not finite or a spike; then no rank
-applies it (see ``zero/guard.py``). Who was to blame is found out later, when the metrics are fetched: no step waits for
+applies it (see ``zero/guard.py``). The clips to blame are found later, when the metrics are fetched: no step waits for
 the device.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["Ledger"]
 
 MOST_SKIPPED_IN_A_ROW = 10
 MOST_KEYS = 8
-"""That an error names."""
+"""Clips that an error names."""
 
 
 class _Step(NamedTuple):
@@ -29,29 +29,30 @@ class _Step(NamedTuple):
     keys: list[str]
     loss: Tensor
     norm: Tensor
-    left_out: Tensor
+    skipped: Tensor
 
 
 class Ledger:
-    """The steps since the last look, and what is to follow from the bad ones among them.
+    """The steps since the last look, and what follows from the bad ones among them.
 
     Args:
         world: this process among its peers.
         policy: ``stop`` or ``skip``, see ``TrainingConfig.bad_steps``.
         folder_url: the training folder, for its checkpoints.
-        num_skipped: steps left out before.
+        num_skipped: steps skipped before.
 
     Attributes:
-        num_skipped: steps left out, in all.
+        num_skipped: steps skipped in all.
+        num_in_a_row: the last steps that were all skipped.
     """
 
     def __init__(self, world: World, policy: str, folder_url: str, num_skipped: int) -> None:
         self._world, self._policy, self._folder_url = world, policy, folder_url
         self._steps: list[_Step] = []
-        self._in_a_row = 0
+        self.num_in_a_row = 0
         self.num_skipped = num_skipped
 
-    def add(self, number: int, keys: list[str], loss: Tensor, norm: Tensor, left_out: Tensor) -> None:
+    def add(self, number: int, keys: list[str], loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         """Notes a step without looking at it.
 
         Args:
@@ -59,9 +60,9 @@ class Ledger:
             keys: of this rank's clips.
             loss: sum over this rank's clips, 0-d on the device.
             norm: of the gradients of all ranks, 0-d on the device.
-            left_out: whether no rank applied them, bool 0-d on the device.
+            skipped: whether no rank applied them, bool 0-d on the device.
         """
-        self._steps.append(_Step(number, keys, loss, norm, left_out))
+        self._steps.append(_Step(number, keys, loss, norm, skipped))
 
     def look(self) -> None:
         """Looks at the steps since the last time. Collective; waits for the device.
@@ -72,18 +73,18 @@ class Ledger:
         steps, self._steps = self._steps, []
         numbers = torch.stack([torch.stack([part.float() for part in step[2:]]) for step in steps]).tolist()
         if self._policy == "stop":
-            any_bad = self._world.sum([not math.isfinite(loss) or left_out for loss, _, left_out in numbers])
+            any_bad = self._world.sum([not math.isfinite(loss) or skipped for loss, _, skipped in numbers])
             first = next((index for index, bad in enumerate(any_bad) if bad), None)
             if first is not None:
                 self._stop(steps[first], *numbers[first][:2])
             return
-        for step, (_, norm, left_out) in zip(steps, numbers, strict=True):
-            self._in_a_row = self._in_a_row + 1 if left_out else 0
-            self.num_skipped += bool(left_out)
-            if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        for step, (_, norm, skipped) in zip(steps, numbers, strict=True):
+            self.num_in_a_row = self.num_in_a_row + 1 if skipped else 0
+            self.num_skipped += bool(skipped)
+            if self.num_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 raise StageFailed(
-                    f"{self._in_a_row} steps in a row up to step {step.number} were left out, the last for grad_norm "
-                    f"{norm:g}; {self._last_good()}; lower the learning rate{_or_factor(norm)} and run again"
+                    f"{self.num_in_a_row} steps in a row up to step {step.number} were skipped, the last for grad_norm "
+                    f"{norm:g}; {self.last_good()}; lower the learning rate{_or_factor(norm)} and run again"
                 )
 
     def _stop(self, step: _Step, loss: float, norm: float) -> None:
@@ -94,17 +95,18 @@ class Ledger:
             clips += f" and {len(step.keys) - MOST_KEYS} more"
         what = f"loss {loss} on rank {self._world.rank} (clips {clips})" if own else f"grad_norm {norm:g}"
         error = StageFailed(
-            f"step {step.number} gave {what}; {self._last_good()}; lower the learning rate{_or_factor(norm)}, or leave "
-            "such steps out with bad_steps=skip, and run again"
+            f"step {step.number} gave {what}; {self.last_good()}; lower the learning rate{_or_factor(norm)}, or "
+            "skip such steps with bad_steps=skip, and run again"
         )
         self._world.raise_first(error if own else None)
         self._world.raise_first(error)
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """Which checkpoint a user can go back to, for a message."""
         saved = checkpoint.newest(self._folder_url)
         return f"the last good checkpoint is {saved.url}" if saved else "no checkpoint was written before"
 
 
 def _or_factor(norm: float) -> str:
-    """What else helps against a step that was left out for this norm of its gradients."""
+    """What else helps against a step that was skipped for this norm of its gradients."""
     return ", or raise spike_factor," if math.isfinite(norm) else ""

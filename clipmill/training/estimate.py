@@ -1,6 +1,6 @@
-"""What training a prior will take, by arithmetic and a dry run: memory of a GPU, tokens a day, bytes on disk.
+"""What a training will take, by arithmetic and a dry run: memory of a GPU, time, money, bytes on disk.
 
-The model is built and run on fake tensors (shapes without memory), so a prior of any size is estimated on any machine.
+The model is built and run on fake tensors (shapes without memory), so one of any size is estimated on any machine.
 Parameters stay float32 in training, whatever the compute dtype (see `clipmill.training.zero.engine`).
 
 P: parameters   W: GPUs   B: clips of a micro-batch   L: tokens of a clip
@@ -9,20 +9,23 @@ P: parameters   W: GPUs   B: clips of a micro-batch   L: tokens of a clip
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from clipmill.config import PriorModelConfig, RunConfig
+from clipmill.config import PriorModelConfig, RunConfig, TrainingConfig, frame_size
 from clipmill.models.prior import Prior
-from clipmill.models.vqvae import codes_shape
+from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.shards.format import code_dtype
-from clipmill.training.throughput import prior_flops_per_token
+from clipmill.training.kernels import AsOnCuda, saved_bytes
+from clipmill.training.throughput import prior_flops_per_token, vqvae_flops_per_clip
 from clipmill.training.zero.engine import BUCKET_ELEMENTS
 
-__all__ = ["Estimate", "Memory", "activation_bytes", "estimate", "model_state_bytes", "saved_bytes"]
+__all__ = ["Estimate", "Memory", "activation_bytes", "build_prior", "estimate", "model_state_bytes"]
 
 FLOAT = 4
 LIVE_ELEMENTS = 1_000_000_000
@@ -30,7 +33,11 @@ LIVE_ELEMENTS = 1_000_000_000
 TAR_BLOCK = 512
 COMPILED_SHARE = 0.8
 """Activations of compiled blocks over those of others: 0.79 (preset 100m) and 0.80 (1b) in bfloat16 on an H100."""
+USABLE_SHARE = 0.94
+"""Of a GPU's memory; the CUDA context and gaps between tensors take the rest."""
 SECONDS_PER_DAY = 86_400
+
+Stage = Literal["vqvae", "prior"]
 
 
 @dataclass(frozen=True)
@@ -60,21 +67,34 @@ class Estimate:
     states: tuple[Memory, ...]
     """By ZeRO stage, 0 to 3."""
     activations: int
-    """Activations of one micro-batch, all of them kept."""
+    """Activations of one micro-batch, with the ``checkpointed_share`` of the config."""
     checkpointed_activations: int
-    """The same with those of every block recomputed (``prior.model.checkpointed_share=1``)."""
+    """The same with those of every block recomputed (``prior.model.checkpointed_share=1``); a tokenizer has no such
+    choice."""
+    largest_rows: tuple[int, ...]
+    """Clips of the largest micro-batch that fits the GPU, by ZeRO stage; 0 if none does."""
     flops_per_token: float
     """Forward and backward, without recomputation."""
     tokens_per_day: float
+    hours: float
+    """Of all steps."""
     token_bytes_per_clip: int
     checkpoint_bytes: int
     upload_seconds: float
 
 
 def estimate(
-    config: RunConfig, num_gpus: int, *, mfu: float, peak_tflops: float, gpus_per_node: int, upload_mb_per_second: float
+    config: RunConfig,
+    num_gpus: int,
+    *,
+    mfu: float,
+    peak_tflops: float,
+    gpus_per_node: int,
+    upload_mb_per_second: float,
+    memory_gib: float = 80.0,
+    stage: Stage = "prior",
 ) -> Estimate:
-    """Estimates stage ``train-prior``.
+    """Estimates the training of a prior or a tokenizer.
 
     Args:
         config: of the run; nothing of it needs to exist.
@@ -83,46 +103,85 @@ def estimate(
         peak_tflops: of one GPU, dense, in the precision of the training.
         gpus_per_node: each node uploads its part of a checkpoint.
         upload_mb_per_second: of one node, 10^6 bytes.
+        memory_gib: of one GPU.
+        stage: which training.
 
     Raises:
         UserError: the clips do not divide by the tokenizer's downsampling.
     """
-    clip, model = config.data.clip, config.prior.model
-    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
-    tokens = math.prod(shape)
-    rows, accumulation = config.prior.training.rows_and_accumulation(num_gpus)
-    with FakeTensorMode():
-        prior = build_prior(config, model, shape)
-        num_parameters = sum(parameter.numel() for parameter in prior.parameters())
-        largest_block = max(sum(parameter.numel() for parameter in block.parameters()) for block in prior.blocks)
-        flops = prior_flops_per_token(prior)
+    clip = config.data.clip
+    tokens = math.prod(codes_shape(config.vqvae.model, clip.num_frames, clip.size))
+    training = _training(config, stage)
+    rows, accumulation = training.rows_and_accumulation(num_gpus)
+    num_parameters, largest_block, flops = _sizes(config, stage)
     states = tuple(
-        model_state_bytes(num_parameters, stage, num_gpus, largest_block, accumulation) for stage in range(4)
+        model_state_bytes(num_parameters, zero_stage, num_gpus, largest_block, accumulation) for zero_stage in range(4)
     )
-    checkpoint_bytes = _checkpoint_bytes(num_parameters, config.prior.training.zero_stage)
+    usable = memory_gib * 2**30 * USABLE_SHARE
+    kept = _kept_of(config, stage)
+    checkpoint_bytes = _checkpoint_bytes(num_parameters, training.zero_stage)
     num_nodes = math.ceil(num_gpus / gpus_per_node)
+    tokens_per_day = num_gpus * mfu * peak_tflops * 1e12 / flops * SECONDS_PER_DAY
     return Estimate(
         num_parameters=num_parameters,
         tokens_per_clip=tokens,
         rows=rows,
         accumulation=accumulation,
         states=states,
-        activations=activation_bytes(config, rows, checkpointed_share=0.0),
-        checkpointed_activations=activation_bytes(config, rows, checkpointed_share=1.0),
+        activations=kept(rows),
+        checkpointed_activations=activation_bytes(config, rows, 1.0, stage),
+        largest_rows=tuple(_largest_rows(kept, usable - memory.total, training.global_batch) for memory in states),
         flops_per_token=flops,
-        tokens_per_day=num_gpus * mfu * peak_tflops * 1e12 / flops * SECONDS_PER_DAY,
+        tokens_per_day=tokens_per_day,
+        hours=training.steps * training.global_batch * tokens / tokens_per_day * 24,
         token_bytes_per_clip=_token_bytes(tokens, config.vqvae.model.num_codes),
         checkpoint_bytes=checkpoint_bytes,
         upload_seconds=checkpoint_bytes / num_nodes / (upload_mb_per_second * 1e6),
     )
 
 
+def _sizes(config: RunConfig, stage: Stage) -> tuple[int, int, float]:
+    """Parameters of the model, parameters of its largest block, FLOPs of a token."""
+    clip = config.data.clip
+    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
+    with FakeTensorMode():
+        if stage == "prior":
+            prior = build_prior(config, config.prior.model, shape)
+            return _num_parameters(prior), max(map(_num_parameters, prior.blocks)), prior_flops_per_token(prior)
+        vqvae = VQVAE(config.vqvae.model, pixel_variance=1.0)
+        flops = vqvae_flops_per_clip(config.vqvae.model, clip.num_frames, clip.size) / math.prod(shape)
+        return _num_parameters(vqvae), max(map(_num_parameters, vqvae.blocks), default=0), flops
+
+
+def _training(config: RunConfig, stage: Stage) -> TrainingConfig:
+    return config.prior.training if stage == "prior" else config.vqvae.training
+
+
+def _num_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _kept_of(config: RunConfig, stage: Stage) -> Callable[[int], int]:
+    """Activations of a micro-batch by its clips, as the config recomputes them."""
+    share = config.prior.model.checkpointed_share if stage == "prior" else 0.0
+    return lambda rows: activation_bytes(config, rows, share, stage)
+
+
+def _largest_rows(kept: Callable[[int], int], room: float, most: int) -> int:
+    """The largest micro-batch, of at most ``most`` clips, whose activations fit."""
+    fitting, too_many = 0, most + 1
+    while too_many - fitting > 1:
+        rows = (fitting + too_many) // 2
+        fitting, too_many = (rows, too_many) if kept(rows) <= room else (fitting, rows)
+    return fitting
+
+
 def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_block: int, accumulation: int) -> Memory:
     """Weights, gradients and AdamW's states on one GPU (ZeRO, arXiv 1910.02054, with all of it in float32).
 
     DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition, and collect gradients in a
-    bucket before they send them. Stage 1 keeps a part of the gradients, as stage 2 does; it keeps them whole only while
-    it accumulates micro-batches.
+    bucket before they send them; stage 0 flattens gradients into such a bucket when there are several GPUs. Stage 1
+    keeps a part of the gradients, as stage 2 does; it keeps them whole only while it accumulates micro-batches.
 
     Args:
         num_parameters: P.
@@ -133,9 +192,9 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
     """
     whole = FLOAT * num_parameters
     part = FLOAT * math.ceil(num_parameters / num_gpus)
-    if stage == 0:
-        return Memory(weights=whole, gradients=whole, optimizer=2 * whole, buffers=0)
     bucket = FLOAT * min(num_parameters, BUCKET_ELEMENTS)
+    if stage == 0:
+        return Memory(weights=whole, gradients=whole, optimizer=2 * whole, buffers=bucket if num_gpus > 1 else 0)
     if stage < 3:
         gradients = whole if stage == 1 and accumulation > 1 else part
         return Memory(weights=whole, gradients=gradients, optimizer=3 * part, buffers=bucket)
@@ -143,54 +202,66 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
     return Memory(weights=part, gradients=part, optimizer=3 * part, buffers=bucket + gathered)
 
 
-def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float) -> int:
-    """Bytes kept of one micro-batch between its forward and its backward pass.
+def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float, stage: Stage = "prior") -> int:
+    """Bytes that a GPU keeps of one micro-batch between its forward and its backward pass.
 
-    All blocks are alike: two runs, of one block and of two, show what a block keeps and what the rest keeps.
+    All blocks of a prior are alike: two runs, of one block and of two, show what a block keeps and what the rest keeps.
+
+    Args:
+        config: of the run.
+        rows: B.
+        checkpointed_share: share of the prior's blocks whose activations are recomputed.
+        stage: which training.
     """
+    if stage == "vqvae":
+        return _kept_of_vqvae(config, rows)
     model, clip = config.prior.model, config.data.clip
     shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
-    bfloat16 = config.prior.training.precision == "bfloat16"
-    with FakeTensorMode():
-        one, two = (_kept(config, model.model_copy(update={"num_layers": n}), shape, rows, bfloat16) for n in (1, 2))
+    one, two = (_kept_of_prior(config, model.model_copy(update={"num_layers": n}), rows) for n in (1, 2))
     block, rest = two - one, 2 * one - two
     if config.prior.training.compile:
         block = round(block * COMPILED_SHARE)
     again = round(checkpointed_share * model.num_layers)
-    is_narrow = bfloat16 and model.style == "modern"  # activations between blocks are bfloat16
+    is_narrow = _is_bfloat16(config.prior.training) and model.style == "modern"  # bfloat16 between blocks
     block_input = (2 if is_narrow else FLOAT) * rows * math.prod(shape) * model.hidden_dim
     # While one block is recomputed, all of its activations are there beside the inputs of the others.
     return rest + block * (model.num_layers - again) + block_input * again + (block if again else 0)
 
 
-def saved_bytes(prior: Prior, codes: Tensor, label: Tensor | None, condition: Tensor | None, bfloat16: bool) -> int:
-    """Bytes that autograd holds after the forward pass of a micro-batch, parameters and buffers not counted."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*prior.parameters(), *prior.buffers())}
-    held: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            held[storage._cdata] = tensor  # alive, so that no other storage takes its address
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast(codes.device.type, torch.bfloat16, enabled=bfloat16):
-        prior.loss(codes, label, condition).sum()
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+def _is_bfloat16(training: TrainingConfig) -> bool:
+    return training.precision == "bfloat16"
 
 
-def _kept(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...], rows: int, bfloat16: bool) -> int:
-    """`saved_bytes` of a prior of this size on fake tensors."""
-    prior = build_prior(config, model.model_copy(update={"checkpointed_share": 0.0}), shape).train()
-    codes = torch.zeros(rows, *shape, dtype=torch.int64)
-    label = torch.zeros(rows, dtype=torch.int64) if model.class_conditional else None
-    condition_shape = _condition_shape(config)
-    condition = None
-    if condition_shape is not None:
-        dtype = torch.uint8 if model.condition == "frames" else torch.float32
-        condition = torch.zeros(rows, *condition_shape, dtype=dtype)
-    return saved_bytes(prior, codes, label, condition, bfloat16)
+def _kept_of_prior(config: RunConfig, model: PriorModelConfig, rows: int) -> int:
+    """What a prior of this size keeps, every block of it."""
+    clip = config.data.clip
+    shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
+    with FakeTensorMode():
+        prior = build_prior(config, model.model_copy(update={"checkpointed_share": 0.0}), shape).train()
+        codes = torch.zeros(rows, *shape, dtype=torch.int64)
+        label = torch.zeros(rows, dtype=torch.int64) if model.class_conditional else None
+        condition_shape = _condition_shape(config)
+        condition = None
+        if condition_shape is not None:
+            dtype = torch.uint8 if model.condition == "frames" else torch.float32
+            condition = torch.zeros(rows, *condition_shape, dtype=dtype)
+        return _kept(prior, lambda: prior.loss(codes, label, condition).sum(), config.prior.training)
+
+
+def _kept_of_vqvae(config: RunConfig, rows: int) -> int:
+    """What a tokenizer keeps; the initial codes do not matter, and clusters of fake rows cannot be computed."""
+    clip = config.data.clip
+    crop = config.vqvae.training.random_crop
+    size = clip.size if crop is None else frame_size(crop)
+    with FakeTensorMode():
+        model = VQVAE(config.vqvae.model.model_copy(update={"codebook_start": "rows"}), pixel_variance=1.0).train()
+        video = torch.zeros(rows, clip.num_frames, *size, 3, dtype=torch.uint8)
+        return _kept(model, lambda: model(to_input(video)).loss, config.vqvae.training)
+
+
+def _kept(model: torch.nn.Module, run: Callable[[], Tensor], training: TrainingConfig) -> int:
+    with AsOnCuda(), torch.autocast("cpu", torch.bfloat16, enabled=_is_bfloat16(training)):
+        return saved_bytes(run, [*model.parameters(), *model.buffers()])
 
 
 def build_prior(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...]) -> Prior:

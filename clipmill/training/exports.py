@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from clipmill.config import TrainingConfig, refused_changes
 from clipmill.errors import UserError
+from clipmill.models.tensor_file import Deferred
 from clipmill.scratch import ScratchFolder
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ def find_checkpoint(
 
     Args:
         folder_url: the training folder.
-        step: its steps; none: the newest.
+        step: its steps; None takes the newest.
         identity: of the training as it is configured.
         training: its settings.
 
@@ -42,16 +41,16 @@ def find_checkpoint(
     return wanted[-1]
 
 
-def export_checkpoint(found: Checkpoint, export: Callable[[dict[str, Tensor], int], str]) -> str:
+def export_checkpoint(found: Checkpoint, export: Callable[[dict[str, Deferred], int], str]) -> str:
     """Exports a checkpoint, with its averaged weights if it has them.
 
     Args:
         found: the checkpoint.
-        export: publishes the model's float32 state dict after so many steps, and names the export.
+        export: publishes the model's float32 state dict after that number of steps, and names the export.
     """
+    prefix = "model."
     with ScratchFolder("export") as folder:
         checkpoint.fetch(found, folder)
         state = whole_state(folder, found.state["zero_stage"])
-    prefix = "model."
-    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return export(weights, found.step)
+        weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return export(weights, found.step)

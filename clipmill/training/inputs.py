@@ -25,6 +25,7 @@ __all__ = [
     "identity_of",
     "open_dataset",
     "require_manifests",
+    "require_rows",
     "slots_of",
 ]
 
@@ -79,6 +80,19 @@ def open_dataset(
     """The samples of a run's manifests, through the cache that all workers of a node share."""
     parts = [ShardDataset(manifest, decode, cache_bytes=training.cache_bytes) for manifest in manifests]
     return MixedDataset(parts, slots_of(config)) if config.data.mix else parts[0]
+
+
+def require_rows(training: TrainingConfig, world_size: int, section: str) -> None:
+    """Whether every rank has a clip in each step.
+
+    Raises:
+        UserError: some have none.
+    """
+    if training.global_batch < world_size:
+        raise UserError(
+            f"{section}.training.global_batch={training.global_batch} leaves some of the {world_size} ranks without a "
+            f"clip; make it {world_size} or more, or train on fewer ranks"
+        )
 
 
 def check_cache(

@@ -9,24 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from clipmill import storage
-from clipmill.config import RunConfig, TrainingConfig, fingerprint, frame_size, identity
+from clipmill.config import RunConfig, fingerprint, frame_size, identity
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.conditioning import condition_of
 from clipmill.models.export import Dtype, load_prior, load_vqvae, require_vqvae, save_export
 from clipmill.models.prior import Prior
+from clipmill.models.tensor_file import Deferred
 from clipmill.models.vqvae import VQVAE
 from clipmill.shards.dataset import decode_codes
 from clipmill.shards.manifest import Manifest
+from clipmill.training.checkpoint import newest_step
 from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.initial import Source, initial_facts, initialise
-from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests
+from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, require_rows
 from clipmill.training.loop import Job, fit
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import prior_flops_per_token
 from clipmill.training.world import join_world
 
-__all__ = ["clip_recipes", "export", "folder_url", "is_finished", "summary", "train"]
+__all__ = [
+    "clip_recipes",
+    "committed_steps",
+    "export",
+    "folder_url",
+    "is_finished",
+    "is_usable",
+    "summary",
+    "train",
+]
 
 _SOURCES = {
     "label": "label every video (data.source.label) and shard and tokenize again",
@@ -75,7 +86,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     world = join_world()
     inputs = _inputs(config)
     tokens, classes, condition_shape = inputs.tokens, inputs.classes, inputs.condition_shape
-    _require_rows(training, world.size)
+    require_rows(training, world.size, "prior")
     torch.manual_seed(config.seed)  # of the initial weights
     model = inputs.build(config)
     initialise(model, training, folder_url(config), world, lambda url: _source(inputs, url))
@@ -111,6 +122,16 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         flops_per_clip=lambda: flops,
     )
     fit(job, world, lease, report)
+
+
+def is_usable(config: RunConfig, num_workers: int) -> bool:
+    """Whether the training can run on this number of ranks."""
+    return num_workers <= config.prior.training.global_batch
+
+
+def committed_steps(config: RunConfig) -> int:
+    """Steps behind the newest checkpoint."""
+    return newest_step(folder_url(config))
 
 
 def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
@@ -220,9 +241,9 @@ def _inputs(config: RunConfig) -> _Inputs:
     return _Inputs(tokens, val, tokenizer, tokenizer_body, classes, condition_shape)
 
 
-def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
-    prior = inputs.build(config)
-    prior.load_state_dict(weights)
+def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Deferred], step: int, dtype: Dtype) -> str:
+    with torch.device("meta"):  # for names and shapes
+        prior = inputs.build(config)
     body = {
         "kind": "prior",
         "model": identity(config.prior.model),
@@ -235,7 +256,7 @@ def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Tensor], step
         "identity": _identity(config, inputs.tokens),
         "step": step,
     }
-    return save_export(folder_url(config), prior, body, tokenizer=inputs.tokenizer, dtype=dtype)
+    return save_export(folder_url(config), prior, body, tokenizer=inputs.tokenizer, dtype=dtype, weights=weights)
 
 
 def _tokens(config: RunConfig) -> list[Manifest]:
@@ -291,14 +312,6 @@ def _condition_shape(config: RunConfig, manifests: list[Manifest]) -> tuple[int,
             "videos the same, and shard and tokenize again"
         )
     return tuple(shapes[0]) if shapes else None
-
-
-def _require_rows(training: TrainingConfig, world_size: int) -> None:
-    if training.global_batch < world_size:
-        raise UserError(
-            f"prior.training.global_batch={training.global_batch} leaves some of the {world_size} ranks without a "
-            f"clip; make it {world_size} or more, or train on fewer ranks"
-        )
 
 
 def _check_codes(batch: dict[str, Any], num_codes: int, urls: str) -> None:

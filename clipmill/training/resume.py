@@ -1,4 +1,4 @@
-"""Where a training goes on: which checkpoint, whether it may, and at another world size or ZeRO stage how."""
+"""Where a training goes on: from which checkpoint, whether it may, and how at another world size or ZeRO stage."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from clipmill import storage
 from clipmill.config import TrainingConfig, refused_changes
 from clipmill.errors import StageFailed, UserError
+from clipmill.metrics import read_metrics
+from clipmill.models.export import read_latest
 from clipmill.training import checkpoint
 from clipmill.training.checkpoint import Checkpoint
+from clipmill.training.saver import staging_folder
 from clipmill.training.zero.engine import Engine
 from clipmill.training.zero.partitions import owner
 
@@ -31,7 +35,9 @@ class Start(NamedTuple):
     dataset_since: int = 0
     """After how many of them this data set began: its loader counts from there."""
     skipped_steps: int = 0
-    """Steps left out among them."""
+    """Steps skipped among them."""
+    validation_due: bool = False
+    """A stop has cut the validation of the last step."""
 
 
 def resume(
@@ -57,20 +63,39 @@ def resume(
         probe: loss on a few clips that are always the same; none where there are none.
 
     Raises:
-        UserError: the checkpoint belongs to another configuration or data set, there is none where one is asked for, or
-            that has all its steps behind it.
+        UserError: the checkpoint belongs to another configuration or data set, there is none where one is asked for,
+            that has all its steps behind it, or this folder has an export and its checkpoints are gone.
         StageFailed: the converted weights give another loss.
     """
     world = engine.world
     wish = "auto" if is_restart and config.resume == "never" else config.resume
     found = world.from_rank_zero(lambda: _find(wish, folder_url, config.steps))
     if found is None:
+        if world.rank == 0 and not is_restart:
+            _warn_of_lost_checkpoints(folder_url)
         return Start()
     _compare(found, state, batch_statistics, config.accept_new_dataset)
     # With another offload DeepSpeed would clip as the checkpoint did: as well as `Guard`, or not at all. Checkpoints of
     # before this was recorded clipped in DeepSpeed.
-    same_layout = all(found.state.get(key) == state[key] for key in ("world_size", "zero_stage", "offload"))
-    folder = checkpoint.staging_folder(folder_url, world.node)
+    layout = {"num_groups": 1, **found.state}  # checkpoints of before this was recorded had one group
+    same_layout = all(layout.get(key) == state[key] for key in ("world_size", "zero_stage", "offload", "num_groups"))
+    _load(engine, found, folder_url, same_layout)
+    dataset_since = _dataset_since(found, state["identity"], is_first=world.rank == 0)
+    if not same_layout and dataset_since < found.step:  # the loss that was recorded is of clips of that data set
+        _check_continuity(found, probe())
+    if world.rank == 0:
+        how = (
+            "" if same_layout else " converted from {world_size} ranks at ZeRO stage {zero_stage}".format(**found.state)
+        )
+        logger.info("resumed from step %d (%s)%s", found.step, found.url, how)
+    is_own = found.url.startswith(storage.join(folder_url, "checkpoints"))
+    validation_due = is_own and found.state.get("validation_due", False)
+    return Start(found.step, dataset_since, found.state.get("skipped_steps", 0), validation_due)
+
+
+def _load(engine: Engine, found: Checkpoint, folder_url: str, same_layout: bool) -> None:
+    world = engine.world
+    folder = staging_folder(folder_url, world.node)
     if world.local_rank == 0:  # once a node
         shutil.rmtree(folder, ignore_errors=True)
         local_ranks = range(world.rank, world.rank + world.local_size)
@@ -84,15 +109,6 @@ def resume(
     world.barrier()
     if world.local_rank == 0:
         shutil.rmtree(folder)
-    dataset_since = _dataset_since(found, state["identity"], is_first=world.rank == 0)
-    if not same_layout and dataset_since < found.step:  # the loss that was recorded is of clips of that data set
-        _check_continuity(found, probe())
-    if world.rank == 0:
-        how = (
-            "" if same_layout else " converted from {world_size} ranks at ZeRO stage {zero_stage}".format(**found.state)
-        )
-        logger.info("resumed from step %d (%s)%s", found.step, found.url, how)
-    return Start(found.step, dataset_since, found.state.get("skipped_steps", 0))
 
 
 def _dataset_since(found: Checkpoint, identity: dict[str, Any], is_first: bool) -> int:
@@ -110,8 +126,11 @@ def _find(wish: str, folder_url: str, steps: int) -> Checkpoint | None:
             f"training.resume=never, but {folder_url} holds a checkpoint of step {own.step}; take another root, or "
             "resume=auto to go on"
         )
-    if own is not None or wish in ("auto", "never"):
+    if own is not None:
         return own  # also where a URL is named: this run has come further than its start
+    if wish in ("auto", "never"):
+        _refuse_to_replace(folder_url, wish)
+        return None
     found = checkpoint.newest(wish)
     if found is None:
         raise UserError(f"training.resume names {wish}, which holds no committed checkpoint; name a training folder")
@@ -121,6 +140,27 @@ def _find(wish: str, folder_url: str, steps: int) -> Checkpoint | None:
             f"{steps}; raise training.steps to go on from there"
         )
     return found
+
+
+def _refuse_to_replace(folder_url: str, wish: str) -> None:
+    """A training that began anew beside an export would replace it as the latest, after the same number of steps."""
+    latest = read_latest(folder_url)
+    if latest is not None:
+        raise UserError(
+            f"{folder_url} has an export of step {latest[0]['step']} and no checkpoint to go on from (training.resume="
+            f"{wish}), so that the training would begin anew; restore {folder_url}/checkpoints, take another root, or "
+            f"remove {folder_url}/exports"
+        )
+
+
+def _warn_of_lost_checkpoints(folder_url: str) -> None:
+    records = read_metrics(folder_url)
+    if records:
+        logger.warning(
+            "%s has metrics up to step %d and no checkpoint: the training begins at step 0",
+            folder_url,
+            records[-1]["step"],
+        )
 
 
 def _compare(found: Checkpoint, state: dict[str, Any], batch_statistics: bool, accept_new_dataset: bool) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import statistics
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,13 @@ class Report(Protocol):
     @property
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop: it should checkpoint and raise `Interrupted`."""
+
+    def hold_stops(self) -> AbstractContextManager[None]:
+        """Within it a request to stop only sets `stop_requested`; outside it ends this process at once, status 75.
+
+        Raises:
+            Interrupted: on entry, if the stop was requested before.
+        """
 
     def update(self, facts: dict[str, Any]) -> None:
         """Hands over the newest progress, ``{"step", "total", ...}``, without waiting."""

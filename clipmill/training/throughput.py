@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipmill.config import VQVAEModelConfig
+from clipmill.config import TrainingConfig, VQVAEModelConfig
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
+from clipmill.training.world import World
 
-__all__ = ["Stopwatch", "peak_flops", "prior_flops_per_token", "vqvae_flops_per_clip"]
+__all__ = ["Stopwatch", "peak_flops", "peak_share_per_clip", "prior_flops_per_token", "vqvae_flops_per_clip"]
+
+logger = logging.getLogger(__name__)
 
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense, without sparsity, as NVIDIA's data sheets give them. Longer names first: the first that fits counts.
+    # Dense, without sparsity, as the makers' data sheets give them. Longer names first: the first that fits counts.
     "H100 PCIe": {"bfloat16": 756, "tf32": 378, "float32": 51},
+    "H100 NVL": {"bfloat16": 835, "tf32": 417, "float32": 60},
     "H100": {"bfloat16": 989, "tf32": 495, "float32": 67},
+    "H200 NVL": {"bfloat16": 835, "tf32": 417, "float32": 60},
     "H200": {"bfloat16": 989, "tf32": 495, "float32": 67},
+    "H800": {"bfloat16": 989, "tf32": 495, "float32": 67},
+    "GH200": {"bfloat16": 989, "tf32": 495, "float32": 67},
+    "H20": {"bfloat16": 148, "tf32": 74, "float32": 44},
     "B200": {"bfloat16": 2250, "tf32": 1125, "float32": 75},
+    "B300": {"bfloat16": 2250, "tf32": 1125, "float32": 75},
+    "GB200": {"bfloat16": 2500, "tf32": 1250, "float32": 80},
+    "GB300": {"bfloat16": 2500, "tf32": 1250, "float32": 80},
     "A100": {"bfloat16": 312, "tf32": 156, "float32": 19.5},
+    "A800": {"bfloat16": 312, "tf32": 156, "float32": 19.5},
     "L40S": {"bfloat16": 362, "tf32": 183, "float32": 91.6},
+    "L40": {"bfloat16": 181, "tf32": 90.5, "float32": 90.5},
     "A10": {"bfloat16": 125, "tf32": 62.5, "float32": 31.2},
     "L4": {"bfloat16": 121, "tf32": 60.5, "float32": 30.3},
+    "MI300X": {"bfloat16": 1307, "tf32": 653.7, "float32": 163},
+    "MI325X": {"bfloat16": 1307, "tf32": 653.7, "float32": 163},
 }
 
 
@@ -72,6 +89,26 @@ def vqvae_flops_per_clip(config: VQVAEModelConfig, num_frames: int, size: tuple[
         model = VQVAE(config, pixel_variance=1.0).eval()  # a step in eval mode talks to no other rank
         model(torch.zeros(1, 3, num_frames, *size)).loss.backward()
     return counter.get_total_flops()
+
+
+def peak_share_per_clip(
+    flops_per_clip: Callable[[], float] | None, config: TrainingConfig, world: World
+) -> float | None:
+    """Seconds per clip at the combined peak of all devices; None if the peak is unknown.
+
+    Args:
+        flops_per_clip: floating-point operations of a clip; None if they are unknown.
+        config: precision, and perhaps the peak.
+        world: the devices.
+    """
+    if world.device.type != "cuda" or flops_per_clip is None:
+        return None
+    name = torch.cuda.get_device_name(world.device)
+    peak = peak_flops(name, config.precision) if config.peak_tflops is None else config.peak_tflops * 1e12
+    if world.rank == 0:
+        known = "unknown, so there is no MFU: set training.peak_tflops" if peak is None else f"{peak / 1e12:g} TFLOP/s"
+        logger.info("peak of %s in %s: %s", name, config.precision, known)
+    return None if peak is None else flops_per_clip() / (peak * world.size)
 
 
 class Stopwatch:

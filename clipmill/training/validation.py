@@ -1,4 +1,4 @@
-"""What the model makes of the split ``val``: scores, and a picture."""
+"""Evaluations during a training: scores of a data set, and a picture of what the model makes of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WHITE = 255
 
 
 class Validation(NamedTuple):
-    """Of the clips that were looked at; nothing of none."""
+    """Result of an evaluation; empty where there are no clips."""
 
     scores: dict[str, float]
     picture: np.ndarray | None
@@ -37,18 +37,21 @@ def validate(
     rows: int,
     max_clips: int,
     score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None,
-    on_batch: Callable[[], None],
-) -> Validation:
+    on_batch: Callable[[], bool],
+) -> Validation | None:
     """Evaluates clips of a data set (see `eval_batches`) with the weights that are in place. Collective.
 
     Args:
         engine: in training.
-        dataset: the split ``val``, which may be empty.
+        dataset: the clips, perhaps none.
         prepare: see `Job`, as ``score_counts``.
         rows: clips of a batch.
-        max_clips: how many clips.
+        max_clips: maximum number of clips.
         score_counts: see `Job`.
-        on_batch: called after each batch.
+        on_batch: called after each batch; True, on all ranks, ends the evaluation.
+
+    Returns:
+        None if ``on_batch`` has ended it.
     """
     num_clips = min(max_clips, len(dataset))
     if num_clips == 0:
@@ -68,7 +71,8 @@ def validate(
         for name in [name for name, value in metrics.items() if value.dim()]:
             counts[name] = metrics.pop(name).double() + counts.get(name, 0)
         means.add(batch["weight"].sum(), {"loss": loss, **metrics})
-        on_batch()
+        if on_batch():
+            return None
     totals = {name: torch.tensor(world.sum(value.tolist())) for name, value in counts.items()}
     return Validation(means.fetch(world) | (score_counts(totals) if score_counts else {}), picture)
 

@@ -15,21 +15,39 @@ from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import Dtype, load_vqvae, save_export
 from clipmill.models.quantizers import codebook_metrics
+from clipmill.models.tensor_file import Deferred
 from clipmill.models.vqvae import VQVAE, codes_shape, to_input, to_pixels
 from clipmill.shards.augment import ClipAugmentation
 from clipmill.shards.dataset import Decode, decode_clip, decode_clip_filled_up
 from clipmill.shards.manifest import Manifest
 from clipmill.shards.mix import NUM_SLOTS
+from clipmill.training.checkpoint import newest_step
 from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.initial import Source, initial_facts, initialise
-from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, slots_of
+from clipmill.training.inputs import (
+    finished_step,
+    identity_of,
+    open_dataset,
+    require_manifests,
+    require_rows,
+    slots_of,
+)
 from clipmill.training.loop import Job, fit
 from clipmill.training.sharpness import Sharpness, networks_sha256
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import vqvae_flops_per_clip
 from clipmill.training.world import join_world
 
-__all__ = ["clip_recipes", "export", "folder_url", "is_finished", "summary", "train"]
+__all__ = [
+    "clip_recipes",
+    "committed_steps",
+    "export",
+    "folder_url",
+    "is_finished",
+    "is_usable",
+    "summary",
+    "train",
+]
 
 
 def folder_url(config: RunConfig) -> str:
@@ -71,18 +89,11 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     """Trains and exports, as one rank of whatever process group this process is in. Collective.
 
     Raises:
-        UserError: the ranks cannot share the global batch evenly.
+        UserError: the ranks cannot share the global batch as this model needs it.
     """
     training = config.vqvae.training
     world = join_world()
-    rows, accumulation = training.rows_and_accumulation(world.size)
-    if rows * accumulation * world.size != training.global_batch:
-        usable = [size for size in range(1, training.global_batch + 1) if training.global_batch % size == 0]
-        raise UserError(
-            f"vqvae.training.global_batch {training.global_batch} does not split evenly over {world.size} workers with "
-            f"{accumulation} micro-batches each, and padding would enter the batch statistics; usable numbers of "
-            f"workers: {usable}, and micro_batch must divide their share"
-        )
+    _require_even_rows(config, world.size)
     clips = _clips(config)
     clip = _longest(clips).recipe["clip"]
     size = frame_size(training.random_crop or clip["resolution"])
@@ -99,13 +110,27 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         config=training,
         seed=config.seed,
         identity=_identity(config, clips),
-        batch_statistics=True,
+        batch_statistics=config.vqvae.model.has_batch_statistics,
         export=lambda weights, step: _export(config, clips, weights, step, "float32"),
         score_counts=objective.score_counts,
         flops_per_clip=lambda: vqvae_flops_per_clip(config.vqvae.model, clip["num_frames"], size),
         augment=_augmentation(config),
     )
     fit(job, world, lease, report)
+
+
+def is_usable(config: RunConfig, num_workers: int) -> bool:
+    """Whether the training can run on this number of ranks: with batch statistics, on as many clips as on the most."""
+    training, most = config.vqvae.training, config.cluster.most_workers
+    if not config.vqvae.model.has_batch_statistics:
+        return num_workers <= training.global_batch
+    (rows, accumulation), (most_rows, _) = map(training.rows_and_accumulation, (num_workers, most))
+    return rows * accumulation * num_workers == training.global_batch and rows * num_workers == most_rows * most
+
+
+def committed_steps(config: RunConfig) -> int:
+    """Steps behind the newest checkpoint."""
+    return newest_step(folder_url(config))
 
 
 def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
@@ -176,6 +201,22 @@ class VQVAEObjective(nn.Module):
         return {name: value.item() for name, value in scores.items()}
 
 
+def _require_even_rows(config: RunConfig, world_size: int) -> None:
+    """Refuses rows of padding, which would enter batch statistics."""
+    training = config.vqvae.training
+    if not config.vqvae.model.has_batch_statistics:
+        require_rows(training, world_size, "vqvae")
+        return
+    rows, accumulation = training.rows_and_accumulation(world_size)
+    if rows * accumulation * world_size != training.global_batch:
+        usable = [size for size in range(1, training.global_batch + 1) if training.global_batch % size == 0]
+        raise UserError(
+            f"vqvae.training.global_batch {training.global_batch} does not split evenly over {world_size} workers with "
+            f"{accumulation} micro-batches each, and padding would enter the batch statistics; usable numbers of "
+            f"workers: {usable}, and micro_batch must divide their share"
+        )
+
+
 def _clips(config: RunConfig) -> list[Manifest]:
     """The training clips, which have one size, and one length unless the model can take pictures beside them."""
     clips, model = require_manifests(config, "clips", "train"), config.vqvae.model
@@ -239,9 +280,9 @@ def _augmentation(config: RunConfig) -> ClipAugmentation | None:
     return ClipAugmentation(config.seed, training.hflip, crop)
 
 
-def _export(config: RunConfig, clips: list[Manifest], weights: dict[str, Tensor], step: int, dtype: Dtype) -> str:
-    model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
-    model.load_state_dict(weights)
+def _export(config: RunConfig, clips: list[Manifest], weights: dict[str, Deferred], step: int, dtype: Dtype) -> str:
+    with torch.device("meta"):  # for names and shapes
+        model = VQVAE(config.vqvae.model, pixel_variance=_pixel_variance(config, clips))
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
@@ -252,4 +293,4 @@ def _export(config: RunConfig, clips: list[Manifest], weights: dict[str, Tensor]
         "identity": _identity(config, clips),
         "step": step,
     }
-    return save_export(folder_url(config), model, body, dtype=dtype)
+    return save_export(folder_url(config), model, body, dtype=dtype, weights=weights)

@@ -49,13 +49,14 @@ def make_disk_worker(folder: str) -> Callable[[int], dict[str, Any]]:
 
 
 def train(folder: str, report: Report) -> None:
-    for step in range(10_000):
-        time.sleep(0.05)
-        report.update({"step": step})
-        if report.stop_requested:
-            time.sleep(1)  # the checkpoint
-            (Path(folder) / "checkpoint").touch()
-            raise Interrupted(f"stopped after step {step}")
+    with report.hold_stops():
+        for step in range(10_000):
+            time.sleep(0.05)
+            report.update({"step": step})
+            if report.stop_requested:
+                time.sleep(1)  # the checkpoint
+                (Path(folder) / "checkpoint").touch()
+                raise Interrupted(f"stopped after step {step}")
 
 
 def make_recording_worker(record: str) -> Callable[[int], dict[str, Any]]:

@@ -222,13 +222,18 @@ def test_embedded_unless_an_address_is_given(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_stop_never_parts_a_group_of_ranks() -> None:
-    async def begin_and_stop() -> list[int | None]:
+    async def hold_and_stop() -> list[object]:
         mailbox = Mailbox(num_ranks=2)
-        first = await mailbox.begin(0, "host:1")
+        first = await mailbox.begin(0), await mailbox.hold(0)
         await mailbox.request_stop()
-        return [first, await mailbox.begin(1, "host:1"), await mailbox.begin(0, "host:2")]
+        second = await mailbox.hold(1)  # rank 0 would wait for it
+        for rank in (0, 1):
+            await mailbox.release(rank)
+        return [first, second, await mailbox.hold(0), await mailbox.begin(1), (await mailbox.take()).verdict]
 
-    assert asyncio.run(begin_and_stop()) == [1, 2, None]
+    *answers, verdict = asyncio.run(hold_and_stop())
+    assert answers == [(1, True), True, False, None]
+    assert verdict == ("Interrupted", "stopped; submit the same command to go on")
 
 
 def test_importing_the_package_does_not_import_ray() -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from clipmill import storage
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.training.checkpoint import MOST_FAILED_UPLOADS, SCHEMA, Saver, fetch, list_checkpoints, prune
+from clipmill.training.checkpoint import SCHEMA, fetch, list_checkpoints, prune
+from clipmill.training.saver import MOST_FAILED_IN_A_ROW, Saver
 from clipmill.training.world import World
 from clipmill.training.zero.partitions import owner
 
@@ -89,6 +90,9 @@ class Lonely(World):
 
 
 class TinyEngine:
+    def checkpoint_bytes(self) -> int:
+        return 7
+
     def save(self, folder: Path) -> None:
         (folder / "weights.pt").write_bytes(b"weights")
 
@@ -106,15 +110,15 @@ def test_uploads_that_fail_now_and_then_cost_checkpoints_and_not_the_run(tmp_pat
     saver = Saver(Lonely(), str(tmp_path), "000001-0000", None, keep_last=9, keep_every=None)
     for step in range(1, 8):
         away = step % 3 > 0  # two of three fail
-        saver.save(TinyEngine(), step, {})
+        saver.save(TinyEngine(), step, {}, is_last=False)
         saver.join()
     assert [found.step for found in list_checkpoints(str(tmp_path))] == [3, 6]
-    assert "the checkpoint before step 3 is lost: bucket: quota exceeded" in caplog.text
+    assert "a checkpoint is lost: bucket: quota exceeded" in caplog.text
     away = True
-    for step in range(8, 7 + MOST_FAILED_UPLOADS):
-        saver.save(TinyEngine(), step, {})
+    for step in range(8, 7 + MOST_FAILED_IN_A_ROW):
+        saver.save(TinyEngine(), step, {}, is_last=False)
     with pytest.raises(StorageUnavailable, match="quota"):  # that of step 7 failed too
-        saver.save(TinyEngine(), 20, {})
-    saver.save(TinyEngine(), 21, {})
+        saver.save(TinyEngine(), 20, {}, is_last=False)
+    saver.save(TinyEngine(), 21, {}, is_last=False)
     with pytest.raises(StorageUnavailable, match="quota"):
         saver.finish()

@@ -20,6 +20,7 @@ STATE = {
     "world_size": 2,
     "zero_stage": 1,
     "offload": False,
+    "num_groups": 1,
     "rows": 8,
 }
 

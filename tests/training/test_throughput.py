@@ -14,6 +14,15 @@ from clipmill.training.throughput import peak_flops, prior_flops_per_token, vqva
     [
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
         ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA H100 NVL", "bfloat16", 835),
+        ("NVIDIA GH200 480GB", "bfloat16", 989),
+        ("NVIDIA H20", "bfloat16", 148),
+        ("NVIDIA H20-3e", "bfloat16", 148),
+        ("NVIDIA H200", "bfloat16", 989),
+        ("NVIDIA B200", "bfloat16", 2250),
+        ("NVIDIA B300 SXM6 AC", "bfloat16", 2250),
+        ("NVIDIA GB200", "bfloat16", 2500),
+        ("AMD Instinct MI300X", "bfloat16", 1307),
         ("NVIDIA A100-SXM4-80GB", "float32", 19.5),
         ("NVIDIA A10", "bfloat16", 125),
         ("NVIDIA L40S", "bfloat16", 362),
@@ -24,7 +33,7 @@ def test_peaks_go_by_the_device(name, precision, tflops):
     assert peak_flops(name, precision) == tflops * 1e12
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 9090", "NVIDIA A1000", "NVIDIA GH200 480GB"])
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 9090", "NVIDIA A1000"])
 def test_there_is_no_peak_of_a_device_that_is_not_known(name):
     assert peak_flops(name, "bfloat16") is None
 

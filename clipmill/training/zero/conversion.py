@@ -9,6 +9,7 @@ one) and fails when it moves.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,10 @@ from torch import Tensor
 
 from clipmill.training.zero.partitions import masters, optimizer_states, refresh_weights
 
-__all__ = ["WholeTensors", "load_whole"]
+__all__ = ["GROUPS", "WholeTensors", "load_whole"]
+
+GROUPS = "parameter_groups"
+"""Key of a checkpoint: names of the parameters in each of the optimizer's groups; one group of all if it is absent."""
 
 
 class _Piece(NamedTuple):
@@ -67,11 +71,12 @@ class WholeTensors:
         return torch.cat(pieces).view(self.shapes[name])
 
     def _add_plain(self, model: dict[str, Any]) -> Any:
-        """Without ZeRO one file holds module and optimizer, whose state goes by the parameter's number."""
+        """Without ZeRO one file holds module and optimizer, whose state goes by the number of the parameter in it."""
         states = model["optimizer"]["state"]
-        for number, (name, shape) in enumerate(self.shapes.items()):
+        groups = model.get(GROUPS) or [list(self.shapes)]
+        for number, name in enumerate(itertools.chain.from_iterable(groups)):
             parts = {**states[number], "weights": model["module"][name]}
-            self._pieces[name] = [_Piece(parts, 0, shape.numel())]
+            self._pieces[name] = [_Piece(parts, 0, self.shapes[name].numel())]
         return states
 
     def _add_zero12(self, document: dict[str, Any], _: list[dict[str, torch.Size]], __: int) -> Any:

@@ -6,12 +6,13 @@ The traps of DeepSpeed that this module keeps from its callers are noted where e
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 
 from clipmill.config import TrainingConfig
 from clipmill.errors import UserError
+from clipmill.models.tensor_file import Deferred
+from clipmill.training.decay import group_names, parameter_groups
 from clipmill.training.world import World
 from clipmill.training.zero.averaging import AVERAGE, Averages, BufferAverages, averaged_buffers
-from clipmill.training.zero.conversion import WholeTensors, load_whole
+from clipmill.training.zero.conversion import GROUPS, WholeTensors, load_whole
 from clipmill.training.zero.guard import Guard
+from clipmill.training.zero.partitions import masters, optimizer_states
 
 __all__ = ["BUCKET_ELEMENTS", "Engine", "deepspeed_config", "set_cuda_arithmetic", "whole_state"]
 
@@ -103,15 +107,17 @@ class Engine:
         self, objective: nn.Module, config: TrainingConfig, world: World, rows: int, accumulation: int
     ) -> None:
         deepspeed = _import_deepspeed()
+        from deepspeed.runtime.config import DeepSpeedConfigError
+
         set_cuda_arithmetic(config.precision)
         self.world, self._config, self._accumulation = world, config, accumulation
         if config.compile:
             _require_compiler(world.device)
         averages = BufferAverages(objective) if config.weights_ema else None
         objective.to(world.device)
-        optimizer = torch.optim.AdamW(
-            objective.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        groups = parameter_groups(objective, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        self._group_names = group_names(objective, groups)
         self._guard = None
         if _is_guarded(config):
             self._guard = Guard(
@@ -127,11 +133,13 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=objective, optimizer=optimizer, config=document, dist_init_required=False
             )
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AssertionError, DeepSpeedConfigError) as error:
             if not config.deepspeed:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"DeepSpeed refuses training.deepspeed={config.deepspeed}: {reason}") from error
+        # It would copy scripts into every checkpoint that convert its files: `whole_state` does.
+        self.deepspeed._copy_recovery_script = lambda _: None
         self._averages = Averages(self.deepspeed, averages) if averages else None
         if config.compile:
             # A prior names its blocks, which are alike, so that one compilation serves all; a tokenizer its two halves.
@@ -157,11 +165,11 @@ class Engine:
         restores = self._config.bad_steps == "skip"
         before = [(buffer, buffer.clone()) for buffer in self.objective.buffers()] if restores else []
         yield
-        left_out = self.left_out
+        skipped = self.skipped
         for buffer, value in before:
-            buffer.copy_(torch.where(left_out, value, buffer))
+            buffer.copy_(torch.where(skipped, value, buffer))
         if self._averages is not None:
-            self._averages.update(average_weight, (~left_out).float())
+            self._averages.update(average_weight, (~skipped).float())
 
     def micro_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward, backward, and on the last micro-batch of a step the optimizer.
@@ -202,9 +210,9 @@ class Engine:
         return torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.world.device)
 
     @property
-    def left_out(self) -> Tensor:
+    def skipped(self) -> Tensor:
         """Whether the last step was not applied, for what its gradients were, bool 0-d on the device."""
-        return ~self.grad_norm.isfinite() if self._guard is None else self._guard.left_out
+        return ~self.grad_norm.isfinite() if self._guard is None else self._guard.skipped
 
     @property
     def usual_norm(self) -> list[float] | None:
@@ -227,11 +235,53 @@ class Engine:
             tensor = tensor.pin_memory()  # from other memory a copy waits for everything before it
         return tensor.to(self.world.device, non_blocking=True)
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of the optimizer's parameters; checkpoints of another number have another layout."""
+        return len(self._group_names)
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether weights, optimizer states and buffers are all finite. Collective; waits for the device."""
+        buffers = [buffer for buffer in self.objective.buffers() if buffer.is_floating_point()]
+        largest = [torch.linalg.vector_norm(part, torch.inf) for part in [*self._states(), *buffers] if part.numel()]
+        finite = torch.stack([value.to(self.world.device) for value in largest]).isfinite().all()
+        return not self.world.any(not finite)
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes that `save` writes on this rank, within a few KiB."""
+        stage, is_first = self._config.zero_stage, self.world.rank == 0
+        parts = self._states() if stage or is_first else []
+        if stage == 3 or is_first:
+            parts += self.objective.buffers()
+        if stage in (1, 2) and is_first:
+            parts += self.objective.parameters()
+        return sum(part.nbytes for part in parts)
+
+    def _states(self) -> list[Tensor]:
+        """This rank's part of the weights, in float32, and of the optimizer's states of them."""
+        states = optimizer_states(self.deepspeed)
+        own = masters(self.deepspeed)
+        return own + [value for master in own for value in states.get(master, {}).values()]
+
     def save(self, folder: Path) -> None:
-        """Writes this rank's part of weights and optimizer. Collective."""
-        # save_latest writes the pointer file whose absence makes load_checkpoint start afresh in silence:
-        # our own commit record takes its place.
-        self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
+        """Writes this rank's part of weights and optimizer. Collective.
+
+        Raises:
+            Exception: a file could not be written; raised on that rank alone, after DeepSpeed's barriers.
+        """
+        ours = self.deepspeed.checkpoint_engine
+        writer = _Writer(ours)
+        self.deepspeed.checkpoint_engine = writer
+        try:
+            # save_latest writes the pointer file whose absence makes load_checkpoint start afresh in silence:
+            # our own commit record takes its place.
+            state = {GROUPS: self._group_names}
+            self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
+        finally:
+            self.deepspeed.checkpoint_engine = ours
+        if writer.error is not None:
+            raise writer.error
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote at the same world size, ZeRO stage and offload. Collective."""
@@ -249,17 +299,51 @@ class Engine:
         load_whole(self.deepspeed, WholeTensors(folder / TAG, zero_stage))
 
 
-def whole_state(folder: Path, zero_stage: int) -> dict[str, Tensor]:
-    """The whole float32 state dict of a checkpoint, on the CPU; averages where they were kept.
+class _Writer:
+    """DeepSpeed's writer of checkpoint files, which keeps its first error until all ranks have written theirs.
+
+    Raised at once, it would leave the other ranks waiting in a barrier.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._try(self._inner.save, state_dict, path)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._try(self._inner.makedirs, path, exist_ok)
+
+    def _try(self, write: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            write(*arguments)
+        except Exception as error:
+            self.error = self.error or error
+
+
+def whole_state(folder: Path, zero_stage: int) -> dict[str, Deferred]:
+    """The whole float32 state dict of a checkpoint, read from its files when it is needed; averages if they were kept.
 
     Args:
-        folder: holds the files of all ranks, as `Engine.save` wrote them.
+        folder: holds the files of all ranks, as `Engine.save` wrote them, until the last tensor has been read.
         zero_stage: of the run that saved.
     """
     _import_deepspeed()  # the files hold objects of its
     whole = WholeTensors(folder / TAG, zero_stage)
     part = AVERAGE if AVERAGE in whole.moments else "weights"
-    return averaged_buffers(whole.buffers) | {name: whole.read(name, part) for name in whole.shapes}
+    weights = {
+        name: Deferred(tuple(shape), torch.float32, functools.partial(whole.read, name, part))
+        for name, shape in whole.shapes.items()
+    }
+    buffers = averaged_buffers(whole.buffers)
+    return weights | {
+        name: Deferred(tuple(value.shape), value.dtype, functools.partial(torch.Tensor.detach, value))
+        for name, value in buffers.items()
+    }
 
 
 def set_cuda_arithmetic(precision: str) -> None:

@@ -24,20 +24,20 @@ class Guard:
     """Clips the gradients and leaves bad steps out, from within the optimizer's step.
 
     Args:
-        optimizer: fused AdamW with one group of parameters, whose kernel takes both decisions from tensors.
-        max_norm: largest global norm of the gradients; 0: any.
+        optimizer: fused AdamW, whose kernel takes both decisions from tensors.
+        max_norm: maximum global gradient norm; 0 disables clipping.
         num_ranks: that share the training.
         partitioned: each rank has the gradients of its own part (ZeRO 1 and 2), else all have all of them.
-        spike_factor: a step is left out whose norm is more than so many times the usual; none: however large it is.
+        spike_factor: skip steps whose norm exceeds this multiple of the running mean; None disables the check.
 
     Attributes:
         norm: of the newest step before clipping, float32 0-d on the device; none before the first.
-        left_out: whether that step was, bool 0-d on the device.
+        skipped: whether that step was, bool 0-d on the device.
         usual: the usual norm and the number of steps that it comes from, float32 [2]; zeros without a ``spike_factor``.
     """
 
     norm: Tensor | None = None
-    left_out: Tensor
+    skipped: Tensor
 
     def __init__(
         self,
@@ -63,10 +63,10 @@ class Guard:
         elif self._num_ranks > 1:
             dist.broadcast(square, 0)  # a last bit that differs must not let one rank step and another not
         self.norm = square.sqrt()
-        self.left_out = ~self.norm.isfinite()
+        self.skipped = ~self.norm.isfinite()
         if self._spike_factor is not None:
             self._look_for_spike(self.norm, self._spike_factor)
-        optimizer.found_inf = self.left_out.float()  # the kernel then touches nothing
+        optimizer.found_inf = self.skipped.float()  # the kernel then touches nothing
         if self._max_norm:
             optimizer.grad_scale = ((self.norm + 1e-6) / self._max_norm).clamp(min=1)  # it divides by this
 
@@ -78,4 +78,4 @@ class Guard:
         # A spike counts as the largest norm that is none: what has come to stay becomes usual within some steps.
         newest = mean + (norm.minimum(limit) - mean) / (count + 1).clamp(max=USUAL_STEPS)
         self.usual = torch.where(norm.isfinite(), torch.stack((newest, count + 1)), self.usual)
-        self.left_out |= norm > limit
+        self.skipped |= norm > limit

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from clipmill.config import TrainingConfig
-from clipmill.training.loop import average_weight, learning_rate
+from clipmill.training.schedule import average_weight, learning_rate
 from clipmill.training.zero.engine import deepspeed_config
 
 
@@ -16,18 +16,38 @@ def test_the_private_name_that_avoids_compiling_at_every_start_still_exists():
 
 
 def test_expert_settings_are_merged_over_the_derived_document():
-    config = TrainingConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "extra": 1})
+    config = TrainingConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "dump_state": True})
     document = deepspeed_config(config, rows=4, accumulation=2, world_size=3, num_parameters=10**6)
     zero = {"stage": 2, "reduce_bucket_size": 10**6, "compute_grad_norm": False, "overlap_comm": False}
     assert document["zero_optimization"] == zero
-    assert (document["train_batch_size"], document["gradient_accumulation_steps"], document["extra"]) == (24, 2, 1)
+    assert (document["train_batch_size"], document["gradient_accumulation_steps"]) == (24, 2)
+    assert document["dump_state"]
 
 
-@pytest.mark.parametrize("key", ["gradient_clipping", "train_batch_size", "zero_optimization.stage"])
-def test_expert_settings_must_not_say_what_ours_say(key):
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("gradient_clipping", "grad_clip"),
+        ("train_batch_size", "global_batch"),
+        ("optimizer", "lr, betas and weight_decay"),
+        ("scheduler", "lr, warmup_steps, schedule and min_lr_share"),
+        ("bf16", "precision"),
+        ("fp16", "precision"),
+        ("zero_optimization.stage", "zero_stage"),
+        ("zero_optimization.offload_optimizer", "offload"),
+    ],
+)
+def test_expert_settings_must_not_say_what_ours_say(key, ours):
     section, _, name = key.rpartition(".")
-    with pytest.raises(ValueError, match=f"deepspeed: clipmill sets {key} from"):
-        TrainingConfig(deepspeed={section: {name: 1}} if section else {name: 1})
+    with pytest.raises(ValueError, match=f"deepspeed: clipmill sets {key} from {ours}; set {ours} instead"):
+        TrainingConfig(deepspeed={section: {name: {"enabled": True}}} if section else {name: {"enabled": True}})
+
+
+def test_expert_settings_without_an_effect_are_refused():
+    with pytest.raises(ValueError, match=r"gradient_clippin would have no effect; keys that have one: .*aio"):
+        TrainingConfig(deepspeed={"gradient_clippin": 1.0})
+    with pytest.raises(ValueError, match="zero_optimization True must be a section of keys"):
+        TrainingConfig(deepspeed={"zero_optimization": True})
 
 
 def test_the_learning_rate_warms_up_then_follows_a_cosine_to_its_floor():

@@ -27,7 +27,7 @@ def step(parameter: nn.Parameter, optimizer: torch.optim.AdamW, norm: float) -> 
     )
 
 
-def test_a_spike_is_left_out() -> None:
+def test_a_spike_is_skipped() -> None:
     parameter, optimizer, guard = guarded(spike_factor=3.0)
     assert step(parameter, optimizer, 1.0)
     assert step(parameter, optimizer, 10.0), "nothing is usual yet"
@@ -37,24 +37,24 @@ def test_a_spike_is_left_out() -> None:
     assert 2 < usual[0] < 2.2
     for norm in (torch.inf, torch.nan):
         assert not step(parameter, optimizer, norm)
-        assert guard.left_out
+        assert guard.skipped
         assert torch.equal(guard.usual, usual), "it says nothing of what is usual"
     for norm in (7.0, 1e6):
         assert not step(parameter, optimizer, norm)
-        assert guard.left_out
+        assert guard.skipped
     assert guard.usual[0] < 1.1 * usual[0], "one spike hides the next"
     assert step(parameter, optimizer, 5.9)
-    assert not guard.left_out
+    assert not guard.skipped
 
 
 def test_what_has_come_to_stay_is_no_spike_for_long() -> None:
     parameter, optimizer, _ = guarded(spike_factor=3.0)
     for _ in range(3 * STEPS_TO_LEARN):
         step(parameter, optimizer, 1.0)
-    left_out = [not step(parameter, optimizer, 4.0) for _ in range(20)]
-    assert left_out[0]
-    assert sum(left_out) < 10, "a run ends after ten in a row"
-    assert not any(left_out[10:])
+    skipped = [not step(parameter, optimizer, 4.0) for _ in range(20)]
+    assert skipped[0]
+    assert sum(skipped) < 10, "a run ends after ten in a row"
+    assert not any(skipped[10:])
 
 
 def test_without_a_factor_no_norm_is_too_large() -> None:
