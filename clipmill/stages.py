@@ -22,7 +22,7 @@ import yaml
 from clipmill import __version__, storage
 from clipmill.cluster import launch
 from clipmill.cluster.connection import WORKER_ENVIRONMENT
-from clipmill.config import RunConfig, with_recorded_clips
+from clipmill.config import RunConfig, with_places, with_recorded_clips
 from clipmill.errors import Interrupted, UserError
 from clipmill.lease import Lease, hold
 from clipmill.preflight import check_later_stages
@@ -215,50 +215,17 @@ def _recorded_config(root: str) -> RunConfig:
 
 def _with_absolute_urls(config: RunConfig) -> RunConfig:
     """Workers start in other folders, so local paths must not depend on where they start."""
-    source, tokenize, sample = config.data.source, config.tokenize, config.sample
-    paths = {"root": config.root, "data.source.url": source.url, "tokenize.text_embeddings": tokenize.text_embeddings}
-    if "/" in tokenize.tokenizer:  # else it is a name under the root
-        paths["tokenize.tokenizer"] = tokenize.tokenizer
-    if sample.given_is_place:
-        paths["sample.given"] = sample.given
-    starts = {name: getattr(config, name).training.init_from for name in ("vqvae", "prior")}
-    paths |= {f"{name}.training.init_from": url for name, url in starts.items()}
-    weights = {key: getattr(config.evaluate, key) for key in ("fvd_weights", "is_weights", "lpips_weights")}
-    paths |= {f"evaluate.{key}": url for key, url in weights.items()}
-    paths |= {f"data.mix.{index}.url": part.url for index, part in enumerate(config.data.mix)}
-    if not launch.is_embedded(config.cluster):
-        for key, path in paths.items():
-            if path and storage.is_local(path) and not os.path.isabs(path):
-                raise UserError(
-                    f"{key} {path} is relative, but the work runs on a Ray cluster; give an absolute path that all "
-                    "nodes share, or a bucket URL"
-                )
-    absolute = {key: storage.absolute(path) if path else path for key, path in paths.items()}
-    source = source.model_copy(update={"url": absolute["data.source.url"]})
-    tokenize = tokenize.model_copy(
-        update={
-            "tokenizer": absolute.get("tokenize.tokenizer", tokenize.tokenizer),
-            "text_embeddings": absolute["tokenize.text_embeddings"],
-        }
-    )
-    sample = sample.model_copy(update={"given": absolute.get("sample.given", sample.given)})
-    mix = tuple(
-        part.model_copy(update={"url": absolute[f"data.mix.{index}.url"]}) for index, part in enumerate(config.data.mix)
-    )
-    data = config.data.model_copy(update={"source": source, "mix": mix})
-    evaluate = config.evaluate.model_copy(update={key: absolute[f"evaluate.{key}"] for key in weights})
-    sections = {
-        "root": absolute["root"],
-        "data": data,
-        "tokenize": tokenize,
-        "sample": sample,
-        "evaluate": evaluate,
-    }
-    for name in starts:
-        section = getattr(config, name)
-        training = section.training.model_copy(update={"init_from": absolute[f"{name}.training.init_from"]})
-        sections[name] = section.model_copy(update={"training": training})
-    return config.model_copy(update=sections)
+    is_embedded = launch.is_embedded(config.cluster)
+
+    def absolute(key: str, path: str) -> str:
+        if not is_embedded and storage.is_local(path) and not os.path.isabs(path):
+            raise UserError(
+                f"{key} {path} is relative, but the work runs on a Ray cluster; give an absolute path that all "
+                "nodes share, or a bucket URL"
+            )
+        return storage.absolute(path)
+
+    return with_places(config, absolute)
 
 
 def _with_recorded_clips(stage: Stage, config: RunConfig) -> RunConfig:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipmill.config import load_config
+from clipmill.config import load_config, schema_keys, with_places
 from clipmill.errors import UserError
 from clipmill.preflight import check_later_stages
-from clipmill.stages import run_stage
+from clipmill.stages import _with_absolute_urls, run_stage
 from clipmill.video.encode import encode_mp4
 
 TOY = {
@@ -21,6 +21,8 @@ TOY = {
     "prior.model.hidden_dim": "16",
     "prior.model.num_layers": "1",
 }
+
+PATH_NAMES = {"root", "init_from", "text_embeddings", "fvd_weights", "is_weights", "lpips_weights"}
 
 
 def config(root: Path, **keys: str):
@@ -79,6 +81,26 @@ def test_what_cannot_work_later_fails_at_shard_and_writes_nothing(videos, tmp_pa
     assert "\n" not in str(error.value)
     clips = tmp_path / "run" / "clips"
     assert not [path for name in ("plan", "train", "val") for path in (clips / name).rglob("*") if path.is_file()]
+
+
+def test_relative_paths_do_not_make_sections_count_as_set():
+    config = load_config([], ["root=x", "data.source.url=videos", "data.mix=[{url: a}]"])
+    absolute = _with_absolute_urls(config)
+    assert absolute.root == str(Path.cwd() / "x")
+    assert absolute.data.mix[0].url == str(Path.cwd() / "a")
+    assert absolute.model_fields_set == {"root", "data"}
+    named = load_config([], ["root=x", "tokenize.tokenizer=vqvae", "sample.given=val", "vqvae.training.resume=never"])
+    assert _with_absolute_urls(named).model_dump(exclude={"root"}) == named.model_dump(exclude={"root"})
+
+
+def test_every_key_that_names_a_place_is_marked():
+    keys = {key.path for key in schema_keys() if key.path.rpartition(".")[2] in PATH_NAMES}
+    values = dict.fromkeys(keys, "some/place")
+    assert keys
+    found: list[str] = []
+    config = load_config([], ["root=some/place", *(f"{key}={value}" for key, value in values.items() if key != "root")])
+    with_places(config, lambda key, value: found.append(key) or value)
+    assert keys - set(found) == set()
 
 
 def test_clips_for_others_need_not_fit_the_defaults(tmp_path):

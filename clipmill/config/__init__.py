@@ -16,7 +16,7 @@ from clipmill.config.prior import PRESETS, PriorModelConfig
 from clipmill.config.recorded import with_recorded_clips
 from clipmill.config.reference import Key, SectionReference, all_sections, json_schema, markdown, schema_keys
 from clipmill.config.run import ClusterConfig, EvaluateConfig, RunConfig, SampleConfig, TokenizeConfig
-from clipmill.config.section import FREE, Section, changed_keys, fingerprint, identity
+from clipmill.config.section import FREE, Section, changed_keys, fingerprint, identity, with_places
 from clipmill.config.sharpness import SharpnessConfig
 from clipmill.config.source import SourceConfig, TableColumns
 from clipmill.config.training import (
@@ -62,5 +62,6 @@ __all__ = [
     "refused_changes",
     "schema_keys",
     "shipped_configs",
+    "with_places",
     "with_recorded_clips",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from clipmill.config.section import FREE, PositiveInt, Section
+from clipmill.config.section import FREE, PLACE, PositiveInt, Section
 from clipmill.config.source import SourceConfig
 
 __all__ = ["ClipConfig", "DataConfig", "MixPart", "Resolution", "frame_size"]
@@ -107,7 +107,7 @@ class ClipConfig(Section):
 class MixPart(Section):
     """One data set of a mixture."""
 
-    url: str
+    url: Annotated[str, PLACE]
     """Root of a run, ``${root}`` for this one: its clips train the tokenizer, its tokens the prior."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Its share of the samples is this weight over the sum of all weights, rounded to thousandths."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from clipmill.config.data import DataConfig
-from clipmill.config.section import FREE, PositiveInt, Section
+from clipmill.config.section import FREE, PLACE, Place, PositiveInt, Section
 from clipmill.config.training import PriorConfig, VQVAEConfig
 
 __all__ = ["ClusterConfig", "EvaluateConfig", "RunConfig", "SampleConfig", "TokenizeConfig", "WorkerRange"]
@@ -16,7 +16,7 @@ __all__ = ["ClusterConfig", "EvaluateConfig", "RunConfig", "SampleConfig", "Toke
 class TokenizeConfig(Section):
     """Stage ``tokenize``: clip shards become token shards."""
 
-    tokenizer: str = "vqvae"
+    tokenizer: Annotated[str, Place(lambda name: "/" in name)] = "vqvae"
     """Export to encode with: a name under ``root`` or a URL of a training folder or of one export."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the encoder; distances to codes stay float32."""
@@ -28,7 +28,7 @@ class TokenizeConfig(Section):
     those of the model. None: 3 for a worker with a GPU, else 0."""
     condition_frames: Annotated[int, Field(ge=0)] = 0
     """First frames of each clip that are kept beside its codes, for ``prior.model.condition=frames``."""
-    text_embeddings: Annotated[str | None, FREE] = None
+    text_embeddings: Annotated[str | None, FREE, PLACE] = None
     """Folder (URL) of embeddings for ``prior.model.condition=text``: for a clip whose text has the SHA-256 ``h``, the
     file ``h.npy`` holds float [length, channels], of one shape for all. Any text encoder may write it."""
 
@@ -41,6 +41,11 @@ def _folder_name(key: str, name: str) -> str:
 
 
 Temperature = Annotated[float, Field(gt=0)]
+
+
+def _is_place(given: str) -> bool:
+    """Whether ``sample.given`` is a path or URL, and not the name of a split."""
+    return "/" in given or "." in given
 
 
 class SampleConfig(Section):
@@ -72,7 +77,7 @@ class SampleConfig(Section):
     """Dtype of the prior's weights, activations and cache."""
     prefix_latents: Annotated[int, Field(ge=0)] = 0
     """First latent frames of a clip that are given; the prior continues from them."""
-    given: str = "val"
+    given: Annotated[str, Place(_is_place)] = "val"
     """Where given latents and conditions come from: a split of ``tokens/``, the URL of such a data set, or the URL of a
     video, a picture, a ``.npy`` file of actions or of an embedding, or a folder or table of them. Sample i takes its
     clip i, round and round; of a prior with classes it also takes its class, unless ``classes`` are set."""
@@ -92,7 +97,7 @@ class SampleConfig(Section):
     @property
     def given_is_place(self) -> bool:
         """Whether ``given`` is a path or URL, and not the name of a split."""
-        return "/" in self.given or "." in self.given
+        return _is_place(self.given)
 
     @field_validator("name")
     @classmethod
@@ -120,11 +125,11 @@ class EvaluateConfig(Section):
     """Draws of half of the clips, for the deviation of FVD. 0 measures none."""
     max_train_clips: PositiveInt = 2048
     """Clips of the split ``train`` that the table baselines are counted on."""
-    fvd_weights: str | None = None
+    fvd_weights: Annotated[str | None, PLACE] = None
     """I3D, for rFVD, FVD and FVD*."""
-    is_weights: str | None = None
+    is_weights: Annotated[str | None, PLACE] = None
     """C3D, for the Inception Score of samples of 16 frames."""
-    lpips_weights: str | None = None
+    lpips_weights: Annotated[str | None, PLACE] = None
     """LPIPS, of frames in [-1, 1]."""
 
     @field_validator("name")
@@ -199,7 +204,7 @@ class ClusterConfig(Section):
 class RunConfig(Section):
     """One run: a root folder and a section for each stage."""
 
-    root: Annotated[str, FREE]
+    root: Annotated[str, FREE, PLACE]
     """URL of the run's folder: ``runs/demo``, ``s3://bucket/runs/bair``."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the split, random views, initial weights, the order of samples, and dropout."""

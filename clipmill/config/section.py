@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-__all__ = ["FREE", "PositiveInt", "Section", "changed_keys", "fingerprint", "identity", "is_free"]
+__all__ = [
+    "FREE",
+    "PLACE",
+    "Place",
+    "PositiveInt",
+    "Section",
+    "changed_keys",
+    "fingerprint",
+    "identity",
+    "is_free",
+    "with_places",
+]
 
 
 class _Free:
@@ -21,6 +34,21 @@ class _Free:
 
 FREE = _Free()
 
+
+@dataclass(frozen=True)
+class Place:
+    """Marks a key that holds a path or URL, which `with_places` finds.
+
+    Attributes:
+        holds: whether a value is one; some keys take names, too.
+    """
+
+    holds: Callable[[str], bool] = bool
+
+
+PLACE = Place()
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
@@ -31,6 +59,9 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 def is_free(field: FieldInfo) -> bool:
@@ -47,6 +78,31 @@ def identity(section: Section) -> dict[str, Any]:
         value = getattr(section, name)
         keys[name] = identity(value) if isinstance(value, Section) else json.loads(json.dumps(value))
     return keys
+
+
+def with_places(section: S, convert: Callable[[str, str], str], prefix: str = "") -> S:
+    """A copy of a section in which every path and URL (`Place`) is converted, inner sections included.
+
+    Keys whose values stay as they are do not count as set (`model_fields_set`) in the copy.
+
+    Args:
+        section: to copy.
+        convert: takes the key, such as ``data.mix.0.url``, and its value.
+        prefix: of the section's own keys.
+    """
+    changed: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{prefix}{name}"
+        converted = value
+        if isinstance(value, Section):
+            converted = with_places(value, convert, f"{key}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            converted = tuple(with_places(part, convert, f"{key}.{index}.") for index, part in enumerate(value))
+        elif value and any(isinstance(mark, Place) and mark.holds(value) for mark in field.metadata):
+            converted = convert(key, value)
+        if converted != value:
+            changed[name] = converted
+    return section.model_copy(update=changed) if changed else section
 
 
 def fingerprint(document: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from clipmill.config.section import FREE, PositiveInt, Section
+from clipmill.config.section import FREE, PLACE, PositiveInt, Section
 
 __all__ = ["SharpnessConfig"]
 
@@ -14,11 +14,11 @@ __all__ = ["SharpnessConfig"]
 class SharpnessConfig(Section):
     """Losses in training alone. Networks are TorchScript files (URLs) that you bring: see ``docs/training.md``."""
 
-    perceptual_weights: Annotated[str | None, FREE] = None
+    perceptual_weights: Annotated[str | None, FREE, PLACE] = None
     """LPIPS or another distance of frames, called as ``evaluate.lpips_weights`` is. Its hash is identity."""
     perceptual_cost: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the mean distance of frames to their reconstructions."""
-    gram_weights: Annotated[str | None, FREE] = None
+    gram_weights: Annotated[str | None, FREE, PLACE] = None
     """Feature maps of frames, whose Gram matrices are compared. Its hash is identity."""
     gram_cost: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the mean squared difference of Gram matrices (AToken, arXiv 2509.14476)."""

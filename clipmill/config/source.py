@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from clipmill.config.section import FREE, Section
+from clipmill.config.section import FREE, PLACE, Section
 
 __all__ = ["SourceConfig", "TableColumns"]
 
@@ -37,7 +37,7 @@ class SourceConfig(Section):
 
     type: Literal["folder", "table", "webdataset", "lerobot", "arrays", "hdf5", "bair", "ucf101", "tgif"] = "folder"
     """How the videos are stored."""
-    url: Annotated[str, FREE] = ""
+    url: Annotated[str, FREE, PLACE] = ""
     """Folder or bucket prefix, searched recursively; ``table``, ``hdf5``: the file; ``webdataset``, ``arrays``: either.
     Free: a moved corpus is the same corpus."""
     label: Literal["parent_folder", "none"] = "parent_folder"

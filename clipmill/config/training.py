@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from clipmill.config.data import Resolution, frame_size
 from clipmill.config.prior import PriorModelConfig
-from clipmill.config.section import FREE, PositiveInt, Section, changed_keys
+from clipmill.config.section import FREE, PLACE, Place, PositiveInt, Section, changed_keys
 from clipmill.config.sharpness import SharpnessConfig
 from clipmill.config.vqvae import VQVAEModelConfig
 
@@ -125,10 +125,10 @@ class TrainingConfig(Section):
     """Number of the newest checkpoints that are kept."""
     keep_every: Annotated[PositiveInt | None, FREE] = None
     """Also keep the checkpoints at multiples of this number of steps."""
-    resume: Annotated[str, FREE] = "auto"
+    resume: Annotated[str, FREE, Place(lambda start: start not in ("auto", "never"))] = "auto"
     """``auto``: from this folder's newest checkpoint, if it has one. ``never``: refuse a folder that has one, or an
     export. A URL: start from the newest checkpoint of that training folder, which must have one."""
-    init_from: Annotated[str | None, FREE] = None
+    init_from: Annotated[str | None, FREE, PLACE] = None
     """Start from the weights of an export: URL of a training folder or of one export. The model may differ from its:
     weights of the same name and size are taken, all others are named in the log and the summary. A training that has a
     checkpoint goes on from there. None starts from random weights."""
