@@ -39,11 +39,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from published_prior import PlainBlock, PlainNorm
+from published_prior import PublishedPrior
 from timing import device_name, interleave, ratio
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from clipmill.config import PriorModelConfig, TrainingConfig, load_config
 from clipmill.models.prior import Prior
@@ -66,26 +64,6 @@ PRESETS = {"100m": (128, 1), "350m": (56, 2), "1b": (24, 4)}
 """Clips of a GPU's micro-batch, which leave some of 80 GB, and micro-batches a step."""
 EAGER = ("100m", 48, 1)
 SIZES = {"hidden_dim": 288, "num_heads": 4, "num_layers": 6, "dropout": 0.0, "attention_dropout": 0.0}
-
-
-class PlainPrior(nn.Module):
-    """The published transformer, every block checkpointed, as its code does by default."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        dim, length = SIZES["hidden_dim"], math.prod(SHAPE)
-        self.register_buffer("codebook", torch.randn(NUM_CODES, CODE_DIM))
-        self.project = nn.Linear(CODE_DIM, dim, bias=False)
-        self.positions = nn.Parameter(torch.randn(length, dim) * 0.01)
-        self.blocks = nn.ModuleList(PlainBlock(dim, SIZES["num_heads"], length) for _ in range(SIZES["num_layers"]))
-        self.norm, self.head = PlainNorm(dim), nn.Linear(dim, NUM_CODES, bias=False)
-
-    def loss(self, codes: Tensor) -> Tensor:
-        codes = codes.flatten(1)
-        x = F.pad(self.project(F.embedding(codes, self.codebook))[:, :-1], (0, 0, 1, 0)) + self.positions
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
-        return F.cross_entropy(self.head(self.norm(x)).transpose(1, 2), codes, reduction="none").mean(1)
 
 
 def main() -> None:
@@ -165,7 +143,8 @@ def compare_models(world: World, num_rounds: int) -> dict[str, Any]:
             models[f"{style}, compiled"] = model = new_prior(world, {"style": style, **SIZES})
             for block in model.blocks:
                 block.compile()
-    published = PlainPrior().to(world.device)
+    sizes = PriorModelConfig.model_validate(SIZES)
+    published = PublishedPrior(sizes, SHAPE, NUM_CODES, torch.randn(NUM_CODES, CODE_DIM)).to(world.device)
     steps = {
         f"{name}, {precision}": bare_step(model, BATCH, precision)
         for precision in ("float32", "bfloat16")

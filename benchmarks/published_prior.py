@@ -1,9 +1,16 @@
-"""Parts of the published transformer (VideoGPT, arXiv 2104.10157), written plainly: what benchmarks compare with."""
+"""The published transformer (VideoGPT, arXiv 2104.10157), written plainly: what benchmarks compare with."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clipmill.config import PriorModelConfig
+from clipmill.models.positions import axial_tables, raster
 
 
 class PlainNorm(nn.Module):
@@ -47,3 +54,34 @@ class PlainBlock(nn.Module):
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         y = self.widen(self.norms[1](x))
         return x + self.narrow(y * torch.sigmoid(1.702 * y))
+
+
+class PublishedPrior(nn.Module):
+    """The unconditional prior with its released start; every block is recomputed in the backward pass, as there."""
+
+    def __init__(
+        self, config: PriorModelConfig, latent_shape: tuple[int, ...], num_codes: int, codebook: Tensor
+    ) -> None:
+        super().__init__()
+        dim, length = config.hidden_dim, math.prod(latent_shape)
+        self.register_buffer("codebook", codebook.detach().clone())
+        self.project = nn.Linear(codebook.shape[1], dim, bias=False)
+        self.start = nn.Parameter(torch.randn(dim) * 0.02)
+        self.axes = axial_tables(latent_shape, dim)
+        self.blocks = nn.ModuleList(PlainBlock(dim, config.num_heads, length) for _ in range(config.num_layers))
+        self.norm, self.head = PlainNorm(dim), nn.Linear(dim, num_codes, bias=False)
+        nn.init.normal_(self.project.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        for block in self.blocks:
+            for layer in (block.q, block.k, block.v):
+                nn.init.normal_(layer.weight, std=dim**-0.5)
+            nn.init.normal_(block.out.weight, std=(dim * config.num_layers) ** -0.5)
+
+    def loss(self, codes: Tensor) -> Tensor:
+        """Mean cross-entropy of each clip's codes int64 [B, t, h, w] in nats, [B]."""
+        codes = codes.flatten(1)
+        before = self.project(F.embedding(codes[:, :-1], self.codebook))
+        x = torch.cat((self.start.expand(len(codes), 1, -1), before), 1) + raster(self.axes)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.training else block(x)
+        return F.cross_entropy(self.head(self.norm(x)).transpose(1, 2), codes, reduction="none").mean(1)

@@ -1,4 +1,4 @@
-"""The published tokenizer (VideoGPT, arXiv 2104.10157), plain: what `benchmarks/vqvae.py` measures ours against.
+"""The published tokenizer (VideoGPT, arXiv 2104.10157), plain: what `vqvae.py` and `quality.py` measure ours against.
 
 Its layers as its public code computes them, in PyTorch's own operations and layout: SAME padding by a copy, separate
 projections and a softmax written out in each attention, a codebook that learns through an N x K one-hot table. Nothing
@@ -105,6 +105,7 @@ class Codebook(nn.Module):
         self.register_buffer("embeddings", torch.randn(num_codes, dim))
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("sums", self.embeddings.clone())
+        self.is_started = False
 
     def codes(self, rows: Tensor) -> Tensor:
         """int64 [N] of rows [N, D]."""
@@ -114,6 +115,8 @@ class Codebook(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [B, D, t, h, w] -> embeddings of the same shape, commitment, perplexity."""
         rows = z.movedim(1, -1).flatten(0, -2)
+        if self.training and not self.is_started:
+            self._start(rows.detach())
         codes = self.codes(rows)
         onehot = F.one_hot(codes, len(self.embeddings)).type_as(rows)
         chosen = F.embedding(codes.view(z.shape[0], *z.shape[2:]), self.embeddings).movedim(-1, 1)
@@ -131,12 +134,23 @@ class Codebook(nn.Module):
         total = self.counts.sum()
         smoothed = (self.counts + 1e-7) / (total + len(self.counts) * 1e-7) * total
         self.embeddings.copy_(self.sums / smoothed[:, None])
+        used = (self.counts >= 1).float()[:, None]
+        self.embeddings.mul_(used).add_(self._random_rows(rows) * (1 - used))
+
+    @torch.no_grad()
+    def _start(self, rows: Tensor) -> None:
+        """Takes rows of the first batch as codes."""
+        self.is_started = True
+        self.embeddings.copy_(self._random_rows(rows))
+        self.sums.copy_(self.embeddings)
+        self.counts.fill_(1)
+
+    def _random_rows(self, rows: Tensor) -> Tensor:
+        """A row for each code; where there are fewer rows, some with noise more than once."""
         if len(rows) < len(self.counts):
             rows = rows.repeat(-(-len(self.counts) // len(rows)), 1)
             rows = rows + torch.randn_like(rows) * 0.01 / rows.shape[1] ** 0.5
-        restarts = rows[torch.randperm(len(rows), device=rows.device)][: len(self.counts)]
-        used = (self.counts >= 1).float()[:, None]
-        self.embeddings.mul_(used).add_(restarts * (1 - used))
+        return rows[torch.randperm(len(rows), device=rows.device)][: len(self.counts)]
 
 
 class PublishedVQVAE(nn.Module):
@@ -158,6 +172,16 @@ class PublishedVQVAE(nn.Module):
             last = index == len(strides) - 1
             decoder += [SameConvTranspose(dim, 3 if last else dim, 4, stride), *([] if last else [nn.ReLU()])]
         self.decoder = nn.Sequential(*residual_stack(config), *decoder)
+
+    def start_as_released(self) -> None:
+        """Draws the attentions' weights as the released code does; the others start as torch's layers do there, too."""
+        for attention in (each for each in self.modules() if isinstance(each, Attention)):
+            for layer in (attention.q, attention.k, attention.v, attention.out):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Video [B, 3, T, H, W] of codes int64 [B, t, h, w]."""
+        return self.decoder(self.from_latent(F.embedding(codes, self.codebook.embeddings).movedim(-1, 1)))
 
     def encode(self, video: Tensor) -> Tensor:
         """Codes int64 [B, t, h, w] of a video [B, 3, T, H, W]."""
