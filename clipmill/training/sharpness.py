@@ -77,6 +77,8 @@ class Sharpness(nn.Module):
             The sum, 0-d, and 0-d metrics: ``perceptual``, ``gram``, ``realism`` and ``discriminator``, as far as they
             are configured.
         """
+        if not self._networks and self.discriminator is None:
+            return base, {}
         seen = reconstruction.detach().float().requires_grad_()
         with torch.autocast(video.device.type, enabled=False):
             terms = self._compare(seen, video)
