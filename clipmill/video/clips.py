@@ -132,13 +132,14 @@ class ClipCutter:
         return not (self.num_kept or self.num_static or self.num_black)
 
     def _clip(self, frames: list[_Frame]) -> ClipFrames:
+        numbers, own_times, times, pixels, _ = zip(*frames, strict=True)
         return ClipFrames(
             ordinal=self.num_kept,
-            frame_numbers=tuple(frame.number for frame in frames),
-            frame_seconds=tuple(frame.own_time for frame in frames),
-            start_seconds=frames[0].time,
-            end_seconds=frames[-1].time + 1 / (self._rule.fps or self._fps),
-            frames=np.stack([frame.pixels for frame in frames]),
+            frame_numbers=numbers,
+            frame_seconds=own_times,
+            start_seconds=times[0],
+            end_seconds=times[-1] + 1 / (self._rule.fps or self._fps),
+            frames=np.stack(pixels),
         )
 
     def _is_rejected(self, clip: np.ndarray) -> bool:

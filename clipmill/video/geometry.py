@@ -151,9 +151,10 @@ def sample_aspect(stream: Any, stated_by_codec: Any) -> float:
     ratio = stream.sample_aspect_ratio
     if not ratio or ratio == stated_by_codec:
         ratio = stream.codec_context.sample_aspect_ratio or ratio
-    if not ratio or not 1 / _WIDEST_PIXEL <= ratio <= _WIDEST_PIXEL:
+    if not ratio:
         return 1.0
-    return float(ratio)
+    aspect: float = ratio.numerator / ratio.denominator  # to compare a fraction with a float takes microseconds
+    return aspect if 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL else 1.0
 
 
 class Resizer:

@@ -31,10 +31,10 @@ __all__ = ["is_measured", "serve"]
 Timed = tuple[float, np.ndarray]
 """(presentation time in seconds, uint8 [H, W, 3])."""
 
-_ENCODERS: dict[str, Callable[[np.ndarray, float, Any], bytes]] = {
+_ENCODERS: dict[str, Callable[[np.ndarray, float, Any], bytes | memoryview]] = {
     "mp4": encode_mp4,
     "mjpeg": encode_mjpeg,
-    "npy": lambda frames, _, __: frames.tobytes(),
+    "npy": lambda frames, _, __: np.ascontiguousarray(frames).data.cast("B"),
 }
 _DECODERS = {"mp4": decode_mp4, "mjpeg": decode_mjpeg}
 
@@ -157,6 +157,7 @@ class _ClipWriter:
         self._codec, self._quality = request["encode"]
         self._key, self._may_flip, self._fps = request["key"], request["flip"], fps
         self._spool, self._say = spool, say
+        self._moments = _Moments()
         self._end = 0
         self.num_views: int = request["views"]
         self.frame_size = self._size if self.num_views == 1 else view_frame_size(self._size)
@@ -187,23 +188,32 @@ class _ClipWriter:
                     "offset": self._end,
                     "num_bytes": len(data),
                     "squared_error": _squared_error(self._codec, data, pixels) if is_measured(key) else None,
-                    **_moments(pixels),
+                    **self._moments(pixels),
                 }
             )
             self._end += len(data)
 
 
-def _moments(pixels: np.ndarray) -> dict[str, int]:
-    """Exact sums over all values of a clip."""
-    rows = np.empty((-(-pixels.size // _EXACT_VALUES), _EXACT_VALUES), np.float32)
-    values = rows.reshape(-1)
-    values[: pixels.size], values[pixels.size :] = pixels.reshape(-1), 0  # zeros at the end add nothing
-    sums, square_sums = rows @ np.ones(_EXACT_VALUES, np.float32), np.einsum("ij,ij->i", rows, rows)
-    return {
-        "num_values": pixels.size,
-        "pixel_sum": int(sums.sum(dtype=np.float64)),
-        "pixel_square_sum": int(square_sums.sum(dtype=np.float64)),
-    }
+class _Moments:
+    """Exact sums over all values of a clip, which goes through one buffer: new memory for each costs page faults."""
+
+    def __init__(self) -> None:
+        self._rows = np.empty((0, _EXACT_VALUES), np.float32)
+        self._ones = np.ones(_EXACT_VALUES, np.float32)
+
+    def __call__(self, pixels: np.ndarray) -> dict[str, int]:
+        """Of uint8 values: their number, their sum, the sum of their squares."""
+        num_rows = -(-pixels.size // _EXACT_VALUES)
+        if num_rows > len(self._rows):
+            self._rows = np.empty((num_rows, _EXACT_VALUES), np.float32)
+        rows = self._rows[:num_rows]
+        values = rows.reshape(-1)
+        values[: pixels.size], values[pixels.size :] = pixels.reshape(-1), 0  # zeros at the end add nothing
+        return {
+            "num_values": pixels.size,
+            "pixel_sum": int((rows @ self._ones).sum(dtype=np.float64)),
+            "pixel_square_sum": int(np.vecdot(rows, rows).sum(dtype=np.float64)),
+        }
 
 
 def is_measured(key: str) -> bool:
@@ -211,11 +221,11 @@ def is_measured(key: str) -> bool:
     return hashlib.blake2b(f"measure:{key}".encode(), digest_size=1).digest()[0] < 16
 
 
-def _squared_error(codec: str, data: bytes, pixels: np.ndarray) -> int | None:
+def _squared_error(codec: str, data: bytes | memoryview, pixels: np.ndarray) -> int | None:
     """Exact sum of the squared errors of a lossy clip; None for npy."""
     if codec not in _DECODERS:
         return None
-    error = _DECODERS[codec](data).reshape(-1).astype(np.float64) - pixels.reshape(-1)
+    error = _DECODERS[codec](bytes(data)).reshape(-1).astype(np.float64) - pixels.reshape(-1)
     return int(error @ error)
 
 

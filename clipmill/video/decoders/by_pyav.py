@@ -23,6 +23,9 @@ __all__ = ["read_pyav"]
 _DEMUX_ATTEMPTS = 8
 """A demuxer that fails this often in a row, without a packet in between, has nothing more to give."""
 
+_PACKETS_IN_DECODER = 64
+"""More than any decoder holds back."""
+
 _NUM_REORDERED = 16
 """Frames that B-frames can delay: the first one shown is among so many packets."""
 
@@ -66,6 +69,7 @@ class _Decoding:
             flags_early=info.container == "mpegts",
         )
         self._log = ErrorLog(stream)
+        self._packets: dict[int | None, Packet] = {}  # the last ones, by their presentation times
         self._num_frames = 0
         self._failed: set[int] = set()  # packets that count as a lost frame
         self._is_broken = False  # a frame was dropped after the last one that was delivered
@@ -73,8 +77,9 @@ class _Decoding:
     def __iter__(self) -> Iterator[Picture]:
         for demuxed, packet in self._demux():
             for frame in self._decode(demuxed, packet):
-                self._take(frame)
-            yield from self._whole(self._damage.judged())
+                self._take(frame, frame.opaque or self._packets.get(frame.pts, packet))
+            if judged := self._damage.judged():
+                yield from self._whole(judged)
         self._reading.damaged_frames += self._damage.num_never_shown()
         yield from self._whole(self._damage.judged(at_end=True))
 
@@ -90,16 +95,15 @@ class _Decoding:
                 self._reading.damaged_frames += 1
         return whole
 
-    def _take(self, frame: Any) -> None:
+    def _take(self, frame: Any, packet: Packet) -> None:
         """Tells the time of the next frame in presentation order, and has its damage judged."""
-        packet: Packet = frame.opaque
         if packet.number in self._failed:  # the decoder made a frame of it all the same
             self._count_lost(packet, -1)
         seconds, started_over = self._clock.time(frame, packet)
         if started_over:
             self._reading.joins += 1
             self._damage.starts_over(packet)
-        num_missing = self._damage.num_missing(packet)
+        num_missing = self._damage.shown(packet)
         if num_missing and seconds >= self._counts_from:
             self._reading.damaged_frames += num_missing
         self._num_frames += num_missing
@@ -110,7 +114,13 @@ class _Decoding:
 
     def _decode(self, demuxed: Any, packet: Packet) -> list[Any]:
         """The frames that a packet brings out of the decoder."""
-        demuxed.opaque = packet
+        packets, pts = self._packets, packet.pts
+        if pts is None or pts in packets:
+            demuxed.opaque = packet
+        else:  # decoders keep the time, and a reference to the packet costs more
+            packets[pts] = packet
+            if len(packets) > _PACKETS_IN_DECODER:
+                del packets[next(iter(packets))]
         if demuxed.size:
             self._clock.sent(packet)
             self._damage.sent(packet)

@@ -54,6 +54,9 @@ class Clock:
         seconds = None
         if ticks is not None and self._zero is not None:
             seconds = (ticks - self._zero) * self._numerator / self._denominator
+            if before is None or before < seconds <= before + _JOIN_SECONDS:  # nearly always
+                self._seconds = seconds
+                return seconds, False
         joined = False
         if before is not None:
             follows = before + self._frame_seconds

@@ -74,7 +74,7 @@ class Packet:
         pts: presentation time in ticks.
         dts: decoding time in ticks.
         sample_aspect: of the frame, known once it is decoded.
-        key: the last key packet up to this one, known once it goes to the decoder.
+        key: the last key packet before this one, known once it goes to the decoder.
         recording: number of the recording in the file, where several were joined; known once it goes to the decoder.
     """
 
@@ -115,23 +115,26 @@ class DamageFilter(Generic[T]):
 
     def sent(self, packet: Packet) -> None:
         """A packet goes to the decoder."""
-        self._newest = packet.number
+        number = self._newest = packet.number
+        packet.key = self._newest_key
         if packet.is_key:
             self._newest_key = packet
             self._container_marks_keys = True
-        packet.key = self._newest_key
         before = self._before
         if before is not None:
-            steps_back = before.dts is not None and packet.dts is not None and packet.dts < before.dts
-            packet.recording = before.recording + steps_back
+            packet.recording = before.recording
+            if before.dts is not None and packet.dts is not None and packet.dts < before.dts:
+                packet.recording += 1
         if self._flags_early:
             self._judge_suspect(packet)
         elif packet.is_flagged:
             self.failed(packet)
         self._before = packet
-        self._unshown[packet.number] = packet
-        if packet.number - next(iter(self._unshown)) > _REORDERED_PACKETS:
-            del self._unshown[next(iter(self._unshown))]
+        unshown = self._unshown
+        unshown[number] = packet
+        oldest = next(iter(unshown))
+        if number - oldest > _REORDERED_PACKETS:
+            del unshown[oldest]
 
     def _judge_suspect(self, packet: Packet) -> None:
         """Decides by the packet after it whether the one behind a flagged packet is damaged."""
@@ -171,52 +174,50 @@ class DamageFilter(Generic[T]):
         self._forget_damage(packet.number)
 
     def will_be_missing(self, packet: Packet) -> bool:
-        """Whether `num_missing` counts the frame of this packet if it is never shown."""
+        """Whether `shown` counts the frame of this packet if it is never shown."""
         return self._counts_packets and packet.pts is not None
 
     def num_never_shown(self) -> int:
         """Frames that are missing at the end of the file."""
         return sum(self.will_be_missing(packet) for packet in self._unshown.values())
 
-    def num_missing(self, packet: Packet) -> int:
-        """Frames that should have been shown before that of this packet; each counts once."""
-        if not self.will_be_missing(packet):
+    def shown(self, packet: Packet) -> int:
+        """The frame of a packet is shown; returns how many were missing before it, each of which counts once."""
+        unshown, shown_at = self._unshown, packet.pts
+        unshown.pop(packet.number, None)
+        if not unshown or not self._counts_packets or shown_at is None:
             return 0
-        shown_at = packet.pts or 0
         missing = []
-        for other in self._unshown.values():
+        for other in unshown.values():
             if other.pts is not None and other.pts < shown_at and other.recording == packet.recording:
                 missing.append(other.number)
         for number in missing:
-            del self._unshown[number]
+            del unshown[number]
         return len(missing)
 
     def add(self, item: T, frame: Any, packet: Packet) -> None:
         """Takes a frame, in presentation order."""
-        self._unshown.pop(packet.number, None)
-        self._codec_marks_keys |= frame.key_frame
+        marked = frame.key_frame
+        self._codec_marks_keys |= marked
         if frame.is_corrupt:
             self.failed(packet)
-        self._waiting.append((item, packet, self._is_key(frame, packet)))
-
-    def _is_key(self, frame: Any, packet: Packet) -> bool:
-        """Both must say so, but some decoders (svq1, qtrle, cfhd) mark no frame, and some containers no packet."""
-        return (frame.key_frame and (packet.is_key or not self._container_marks_keys)) or (
-            packet.is_key and not self._codec_marks_keys
-        )
+        # Both must say so, but some decoders (svq1, qtrle, cfhd) mark no frame, and some containers no packet.
+        is_key = marked or not self._codec_marks_keys if packet.is_key else marked and not self._container_marks_keys
+        self._waiting.append((item, packet, is_key))
 
     def judged(self, *, at_end: bool = False) -> list[tuple[T, bool, bool]]:
         """(item, whether its frame is whole, whether it is the first one after damage), as far as is known by now."""
         if at_end and self._suspect is not None:
             self._damaged.append(self._suspect.number)
             self._suspect = None
-        judged = []
+        judged: list[tuple[T, bool, bool]] = []
+        waiting = self._waiting
         last = math.inf if at_end else self._last_to_judge()
-        while self._waiting and self._waiting[0][1].number <= last:
-            item, packet, is_key = self._waiting.popleft()
+        while waiting and waiting[0][1].number <= last:
+            item, packet, is_key = waiting.popleft()
             if is_key:
                 self._last_key_shown = packet.number
-            if self._is_untouched(packet):
+            if not (self._damaged or self._breaks) or self._is_untouched(packet):
                 judged.append((item, True, False))
             elif is_key and packet.number not in self._damaged:
                 self._forget_damage(packet.number)
@@ -233,8 +234,6 @@ class DamageFilter(Generic[T]):
         return last if self._suspect is None else min(last, self._suspect.number - 1)
 
     def _is_untouched(self, packet: Packet) -> bool:
-        if not self._damaged and not self._breaks:  # nearly always
-            return True
         return packet.number < min(*self._damaged, *self._breaks, packet.number + 1)
 
     def _forget_damage(self, key: int) -> None:
