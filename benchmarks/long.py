@@ -25,6 +25,7 @@ from clipmill.models.export import load_prior
 from clipmill.models.vqvae import to_pixels
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.generate import generate
+from clipmill.sampling.kept import Kept
 from clipmill.sampling.long import Batch, sample_videos, video_length
 
 GOALS = {"seam_ratio": 1.1}
@@ -51,7 +52,7 @@ def main() -> None:
     indices = list(range(arguments.samples))
     labels = torch.tensor([index % len(body["classes"]) for index in indices]) if body["classes"] else None
     draw = functools.partial(
-        generate, prior, seed=0, indices=indices, labels=labels, filters=Filters(top_p=arguments.top_p)
+        generate, prior, seed=0, indices=indices, labels=labels, filters=Filters(top_p=arguments.top_p), kept=Kept()
     )
     window = video_length(body, None).window_frames
     peaks = {}

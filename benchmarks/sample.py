@@ -9,6 +9,8 @@ At 6 layers x 288, 4 heads, 1,024 codes, clips of 4 x 16 x 16 latents, float32 o
                 8 and 2 at batch 1. Without transformers installed a line says so, and the ratio is null
     bandwidth   bytes of weights and of the cache seen so far that a step reads, times steps/s, over the read bandwidth
                 of this machine measured by a sum over a large array; 0.6 is wanted
+    step        milliseconds of a step; of its products alone, one after another in the layout and on the threads that
+                decoding uses; and of reading its bytes at the measured bandwidth: what no decoder here can beat
     precision   tokens/s in bfloat16 over those in float32
     parallel    the parallel decoder over the sequential one at batch 1, and its passes. How well codes can be guessed
                 decides: random weights say nothing of that, so give --prior with the URL of an export
@@ -172,6 +174,12 @@ def compare(prior: Prior, batch_size: int, bandwidth: float, rounds: int, cuda: 
             for precision, size in (("float32", 4), ("bfloat16", 2))
         },
     }
+    steps = prior.num_positions
+    facts["step_milliseconds"] = {
+        **{name: round(min(seconds) / steps * 1e3, 3) for name, seconds in wall.items()},
+        "products_alone": round(products_seconds(prior, batch_size) * 1e3, 3),
+        "bytes_at_bandwidth": round(bytes_read(prior, batch_size, 4) / steps / bandwidth * 1e3, 3),
+    }
     for clock, seconds in (("", wall), ("_cpu", cpu)):
         if clock and cuda:
             continue
@@ -182,12 +190,32 @@ def compare(prior: Prior, batch_size: int, bandwidth: float, rounds: int, cuda: 
     return facts
 
 
+def products(cached: CachedPrior) -> list[Any]:
+    """The linear layers of a step, in order."""
+    return [part for layer in cached.layers for part in layer if hasattr(part, "weight")] + cached.heads
+
+
+@torch.inference_mode()
+def products_seconds(prior: Prior, batch_size: int) -> float:
+    """Seconds that the products of a step take in float32 with nothing between them, the best of fifty."""
+    linears = products(CachedPrior(prior, 1, None, None, torch.float32))
+    inputs = [torch.randn(batch_size, linear.weight.shape[-2], device=linear.weight.device) for linear in linears]
+    best = math.inf
+    for _ in range(50):
+        began = time.perf_counter()
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(x)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
 def bytes_read(prior: Prior, batch_size: int, element_bytes: int) -> float:
     """That all steps of a batch read: the weights, and of the cache the positions so far."""
     with torch.inference_mode():
         cached = CachedPrior(prior, 1, None, None, torch.float32)
-    linears = [part for layer in cached.layers for part in layer if hasattr(part, "weight")] + cached.heads
-    weights = sum(part.weight.numel() for part in linears)
+    weights = sum(part.weight.numel() for part in products(cached))
     of_a_position = cached.cache[:, :, :, :, 0].numel() * batch_size
     length = prior.num_positions
     return element_bytes * (weights * length + of_a_position * length * (length + 1) / 2)

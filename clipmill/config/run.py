@@ -85,8 +85,8 @@ class SampleConfig(Section):
     """Frames of a sample: those of the prior's window, or more in steps of a latent frame; then the window slides. None
     is the window."""
     overlap_latents: PositiveInt | None = None
-    """Latent frames that consecutive windows of a longer sample share. None is half of the window, or as many as hold
-    the frames that the prior is conditioned on."""
+    """Latent frames that consecutive windows of a longer sample share. None is three quarters of the window, or
+    as many as hold the frames that the prior is conditioned on."""
     batch_size: PositiveInt | None = None
     """Videos drawn at once. None is 16 on a CPU, and on a GPU the largest power of two up to 256 that its memory holds.
     Samples are bit-identical at the recorded batch size, precision and hardware class."""

@@ -28,6 +28,8 @@ __all__ = ["CachedPrior"]
 
 _PREFILL_POSITIONS = 256
 """Positions of a prefix computed at once: bounds their mask."""
+_ELEMENTS_OF_A_THREAD = 2**16
+"""Weights up to this size stay with one thread: waking another takes as long as their product."""
 
 
 class _Linear(NamedTuple):
@@ -50,7 +52,7 @@ class _Linear(NamedTuple):
     def add_to(self, stream: Tensor, x: Tensor) -> None:
         """Adds this layer's output to the stream in place."""
         if self.weight.dim() == 3:
-            stream.view(len(x), len(self.weight), -1).add_(self._parts(x).transpose(0, 1))
+            stream.view(x.shape[0], self.weight.shape[0], -1).add_(self._parts(x).transpose(0, 1))
             return
         stream.addmm_(x, self.weight)
         if self.bias is not None:
@@ -58,7 +60,7 @@ class _Linear(NamedTuple):
 
     def _parts(self, x: Tensor) -> Tensor:
         """Output [P, R * n, out / P]."""
-        x = x.expand(len(self.weight), -1, -1)
+        x = x.expand(self.weight.shape[0], -1, -1)  # len() of a tensor takes as long as this
         return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -309,7 +311,7 @@ def _linear(
         weight = weight * norm.gain
     weight = (weight * scale).to(dtype)
     bias = None if bias is None else (bias * scale).to(dtype)
-    num_parts = _num_parts(weight.device, len(weight))
+    num_parts = _num_parts(weight)
     if num_parts == 1:
         return _Linear(weight.t().contiguous(), bias)
     return _Linear(
@@ -318,9 +320,10 @@ def _linear(
     )
 
 
-def _num_parts(device: torch.device, size: int) -> int:
-    """Parts of an output of this size: its largest divisor up to the number of threads."""
-    most = torch.get_num_threads() if device.type == "cpu" else 1
+def _num_parts(weight: Tensor) -> int:
+    """Parts of the output of weight [out, in]: the largest divisor of ``out`` up to the number of threads."""
+    size = weight.shape[0]
+    most = torch.get_num_threads() if weight.device.type == "cpu" and weight.numel() > _ELEMENTS_OF_A_THREAD else 1
     return next(count for count in range(min(most, size), 0, -1) if size % count == 0)
 
 

@@ -107,7 +107,7 @@ def video_length(body: Mapping[str, Any], num_frames: int | None, overlap_latent
     Args:
         body: of the prior's export.
         num_frames: T; None is the window's.
-        overlap_latents: of consecutive windows; None is half of the window, or more if the condition needs it.
+        overlap_latents: of consecutive windows; None is three quarters of the window, or more for the condition.
 
     Raises:
         UserError: the prior cannot make videos of this length, or its windows cannot overlap so.
@@ -169,12 +169,13 @@ def _overlap(window_latents: int, wanted: int | None, least: int) -> int:
             f"num_frames is beyond the window of this prior, whose {window_latents} latent frames leave none to make "
             f"after the {least} that must be known; leave num_frames out"
         )
+    usual = max(least, window_latents * 3 // 4)
     if wanted is None:
-        return max(least, window_latents // 2)
+        return usual
     if not least <= wanted < window_latents:
         raise UserError(
             f"overlap_latents={wanted}: windows of {window_latents} latent frames of this prior overlap by {least} to "
-            f"{window_latents - 1}; leave it out for {max(least, window_latents // 2)}"
+            f"{window_latents - 1}; leave it out for {usual}"
         )
     return wanted
 

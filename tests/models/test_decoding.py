@@ -123,6 +123,7 @@ def test_layers_in_parts_for_several_threads_give_the_same_logits(
     style: str, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: num_threads)
+    monkeypatch.setattr("clipmill.models.decoding._ELEMENTS_OF_A_THREAD", 0)
     prior, codes = test_prior.stirred(style=style), test_prior.some_codes()
     cached = CachedPrior(prior, 3, None, None, torch.float32)
     assert {layer.up.weight.dim() for layer in cached.layers} == {3}

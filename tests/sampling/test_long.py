@@ -97,7 +97,7 @@ def test_a_prior_of_16_frames_makes_512(monkeypatch: pytest.MonkeyPatch) -> None
 def test_given_latents_may_be_longer_than_the_window() -> None:
     prior, tokenizer, body = make_models()
     prefix = torch.randint(16, (2, 6, 2, 2))
-    videos = sampled(drawing(prior), tokenizer, video_length(body, 40), prefix=prefix)
+    videos = sampled(drawing(prior), tokenizer, video_length(body, 40, 2), prefix=prefix)
     assert torch.equal(videos.codes[:, :6], prefix)
     window = drawing(prior)(condition=None, prefix=prefix[:, 4:], first_frame=4)
     assert torch.equal(videos.codes[:, 4:8], window)
@@ -120,7 +120,7 @@ def test_actions_slide_along(causal: bool, window: int, num_frames: int) -> None
     prior, tokenizer, body = make_models(causal, (window, 3), condition="actions", condition_by="add")
     actions = torch.randn(2, 30, 3)
     seen: list[Tensor | None] = []
-    sampled(recorded(prior, seen), tokenizer, video_length(body, num_frames), condition=actions)
+    sampled(recorded(prior, seen), tokenizer, video_length(body, num_frames, 2), condition=actions)
     assert [torch.equal(got, actions[:, first : first + window]) for got, first in zip(seen, (0, 8, 12), strict=True)]
     with pytest.raises(UserError, match=f"of 20 frames, the video is to have {num_frames}; give actions of every"):
         sampled(drawing(prior), tokenizer, video_length(body, num_frames), condition=actions[:, :20])
@@ -129,7 +129,7 @@ def test_actions_slide_along(causal: bool, window: int, num_frames: int) -> None
 def test_a_text_stays() -> None:
     prior, tokenizer, body = make_models(condition_shape=(3, 5), condition="text")
     text, seen = torch.randn(2, 3, 5), list[Tensor | None]()
-    sampled(recorded(prior, seen), tokenizer, video_length(body, 28), condition=text)
+    sampled(recorded(prior, seen), tokenizer, video_length(body, 28, 2), condition=text)
     assert len(seen) == 3
     assert all(each is text for each in seen)
 
@@ -138,7 +138,7 @@ def test_a_text_stays() -> None:
 def test_a_prior_that_sees_frames_sees_its_own_later(causal: bool, num_frames: int) -> None:
     prior, tokenizer, body = make_models(causal, (3, 8, 8, 3), condition="frames")
     frames, seen = torch.randint(256, (2, 3, 8, 8, 3), dtype=torch.uint8), list[Tensor | None]()
-    length = video_length(body, num_frames)
+    length = video_length(body, num_frames, 2)
     videos = sampled(recorded(prior, seen), tokenizer, length, condition=frames)
     assert torch.equal(seen[0], frames)
     with torch.inference_mode():
@@ -149,7 +149,7 @@ def test_a_prior_that_sees_frames_sees_its_own_later(causal: bool, num_frames: i
 
 
 def test_the_overlap_holds_the_frames_of_the_condition() -> None:
-    assert video_length(make_models()[2], 20).overlap_latents == 2
+    assert video_length(make_models()[2], 20).overlap_latents == 3
     assert video_length(make_models(condition_shape=(9, 8, 8, 3), condition="frames")[2], 20).overlap_latents == 3
     assert video_length(make_models(True, (6, 8, 8, 3), condition="frames")[2], 17).overlap_latents == 3
     filled = make_models(condition_shape=(13, 8, 8, 3), condition="frames")[2]
