@@ -69,7 +69,6 @@ def videos(tmp_path_factory) -> Path:
         ),
         ({"data__clip__num_frames": "9"}, "clips of 9 frames of 16 x 16 pixels do not divide"),
         ({"vqvae__training__random_crop": "32"}, "random_crop=32 is larger than the clips of 16 x 16 pixels"),
-        ({"vqvae__model__hidden_dim": "10"}, "vqvae.model.hidden_dim 10 must be a multiple of"),
         ({"vqvae__model__downsample": "[1,1,1]"}, "compresses nothing"),
         ({"sample__guidance": "2"}, "sample.guidance=2 needs prior.model.label_dropout"),
     ],

@@ -40,6 +40,7 @@ class SharpnessConfig(Section):
     def _terms_have_networks(self) -> SharpnessConfig:
         for name in ("perceptual", "gram"):
             cost, weights = f"{name}_cost", f"{name}_weights"
-            if cost in self.model_fields_set and getattr(self, cost) and getattr(self, weights) is None:
+            is_chosen = getattr(self, cost) not in (0, type(self).model_fields[cost].default)
+            if is_chosen and getattr(self, weights) is None:
                 raise ValueError(f"sharpness.{cost} needs sharpness.{weights}, a TorchScript file; set it too")
         return self

@@ -66,7 +66,7 @@ def write_run(config: RunConfig, scratch: Path) -> None:
         records = [{"step": step, "split": "train", "loss": 3 / step} for step in range(1, 9)]
         records += [{"step": step, "split": "val", "loss": 4 / step} for step in (4, 8)]
         lines = "\n".join(map(json.dumps, records))
-        storage.publish_bytes(config.folder(stage, "metrics", "000001.jsonl"), lines.encode())
+        storage.publish_bytes(config.folder(stage, "metrics", "000001-0001.jsonl"), lines.encode())
 
 
 def write_run_up_to_tokenizer(config: RunConfig, scratch: Path) -> dict[str, Manifest]:

@@ -176,7 +176,7 @@ def test_seven_billion_parameters_on_64_ranks_without_the_memory() -> None:
     result = estimate(config, 64, **RATES)
     assert result.num_parameters == pytest.approx(7e9, rel=0.01)
     assert (result.rows, result.accumulation, result.tokens_per_clip) == (8, 1, 4 * 32 * 32)
-    assert result.states[0].total == 16 * result.num_parameters
+    assert result.states[0].total - result.states[0].buffers == 16 * result.num_parameters
     assert result.states[3].total - result.states[3].buffers == pytest.approx(20 * result.num_parameters / 64, rel=1e-6)
     assert result.checkpointed_activations < result.activations / 5
     assert result.flops_per_token == pytest.approx(6 * 7e9, rel=0.1)

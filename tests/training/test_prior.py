@@ -12,7 +12,7 @@ from clipmill import storage
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.shards.manifest import SCHEMA
-from clipmill.training import prior
+from clipmill.training import inputs, prior
 from tests.evaluation.toy_run import toy_config, write_run
 
 
@@ -83,6 +83,6 @@ def test_a_condition_that_is_not_finite_names_the_clip() -> None:
 def test_batches_that_do_not_go_up_name_the_numbers(root: Path) -> None:
     training = toy_config(root).prior.training.model_copy(update={"global_batch": 2})
     with pytest.raises(UserError, match=r"global_batch=2 leaves some of the 3 ranks without a clip"):
-        prior._require_rows(training, 3)
+        inputs.require_rows(training, 3, "prior")
     with pytest.raises(ValueError, match="micro_batch 8 exceeds global_batch 4"):
         type(training)(global_batch=4, micro_batch=8)

@@ -157,9 +157,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(workspace, tmp_pa
     assert found[3] == str(before[-1])
     assert sorted((root / "prior").glob("checkpoints/*/*")) == before
     assert start([*command, "prior.training.bad_steps=skip"], num_ranks=1, log=log).wait(timeout=240) == 1
-    assert (
-        "10 steps in a row up to step 13 were left out, the last for grad_norm nan" in log.read_text().splitlines()[-1]
-    )
+    assert "10 steps in a row up to step 13 were skipped, the last for grad_norm nan" in log.read_text().splitlines()[-1]
     records = [record for record in read_metrics(str(root / "prior")) if record["split"] == "train"]
     assert [(record["step"], record.get("skipped_steps")) for record in records[-2:]] == [(8, 5), (12, 9)]
 

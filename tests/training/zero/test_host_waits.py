@@ -15,11 +15,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipmill.config import PriorModelConfig, TrainingConfig, VQVAEModelConfig
+from clipmill.config import PriorModelConfig, SharpnessConfig, TrainingConfig, VQVAEModelConfig
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 from clipmill.training import loop
 from clipmill.training.prior import PriorObjective
+from clipmill.training.sharpness import Sharpness
 from clipmill.training.vqvae import VQVAEObjective
 from clipmill.training.world import World, join_world
 from clipmill.training.zero.engine import Engine
@@ -49,7 +50,7 @@ def of_prior() -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
 
 def of_vqvae() -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
     config = VQVAEModelConfig(hidden_dim=8, num_res_layers=1, embedding_dim=4, num_codes=16)
-    objective = VQVAEObjective(VQVAE(config, 0.1))
+    objective = VQVAEObjective(VQVAE(config, 0.1), Sharpness(SharpnessConfig(), torch.device("cpu")))
     return objective, lambda: {
         "video": torch.randint(256, (2, 4, 16, 16, 3), dtype=torch.uint8),
         "weight": torch.ones(2),
