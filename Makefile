@@ -5,13 +5,14 @@ PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-s3 lint docs clean
+.PHONY: demo test test-slow test-s3 bench-gpu lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/clipmill demo
 
+# Files of tests run side by side. A test that needs a machine for itself belongs to the slow set.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/pytest -m slow --timeout 1800

@@ -19,5 +19,5 @@ def test_the_notebook_shows_a_run(run_root: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 12  # a row for each video
     assert (tmp_path / "long.mp4").stat().st_size > 0
