@@ -157,7 +157,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(workspace, tmp_pa
     assert found[3] == str(before[-1])
     assert sorted((root / "prior").glob("checkpoints/*/*")) == before
     assert start([*command, "prior.training.bad_steps=skip"], num_ranks=1, log=log).wait(timeout=240) == 1
-    assert "10 steps in a row up to step 13 were skipped, the last for grad_norm nan" in log.read_text().splitlines()[-1]
+    last = log.read_text().splitlines()[-1]
+    assert "10 steps in a row up to step 13 were skipped, the last for grad_norm nan" in last
     records = [record for record in read_metrics(str(root / "prior")) if record["split"] == "train"]
     skipped = {record["step"]: record.get("skipped_steps") for record in records}
     assert (skipped[8], skipped[12]) == (5, 9)
