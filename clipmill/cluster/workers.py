@@ -281,7 +281,8 @@ class Workers:
         finally:
             for worker in list(self.all):
                 self.drop(worker)
-            ray.kill(self._bell)
+            # Not killed: Ray ends the bell with its last handle. Actors that still wait at it would call it again, and
+            # Ray would say so on the terminal.
 
     def mention_unplaced(self) -> None:
         """Warns now and then while workers wait for room.

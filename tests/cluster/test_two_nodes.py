@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_sick_node_is_named_once_and_costs_no_unit(results: dict[str, Any], wh
 
 def test_a_user_error_ends_the_stage_once_it_is_raised_on_both_nodes(results: dict[str, Any]) -> None:
     result = results["user error"]
-    assert result["error"].startswith("UserError: no such folder; name another (on ")
+    assert re.fullmatch(r"UserError: no such folder; name another \(on \S+ \([0-9a-f]{56}\)\)", result["error"])
     assert not [line for line in result["lines"] if "gets no more units" in line]
 
 
