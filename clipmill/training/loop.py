@@ -215,12 +215,15 @@ class _Steps:
         """
         config, last = self._config, done == self._config.steps
         stop = self._stop_agreed()
-        self._save_due |= last or done % config.checkpoint_every == 0
+        begins_save = last or done % config.checkpoint_every == 0
         self._validation_due = last or done % config.val_every == 0
-        if stop or self._save_due or done % config.log_every == 0:
+        if stop or begins_save or done % config.log_every == 0:
             self._record(done)
+        elif self._save_due:  # put off by an earlier step: is this one good?
+            self._ledger.look()
         elif self._telemetry is not None:
             self._telemetry.progress(done)
+        self._save_due |= begins_save
         if self._validation_due and not stop:
             self._validate(done)
             stop = self._stop_agreed()

@@ -160,15 +160,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(workspace, tmp_pa
     last = log.read_text().splitlines()[-1]
     assert "10 steps in a row up to step 13 were skipped, the last for grad_norm nan" in last
     records = [record for record in read_metrics(str(root / "prior")) if record["split"] == "train"]
-    skipped = {record["step"]: record.get("skipped_steps") for record in records}
-    assert (skipped[8], skipped[12]) == (5, 9)
+    assert [(record["step"], record.get("skipped_steps")) for record in records[-2:]] == [(8, 5), (12, 9)]
 
 
-@pytest.mark.slow  # twice beside other tests the peers did not name the rank within four minutes; alone it passes
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_stops_is_named_and_the_training_ends(workspace, tmp_path, rank):
     log = tmp_path / "log.txt"
     endless = ["prior.training.steps=100000", "prior.training.hang_seconds=3"]
+    endless.append("prior.training.checkpoint_every=400")  # the watchdog pauses while a checkpoint is saved
     process = start(stage_command(workspace, tmp_path / "root", "train-prior", 1, *endless), num_ranks=2, log=log)
     try:
         wait_for(lambda: list((tmp_path / "root" / "prior").glob("checkpoints/*/*/COMMITTED")), process, log)
