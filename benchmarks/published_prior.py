@@ -35,7 +35,7 @@ class PlainBlock(nn.Module):
         self.norms = nn.ModuleList(PlainNorm(dim) for _ in range(2))
         self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.out = nn.Linear(dim, dim)
-        self.widen, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.up_projection, self.down_projection = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.register_buffer("mask", torch.ones(length, length).tril())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class PlainBlock(nn.Module):
         scores = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
         scores = scores.masked_fill(mask == 0, -torch.inf)
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        y = self.widen(self.norms[1](x))
-        return x + self.narrow(y * torch.sigmoid(1.702 * y))
+        y = self.up_projection(self.norms[1](x))
+        return x + self.down_projection(y * torch.sigmoid(1.702 * y))
 
 
 class PublishedPrior(nn.Module):

@@ -87,7 +87,7 @@ def _trainer(base: type, mailbox: ActorHandle) -> type:
             def after_controller_start(self, train_run_context: Any) -> None:
                 import ray
 
-                mailbox.introduce.remote(ray.get_runtime_context().current_actor)
+                mailbox.register_controller.remote(ray.get_runtime_context().current_actor)
 
         own.append(Introduction())
 

@@ -178,7 +178,7 @@ class _Watch:
     ) -> None:
         self._group, self._config, self._bundle, self._sizes = group, config, bundle, sizes
         self._growth, self._stop, self._on_progress = growth, stop, on_progress
-        self._homeless_since: float | None = time.monotonic()
+        self._no_room_since: float | None = time.monotonic()
         self._next_look = time.monotonic() + WAIT_WARNING_SECONDS
         self._is_stopping = self._is_growing = False
 
@@ -211,7 +211,7 @@ class _Watch:
                 elif news.holds and not self._is_growing and self._growth.is_ready():
                     self._group.request_stop()
                     self._is_growing = True
-                self._warn_if_homeless(news.has_begun)
+                self._warn_if_no_room(news.has_begun)
             return self._judge()
         finally:
             self._group.abandon(grace_seconds)
@@ -235,16 +235,16 @@ class _Watch:
         """Whether this group waits for a node that is gone, and a smaller one need not."""
         return self._room() < self._group.num_workers and _size_now(self._sizes, self._bundle) < self._group.num_workers
 
-    def _warn_if_homeless(self, has_begun: bool) -> None:
+    def _warn_if_no_room(self, has_begun: bool) -> None:
         """Tells of a group that is not yet placed, or lost a node: Ray Train waits in silence and without an end."""
         if (now := time.monotonic()) < self._next_look:
             return
         self._next_look = now + WAIT_WARNING_SECONDS
         num_workers = self._group.num_workers
         if has_begun and self._room() >= num_workers:
-            self._homeless_since = None
+            self._no_room_since = None
             return
-        self._homeless_since = self._homeless_since or now
-        waited_seconds = now - self._homeless_since
+        self._no_room_since = self._no_room_since or now
+        waited_seconds = now - self._no_room_since
         require_capacity(self._config, self._bundle, num_workers, waited_seconds)
         logger.warning("training: %s", waiting_message(self._bundle, num_workers, waited_seconds))

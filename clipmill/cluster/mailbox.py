@@ -101,7 +101,7 @@ class Mailbox:
         self._progress.clear()
         return News(progress, self._attempts > 0, bool(self._holding), self._verdict)
 
-    async def introduce(self, controller: ActorHandle) -> None:
+    async def register_controller(self, controller: ActorHandle) -> None:
         """Ray Train's controller of the ranks begins."""
         self._controller = controller
 

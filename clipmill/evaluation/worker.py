@@ -24,7 +24,7 @@ from clipmill.evaluation.reader import Picked
 from clipmill.evaluation.reconstruction import copies_of, real_arrays, tokenizer_arrays
 from clipmill.models.export import load_prior, load_vqvae
 from clipmill.models.prior import Prior
-from clipmill.models.provenance import deterministic_device
+from clipmill.models.provenance import make_process_deterministic
 from clipmill.models.vqvae import VQVAE
 from clipmill.shards.dataset import Decode, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
@@ -74,7 +74,7 @@ class _Worker:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._device = deterministic_device(job.config.cluster)
+        self._device = make_process_deterministic(job.config.cluster)
         self._batch_size = job.config.evaluate.batch_size
         self._readers: dict[str, Picked] = {}
 

@@ -35,14 +35,14 @@ class Block(nn.Module):
         self.modern = config.style == "modern"
         self.normalise = rms_norm if self.modern else layer_norm
         self.attention = CausalAttention(config)
-        self.widen = nn.Linear(dim, 2 * width if self.modern else width, bias=not self.modern)
-        self.narrow = nn.Linear(width, dim, bias=not self.modern)
+        self.up_projection = nn.Linear(dim, 2 * width if self.modern else width, bias=not self.modern)
+        self.down_projection = nn.Linear(width, dim, bias=not self.modern)
         self.dropout = config.dropout
         self.cross = None if memory_dim is None else CrossAttention(config, memory_dim)
         nn.init.normal_(self.attention.out.weight, std=(dim * config.num_layers) ** -0.5)
         if self.modern:
-            nn.init.normal_(self.widen.weight, std=dim**-0.5)
-            nn.init.normal_(self.narrow.weight, std=(width * config.num_layers) ** -0.5)
+            nn.init.normal_(self.up_projection.weight, std=dim**-0.5)
+            nn.init.normal_(self.down_projection.weight, std=(width * config.num_layers) ** -0.5)
 
     def forward(
         self,
@@ -58,7 +58,7 @@ class Block(nn.Module):
             x: of the positions from the first on.
             norms: this block's.
             rotation: see `CausalAttention.forward`.
-            memory: what the prior is told, float [B, S, M].
+            memory: what the prior is conditioned on, float [B, S, M].
             mask: see `CausalAttention.forward`.
         """
         x = x + self._drop(self.attention(self.normalise(x, norms[0]), rotation, mask))
@@ -72,10 +72,10 @@ class Block(nn.Module):
         x [..., C] -> [..., C].
         """
         if self.modern:
-            gate, value = self.widen(x).chunk(2, -1)
-            return self.narrow(F.silu(gate) * value)
+            gate, value = self.up_projection(x).chunk(2, -1)
+            return self.down_projection(F.silu(gate) * value)
         # silu(a x) / a is the same function with one tensor saved for the backward pass instead of two.
-        return self.narrow(F.silu(self.widen(x) * 1.702) * (1 / 1.702))
+        return self.down_projection(F.silu(self.up_projection(x) * 1.702) * (1 / 1.702))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clipmill.config import VQVAEModelConfig
 from clipmill.models.axial import AxialAttention
-from clipmill.models.convolutions import Grow, Mix, Pointwise, Shrink, wants_matrix_units
+from clipmill.models.convolutions import Downsample, Pointwise, SameConv3d, Upsample, wants_matrix_units
 from clipmill.models.ranks import GlobalBatchNorm
 
 __all__ = ["Decoder", "Encoder", "GroupNorm", "halvings"]
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
         layers: list[nn.Module] = [
             norm(config, dim),
             nn.ReLU(inplace=True),
-            Mix(dim, dim // 2, bias=False, causal=config.causal),
+            SameConv3d(dim, dim // 2, bias=False, causal=config.causal),
             norm(config, dim // 2),
             nn.ReLU(inplace=True),
             Pointwise(dim // 2, dim, bias=False),
@@ -98,9 +98,9 @@ class Encoder(nn.Module):
         dim = config.hidden_dim
         strides = halvings(config.downsample)
         self.shrink = nn.ModuleList(
-            Shrink(3 if i == 0 else dim, dim, stride, config.causal) for i, stride in enumerate(strides)
+            Downsample(3 if i == 0 else dim, dim, stride, config.causal) for i, stride in enumerate(strides)
         )
-        self.last = Mix(dim, dim, causal=config.causal)
+        self.last = SameConv3d(dim, dim, causal=config.causal)
         self.stack = residual_stack(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         last = len(strides) - 1
         self.stack = residual_stack(config)
         self.grow = nn.ModuleList(
-            Grow(dim, 3 if i == last else dim, stride, config.causal) for i, stride in enumerate(strides)
+            Upsample(dim, 3 if i == last else dim, stride, config.causal) for i, stride in enumerate(strides)
         )
 
     def forward(self, x: Tensor) -> Tensor:

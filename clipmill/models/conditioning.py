@@ -23,13 +23,13 @@ from clipmill.models.positions import axial_tables, raster
 from clipmill.models.resnet import FrameEncoder
 from clipmill.models.vqvae import to_input
 
-__all__ = ["Condition", "Told", "condition_of", "per_latent_frame"]
+__all__ = ["Condition", "Conditioning", "condition_of", "per_latent_frame"]
 
 FRAME_DIM = 240
 """Channels of the features of frames, as published."""
 
 
-class Told(NamedTuple):
+class Conditioning(NamedTuple):
     """A condition in the form in which blocks take it; at most one is not none."""
 
     memory: Tensor | None = None
@@ -80,7 +80,7 @@ class Condition(nn.Module):
         if config.condition_dropout:
             self.null = nn.Parameter(torch.zeros(self.memory_dim or self.project.out_features))
 
-    def forward(self, condition: Tensor, hidden: Tensor | None = None) -> Told:
+    def forward(self, condition: Tensor, hidden: Tensor | None = None) -> Conditioning:
         """The condition as blocks take it.
 
         Args:
@@ -91,16 +91,16 @@ class Condition(nn.Module):
             raise ValueError(f"a condition of shape {tuple(condition.shape[1:])} for a prior that takes {self.shape}")
         if self.kind == "frames":
             features = self.encoder(to_input(condition)).flatten(1, 3)
-            return Told(memory=self._hide(features + raster(self.axes), hidden))
+            return Conditioning(memory=self._hide(features + raster(self.axes), hidden))
         if self.kind == "text":  # whatever scale the encoder of the text has
-            return Told(memory=self._hide(F.layer_norm(condition.float(), self.shape[1:]), hidden))
+            return Conditioning(memory=self._hide(F.layer_norm(condition.float(), self.shape[1:]), hidden))
         projected = self.project(per_latent_frame(condition.float(), self.num_latent_frames))
         if self.way == "cross_attention":
-            return Told(memory=self._hide(projected + raster(self.axes), hidden))
+            return Conditioning(memory=self._hide(projected + raster(self.axes), hidden))
         projected = self._hide(projected, hidden)
         if self.way == "norm":
-            return Told(offsets=projected.unflatten(-1, (self.num_norms, 2, -1)))
-        return Told(added=projected)
+            return Conditioning(offsets=projected.unflatten(-1, (self.num_norms, 2, -1)))
+        return Conditioning(added=projected)
 
     def _hide(self, features: Tensor, hidden: Tensor | None) -> Tensor:
         """Features [B, S, M] with the null in the rows that are hidden."""
@@ -122,7 +122,7 @@ def per_latent_frame(actions: Tensor, num_latent_frames: int) -> Tensor:
 
 
 def condition_of(batch: Mapping[str, Any], config: PriorModelConfig) -> Any:
-    """The field of a batch of token samples that a prior wants to be told, none if it wants none.
+    """The field of a batch of token samples that a prior wants to be conditioning, none if it wants none.
 
     Raises:
         UserError: the clips come without.

@@ -13,11 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Grow", "Mix", "Pointwise", "Shrink", "grow_by_phases", "shrink_by_phases", "wants_matrix_units"]
+__all__ = [
+    "Upsample",
+    "SameConv3d",
+    "Pointwise",
+    "Downsample",
+    "upsample_by_phases",
+    "downsample_by_phases",
+    "wants_matrix_units",
+]
 
 KERNEL = 4
 COLOURS = 3
-"""Outputs of the last convolution, which takes a detour on a CPU: `_GrowToColours`."""
+"""Outputs of the last convolution, which takes a detour on a CPU: `_UpsampleToColours`."""
 
 
 class Pointwise(nn.Linear):
@@ -28,7 +36,7 @@ class Pointwise(nn.Linear):
         return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
-class Mix(nn.Conv3d):
+class SameConv3d(nn.Conv3d):
     """Convolution with kernel 3 and SAME zero padding; if causal, all of the time's padding is in front."""
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True, causal: bool = False) -> None:
@@ -40,7 +48,7 @@ class Mix(nn.Conv3d):
         return super().forward(F.pad(x, (0, 0, 0, 0, 2, 0)) if self.causal else x)
 
 
-class Shrink(nn.Conv3d):
+class Downsample(nn.Conv3d):
     """Convolution with kernel 4 and SAME zero padding; of an odd padding more is in front, of a causal one all."""
 
     stride: tuple[int, int, int]
@@ -59,12 +67,12 @@ class Shrink(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """Divides each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n * s become 1 + n."""
         if wants_matrix_units(x):
-            return shrink_by_phases(F.pad(x, self.around), self.weight, self.bias, self.stride)
+            return downsample_by_phases(F.pad(x, self.around), self.weight, self.bias, self.stride)
         return super().forward(F.pad(x, self.front) if any(self.front) else x)
 
 
-class Grow(nn.ConvTranspose3d):
-    """Transposed convolution with kernel 4, the mirror of ``Shrink``."""
+class Upsample(nn.ConvTranspose3d):
+    """Transposed convolution with kernel 4, the mirror of ``Downsample``."""
 
     stride: tuple[int, int, int]
 
@@ -79,9 +87,9 @@ class Grow(nn.ConvTranspose3d):
         if self.causal:
             sizes[0] -= self.stride[0] - 1
         if wants_matrix_units(x):
-            return _cropped(grow_by_phases(x, self.weight, self.bias, self.stride), starts, sizes)
+            return _cropped(upsample_by_phases(x, self.weight, self.bias, self.stride), starts, sizes)
         if self.out_channels == COLOURS and not self.causal:
-            return _GrowToColours.apply(x, self.weight, self.bias, self.stride)
+            return _UpsampleToColours.apply(x, self.weight, self.bias, self.stride)
         # The convolution crops its padding by itself: 1, of a causal time axis 0. An axis of stride 1 comes out one too
         # long at its end.
         return _cropped(super().forward(x), [starts[0] if self.causal else 0, 0, 0], sizes)
@@ -98,8 +106,8 @@ def _cropped(x: Tensor, starts: list[int], sizes: list[int]) -> Tensor:
     return x[:, :, t, h, w]
 
 
-def shrink_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    """The convolution of `Shrink` as one of stride 1 over space-to-depth: matrix units of a GPU do it whole.
+def downsample_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    """The convolution of `Downsample` as one of stride 1 over space-to-depth: matrix units of a GPU do it whole.
 
     cuDNN computes kernel 4 with stride 2 without them, and 3 input channels fill none. With kernel index k = s * a + p,
     output o of an axis takes input s * (o + a) + p: tap a of phase p.
@@ -115,8 +123,8 @@ def shrink_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tup
     return F.conv3d(phases, kernel.flatten(1, 4), bias)
 
 
-def grow_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    """The transposed convolution of `Grow`, uncropped, as one convolution of stride 1 and depth-to-space.
+def upsample_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
+    """The transposed convolution of `Upsample`, uncropped, as one convolution of stride 1 and depth-to-space.
 
     With output index s * i + k and kernel index k = s * a + p, every phase p of the outputs is a convolution of 4 / s
     taps a over the inputs i.
@@ -156,20 +164,20 @@ def _channels_of_phases(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return blocks.reshape(len(x), t, h, w, -1).permute(0, 4, 1, 2, 3)
 
 
-class _GrowToColours(torch.autograd.Function):
-    """``Grow`` whose forward pass is an ordinary convolution: 3 times as fast with 3 outputs on a CPU."""
+class _UpsampleToColours(torch.autograd.Function):
+    """``Upsample`` whose forward pass is an ordinary convolution: 3 times as fast with 3 outputs on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         sizes = [length * s for length, s in zip(x.shape[2:], stride, strict=True)]
-        return _cropped(grow_by_phases(x, weight, bias, stride), [1, 1, 1], sizes)
+        return _cropped(upsample_by_phases(x, weight, bias, stride), [1, 1, 1], sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        extra = [2 - s for s in ctx.stride]  # what `Grow` crops off an axis of stride 1 has no gradient
+        extra = [2 - s for s in ctx.stride]  # what `Upsample` crops off an axis of stride 1 has no gradient
         if any(extra):
             grad = F.pad(grad, [pad for size in reversed(extra) for pad in (0, size)])
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)

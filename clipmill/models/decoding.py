@@ -153,14 +153,16 @@ class CachedPrior:
     def _take(self, label: Tensor | None, condition: Tensor | None, hidden: Tensor | None) -> tuple[_Given, list[Norm]]:
         """What label and condition turn into, and the norms that they decide on."""
         prior, dtype = self._prior, self.dtype
-        told = prior.told(condition, hidden)
-        norms = prior.norms(label, told.offsets)
+        conditioning = prior.conditioning(condition, hidden)
+        norms = prior.norms(label, conditioning.offsets)
         memories = []
-        if told.memory is not None:
-            memories = [_memory(cast(CrossAttention, block.cross), told.memory, dtype) for block in _blocks(prior)]
+        if conditioning.memory is not None:
+            memories = [
+                _memory(cast(CrossAttention, block.cross), conditioning.memory, dtype) for block in _blocks(prior)
+            ]
         return _Given(
             None if norms[0].gain.dim() == 1 else _stacked(norms),
-            None if told.added is None else told.added.to(dtype),
+            None if conditioning.added is None else conditioning.added.to(dtype),
             memories,
         ), norms
 
@@ -291,8 +293,8 @@ def _layer(block: Block, norms: list[Norm], dtype: torch.dtype) -> _Layer:
         out=_linear(attention.out.weight, attention.out.bias, dtype),
         cross_q=None if cross is None else _linear(cross.q.weight, None, dtype, norms[1]),
         cross_out=None if cross is None else _linear(cross.out.weight, cross.out.bias, dtype),
-        up=_linear(block.widen.weight, block.widen.bias, dtype, norms[-1], up_scale),
-        down=_linear(block.narrow.weight / up_scale, block.narrow.bias, dtype),
+        up=_linear(block.up_projection.weight, block.up_projection.bias, dtype, norms[-1], up_scale),
+        down=_linear(block.down_projection.weight / up_scale, block.down_projection.bias, dtype),
         head_gains=head_gains,
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clipmill.config import VQVAEModelConfig
 from clipmill.models.axial import AxialAttention
 from clipmill.models.coders import halvings, norm
-from clipmill.models.convolutions import Grow, Mix, Pointwise, Shrink
+from clipmill.models.convolutions import Downsample, Pointwise, SameConv3d, Upsample
 
 __all__ = ["ModernDecoder", "ModernEncoder"]
 
@@ -32,7 +32,7 @@ class ModernBlock(nn.Module):
         self.convolutions = nn.Sequential(
             norm(config, dim),
             nn.ReLU(inplace=True),
-            Mix(dim, dim // 2, bias=False, causal=config.causal),
+            SameConv3d(dim, dim // 2, bias=False, causal=config.causal),
             norm(config, dim // 2),
             nn.ReLU(inplace=True),
             last,
@@ -55,9 +55,9 @@ class ModernEncoder(nn.Module):
         super().__init__()
         dim, strides = config.hidden_dim, halvings(config.downsample)
         self.shrink = nn.ModuleList(
-            Shrink(dim if level else 3, dim, stride, config.causal) for level, stride in enumerate(strides)
+            Downsample(dim if level else 3, dim, stride, config.causal) for level, stride in enumerate(strides)
         )
-        self.last = Mix(dim, dim, causal=config.causal)
+        self.last = SameConv3d(dim, dim, causal=config.causal)
         blocks = [ModernBlock(config, dim) for _ in range(config.num_res_layers)]
         self.stack = nn.Sequential(*blocks, norm(config, dim), nn.ReLU(inplace=True))
 
@@ -77,7 +77,7 @@ class ModernDecoder(nn.Module):
         last = len(strides) - 1
         self.stack = nn.Sequential(*(ModernBlock(config, dim) for _ in range(config.num_res_layers)))
         self.grow = nn.ModuleList(
-            Grow(dim, dim if level < last else 3, stride, config.causal) for level, stride in enumerate(strides)
+            Upsample(dim, dim if level < last else 3, stride, config.causal) for level, stride in enumerate(strides)
         )
         self.before_last = nn.Sequential(norm(config, dim), nn.ReLU(inplace=True))
 
@@ -91,7 +91,7 @@ class ModernDecoder(nn.Module):
 
 def _averaged(x: Tensor, conv: nn.Module) -> Tensor:
     """Means over what each output of ``conv`` stands for, [B, C, t, h, w]; if causal, frame 0 stands alone."""
-    assert isinstance(conv, Shrink)
+    assert isinstance(conv, Downsample)
     if conv.causal:
         x = torch.cat((x[:, :, :1].expand(-1, -1, conv.stride[0] - 1, -1, -1), x), 2)
     return F.avg_pool3d(x, conv.stride).contiguous(memory_format=torch.channels_last_3d)
@@ -99,6 +99,6 @@ def _averaged(x: Tensor, conv: nn.Module) -> Tensor:
 
 def _repeated(x: Tensor, conv: nn.Module) -> Tensor:
     """The mirror of `_averaged`: each value at all outputs of ``conv`` that it stands for."""
-    assert isinstance(conv, Grow)
+    assert isinstance(conv, Upsample)
     grown = F.interpolate(x, scale_factor=tuple(map(float, conv.stride)), mode="nearest")
     return grown[:, :, conv.stride[0] - 1 :] if conv.causal else grown

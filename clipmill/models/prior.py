@@ -21,7 +21,7 @@ from clipmill.config import PriorModelConfig
 from clipmill.errors import UserError
 from clipmill.models.blocks import Block, norms_per_block
 from clipmill.models.code_layers import CodeHead, CodeInput
-from clipmill.models.conditioning import Condition, Told
+from clipmill.models.conditioning import Condition, Conditioning
 from clipmill.models.norms import Norm, Norms, layer_norm, rms_norm
 from clipmill.models.positions import rotations
 from clipmill.models.strided import StridedMask
@@ -148,28 +148,28 @@ class Prior(nn.Module):
         self, codes: Tensor, label: Tensor | None, condition: Tensor | None, hide: Tensor | None = None
     ) -> Tensor:
         """What the head reads, float [B, L, C]."""
-        told = self.told(condition, hide)
-        norms = self.norms(label, told.offsets)
-        return self.normalise(self._through_blocks(codes, norms, told), norms[-1])
+        conditioning = self.conditioning(condition, hide)
+        norms = self.norms(label, conditioning.offsets)
+        return self.normalise(self._through_blocks(codes, norms, conditioning), norms[-1])
 
-    def told(self, condition: Tensor | None, hide: Tensor | None = None) -> Told:
+    def conditioning(self, condition: Tensor | None, hide: Tensor | None = None) -> Conditioning:
         """The condition in the form in which blocks take it; see `Condition`."""
         if (condition is None) != (self.condition is None):
             kind = self.config.condition or "no condition"
             raise ValueError(f"a prior of {kind} got {'no' if condition is None else 'a'} condition")
-        return Told() if self.condition is None else self.condition(condition, hide)
+        return Conditioning() if self.condition is None else self.condition(condition, hide)
 
-    def _through_blocks(self, codes: Tensor, norms: list[Norm], told: Told) -> Tensor:
+    def _through_blocks(self, codes: Tensor, norms: list[Norm], conditioning: Conditioning) -> Tensor:
         """Hidden states, float [B, L, C]."""
         x = self.input(codes.flatten(1))
-        if told.added is not None:
-            x = (x.unflatten(1, (codes.shape[1], -1)) + told.added[:, :, None]).flatten(1, 2)
+        if conditioning.added is not None:
+            x = (x.unflatten(1, (codes.shape[1], -1)) + conditioning.added[:, :, None]).flatten(1, 2)
         if self.config.style == "modern" and torch.is_autocast_enabled(x.device.type):
             # What blocks add to is half as many bytes to move, for a twentieth of a step on a GPU; norms, attention and
             # the loss compute in float32 inside. The published style keeps it float32, as published.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for index, block in enumerate(self.blocks):
-            arguments = (x, self.norms_of(norms, index), self.rotation, told.memory, self.mask)
+            arguments = (x, self.norms_of(norms, index), self.rotation, conditioning.memory, self.mask)
             if self.training and index < self.config.num_checkpointed:
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:

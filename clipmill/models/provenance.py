@@ -11,7 +11,7 @@ import clipmill
 from clipmill.config import ClusterConfig
 from clipmill.errors import UserError
 
-__all__ = ["computed_with", "deterministic_device"]
+__all__ = ["computed_with", "make_process_deterministic"]
 
 
 def computed_with(device: torch.device) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def computed_with(device: torch.device) -> dict[str, Any]:
     }
 
 
-def deterministic_device(config: ClusterConfig) -> torch.device:
+def make_process_deterministic(config: ClusterConfig) -> torch.device:
     """Sets this process up so that a model gives the same bytes again, and names the device to compute on.
 
     Raises:

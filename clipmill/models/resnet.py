@@ -31,10 +31,10 @@ class FrameEncoder(nn.Module):
         self.stem = nn.Sequential(nn.Conv3d(3, WIDTHS[0], 3, padding=1, bias=False), _ChannelNorm(WIDTHS[0]), nn.ReLU())
         blocks = []
         width = WIDTHS[0]
-        for widen_to, count, stride in zip((*WIDTHS, dim), BLOCKS, STRIDES, strict=True):
+        for out_width, count, stride in zip((*WIDTHS, dim), BLOCKS, STRIDES, strict=True):
             for index in range(count):
-                blocks.append(_Block(width, widen_to, stride) if index == 0 else _Block(width))
-                width = widen_to
+                blocks.append(_Block(width, out_width, stride) if index == 0 else _Block(width))
+                width = out_width
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, frames: Tensor) -> Tensor:

@@ -244,8 +244,8 @@ def _prior_state(published: dict[str, Tensor], config: PriorModelConfig) -> dict
             state[f"{new}.attention.out.{kind}"] = published[f"{old}.attn.fc.{kind}"]
             if config.attends:
                 state[f"{new}.cross.out.{kind}"] = published[f"{old}.enc_attn.fc.{kind}"]
-            state[f"{new}.widen.{kind}"] = published[f"{old}.fc_block.0.{kind}"]
-            state[f"{new}.narrow.{kind}"] = published[f"{old}.fc_block.2.{kind}"]
+            state[f"{new}.up_projection.{kind}"] = published[f"{old}.fc_block.0.{kind}"]
+            state[f"{new}.down_projection.{kind}"] = published[f"{old}.fc_block.2.{kind}"]
     rows = [_norm_rows(published, norm, config.class_conditional) for norm in [*norms, "norm"]]
     state["norms.table"] = torch.stack(rows, 1)
     return state | (_frames_state(published) if config.attends else {})

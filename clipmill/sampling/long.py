@@ -222,8 +222,8 @@ def _draw_codes(batch: Batch, tokenizer: VQVAE, length: VideoLength) -> Tensor:
     while num_known < length.num_latents:
         start = length.start(num_known)
         known = None if codes is None or num_known == start else codes[:, start:]
-        told = _condition_at(tokenizer, length, start, batch.condition, codes)
-        window = batch.draw(condition=told, prefix=known, first_frame=start)
+        condition = _condition_at(tokenizer, length, start, batch.condition, codes)
+        window = batch.draw(condition=condition, prefix=known, first_frame=start)
         new = window[:, num_known - start :]
         codes = new if codes is None else torch.cat((codes, new), 1)
         num_known = start + length.window_latents

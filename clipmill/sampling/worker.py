@@ -14,7 +14,7 @@ from clipmill.config import RunConfig
 from clipmill.lease import Lease
 from clipmill.models.export import load_prior
 from clipmill.models.prior import Prior
-from clipmill.models.provenance import computed_with, deterministic_device
+from clipmill.models.provenance import computed_with, make_process_deterministic
 from clipmill.models.vqvae import VQVAE
 from clipmill.sampling.files import GivenFiles
 from clipmill.sampling.fitting import batch_size_for
@@ -53,7 +53,7 @@ class Job:
 
 def make_worker(job: Job) -> Callable[[Unit], dict[str, Any]]:
     """Runs once in each actor: loads the prior and its tokenizer, and returns the function that makes one unit."""
-    device = deterministic_device(job.config.cluster)
+    device = make_process_deterministic(job.config.cluster)
     url = storage.join(job.config.folder("prior"), "exports", job.recipe["prior"])
     prior, tokenizer, body, _ = load_prior(url)
     prior, tokenizer = prior.to(device), tokenizer.to(device)

@@ -24,7 +24,7 @@ from clipmill.errors import ClipmillError
 from clipmill.shards.cache import OpenShard, ShardCache
 from clipmill.shards.format import parse_npy, read_sample
 from clipmill.shards.manifest import Manifest
-from clipmill.shards.mix import NUM_SLOTS, Mix
+from clipmill.shards.mixture import NUM_SLOTS, MixtureOrder
 from clipmill.shards.order import Order, locate_stored, num_streams
 from clipmill.shards.places import EvalPlaces, Rows, TrainPlaces, shares
 from clipmill.shards.workers import load_batches
@@ -265,9 +265,9 @@ class MixedDataset:
         for part, (first, end) in zip(self.parts, pairwise(self._first_shards), strict=True):
             part.prefetch(shards[(shards >= first) & (shards < end)] - first)
 
-    def order(self, seed: int, global_batch: int, window: int) -> Mix:
+    def order(self, seed: int, global_batch: int, window: int) -> MixtureOrder:
         """The order in which a training reads it."""
-        return Mix([part.counts for part in self.parts], self.slots, seed, global_batch, window)
+        return MixtureOrder([part.counts for part in self.parts], self.slots, seed, global_batch, window)
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -275,7 +275,7 @@ class MixedDataset:
 
 def train_batches(
     dataset: ShardDataset | MixedDataset,
-    order: Order | Mix,
+    order: Order | MixtureOrder,
     *,
     global_batch: int,
     micro_batch: int | None,

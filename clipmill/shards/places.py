@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipmill.shards.mix import Mix, apportion
+from clipmill.shards.mixture import MixtureOrder, apportion
 from clipmill.shards.order import Order, locate_stored, part_rows, rank_rows
 
 __all__ = ["EvalPlaces", "Rows", "TrainPlaces", "shares", "spread"]
@@ -43,7 +43,7 @@ class TrainPlaces:
     """
 
     def __init__(
-        self, order: Order | Mix, global_batch: int, rank: int, world_size: int, num_micro_batches: int
+        self, order: Order | MixtureOrder, global_batch: int, rank: int, world_size: int, num_micro_batches: int
     ) -> None:
         self._order, self._global_batch = order, global_batch
         batch = np.arange(global_batch)

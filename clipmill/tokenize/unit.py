@@ -23,7 +23,7 @@ from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.lease import Lease
 from clipmill.models.export import load_vqvae
-from clipmill.models.provenance import deterministic_device
+from clipmill.models.provenance import make_process_deterministic
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import Sample, UnitWriter, npy_bytes, parse_npy
@@ -69,7 +69,7 @@ def decode_cpus(config: RunConfig) -> int:
 
 def make_worker(config: RunConfig, lease: Lease, tokenizer: str) -> Callable[[Unit], dict[str, Any]]:
     """Runs once in each actor: loads the tokenizer, and returns the function that encodes one unit."""
-    device = deterministic_device(config.cluster)
+    device = make_process_deterministic(config.cluster)
     model, body, sha8 = load_vqvae(config.tokenizer_url)
     if sha8 != tokenizer:
         raise UserError(f"{config.tokenizer_url} changed from {tokenizer} to {sha8}; run `clipmill tokenize` again")

@@ -14,7 +14,7 @@ from clipmill.models.export import exported_steps, read_latest
 from clipmill.shards.cache import needed_cache_bytes
 from clipmill.shards.dataset import Decode, MixedDataset, ShardDataset
 from clipmill.shards.manifest import Kind, Manifest
-from clipmill.shards.mix import NUM_SLOTS, apportion, node_streams, streams_of_parts
+from clipmill.shards.mixture import NUM_SLOTS, apportion, node_streams, streams_of_parts
 from clipmill.shards.order import same_video_pairs
 from clipmill.training import checkpoint
 

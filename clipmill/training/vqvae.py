@@ -20,7 +20,7 @@ from clipmill.models.vqvae import VQVAE, codes_shape, to_input, to_pixels
 from clipmill.shards.augment import ClipAugmentation
 from clipmill.shards.dataset import Decode, decode_clip, decode_clip_filled_up
 from clipmill.shards.manifest import Manifest
-from clipmill.shards.mix import NUM_SLOTS
+from clipmill.shards.mixture import NUM_SLOTS
 from clipmill.training.checkpoint import newest_step
 from clipmill.training.exports import export_checkpoint, find_checkpoint
 from clipmill.training.initial import Source, initial_facts, initialise

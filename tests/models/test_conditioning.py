@@ -127,7 +127,7 @@ def test_a_hidden_condition_is_the_same_whatever_it_was_and_is_learned(condition
     told, other = tell(condition), tell(condition)
     hide = torch.tensor([True, False, True])
     with torch.no_grad():
-        first, second = prior.told(told, hide), prior.told(other, hide)
+        first, second = prior.conditioning(told, hide), prior.conditioning(other, hide)
     for one, two in zip(first, second, strict=True):
         if one is not None and two is not None:
             assert torch.equal(one[hide], two[hide])
@@ -155,7 +155,7 @@ def test_class_and_condition_are_hidden_together(monkeypatch: pytest.MonkeyPatch
 
 def test_a_prior_that_never_hid_its_condition_knows_no_hidden_one() -> None:
     with pytest.raises(ValueError, match="knows no hidden condition"):
-        build("text").told(tell("text"), torch.ones(3, dtype=torch.bool))
+        build("text").conditioning(tell("text"), torch.ones(3, dtype=torch.bool))
 
 
 def test_conditions_that_are_missing_or_of_another_shape_are_refused() -> None:

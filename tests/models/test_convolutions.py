@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipmill.models import convolutions
-from clipmill.models.convolutions import Grow, Pointwise, Shrink
+from clipmill.models.convolutions import Downsample, Pointwise, Upsample
 
 STRIDES = [stride for stride in itertools.product((1, 2), repeat=3) if 2 in stride]
 
 
 @pytest.mark.parametrize("stride", STRIDES)
 def test_shrink_pads_the_larger_half_in_front(stride: tuple[int, int, int]) -> None:
-    conv = Shrink(2, 3, stride)
+    conv = Downsample(2, 3, stride)
     x = torch.randn(1, 2, 4, 4, 6)
     padding = [pad for s in reversed(stride) for pad in ((1, 1) if s == 2 else (2, 1))]
     expected = F.conv3d(F.pad(x, padding), conv.weight, conv.bias, stride)
@@ -25,7 +25,7 @@ def test_shrink_pads_the_larger_half_in_front(stride: tuple[int, int, int]) -> N
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("out_dim", [3, 8])
 def test_grow_is_the_transposed_convolution_with_its_gradients(stride: tuple[int, int, int], out_dim: int) -> None:
-    conv = Grow(4, out_dim, stride)
+    conv = Upsample(4, out_dim, stride)
     x = torch.randn(2, 4, 3, 4, 5, requires_grad=True)
     y = conv(x)
     t, h, w = y.shape[2:]
@@ -51,7 +51,7 @@ def test_what_a_gpu_computes_is_the_same(
     stride: tuple[int, int, int], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Space-to-depth and kernels of stride 1 against torch's own convolutions, in float64 on the CPU."""
-    for conv in (Shrink(3, 5, stride, causal), Grow(5, 4, stride, causal), Grow(5, 3, stride, causal)):
+    for conv in (Downsample(3, 5, stride, causal), Upsample(5, 4, stride, causal), Upsample(5, 3, stride, causal)):
         conv.double()
         x = torch.randn(2, conv.in_channels, 5 if causal else 4, 4, 6, dtype=torch.float64, requires_grad=True)
         sources = (x, conv.weight, conv.bias)

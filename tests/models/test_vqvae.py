@@ -10,7 +10,7 @@ from clipmill.config import VQVAEModelConfig
 from clipmill.errors import UserError
 from clipmill.models import coders, modern_coders
 from clipmill.models.coders import GroupNorm, halvings
-from clipmill.models.convolutions import Grow, Shrink
+from clipmill.models.convolutions import Downsample, Upsample
 from clipmill.models.vqvae import VQVAE, codes_shape, latent_shape, to_input, to_pixels
 
 
@@ -258,10 +258,10 @@ def test_shortcuts_average_and_repeat_what_an_output_stands_for(causal: bool) ->
     stride = (2, 2, 1)
     frames = 5 if causal else 4
     x = torch.arange(float(frames)).view(1, 1, frames, 1, 1).expand(1, 1, frames, 4, 4).contiguous()
-    averaged = modern_coders._averaged(x, Shrink(1, 1, stride, causal))
+    averaged = modern_coders._averaged(x, Downsample(1, 1, stride, causal))
     assert averaged[0, 0, :, 0, 0].tolist() == ([0, 1.5, 3.5] if causal else [0.5, 2.5])
     assert averaged.shape[3:] == (2, 4)
-    repeated = modern_coders._repeated(averaged, Grow(1, 1, stride, causal))
+    repeated = modern_coders._repeated(averaged, Upsample(1, 1, stride, causal))
     assert repeated.shape == x.shape
     assert repeated[0, 0, :, 0, 0].tolist() == ([0, 1.5, 1.5, 3.5, 3.5] if causal else [0.5, 0.5, 2.5, 2.5])
 

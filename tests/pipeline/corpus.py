@@ -98,11 +98,11 @@ def facts_of(summary: dict[str, Any]) -> dict[str, Any]:
 
 def files_of(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
     """Content by relative name, without what each attempt writes about itself."""
-    left_out = ("_lease/", "status.json", "logs/", *but)
+    not_hashed = ("_lease/", "status.json", "logs/", *but)
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not str(path.relative_to(folder)).startswith(left_out)
+        if path.is_file() and not str(path.relative_to(folder)).startswith(not_hashed)
     }
 
 

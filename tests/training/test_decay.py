@@ -29,8 +29,8 @@ def test_the_published_prior() -> None:
         "condition.project.weight",
         "attention.qkv.weight",
         "attention.out.weight",
-        "widen.weight",
-        "narrow.weight",
+        "up_projection.weight",
+        "down_projection.weight",
         "cross.q.weight",
         "cross.kv.weight",
         "cross.out.weight",
@@ -59,10 +59,10 @@ def test_a_gain_without_gradient_stays_where_it_is() -> None:
     optimizer = torch.optim.AdamW(parameter_groups(prior, weight_decay=0.5), lr=0.1)
     for parameter in prior.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    before = prior.blocks[0].widen.weight.clone()
+    before = prior.blocks[0].up_projection.weight.clone()
     optimizer.step()
     assert torch.equal(prior.blocks[0].attention.qk_gain, torch.ones(2, 12))
-    assert torch.allclose(prior.blocks[0].widen.weight, 0.95 * before)
+    assert torch.allclose(prior.blocks[0].up_projection.weight, 0.95 * before)
 
 
 def test_without_decay_there_is_one_group() -> None:

@@ -23,7 +23,7 @@ from clipmill.lease import Lease
 from clipmill.pipeline.fetch import fetch_limits
 from clipmill.pipeline.plan import GenerationKind, Plan, create_generation, load_plan, numbers_of, read_generations
 from clipmill.pipeline.planning.conditions import check_conditions
-from clipmill.pipeline.planning.identity import NO_ELDERS, Elders, content_of, hash64, tell_apart
+from clipmill.pipeline.planning.identity import NOTHING_PLANNED, PlannedVideos, content_of, hash64, tell_apart
 from clipmill.pipeline.planning.listed import GivenSplits, ListedVideos
 from clipmill.pipeline.planning.listing import LISTED_COLUMNS, list_rows, with_hashes
 from clipmill.pipeline.planning.moved import Strangers, is_of_file, is_telling, listed_files, planned_files
@@ -84,12 +84,12 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
             rows.add(table.filter(pa.array(np.isin(numbers, wanted))))
         if not rows.num_rows:
             return False
-        elders = Elders.of_plan(plan, revived_ids(plan))
+        planned = PlannedVideos.of_plan(plan, revived_ids(plan))
         draft = Draft(folder / "draft")
         with draft:
             for table in rows.ranges():
                 _, firsts = np.unique(table["place"].to_numpy(), return_index=True)  # one may have failed twice
-                chosen = look_again(table.take(pa.array(firsts)), base_url(config.data.source), elders)
+                chosen = look_again(table.take(pa.array(firsts)), base_url(config.data.source), planned)
                 for split in SPLITS:
                     draft.add(split, chosen.filter(pc.equal(chosen["split"], split)))
         known = Yield.of_generation(plan.generations[-1])
@@ -98,12 +98,12 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
 
 
 def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
-    elders = NO_ELDERS if plan is None else Elders.of_plan(plan, revived_ids(plan))
+    planned = NOTHING_PLANNED if plan is None else PlannedVideos.of_plan(plan, revived_ids(plan))
     others: Counter[str] = Counter()
     with ScratchFolder("plan") as folder:
         progress = Progress(config, lease, 0 if plan is None else len(plan.generations), folder / "progress")
-        listed = _list(config, plan, elders, progress, others, folder)
-        draft, num_repeated, ambiguous = _draft(config, listed, elders, folder)
+        listed = _list(config, plan, planned, progress, others, folder)
+        draft, num_repeated, ambiguous = _draft(config, listed, planned, folder)
         check_conditions(config, draft.tables(*SPLITS))
         num_videos = sum(draft.num_videos.values())
         if plan is None or num_videos:
@@ -120,7 +120,7 @@ def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
 
 
 def _list(
-    config: RunConfig, plan: Plan | None, elders: Elders, progress: Progress, others: Counter[str], folder: Path
+    config: RunConfig, plan: Plan | None, planned: PlannedVideos, progress: Progress, others: Counter[str], folder: Path
 ) -> ListedVideos:
     """All videos of the source, those of moved files under the identity that is planned."""
     source, base = config.data.source, base_url(config.data.source)
@@ -128,7 +128,7 @@ def _list(
     strangers = Strangers(folder / "strangers", base, fetch_limits(config.data))
     for table in list_rows(source, progress, others):
         table = with_hashes(table)
-        is_known = is_telling(table, base) if plan is None else elders.knows(table["base"].to_numpy())
+        is_known = is_telling(table, base) if plan is None else planned.knows(table["base"].to_numpy())
         is_strange = is_of_file(table) & ~is_known
         strangers.add(table.filter(pa.array(is_strange)).select(list(LISTED_COLUMNS)))
         listed.add(table.filter(pa.array(~is_strange)))
@@ -142,7 +142,9 @@ def _list(
     return listed
 
 
-def _draft(config: RunConfig, listed: ListedVideos, elders: Elders, folder: Path) -> tuple[Draft, int, set[int]]:
+def _draft(
+    config: RunConfig, listed: ListedVideos, planned: PlannedVideos, folder: Path
+) -> tuple[Draft, int, set[int]]:
     """The videos that are not planned yet, in order; how many rows repeat another; identities of several contents."""
     base = base_url(config.data.source)
     given = listed.given_splits()
@@ -150,10 +152,10 @@ def _draft(config: RunConfig, listed: ListedVideos, elders: Elders, folder: Path
     num_repeated, ambiguous = 0, set()
     with draft:
         for table in listed.ranges():
-            ids, keep, in_doubt = _tell_apart(table, base, fetch_limits(config.data), elders)
+            ids, keep, in_doubt = _tell_apart(table, base, fetch_limits(config.data), planned)
             num_repeated += int(len(keep) - keep.sum())
             ambiguous |= in_doubt
-            rows = np.flatnonzero(keep & ~elders.holds(ids))
+            rows = np.flatnonzero(keep & ~planned.holds(ids))
             rows = rows[np.lexsort((ids[rows], table["place"].to_numpy()[rows]))]
             chosen = table.take(pa.array(rows))
             chosen = chosen.append_column("id", pa.array([f"{number:016x}" for number in ids[rows].tolist()]))
@@ -164,7 +166,7 @@ def _draft(config: RunConfig, listed: ListedVideos, elders: Elders, folder: Path
 
 
 def _tell_apart(
-    table: pa.Table, base: str, limits: storage.Limits, elders: Elders
+    table: pa.Table, base: str, limits: storage.Limits, planned: PlannedVideos
 ) -> tuple[np.ndarray, np.ndarray, set[int]]:
     def content(row: int) -> str:
         return content_of(base, table.slice(row, 1).to_pylist()[0], limits)
@@ -172,7 +174,7 @@ def _tell_apart(
     def url(row: int) -> str:
         return table["url"][row].as_py()
 
-    return tell_apart(table["base"].to_numpy(), content, url, elders)
+    return tell_apart(table["base"].to_numpy(), content, url, planned)
 
 
 def _is_val(config: RunConfig, table: pa.Table, given: GivenSplits) -> np.ndarray:

@@ -17,7 +17,7 @@ from clipmill import storage
 from clipmill.pipeline.plan import Plan, numbers_of
 from clipmill.scratch import ScratchFolder
 
-__all__ = ["NO_ELDERS", "Elders", "content_of", "hash64", "is_md5", "tell_apart", "whole_md5"]
+__all__ = ["NOTHING_PLANNED", "PlannedVideos", "content_of", "hash64", "is_md5", "tell_apart", "whole_md5"]
 
 _COPY_BYTES = 2**22
 _MD5 = re.compile("[0-9a-f]{32}")
@@ -78,7 +78,7 @@ def whole_md5(url: str, limits: storage.Limits) -> str:
 
 
 @dataclass(frozen=True)
-class Elders:
+class PlannedVideos:
     """What earlier generations of a plan know: 8 bytes a video.
 
     Attributes:
@@ -92,7 +92,7 @@ class Elders:
     url: Callable[[int], str]
 
     @classmethod
-    def of_plan(cls, plan: Plan, revived: np.ndarray) -> Elders:
+    def of_plan(cls, plan: Plan, revived: np.ndarray) -> PlannedVideos:
         """Of all generations of a plan.
 
         Args:
@@ -121,11 +121,14 @@ class Elders:
         return self.holds(bases) | np.isin(bases, np.array(sorted(self.ambiguous), np.uint64))
 
 
-NO_ELDERS = Elders(np.empty(0, np.uint64), frozenset(), str)
+NOTHING_PLANNED = PlannedVideos(np.empty(0, np.uint64), frozenset(), str)
 
 
 def tell_apart(
-    bases: np.ndarray, content: Callable[[int], str], url: Callable[[int], str] = str, elders: Elders = NO_ELDERS
+    bases: np.ndarray,
+    content: Callable[[int], str],
+    url: Callable[[int], str] = str,
+    planned: PlannedVideos = NOTHING_PLANNED,
 ) -> tuple[np.ndarray, np.ndarray, set[int]]:
     """Resolves equal identities by full content.
 
@@ -133,7 +136,7 @@ def tell_apart(
         bases: uint64[n], the hash of each identity.
         content: what tells two rows of equal identity apart (reads the whole file).
         url: of a row.
-        elders: what is planned already.
+        planned: what is planned already.
 
     Returns:
         uint64[n] ids; bool[n] False for a row that repeats an earlier row's content; the hashes of identities behind
@@ -142,7 +145,7 @@ def tell_apart(
     """
     ids, keep = bases.copy(), np.ones(len(bases), bool)
     by_hash = np.argsort(bases, kind="stable")
-    in_doubt = np.isin(bases[by_hash], np.array(sorted(elders.ambiguous), np.uint64))
+    in_doubt = np.isin(bases[by_hash], np.array(sorted(planned.ambiguous), np.uint64))
     equal = bases[by_hash[1:]] == bases[by_hash[:-1]]
     in_doubt[1:] |= equal
     in_doubt[:-1] |= equal
@@ -151,33 +154,33 @@ def tell_apart(
         by_url: dict[str, int] = {}
         for row in group:
             keep[row] = by_url.setdefault(url(row), row) == row  # the same file again: nothing to read
-        if len(by_url) == 1 and base not in elders.ambiguous:
+        if len(by_url) == 1 and base not in planned.ambiguous:
             continue
         contents: dict[str, list[int]] = {}
         for row in by_url.values():
             contents.setdefault(content(row), []).append(row)
         for rows in contents.values():
             keep[rows[1:]] = False
-        if len(contents) == 1 and base not in elders.ambiguous:
+        if len(contents) == 1 and base not in planned.ambiguous:
             continue
         ambiguous.add(base)
         for text, rows in contents.items():
             ids[rows[0]] = hash64(f"{base:016x}:{text}")
-        if elders.holds(np.array([base], np.uint64))[0]:
-            _find_elder(base, contents, url, elders, ids, keep)
+        if planned.holds(np.array([base], np.uint64))[0]:
+            _find_planned(base, contents, url, planned, ids, keep)
     return ids, keep, ambiguous
 
 
-def _find_elder(
+def _find_planned(
     base: int,
     contents: dict[str, list[int]],
     url: Callable[[int], str],
-    elders: Elders,
+    planned: PlannedVideos,
     ids: np.ndarray,
     keep: np.ndarray,
 ) -> None:
     """Among look-alikes, gives the one that is planned under their common hash its id back."""
-    planned_url = elders.url(base)
+    planned_url = planned.url(base)
     for rows in contents.values():
         if any(url(row) == planned_url for row in rows):
             ids[rows[0]] = base

@@ -150,7 +150,7 @@ class Strangers:
 
     def recognized(self) -> Iterator[pa.Table]:
         """The strangers, under the identities of the files that they are; those that may be planned are left out."""
-        num_left_out, example = 0, ""
+        num_skipped, example = 0, ""
         for table in self._spool.ranges():
             known = table.filter(table["is_known"])
             rows = table.filter(pc.invert(table["is_known"]))
@@ -158,14 +158,14 @@ class Strangers:
             replacements = [names[file] for file in rows["file"].to_pylist()]
             is_kept = np.array([name is not None for name in replacements], bool)
             if not is_kept.all():
-                num_left_out += int((~is_kept).sum())
+                num_skipped += int((~is_kept).sum())
                 example = rows["where"][int(np.flatnonzero(~is_kept)[0])].as_py()
             yield _renamed(rows, replacements).filter(pa.array(is_kept)).select(list(LISTED_COLUMNS))
-        if num_left_out:
+        if num_skipped:
             logger.warning(
                 "left out %d videos, such as %s: a planned file of that size is no longer where it was, so nothing "
                 "tells whether they are the same; bring it back for the time of this command, or choose another root",
-                num_left_out,
+                num_skipped,
                 storage.shown(example),
             )
 

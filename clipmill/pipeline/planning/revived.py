@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from clipmill import storage
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.pipeline.plan import PLAN_COLUMNS, Plan
-from clipmill.pipeline.planning.identity import Elders
+from clipmill.pipeline.planning.identity import PlannedVideos
 from clipmill.pipeline.planning.listing import base_of
 from clipmill.pipeline.planning.moved import planned_identities
 from clipmill.pipeline.sources.record import file_identity
@@ -22,7 +22,7 @@ __all__ = ["look_again", "revived_ids"]
 _REQUESTS_AT_ONCE = 32
 
 
-def look_again(table: pa.Table, base_url: str, elders: Elders) -> pa.Table:
+def look_again(table: pa.Table, base_url: str, planned: PlannedVideos) -> pa.Table:
     """Planned rows, without the faults that have gone.
 
     A video that an extension has found meanwhile is planned already and not revived. A row that names no video keeps
@@ -31,11 +31,11 @@ def look_again(table: pa.Table, base_url: str, elders: Elders) -> pa.Table:
     """
     rows = table.to_pylist()
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        rows = list(pool.map(lambda row: _look_again(row, base_url, elders), rows))
+        rows = list(pool.map(lambda row: _look_again(row, base_url, planned), rows))
     return pa.Table.from_pylist(rows, table.schema)
 
 
-def _look_again(row: dict[str, Any], base_url: str, elders: Elders) -> dict[str, Any]:
+def _look_again(row: dict[str, Any], base_url: str, planned: PlannedVideos) -> dict[str, Any]:
     span = row["start_seconds"], row["end_seconds"]
     if row["fault"] is None or int(row["id"], 16) != base_of(f"fault:{storage.shown(row['url'])}", *span):
         return row
@@ -47,7 +47,7 @@ def _look_again(row: dict[str, Any], base_url: str, elders: Elders) -> dict[str,
         if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
             raise  # a bucket is away
         return row
-    if elders.knows(np.array([base_of(identity, *span)], np.uint64))[0]:
+    if planned.knows(np.array([base_of(identity, *span)], np.uint64))[0]:
         return row
     return {**row, "fault": None, "bytes": entry.bytes, "etag": entry.etag, "file": identity}
 

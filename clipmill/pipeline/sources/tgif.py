@@ -38,11 +38,11 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
     base = storage.absolute(source.url)
     captions = _read_captions(storage.resolve(base, source.captions))
     splits = None if source.split_files is None else _read_splits(storage.resolve(base, source.split_files))
-    num_listed, num_left_out = len(captions), 0
+    num_listed, num_skipped = len(captions), 0
     for path, entry in walk_files(base, _SUFFIXES, others):
         texts = captions.pop(path.name, None)
         if texts is None or (splits is not None and path.name not in splits):
-            num_left_out += 1
+            num_skipped += 1
             continue
         yield SourceVideo(
             name=entry.name,
@@ -56,8 +56,8 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
         raise UserError(f"none of the {num_listed} GIFs of {source.captions} lies below {base}; download them there")
     if captions:  # GIFs vanish from the internet: a partial download is the rule
         logger.warning("%d of the %d GIFs of %s are not there", len(captions), num_listed, source.captions)
-    if num_left_out:
-        logger.warning("left out %d GIFs that %s or the split files do not name", num_left_out, source.captions)
+    if num_skipped:
+        logger.warning("skipped %d GIFs that %s or the split files do not name", num_skipped, source.captions)
 
 
 def _read_captions(url: str) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmill.errors import UserError
-from clipmill.shards.mix import NUM_SLOTS, Mix, apportion, node_streams, streams_of_parts
+from clipmill.shards.mixture import NUM_SLOTS, MixtureOrder, apportion, node_streams, streams_of_parts
 from clipmill.shards.order import num_streams, rank_rows
 from tests.shards import order_reference
 
@@ -17,7 +17,7 @@ WORLD_SIZES = (1, 2, 3, 4, 6, 8, 16)
 
 @st.composite
 def mixes(draw):
-    """Counts, slots, seed, global batch and window of a mix."""
+    """Counts, slots, seed, global batch and window of a mixture."""
     num_parts = draw(st.integers(1, 5))
     counts = [draw(st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any)) for _ in range(num_parts)]
     weights = draw(st.lists(st.floats(0.01, 100), min_size=num_parts, max_size=num_parts))
@@ -25,9 +25,9 @@ def mixes(draw):
     return counts, slots, draw(st.integers(0, 2**70)), draw(st.integers(1, 60)), draw(st.integers(1, 50))
 
 
-def build(mix):
-    counts, *others = mix
-    return Mix([np.array(part) for part in counts], *others)
+def build(mixture):
+    counts, *others = mixture
+    return MixtureOrder([np.array(part) for part in counts], *others)
 
 
 @given(total=st.integers(0, 10_000), weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=20).filter(any))
@@ -38,24 +38,24 @@ def test_apportioned_parts_are_the_whole_and_within_one_of_their_shares(total, w
         assert abs(part - total * weight / sum(weights)) < 1 + 1e-6
 
 
-@given(mix=mixes(), first=st.integers(0, 2**40))
-def test_any_thousand_positions_hold_the_exact_shares(mix, first):
-    part, _ = build(mix).count(np.arange(first, first + NUM_SLOTS))
-    assert np.bincount(part, minlength=len(mix[1])).tolist() == mix[1].tolist()
+@given(mixture=mixes(), first=st.integers(0, 2**40))
+def test_any_thousand_positions_hold_the_exact_shares(mixture, first):
+    part, _ = build(mixture).count(np.arange(first, first + NUM_SLOTS))
+    assert np.bincount(part, minlength=len(mixture[1])).tolist() == mixture[1].tolist()
 
 
-@given(mix=mixes(), first=st.integers(0, 10**6), length=st.integers(1, NUM_SLOTS))
-def test_any_stretch_holds_nearly_its_shares(mix, first, length):
-    slots = mix[1]
-    part, _ = build(mix).count(np.arange(first, first + length))
+@given(mixture=mixes(), first=st.integers(0, 10**6), length=st.integers(1, NUM_SLOTS))
+def test_any_stretch_holds_nearly_its_shares(mixture, first, length):
+    slots = mixture[1]
+    part, _ = build(mixture).count(np.arange(first, first + length))
     assert np.all(np.abs(np.bincount(part, minlength=len(slots)) - length * slots / NUM_SLOTS) <= len(slots))
 
 
 @settings(max_examples=30)
-@given(mix=mixes(), data=st.data())
-def test_each_sample_comes_once_in_each_epoch_of_its_data_set(mix, data):
-    counts, slots, *_ = mix
-    mixed = build(mix)
+@given(mixture=mixes(), data=st.data())
+def test_each_sample_comes_once_in_each_epoch_of_its_data_set(mixture, data):
+    counts, slots, *_ = mixture
+    mixed = build(mixture)
     part = data.draw(st.integers(0, len(slots) - 1))
     num_samples, first_shard = sum(counts[part]), sum(map(len, counts[:part]))
     epoch = data.draw(st.integers(0, 3))
@@ -69,10 +69,10 @@ def test_each_sample_comes_once_in_each_epoch_of_its_data_set(mix, data):
     assert np.all(np.diff(counters[parts == part]) == 1)
 
 
-@given(mix=mixes(), step=st.integers(0, 1000))
-def test_every_world_size_gets_the_same_batch_sorted_by_data_set_epoch_and_stream(mix, step):
-    counts, slots, _, global_batch, _ = mix
-    mixed = build(mix)
+@given(mixture=mixes(), step=st.integers(0, 1000))
+def test_every_world_size_gets_the_same_batch_sorted_by_data_set_epoch_and_stream(mixture, step):
+    counts, slots, _, global_batch, _ = mixture
+    mixed = build(mixture)
     positions = mixed.batch_positions(step, global_batch)
     assert sorted(positions) == list(range(step * global_batch, (step + 1) * global_batch))
     part, counter = mixed.count(positions)
@@ -85,20 +85,20 @@ def test_every_world_size_gets_the_same_batch_sorted_by_data_set_epoch_and_strea
         assert np.concatenate([mine[weight == 1] for mine, weight in ranks]).tolist() == positions.tolist()
 
 
-@given(mix=mixes(), first=st.integers(0, 50))
-def test_resuming_is_a_suffix(mix, first):
-    global_batch = mix[3]
-    undisturbed, resumed = build(mix), pickle.loads(pickle.dumps(build(mix)))
+@given(mixture=mixes(), first=st.integers(0, 50))
+def test_resuming_is_a_suffix(mixture, first):
+    global_batch = mixture[3]
+    undisturbed, resumed = build(mixture), pickle.loads(pickle.dumps(build(mixture)))
     sequence = [undisturbed.locate(undisturbed.batch_positions(step, global_batch)) for step in range(first + 3)]
     for step in range(first, first + 3):
         here = resumed.locate(resumed.batch_positions(step, global_batch))
         np.testing.assert_array_equal(np.stack(here), np.stack(sequence[step]))
 
 
-@given(mix=mixes(), position=st.integers(0, 2**40))
-def test_the_vectorised_mix_is_the_documented_one(mix, position):
-    counts, slots, seed, global_batch, window = mix
-    shards, rows = build(mix).locate(np.array([position]))
+@given(mixture=mixes(), position=st.integers(0, 2**40))
+def test_the_vectorised_mix_is_the_documented_one(mixture, position):
+    counts, slots, seed, global_batch, window = mixture
+    shards, rows = build(mixture).locate(np.array([position]))
     streams = streams_of_parts(global_batch, slots)
     reference = order_reference.locate_mixed(position, counts, slots.tolist(), seed, streams, window)
     assert (shards[0], rows[0]) == reference
@@ -106,8 +106,8 @@ def test_the_vectorised_mix_is_the_documented_one(mix, position):
 
 def test_the_mix_does_not_change_between_versions():
     """Declare a change of these numbers in the CHANGELOG: every run under way would see samples twice or never."""
-    mix = Mix([np.array([30, 20]), np.array([7])], np.array([700, 300]), seed=1, global_batch=8, window=16)
-    shards, rows = mix.locate(np.arange(20))
+    order = MixtureOrder([np.array([30, 20]), np.array([7])], np.array([700, 300]), seed=1, global_batch=8, window=16)
+    shards, rows = order.locate(np.arange(20))
     assert shards.tolist() == [1, 2, 1, 0, 2, 0, 0, 1, 2, 1, 0, 2, 0, 0, 2, 1, 1, 0, 2, 0]
     assert rows.tolist() == [9, 2, 14, 5, 5, 10, 21, 7, 1, 15, 1, 4, 11, 23, 3, 5, 13, 0, 6, 16]
 
@@ -121,7 +121,7 @@ def test_a_data_set_alone_has_the_streams_it_always_has():
 
 def test_an_empty_data_set_in_a_mix_is_refused():
     with pytest.raises(UserError, match="holds no samples"):
-        Mix([np.array([3]), np.array([0])], np.array([500, 500]), 0, 8, 16)
+        MixtureOrder([np.array([3]), np.array([0])], np.array([500, 500]), 0, 8, 16)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +142,13 @@ def test_the_streams_of_a_node_cover_what_its_ranks_read(slots, ranks, world_siz
     assert nodes.shape == (-(-world_size // ranks), len(slots))
     assert nodes.max(axis=0).tolist() == expected
     streams = np.array(streams_of_parts(global_batch, slots))
-    mix = Mix([np.array([10**6])] * len(slots), slots, 0, global_batch, 16)
+    order = MixtureOrder([np.array([10**6])] * len(slots), slots, 0, global_batch, 16)
     for step in range(3):
-        positions = mix.batch_positions(step, global_batch)
+        positions = order.batch_positions(step, global_batch)
         for node, most in enumerate(nodes):
             members = range(node * ranks, min((node + 1) * ranks, world_size))
             rows = np.concatenate([rank_rows(positions, rank, world_size)[0] for rank in members])
-            part, counter = mix.count(rows)
+            part, counter = order.count(rows)
             for number in range(len(slots)):
                 read = np.unique(counter[part == number] % streams[number])
                 assert len(read) <= most[number]
@@ -159,17 +159,17 @@ def test_ranks_read_few_shards_of_a_mix(slots, most):
     """Hardly more than one each where every share of the batch is a whole number of streams, a few more elsewhere."""
     global_batch, world_size = 512, 8
     counts = [np.full(share, 64) for share in slots]  # data sets that last equally long
-    mix = Mix(counts, np.array(slots), 0, global_batch, 512)
+    order = MixtureOrder(counts, np.array(slots), 0, global_batch, 512)
     seen = np.zeros((sum(slots), world_size), bool)
     for step in range(64 * sum(slots) // global_batch):
-        shards, _ = mix.locate(mix.batch_positions(step, global_batch))
+        shards, _ = order.locate(order.batch_positions(step, global_batch))
         seen[shards, np.arange(global_batch) // (global_batch // world_size)] = True
     assert seen.sum(axis=1).mean() < most
 
 
 def test_data_sets_of_one_size_are_read_in_different_orders():
-    mix = Mix([np.full(10, 50)] * 2, np.array([500, 500]), 0, 8, 64)
-    part, _ = mix.count(np.arange(1000))
-    shards, rows = mix.locate(np.arange(1000))
+    order = MixtureOrder([np.full(10, 50)] * 2, np.array([500, 500]), 0, 8, 64)
+    part, _ = order.count(np.arange(1000))
+    shards, rows = order.locate(np.arange(1000))
     orders = [(shards[part == number] % 10) * 50 + rows[part == number] for number in (0, 1)]
     assert (orders[0] == orders[1]).mean() < 0.05

@@ -24,7 +24,7 @@ import numpy as np
 
 from clipmill.shards.order import MAX_STREAMS, MIX, Order, derive_keys, num_streams
 
-__all__ = ["NUM_SLOTS", "Mix", "apportion", "node_streams", "streams_of_parts"]
+__all__ = ["NUM_SLOTS", "MixtureOrder", "apportion", "node_streams", "streams_of_parts"]
 
 NUM_SLOTS = 1000
 """Steps of a weight: a thousandth."""
@@ -78,7 +78,7 @@ def node_streams(global_batch: int, slots: np.ndarray, num_ranks: int, world_siz
     return (np.clip(np.ceil(edges[1:] + slack), 0, streams) - first).astype(np.int64)
 
 
-class Mix:
+class MixtureOrder:
     """Which sample of which data set is at a position; `Order` says more of the arguments.
 
     The shards of all data sets are numbered one data set after the other.
