@@ -1,4 +1,4 @@
-"""``clipmill generate``: an export makes an mp4 file, without a data set and without Ray."""
+"""``clipmill generate``: makes an mp4 file from an export. It needs neither a data set nor Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 import time
 from typing import Any
 
+from torch import Tensor
+
 from clipmill.api.films import write_video
+from clipmill.api.generator import Generator
 from clipmill.api.loading import load
 from clipmill.errors import UserError
 from clipmill.progress import bar
@@ -31,27 +34,27 @@ def generate_file(
     top_k: int | None,
     top_p: float,
 ) -> dict[str, Any]:
-    """Makes videos and writes them into one file: one as it is, several as a grid.
+    """Samples videos and writes them into one file; several are shown as a grid.
 
     Args:
         export: URL of an export, a training folder or a run.
         out: path or URL of the file.
-        num: videos.
-        label: class of all; None takes the classes in turn.
-        first_frame: URL of a picture or video to go on from, or to condition on.
+        num: number of videos.
+        label: class of all videos; None takes the classes in turn.
+        first_frame: URL of a picture or video to continue from, or to condition on.
         condition: URL of a ``.npy`` file of actions or of a text's embedding.
-        seconds: of the video; None is the window of the prior.
-        fps: frames per second; None is that of the training clips, or 8 where they had none.
+        seconds: duration of the video; None takes the window of the prior.
+        fps: frames per second; None takes that of the training clips, or 8 where they had none.
         seed: of the noise.
-        temperature: of the draw, like the two below.
-        top_k: of the codes of a position.
-        top_p: of their probability.
+        temperature: divides the logits.
+        top_k: keep the k most likely codes of a position; None keeps all.
+        top_p: keep the most likely codes up to this probability; 1 keeps all.
 
     Returns:
         Facts for the summary.
 
     Raises:
-        UserError: the export is no prior, or something does not fit it. Nothing was written.
+        UserError: the export is not a prior, or an input does not fit it. Nothing was written.
     """
     if not out.lower().endswith(".mp4"):
         raise UserError(f"--out {out} must end in .mp4")
@@ -60,22 +63,11 @@ def generate_file(
     rate = fps or generator.info.fps or USUAL_FPS
     if condition is not None and generator.info.condition not in ("actions", "text"):
         raise UserError(f"--condition {condition}: this prior takes no actions and no embeddings; leave it out")
-    wanted = generator.info.num_frames if seconds is None else max(1, math.ceil(seconds * rate))
-    with bar("generate", total=None, unit="codes") as progress:
-        made = generator.sample(
-            num,
-            label=label,
-            seed=seed,
-            first_frames=first_frame,
-            actions=condition if generator.info.condition == "actions" else None,
-            text=condition if generator.info.condition == "text" else None,
-            num_frames=nearest_num_frames(generator.body, wanted),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            on_progress=lambda done, total: progress.update(done, total=total),
-        )
-    videos = made.videos[:, :wanted]
+    num_frames = generator.info.num_frames if seconds is None else max(1, math.ceil(seconds * rate))
+    settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if condition is not None:
+        settings[str(generator.info.condition)] = condition
+    videos = _sample(generator, num, num_frames, label=label, first_frames=first_frame, **settings)
     write_video(out, videos[0] if num == 1 else videos, rate)
     return {
         "out": out,
@@ -85,3 +77,15 @@ def generate_file(
         "prior": generator.info.sha8,
         "seconds": round(time.monotonic() - began, 3),
     }
+
+
+def _sample(generator: Generator, num: int, num_frames: int, **settings: Any) -> Tensor:
+    """Samples uint8 [num, num_frames, H, W, 3] under a progress bar."""
+    with bar("generate", total=None, unit="codes") as progress:
+        made = generator.sample(
+            num,
+            num_frames=nearest_num_frames(generator.body, num_frames),
+            on_progress=lambda done, total: progress.update(done, total=total),
+            **settings,
+        )
+    return made.videos[:, :num_frames]

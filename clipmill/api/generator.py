@@ -22,6 +22,9 @@ from clipmill.sampling.settings import draw_by
 
 __all__ = ["Generator", "Samples"]
 
+Given = dict[str, Tensor | None]
+"""Inputs of all samples by name: labels, condition, prefix."""
+
 
 class Samples(NamedTuple):
     """What a generator made, on the CPU."""
@@ -87,66 +90,58 @@ class Generator:
         batch_size: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Makes videos.
+        """Draws videos.
 
         Args:
-            num: how many.
+            num: number of videos.
             label: class of all, or of each; None takes the classes in turn, as the stage ``sample`` does.
             seed: of the noise. Sample i of a seed is the same in any call, up to rounding between batch sizes.
-            first_index: number of the first sample.
-            first_frames: what a generator that is conditioned on frames sees; for others, what videos go on from.
-            prefix_latents: latent frames that are taken from ``first_frames`` as they are. None: 0 for a generator
-                conditioned on frames; else all whole ones of an array, and 1 of a file.
+            first_index: i of the first sample.
+            first_frames: the condition of a generator that takes frames; for others, the frames to continue from.
+            prefix_latents: latent frames to copy from ``first_frames``. None copies 0 for a generator conditioned on
+                frames; for others all whole ones of an array, and 1 of a file.
             actions: for a generator conditioned on them, float [T, A].
             text: for a generator conditioned on it, an embedding float [S, E].
             num_frames: T of the videos; None is the window's. Beyond the window, the window slides.
             overlap_latents: of windows that slide; see `clipmill.sampling.long.video_length`.
-            guidance: as the key of the section ``sample``, like the six below.
-            temperature: one, or one for each latent frame.
-            top_k: of the codes of a position.
-            top_p: of their probability.
-            min_p: over the most likely one.
+            guidance: scale of classifier-free guidance; 1 draws without it.
+            temperature: divides the logits; one number, or one for each latent frame.
+            top_k: keep the k most likely codes of a position; None keeps all.
+            top_p: keep the most likely codes up to this probability; 1 keeps all.
+            min_p: drop codes whose probability is below this share of the largest one.
             decoder: both draw the same codes, up to rounding; ``auto`` takes the faster one.
-            precision: of the draw.
+            precision: compute dtype of the draw.
             batch_size: videos drawn at once. None is 16 on a CPU, and on a GPU what its memory holds.
             on_progress: gets the number of codes drawn so far, and that of all.
 
         Raises:
-            UserError: something does not fit this generator; the message says what it takes.
+            UserError: an input does not fit this generator; the message says what it takes.
         """
-        wanted = self._settings(
-            num_samples=num,
-            seed=seed,
-            guidance=guidance,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            decoder=decoder,
-            precision=precision,
-            batch_size=batch_size,
-        )
+        filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        how = {"seed": seed, "guidance": guidance, "decoder": decoder, "precision": precision, "batch_size": batch_size}
+        settings = self._settings(num_samples=num, **filters, **how)
         length = video_length(self.body, num_frames, overlap_latents)
-        labels = self._labels(num, label, first_index)
         prefix, frames = given_frames(self.info, self.tokenizer, length, num, first_frames, prefix_latents)
         condition = given_condition(self.info, length, num, frames, {"actions": actions, "text": text})
+        given = {"labels": self._labels(num, label, first_index), "condition": condition, "prefix": prefix}
         progress = _Progress(on_progress, self.info.codes_shape, length, num, 0 if prefix is None else prefix.shape[1])
-        batch_size = batch_size_for(wanted, self.model, self.tokenizer.model, length)
+        return self._draw(settings, length, range(first_index, first_index + num), progress, given)
+
+    def _draw(
+        self, settings: SampleConfig, length: VideoLength, indices: range, progress: _Progress, given: Given
+    ) -> Samples:
+        """Draws and decodes all samples, batch by batch."""
+        num = len(indices)
+        batch_size = batch_size_for(settings, self.model, self.tokenizer.model, length)
         batches = [slice(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
-        drawn = (
-            self._batch(wanted, progress, first_index, rows, labels=labels, condition=condition, prefix=prefix)
-            for rows in batches
-        )
+        drawn = (self._batch(settings, progress, indices[rows], rows, given) for rows in batches)
         made = list(sample_videos(drawn, self.tokenizer.model, length, lambda _, videos: videos))
-        # What concatenates is an ordinary tensor, with which a user may train.
+        # Concatenation makes ordinary tensors, on which a user may train.
         return Samples(torch.cat([each.pixels for each in made]), torch.cat([each.codes for each in made]))
 
-    def _batch(
-        self, settings: SampleConfig, progress: _Progress, first_index: int, rows: slice, **given: Tensor | None
-    ) -> Batch:
-        """Some rows of all samples and of what is given to each."""
+    def _batch(self, settings: SampleConfig, progress: _Progress, indices: range, rows: slice, given: Given) -> Batch:
+        """The samples ``indices``, and these rows of what is given to each sample."""
         batch = {name: None if each is None else each[rows] for name, each in given.items()}
-        indices = range(first_index + rows.start, first_index + rows.stop)
         labels = batch.pop("labels")
         return Batch(
             draw_by(settings, self.model, indices, labels, self._kept, progress.of_batch(len(indices))), **batch

@@ -46,7 +46,7 @@ START_ATTEMPTS = 3
 CONNECT_TIMEOUT_SECONDS = 15
 POLL_SECONDS = 0.5
 WAIT_WARNING_SECONDS = 60
-"""How often somebody who waits for resources is told so."""
+"""Seconds between two warnings while a stage waits for resources."""
 START_SPARE_SECONDS = 600
 """Ray Train gets this much longer than ``cluster.wait_seconds`` to start its workers, so that ours is the verdict."""
 NODES_SECONDS = 2.0

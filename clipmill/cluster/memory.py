@@ -27,7 +27,7 @@ def _machine_share(meminfo: Path) -> float:
 
 
 def _cgroup_share(cgroup: Path) -> float:
-    """Of cgroup v2. The page cache counts as used there; what of it is inactive can be had back."""
+    """Free share of memory by cgroup v2. The page cache counts as used there; inactive page cache is reclaimable."""
     try:
         limit = int((cgroup / "memory.max").read_text())  # "max": no limit
         used = int((cgroup / "memory.current").read_text())

@@ -50,7 +50,7 @@ def curves_chart(title: str, caption: str, x: str, y: str, curves: Sequence[Curv
         caption: below it.
         x: name of the horizontal axis.
         y: name of the vertical axis, with its unit.
-        curves: those without any finite point are left out.
+        curves: a curve without a finite point is not drawn.
         stage: that makes what it shows.
     """
     drawn = []

@@ -64,7 +64,7 @@ class Film:
 
         Args:
             name: of the film, for its file.
-            rows: from the top; those without clips are left out.
+            rows: from top to bottom; a row without clips is skipped.
         """
         rows = tuple(row for row in rows if len(row.clips))
         if not rows:

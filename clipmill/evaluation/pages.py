@@ -17,7 +17,7 @@ from clipmill.evaluation.table import pixels, short
 __all__ = ["INLINE_BYTES", "PlacedFilm", "place_films", "render"]
 
 INLINE_BYTES = 4 * 2**20
-"""Films of so many bytes together are inside the page; the browser fetches the others when they come into view."""
+"""The page embeds films up to this total; the browser fetches the others when they come into view."""
 MEDIA_FOLDER = "media"
 
 

@@ -48,7 +48,7 @@ class Skipped:
 
 
 def skipped_of(clips_url: str, manifests: dict[str, Manifest]) -> list[Skipped]:
-    """Everything that sharding left out, by cause, quarantined videos first.
+    """Everything that sharding skipped, by cause, quarantined videos first.
 
     Args:
         clips_url: the folder ``clips`` of a run.

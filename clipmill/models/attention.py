@@ -82,7 +82,7 @@ class CausalAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention to what the prior is told.
+    """Multi-head attention to the memory of a condition.
 
     Args:
         config: heads and style. As published, values keep about the width of what is attended to, M / N channels a

@@ -1,6 +1,6 @@
-"""The blocks of a prior: norm, attention, add; where it is told something, norm, cross-attention, add; norm, MLP, add.
+"""The blocks of a prior: norm, attention, add; norm, cross-attention, add (with a condition); norm, MLP, add.
 
-B: batch   L: positions   C: channels   S, M: length and channels of what the prior is told
+B: batch   L: positions   C: channels   S, M: length and channels of the condition that the prior attends to
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class _Grid(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """Embeddings of all codes, float32 [M * K, D / M]; of a large grid a large table, made anew at each look."""
+        """Embeddings of all codes, float32 [M * K, D / M]. Each access computes the whole table."""
         table = self._value(torch.arange(self.num_codes, device=self.bases.device)[:, None] // self.bases % self.levels)
         return table.repeat(self.num_codebooks, 1)
 

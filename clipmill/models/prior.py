@@ -104,7 +104,7 @@ class Prior(nn.Module):
         Args:
             codes: int64 [B, t, h, w] or [B, t, h, w, M].
             label: class of each clip, int64 [B]; none for an unconditional prior.
-            condition: what else the prior is told of each clip (see `Condition`); none for one without.
+            condition: conditioning beyond the class (see `Condition`); None for a prior without a condition.
 
         Returns:
             Float [B, L, K].
@@ -135,7 +135,7 @@ class Prior(nn.Module):
         if len(targets) <= rows_per_chunk:
             losses = self._cross_entropy(hidden, targets)
         else:
-            # Logits far larger than the model's activations: a chunk at a time, made again for the gradient.
+            # Logits far larger than the model's activations: one chunk at a time, recomputed for the gradient.
             chunks = zip(hidden.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True)
             losses = torch.cat([checkpoint(self._cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
         return losses.view(len(codes), -1).mean(1)

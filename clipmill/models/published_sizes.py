@@ -164,7 +164,7 @@ def _batch_norm(name: str, width: int) -> Sizes:
 
 
 def _attention(name: str, dim: int, memory_dim: int, num_heads: int) -> Sizes:
-    """Of an attention from ``dim`` channels to ``memory_dim``; heads take whole channels, and the rest is left out."""
+    """Sizes of an attention from ``dim`` to ``memory_dim`` channels; those beyond a multiple of the heads drop."""
     keys, values = dim // num_heads * num_heads, memory_dim // num_heads * num_heads
     return {
         f"{name}.w_qs.weight": (keys, dim),

@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def num_videos(self) -> int:
-        """Videos in all splits, duplicates left out."""
+        """Videos in all splits, without duplicates."""
         return sum(g["videos"] for g in self.generations if g["kind"] != "retried")
 
     @property

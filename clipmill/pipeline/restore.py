@@ -1,4 +1,4 @@
-"""A committed unit that lost a shard, an index or its record is made again from the raw videos, byte for byte."""
+"""Rebuilds a committed unit that lost a shard, an index or its record from the raw videos, byte for byte."""
 
 from __future__ import annotations
 

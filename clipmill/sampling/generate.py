@@ -1,8 +1,8 @@
-"""Draws codes from a prior, each sample from noise of its own.
+"""Draws codes from a prior; each sample has its own noise.
 
-Sample i is a function of (prior, settings, seed, i): the code at a position is the argmax of its filtered logits plus
-Gumbel noise that (seed, i, position, code) alone decides. Neither the other samples of the batch nor the order of the
-draws enter.
+Sample i is a function of (prior, settings, seed, i). The code at a position is the argmax of its filtered logits plus
+Gumbel noise, a function of (seed, i, position, code). It depends neither on the other samples of the batch nor on the
+order of the draws.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def generate(
         indices: numbers of the samples; a batch of any composition gives each the same codes, up to logits
             that differ by rounding (below 1e-5 in float32) between batch sizes.
         labels: class of each sample, int64 [B], for a class-conditional prior.
-        condition: what else the prior is told of each sample (see `clipmill.models.conditioning`).
+        condition: conditioning beyond the class (see `clipmill.models.conditioning`).
         prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M].
-        guidance: logits become ``none + guidance * (all - none)`` of those without what training hid now and then
-            (class, condition) and with all (arXiv 2207.12598); other than 1 needs a prior of which it hid something.
+        guidance: classifier-free guidance (arXiv 2207.12598): ``without + guidance * (with - without)``, logits with
+            and without class and condition. A value other than 1 needs a prior trained with dropout of one of them.
         filters: None draws from the prior's own distribution.
         decoder: both draw the same codes, up to rounding; ``parallel`` needs fewer passes through the prior, each over
             many positions.
         precision: of weights, activations and cache.
-        first_frame: latent frame of the whole video at which this window of it begins. Noise and a schedule of
-            temperatures go by the place in the whole video.
-        on_progress: gets the number of positions drawn since its last call, about once a latent frame.
-        kept: spares later calls of the same sizes and settings the preparation. None keeps nothing.
+        first_frame: latent frame of the whole video at which this window begins. Noise and a schedule of
+            temperatures depend on the place in the whole video.
+        on_progress: called about once a latent frame, with the number of positions drawn since the last call.
+        kept: caches and compiled steps that later calls of the same sizes and settings reuse. None keeps nothing.
 
     Returns:
         int64 [B, t, h, w], or [B, t, h, w, M] of a prior over M codebooks.
@@ -70,17 +70,9 @@ def generate(
     device, num_samples = prior.head.weight.device, len(indices)
     labels, condition, prefix = (None if x is None else x.to(device) for x in (labels, condition, prefix))
     copies, hidden = 1, None
-    if guidance != 1.0:  # each sample twice: with everything, then without what training hid
-        if not prior.guidable:
-            raise ValueError("guidance needs a prior that was trained with label_dropout or condition_dropout")
+    if guidance != 1.0:
         copies = 2
-        if labels is not None:
-            without = labels if prior.null_label is None else torch.full_like(labels, prior.null_label)
-            labels = torch.cat((labels, without))
-        if condition is not None:
-            condition = torch.cat((condition, condition))
-            if prior.config.condition_dropout:
-                hidden = torch.arange(2 * num_samples, device=device) >= num_samples
+        labels, condition, hidden = _twice(prior, num_samples, labels, condition)
     settings = DrawingSettings(num_samples, copies, precision, guidance, filters or Filters(), torch.get_num_threads())
     with (kept or Kept()).drawing(prior, settings, labels, condition, hidden) as drawing:
         noise = Noise(seed, indices, prior.num_codes, device)
@@ -91,3 +83,23 @@ def generate(
             decode_sequentially(drawing)
         drawing.require_finite(indices)
         return drawing.codes.view(num_samples, *prior.latent_shape).clone()
+
+
+def _twice(
+    prior: Prior, num_samples: int, labels: Tensor | None, condition: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Labels, condition and the rows with a hidden condition of a guided draw.
+
+    Each sample takes two rows: n rows with everything, then n rows without what training dropped.
+    """
+    if not prior.guidable:
+        raise ValueError("guidance needs a prior that was trained with label_dropout or condition_dropout")
+    hidden = None
+    if labels is not None:
+        without = labels if prior.null_label is None else torch.full_like(labels, prior.null_label)
+        labels = torch.cat((labels, without))
+    if condition is not None:
+        condition = torch.cat((condition, condition))
+        if prior.config.condition_dropout:
+            hidden = torch.arange(2 * num_samples, device=condition.device) >= num_samples
+    return labels, condition, hidden

@@ -95,7 +95,7 @@ class VideoLength:
         return self.num_latents > self.window_latents
 
     def start(self, num_known: int) -> int:
-        """Latent frame at which the next window begins, once so many are known."""
+        """Latent frame at which the next window begins, given the number of known latent frames."""
         if num_known < self.window_latents:
             return 0
         return min(num_known - self.overlap_latents, self.num_latents - self.window_latents)

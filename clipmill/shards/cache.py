@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 def needed_cache_bytes(manifest: Manifest, num_streams: int, window: int) -> int:
     """What the downloads of one node take at once, so that no shard is fetched twice in an epoch.
 
-    streams x (window / samples per shard + 2) x shard bytes: a window spans so many whole shards, one more is cut by
-    either end. Never more than the data set.
+    streams x (window / samples per shard + 2) x shard bytes: a window spans that number of whole shards, and each
+    of its ends cuts one more. Never more than the data set.
 
     Args:
         manifest: what is read.

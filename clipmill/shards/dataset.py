@@ -124,7 +124,7 @@ def _actions(members: dict[str, memoryview]) -> dict[str, np.ndarray]:
 def _collate(samples: Sequence[dict[str, Any]], weight: np.ndarray) -> dict[str, Any]:
     """Arrays become tensors [rows, ...], others (labels, keys) lists; adds ``weight``.
 
-    Fields that not all samples have (actions, where only some videos come with them) are left out.
+    Fields that some samples lack are dropped, such as actions where only some videos have them.
     """
     batch: dict[str, Any] = {}
     shared = [field for field in samples[0] if all(field in sample for sample in samples)]

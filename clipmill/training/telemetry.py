@@ -160,7 +160,7 @@ def summarise(folder_url: str) -> dict[str, Any]:
     train = [record for record in records if record["split"] == "train"]
     val = [record for record in records if record["split"] == "val"]
     summary: dict[str, Any] = {"steps": train[-1]["step"]} if train else {}
-    losses = [record["loss"] for record in train if "loss" in record]  # one that is not finite is left out
+    losses = [record["loss"] for record in train if "loss" in record]  # records omit a loss that is not finite
     if losses:
         summary["loss"] = losses[-1]
     for name in ("clips_per_second", "tokens_per_second", "mfu", "data_wait_share"):

@@ -33,7 +33,7 @@ class Watchdog:
 
     Args:
         world: this process among its peers.
-        hang_seconds: without a step for so long, the process ends itself with status 1: torchrun and Ray Train then
+        hang_seconds: after this time without a step, the process ends itself with status 1: torchrun and Ray Train then
             tear the group down, and Ray Train starts it again from its last checkpoint.
     """
 

@@ -42,7 +42,7 @@ class Limits:
     Attributes:
         cpu_seconds: processor time of the child.
         memory_bytes: address space of the child beyond what it has at its start.
-        no_progress_seconds: a child that delivers no frame for so long is killed.
+        no_progress_seconds: a child that delivers no frame for this time is killed.
     """
 
     cpu_seconds: float

@@ -45,7 +45,7 @@ def read_frames(
         whole: resize only, neither crop nor pad: frames keep the shape of the video.
         rgb_first: convert before resizing, as decord always does: costs time, and differs by some grey levels.
         span: read only the frames shown from the first time on and before the second.
-        reading: is told what is found on the way, such as damage.
+        reading: records what is found on the way, such as damage.
 
     Yields:
         (presentation time in seconds from the first frame of the file, uint8 [height, width, 3] RGB as a player shows

@@ -41,8 +41,8 @@ _DECODERS = {"mp4": decode_mp4, "mjpeg": decode_mjpeg}
 _SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1
 
 _EXACT_VALUES = 256
-"""The squares of so many bytes sum to less than 2**24, up to which float32 is exact; half as wide as float64, it is
-twice as quick."""
+"""The squares of this number of bytes sum to less than 2**24, up to which float32 is exact. It takes half the time of
+float64."""
 
 _PIXELS_PER_CPU_SECOND = 20e6
 """Decoded and resized by one core at the slowest: 4K HEVC of 10 bits takes a third of this time."""

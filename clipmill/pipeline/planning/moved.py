@@ -7,8 +7,9 @@ of files whose size no such other file has.
 
 A file that is recognized takes the identity of the planned one, or in a first listing of the one that its storage tells
 best. So its videos are those that are planned, and new spans and members of it are in the split of the old ones. The
-edges of a planned file are in its identity, in the commit record of its video, or where it was. If they are nowhere and
-its MD5 is no help, a file of its size is left out with a warning: rather that than one video in both splits.
+edges of a planned file are in its identity, in the commit record of its video, or where it was. If none of these is
+known and the MD5 does not help, a file of the same size is skipped with a warning: it may be a video of the other
+split.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _DISK, _WHOLE = r"^disk:", r"^bucket:[0-9]+:[0-9a-f]{32}(:|$)"
 
 _READS_AT_ONCE = 64
 _NUM_SIZES = 2**28
-"""Sizes are told apart modulo this number: a table of bytes, of which the system gives only the pages in use."""
+"""Sizes are compared modulo this number. The table has one byte for each; the system maps only the pages in use."""
 
 _FILE_COLUMNS: dict[str, pa.DataType] = {
     "file": _TEXT,
@@ -149,7 +150,7 @@ class Strangers:
         return is_wanted & pc.is_valid(files).to_numpy()
 
     def recognized(self) -> Iterator[pa.Table]:
-        """The strangers, under the identities of the files that they are; those that may be planned are left out."""
+        """The candidates under the identities of the files that they are; possible duplicates are skipped."""
         num_skipped, example = 0, ""
         for table in self._spool.ranges():
             known = table.filter(table["is_known"])

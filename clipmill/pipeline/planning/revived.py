@@ -26,8 +26,8 @@ def look_again(table: pa.Table, base_url: str, planned: PlannedVideos) -> pa.Tab
     """Planned rows, without the faults that have gone.
 
     A video that an extension has found meanwhile is planned already and not revived. A row that names no video keeps
-    its fault: only its table could mend it. It is told from one whose file could not be had by its id (`list_videos` of
-    a table: ``fault:`` and its name, or its text).
+    its fault: only its table could mend it. Its id tells it apart from a row whose file could not be read
+    (`list_videos` of a table: ``fault:`` and its name, or its text).
     """
     rows = table.to_pylist()
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:

@@ -38,7 +38,7 @@ __all__ = ["NOTHING_KNOWN", "NoLook", "Yield", "fetch_edges", "measure_yield"]
 logger = logging.getLogger(__name__)
 
 NUM_LOOKS = 32
-"""The mean of so many videos is right within some 20 % where a byte of one makes twice as much as a byte of another."""
+"""The mean of this number of videos is right within about 20 % if the yield per byte varies by a factor of two."""
 
 SMALL_BYTES = 2**20
 """A smaller source is not looked at: it is a unit or two, whatever it makes."""
@@ -209,7 +209,7 @@ def _num_frames(outcome: Outcome, fps: float, clip: ClipConfig) -> int:
 
 
 def _num_clips(frames: np.ndarray, clip: ClipConfig) -> np.ndarray:
-    """float64[n]: samples that videos of so many frames make, views counted."""
+    """float64[n]: samples that videos with these numbers of frames yield, views counted."""
     clips = np.where(frames < clip.span, 0, 1 + (frames - clip.span) // clip.step)
     return np.minimum(clips, clip.max_clips_per_video or np.inf) * clip.views_per_clip
 

@@ -62,7 +62,7 @@ class Averages:
 
         Args:
             weight: of the newest weights; 1 takes them as they are.
-            applied: float32 0-d, 0 if the step was left out: then nothing moves.
+            applied: float32 0-d; 0 for a skipped step, which changes nothing.
         """
         states = optimizer_states(self._engine)
         for master in masters(self._engine):

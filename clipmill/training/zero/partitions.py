@@ -1,7 +1,7 @@
 """Where DeepSpeed keeps what its optimizer updates, at each ZeRO stage.
 
 At stage 0 these are the parameters. At 1 to 3 they are float32 copies of this rank's part of all parameters, laid flat
-("masters"), from which the weights that the model computes with are made again after each step. All of it is private
+("masters"), from which the compute weights are recomputed after each step. All of it is private
 state of DeepSpeed: tests/training/test_resume.py and zero/test_stages.py go through the stages and fail when it moves.
 """
 

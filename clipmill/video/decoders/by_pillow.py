@@ -96,7 +96,7 @@ def read_still(path: str | Path) -> np.ndarray:
     """A still picture upright, uint8 [H, W, 3] RGB; of an animation its first frame.
 
     Raises:
-        VideoError: not a picture, damaged, or one of so many pixels that Pillow takes it for an attack.
+        VideoError: not a picture, damaged, or larger than Pillow's limit against decompression bombs.
         OSError: the file is missing, or the disk failed.
     """
     with blame_video("no picture that can be read", path):

@@ -27,7 +27,7 @@ _PACKETS_IN_DECODER = 64
 """More than any decoder holds back."""
 
 _NUM_REORDERED = 16
-"""Frames that B-frames can delay: the first one shown is among so many packets."""
+"""How far B-frames can delay a frame: the first one shown is among this number of packets."""
 
 _REORDERED_SECONDS = 2.0
 
