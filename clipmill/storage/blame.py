@@ -1,4 +1,4 @@
-"""Whose fault a failed request is: the server's, which may recover; the object's own; or the configuration's."""
+"""Sorts failed requests by cause: the server (which may recover), one object, or the configuration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 S3_SCHEMES = frozenset(("s3", "s3a"))
 
-_BOTOCORE_TRANSPORT_ERRORS = ("ConnectionError", "HTTPClientError", "IncompleteReadError")  # and what derives from them
+_BOTOCORE_TRANSPORT_ERRORS = ("ConnectionError", "HTTPClientError", "IncompleteReadError")  # and their subclasses
 _CREDENTIALS_ADVICE = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and the bucket's permissions"
 _SETTINGS_ADVICE = "correct the URL, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_PROFILE or ~/.aws/config"
 _TRANSIENT_CODES = frozenset(
@@ -34,9 +34,9 @@ _TRANSIENT_CODES = frozenset(
         "BadDigest",
         "ConditionalRequestConflict",  # another create of the same name is under way
         "IncompleteBody",
-        "NoSuchUpload",  # a server that restarted may have forgotten a multipart upload; the next attempt begins anew
+        "NoSuchUpload",  # a restarted server may have lost the multipart upload; the next attempt starts a new one
         "OperationAborted",
-        "PreconditionFailed",  # the object was replaced while it was fetched in ranges; the next attempt begins anew
+        "PreconditionFailed",  # the object was replaced during a ranged download; the next attempt starts over
         "RequestTimeout",
         "SlowDown",
         "XAmzContentSHA256Mismatch",
@@ -58,19 +58,21 @@ _WRONG_CREDENTIALS = frozenset(
         "TokenRefreshRequired",
     )
 )
-"""Answers that no object of the bucket would change."""
+"""Error codes that blame the credentials; every other object of the bucket would get the same answer."""
 
 
 class Refused(UserError):
-    """Access to one object is denied, or its bucket is not there: only another object tells whether all are."""
+    """Access to one object is denied, or its bucket does not exist. The caller tries another object to learn whether
+    all are refused.
+    """
 
 
 class Unreadable(StageFailed, OSError):
-    """One object cannot be had, and will not come by waiting; others may."""
+    """One object cannot be read, and waiting will not help. Other objects may be readable."""
 
 
 class ServerLost(Unreadable):
-    """A web server does not answer at all: its other objects cannot be had either."""
+    """A web server does not answer at all, so its other objects cannot be read either."""
 
 
 class WebUnavailable(Unreadable, StorageUnavailable):
@@ -82,12 +84,13 @@ class WebLost(ServerLost, StorageUnavailable):
 
 
 def transient_reason(url: str, error: Exception) -> str | None:
-    """One line for what may pass by itself; None: ``error`` is the operation's answer.
+    """The reason, in one line, of a failure that a retry may cure. None means that ``error`` is the operation's own
+    answer.
 
     Raises:
-        UserError: it never passes by itself.
-        Refused: nor does it, but it may concern this object alone.
-        Unreadable: it concerns this object alone.
+        UserError: retries cannot cure the failure, and it affects all objects.
+        Refused: retries cannot cure it; it may affect this object alone.
+        Unreadable: it affects this object alone.
     """
     if isinstance(error, ClipmillError):
         return None
@@ -106,7 +109,7 @@ def transient_reason(url: str, error: Exception) -> str | None:
         kind = UserError if code in _WRONG_CREDENTIALS else Refused
         raise kind(f"{name}: access denied ({code or line(error)}); {_CREDENTIALS_ADVICE}") from error
     if status == HTTPStatus.NOT_IMPLEMENTED:
-        raise UserError(f"{name}: the storage does not know this request ({code}); use another one") from error
+        raise UserError(f"{name}: the storage does not support this request ({code}); use another storage") from error
     if isinstance(error, FileNotFoundError | FileExistsError):
         return None
     if status is not None or code is not None:
@@ -116,17 +119,17 @@ def transient_reason(url: str, error: Exception) -> str | None:
     if _is_network(error):
         return line(error)
     if any(isinstance(one, ValueError | TypeError) or _is_botocore(one) for one in chain(error)):
-        # The client refused before it asked the server: a region, an endpoint, a profile, a name of a bucket.
+        # The client itself refused the request: the region, endpoint, profile or bucket name is wrong.
         raise UserError(f"{name}: {line(error)}; {_SETTINGS_ADVICE}") from error
     return None
 
 
 def _transient_web_reason(url: str, error: Exception) -> str | None:
-    """As `transient_reason`, of a web server."""
+    """`transient_reason` for a web server."""
     _, status = answer(error)
     if status == HTTPStatus.NOT_FOUND:
         raise FileNotFoundError(errno.ENOENT, "the server does not know it", shown(url)) from error
-    if status == 0:  # what aiohttp says of too many redirections
+    if status == 0:  # how aiohttp reports too many redirections
         raise Unreadable(f"{shown(url)}: the server redirects without end") from error
     if type(error).__name__ == "NonHttpUrlRedirectClientError":
         raise Unreadable(f"{shown(url)}: the server redirects to {shown(str(error))}, no web server") from error
@@ -140,8 +143,8 @@ def _transient_web_reason(url: str, error: Exception) -> str | None:
         if isinstance(one, ssl.SSLCertVerificationError):
             raise ServerLost(f"{shown(url)}: {one.verify_message}") from error
     if isinstance(error, ValueError | TypeError):
-        what = type(error).__name__ if "://" in str(error) else line(error)  # which may hold credentials
-        raise Unreadable(f"{shown(url)}: no address of a file ({what})") from error
+        what = type(error).__name__ if "://" in str(error) else line(error)  # the message may hold credentials
+        raise Unreadable(f"{shown(url)}: not the address of a file ({what})") from error
     return line(error.__cause__ or error) if _is_network(error) else None
 
 
@@ -173,19 +176,19 @@ def _is_botocore_transport(error: BaseException) -> bool:
 
 
 def answer(error: BaseException) -> tuple[str | None, int | None]:
-    """(error code, HTTP status) of the server's answer behind an exception, as far as there is one."""
+    """(error code, HTTP status) of the server's answer that caused an exception; None where there is none."""
     for one in chain(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return response.get("Error", {}).get("Code"), status
-        if isinstance(getattr(one, "status", None), int):  # of a web server
+        if isinstance(getattr(one, "status", None), int):  # a web server's answer
             return None, one.status  # type: ignore[attr-defined]
     return None, None
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what lies behind it."""
+    """An exception and its causes."""
     following: BaseException | None = error
     while following is not None:
         yield following
@@ -193,7 +196,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def line(error: BaseException) -> str:
-    """The first line of its message, with the next one where the first only announces it, as aiohttp's do."""
+    """The first line of an error's message. A first line that ends with a colon (aiohttp) is joined with the second."""
     lines = str(error).strip().splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):
         return f"{lines[0]} {lines[1].strip()}"

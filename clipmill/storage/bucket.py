@@ -1,12 +1,12 @@
-"""The bucket half of `clipmill.storage`: an operation on an object store that rides out an outage, or says why not.
+"""The bucket half of `clipmill.storage`: operations on an object store, with retries.
 
-Every call is tried again, with growing and random pauses, while the server is away, overloaded or cuts a transfer,
-until ``CLIPMILL_STORAGE_RETRY_SECONDS`` (120 unless set) have passed since its first failure. What no repetition can
-pass (refused credentials, a bucket that is not there) raises at once and says what to do.
+While the server is unreachable, overloaded or cuts transfers, a call is retried with growing random pauses, until
+``CLIPMILL_STORAGE_RETRY_SECONDS`` (default 120) have passed since its first failure. Errors that no retry can cure
+(refused credentials, a missing bucket) raise at once and say what to do.
 
-A web server is one of the many that a list of videos names: what it refuses, or has not given by the deadline, is
-`Unreadable`, which is no reason to stop. Nor is one `Refused` object of a bucket: only where another one is refused as
-well, the credentials or the bucket are at fault.
+A list of videos may name many web servers. A file that one of them refuses, or does not deliver by the deadline, is
+`Unreadable`; the caller skips it and goes on. A single `Refused` object of a bucket is skipped too. If a second object
+is refused, the credentials or the bucket are wrong.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def call(url: str, operation: Callable[[Any, str], T], *, longest_seconds: float
     Args:
         url: of an object or folder.
         operation: what to do with it.
-        longest_seconds: repeats it no longer than this, even where users allow more.
+        longest_seconds: upper limit of the time for retries, even where the user allows more.
 
     Raises:
         UserError: the URL, the credentials or the bucket are wrong.
         StorageUnavailable: the server did not recover in time.
-        Refused: the object is forbidden, or its bucket is not there; it may be the only one.
+        Refused: access to the object is denied, or its bucket does not exist; others may be readable.
         Unreadable: a web server refuses the object, or did not recover in time; or the object is archived.
         FileNotFoundError, FileExistsError: the operation's own answers.
     """
@@ -77,7 +77,7 @@ def _outage(url: str, error: BaseException, what: str) -> StorageUnavailable:
 
 
 class S3Folder(NamedTuple):
-    """A bucket, and what the keys of a folder in it begin with."""
+    """A bucket, and the prefix of the keys of a folder in it."""
 
     bucket: str
     prefix: str
@@ -91,10 +91,11 @@ def s3_folder(url: str) -> S3Folder:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Puts an object only if there is none; of several writers of different data exactly one gets True.
+    """Creates an object only if none exists. Of several writers of different data exactly one gets True.
 
-    One that is there and equal counts as ours (unless empty: that says nothing about its writer). For the answer to a
-    put may be lost, and the HTTP client repeats a put on a connection that broke without telling us.
+    If a put's reply is lost, or the HTTP client silently repeats the put on a broken connection, the retry finds
+    identical bytes and counts as a success. Competing writers must therefore write different bytes. An empty object
+    never counts: it does not identify its writer.
     """
 
     def put(filesystem: Any, path: str) -> bool:
@@ -110,10 +111,10 @@ def create(url: str, data: bytes) -> bool:
 
 
 def check_create(folder_url: str) -> None:
-    """Makes sure that `create` has one winner: some storage overwrites what it was asked not to.
+    """Checks that the storage honours exclusive creation, so that `create` has one winner.
 
     Raises:
-        UserError: this one does.
+        UserError: the storage overwrites an existing object.
     """
     url = join(folder_url, f"probe-{uuid.uuid4().hex}")
     try:
@@ -137,14 +138,14 @@ def open_to_read(url: str, block_bytes: int) -> BinaryIO:
 
 
 class _Ranges(io.RawIOBase):
-    """An object read range by range, each a `call` of its own: fsspec's own files know no deadline.
+    """An object read range by range. Each range is a separate `call`, because fsspec's own files have no deadline.
 
-    All ranges are of one version of the object: a read raises `Unreadable` once it has been replaced.
+    All ranges belong to one version of the object: once the object has been replaced, a read raises `Unreadable`.
 
     Args:
-        url: of the object.
-        size: its bytes.
-        version: its tags; empty: those of the first range.
+        url: URL of the object.
+        size: size in bytes.
+        version: tags of the version; an empty list takes the tags of the first range.
     """
 
     def __init__(self, url: str, size: int, version: list[str]) -> None:

@@ -1,6 +1,6 @@
-"""The file systems of buckets and web servers, connected once a process.
+"""The file systems of buckets and web servers, connected once per process.
 
-Alone with `s3` and `web`, which a process imports when it needs them, it imports fsspec and s3fs.
+Only this module, `s3` and `web` import fsspec and s3fs. `s3` and `web` are imported on first use.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def connect(url: str) -> tuple[Any, str]:
     """The fsspec file system of a bucket URL, and the object's path in it.
 
     Raises:
-        UserError: none is installed.
+        UserError: no file system for this scheme is installed.
     """
     try:
         with _connecting:
             filesystem = _connected(scheme(url), os.getpid())
     except (ImportError, TypeError, ValueError) as error:  # its package, or an option that it needs, is missing
         if isinstance(error, ValueError) and scheme(url) in S3_SCHEMES:
-            raise  # an endpoint that is no address: `blame` says so
+            raise  # the endpoint is not an address: `blame` reports it
         what = f"no storage for {scheme(url)}:// ({line(error)})"
         raise UserError(f"cannot open {shown(url)}: {what}; use a local path or an s3:// URL") from error
     return filesystem, request_url(url) if scheme(url) in WEB_SCHEMES else filesystem._strip_protocol(url)
@@ -40,10 +40,10 @@ def connect(url: str) -> tuple[Any, str]:
 
 @functools.cache
 def _connected(protocol: str, process: int) -> Any:
-    """One connected file system a process (it does not survive a fork), shared by its threads.
+    """One connected file system per process, shared by its threads. It does not survive a fork.
 
-    fsspec itself would make one a thread, each of which reads botocore's service description again.
-    Listings are never cached: other processes write into the same folders.
+    fsspec would create one per thread, and each would read botocore's service description again. Listings are never
+    cached, because other processes write into the same folders.
     """
     if protocol in S3_SCHEMES:
         from clipmill.storage import s3  # GPU boxes without s3fs train from local disks

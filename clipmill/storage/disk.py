@@ -18,7 +18,7 @@ from clipmill.storage.urls import escape_name, is_local, local_path, unescape
 __all__ = ["TEMPORARY_PREFIX", "children", "create", "disk_errors_explained", "publish", "unusable", "walk"]
 
 TEMPORARY_PREFIX = ".tmp-"
-"""Start of the names of unfinished local files; a killed writer leaves one behind, ``verify`` names it."""
+"""Name prefix of unfinished local files. A killed writer leaves one behind; ``verify`` lists it."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -64,14 +64,14 @@ def walk(folder: Path, after: str, prefix: str = "", above: tuple[os.stat_result
 
 
 def publish(target: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a whole file, replacing one that is there."""
+    """Writes a whole file; an existing one is replaced."""
     with _temporary_beside(target, write) as temporary:
         os.replace(temporary, target)
     _sync_folder(target.parent)
 
 
 def create(target: Path, data: bytes) -> bool:
-    """Writes a whole file only if there is none: returns whether ours was written."""
+    """Writes a whole file only if none exists. Returns whether it was written."""
     try:
         with _temporary_beside(target, lambda file: file.write(data)) as temporary:
             os.link(temporary, target)  # unlike rename it fails on an existing name; the content is already whole
@@ -83,7 +83,7 @@ def create(target: Path, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def _temporary_beside(target: Path, write: Callable[[BinaryIO], Any]) -> Iterator[str]:
-    """A finished and synced file in the target's folder; gone at the end unless it was renamed, also on a full disk."""
+    """A finished and synced file in the target's folder. It is removed at the end unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=target.parent)
     try:
@@ -108,7 +108,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(target: Path) -> Iterator[None]:
-    """Adds the target's name to errors of the system that name no file, as those of a write do."""
+    """Adds the target's name to OSErrors without a file name; a failed write raises such errors."""
     try:
         yield
     except OSError as error:
@@ -118,21 +118,21 @@ def _naming(target: Path) -> Iterator[None]:
 
 
 def unusable(error: OSError, root: str | None = None) -> DiskUnusable | None:
-    """One line for a disk that is full, read-only or forbidden; None for any other error.
+    """A one-line error for a disk that is full, read-only or forbidden; None for any other error.
 
     Args:
-        error: of the system.
-        root: URL of a folder that may lie on the disk, for an error that names no file.
+        error: the system's error.
+        root: URL of a folder that clipmill writes to. It is considered when the error names no file.
     """
     if isinstance(error, ClipmillError) or error.errno not in _FULL + _FORBIDDEN:
         return None
     folders = {Path(tempfile.gettempdir()): "set TMPDIR to another folder"}
     if root is not None and is_local(root):
         folders[local_path(root).absolute()] = "choose another root"
-    name = error.filename2 or error.filename  # of a copy, the second is the target
-    # A write names no file: of the disks that clipmill writes to, the one with less space is full.
+    name = error.filename2 or error.filename  # the second name of a failed copy is its target
+    # A failed write names no file. Of the disks that clipmill writes to, the one with less free space is the full one.
     place = Path(os.fsdecode(name)).absolute() if name else min(folders, key=_free_bytes)
-    if place.name.startswith(TEMPORARY_PREFIX):  # a name that nobody else has ever seen
+    if place.name.startswith(TEMPORARY_PREFIX):  # the user has never seen this temporary name
         place = place.parent
     inside = [folder for folder in folders if place.is_relative_to(folder)]
     advice = folders[max(inside, key=lambda folder: len(folder.parts))] if inside else "use another folder"
@@ -151,13 +151,13 @@ def _free_bytes(place: Path) -> int:
 
 @contextlib.contextmanager
 def disk_errors_explained(root: str) -> Iterator[None]:
-    """Within it a disk that is full, read-only or forbidden is one line instead of a traceback.
+    """Inside this context, a disk that is full, read-only or forbidden raises a one-line error instead of a traceback.
 
     Args:
-        root: URL of the folder that is written to, beside the temporary folder.
+        root: URL of the folder that is written to, in addition to the temporary folder.
 
     Raises:
-        DiskUnusable: in place of the system's error.
+        DiskUnusable: instead of the system's error.
     """
     try:
         yield

@@ -18,7 +18,7 @@ def publish_document(url: str, body: dict[str, Any], schema: int) -> None:
 
 
 def create_document(url: str, body: dict[str, Any], schema: int) -> bool:
-    """Like `publish_document`, only if there is none: returns whether ours was written."""
+    """Like `publish_document`, but only if none exists. Returns whether it was written."""
     return create_bytes(url, _document_bytes(body, schema))
 
 
@@ -40,11 +40,11 @@ def read_document(url: str, newest_schema: int) -> dict[str, Any]:
     """Reads a JSON document.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the document does not exist.
         DamagedDocument: it is not a document that clipmill writes.
         UserError: its schema is newer than ``newest_schema``.
     """
-    content = read_bytes(url)  # outside of the try: what a client raises is no damage
+    content = read_bytes(url)  # outside the try: an error of the storage client does not mean a damaged document
     try:
         document = json.loads(content)
         schema = document["schema"]

@@ -1,4 +1,4 @@
-"""What a listing says about an object, and what fetching one may take."""
+"""An object's metadata as listings give it, and limits for fetching an object."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Entry:
     """Name in its folder, or path relative to the walked folder, with ``/``; `resolve` finds it there."""
     bytes: int
     etag: str | None
-    """The bucket's own content tag; none on a local disk."""
+    """The bucket's content tag; None on a local disk."""
     modified: float | None
     """Seconds since the epoch."""
 
 
 class Limits(NamedTuple):
-    """What fetching an object may take."""
+    """Upper limits for fetching one object."""
 
     seconds: float
     bytes: int

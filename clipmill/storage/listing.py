@@ -15,7 +15,7 @@ __all__ = ["children", "entry_of", "walk"]
 
 
 def children(url: str) -> list[tuple[Entry, bool]]:
-    """What is directly inside a folder, by name, and whether each is a folder."""
+    """The children of a folder, sorted by name, each with whether it is a folder."""
     try:
         folder, infos = bucket.call(url, lambda filesystem, path: (path, filesystem.ls(path, detail=True)))
     except FileNotFoundError:
@@ -25,7 +25,7 @@ def children(url: str) -> list[tuple[Entry, bool]]:
 
 
 def walk(url: str, after: str) -> Iterator[Entry]:
-    """The objects below a folder whose path in it is greater than ``after``, in the order of their keys."""
+    """The objects below a folder whose relative path is greater than ``after``, in key order."""
     if scheme(url) in S3_SCHEMES:
         yield from _walk_s3(url, after)
         return
@@ -47,7 +47,7 @@ def _walk_s3(url: str, after: str) -> Iterator[Entry]:
 
 
 def _is_marker(key: str) -> bool:
-    """Whether an object stands for a folder, as consoles (``clips/``) and Hadoop (``clips_$folder$``) create them."""
+    """Whether an object is a folder marker, as consoles (``clips/``) and Hadoop (``clips_$folder$``) create them."""
     return key.endswith(("/", "_$folder$"))
 
 

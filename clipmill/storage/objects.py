@@ -52,19 +52,19 @@ def read_bytes(url: str) -> bytes:
     """The whole object.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the object does not exist.
     """
     if is_local(url):
         return local_path(url).read_bytes()
-    # With more than one reader s3fs asks for the size first: documents are small, one request is enough.
+    # With more than one reader s3fs asks for the size first. Documents are small, so one request is enough.
     return bucket.call(url, lambda filesystem, path: filesystem.cat_file(path, max_concurrency=1))
 
 
 def read_start(url: str, num_bytes: int) -> bytes:
-    """The first bytes of the object, all if it has fewer.
+    """The first ``num_bytes`` bytes of the object; all of them if it is shorter.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the object does not exist.
     """
     if is_local(url):
         with local_path(url).open("rb") as file:
@@ -76,7 +76,7 @@ def open_to_read(url: str, block_bytes: int = 2**16) -> BinaryIO:
     """The object as a file that can be read and sought; from a bucket in requests of at least ``block_bytes``.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the object does not exist.
     """
     if is_local(url):
         return local_path(url).open("rb")
@@ -87,8 +87,9 @@ def stat(url: str) -> Entry:
     """One object, as a listing of its folder would show it.
 
     Raises:
-        FileNotFoundError: there is none, or it is a folder, FIFO or socket.
-        Unreadable: a web server refuses it, does not answer, or does not end it where only that tells how large it is.
+        FileNotFoundError: the object does not exist, or is a folder, FIFO or socket.
+        Unreadable: a web server refuses it or does not answer, or the size is only known after reading the file and the
+            file does not end.
     """
     name = url.removeprefix(f"{split(url)[0]}/")
     if is_local(url):
@@ -108,13 +109,13 @@ def fetch(url: str, path: Path, limits: Limits | None = None) -> None:
     """Copies the whole object into a local file.
 
     Args:
-        url: of the object.
-        path: of the copy.
-        limits: of what a web server may take and send; None: none.
+        url: URL of the object.
+        path: path of the copy.
+        limits: time and size that a web server may take; None sets no limits.
 
     Raises:
-        FileNotFoundError: there is none.
-        Unreadable: it exceeds the limits, or a web server does not give it.
+        FileNotFoundError: the object does not exist.
+        Unreadable: it exceeds the limits, or a web server does not deliver it.
     """
     if is_local(url):
         shutil.copyfile(local_path(url), path)
@@ -124,22 +125,22 @@ def fetch(url: str, path: Path, limits: Limits | None = None) -> None:
 
 
 def check_create(url: str) -> None:
-    """Makes sure that `create_bytes` has one winner in a folder; a local one needs no proof.
+    """Checks that `create_bytes` has one winner in a folder. Local folders need no check.
 
     Raises:
-        UserError: this storage overwrites what it was asked not to.
+        UserError: the storage overwrites an existing object.
     """
     if not is_local(url):
         bucket.check_create(url)
 
 
 def list_folder(url: str) -> list[Entry]:
-    """The objects directly inside a folder, by name; none when the folder is absent."""
+    """The objects directly inside a folder, sorted by name; empty if the folder does not exist."""
     return [entry for entry, is_folder in _children(url) if not is_folder]
 
 
 def list_folders(url: str) -> list[str]:
-    """The names of the folders directly inside a folder, sorted; none when it is absent."""
+    """The names of the folders directly inside a folder, sorted; empty if it does not exist."""
     return sorted(entry.name for entry, is_folder in _children(url) if is_folder)
 
 
@@ -150,14 +151,14 @@ def _children(url: str) -> list[tuple[Entry, bool]]:
 
 
 def walk(url: str, after: str | None = None) -> Iterator[Entry]:
-    """All objects below a folder, in the order of their paths; a bucket's page by page, in the memory of a few.
+    """All objects below a folder, in path order. A bucket is listed page by page, in the memory of a few pages.
 
-    The order is that of UTF-8 keys (``a-b``, ``a/c``, ``ab``), the same in a bucket and on a disk. A listing that was
-    interrupted goes on behind the last name it gave, in another process too.
+    The order is that of UTF-8 keys (``a-b``, ``a/c``, ``ab``), the same in a bucket and on a disk. An interrupted
+    listing can resume after the last name it gave, also in another process.
 
     Args:
-        url: of the folder.
-        after: a name that this walk gives, or gave: only objects behind it are listed.
+        url: URL of the folder.
+        after: a name that an earlier walk gave; only objects after it are listed. None lists all.
     """
     after = object_path(after or "")
     return disk.walk(local_path(url), after) if is_local(url) else listing.walk(url, after)
@@ -167,7 +168,7 @@ def walk(url: str, after: str | None = None) -> Iterator[Entry]:
 
 
 def publish_bytes(url: str, data: bytes) -> None:
-    """Writes a whole object, replacing one that is there."""
+    """Writes a whole object; an existing one is replaced."""
     if is_local(url):
         disk.publish(local_path(url), lambda file: file.write(data))
     else:
@@ -175,7 +176,7 @@ def publish_bytes(url: str, data: bytes) -> None:
 
 
 def publish_file(path: Path, url: str) -> None:
-    """Copies a finished local file to a URL, replacing what is there."""
+    """Copies a finished local file to a URL; an existing object is replaced."""
     if is_local(url):
         with path.open("rb") as original:
             disk.publish(local_path(url), lambda file: shutil.copyfileobj(original, file, 2**20))
@@ -184,14 +185,14 @@ def publish_file(path: Path, url: str) -> None:
 
 
 def create_bytes(url: str, data: bytes) -> bool:
-    """Writes a whole object only if there is none: of several writers exactly one gets True."""
+    """Writes a whole object only if none exists. Of several writers exactly one gets True."""
     if is_local(url):
         return disk.create(local_path(url), data)
     return bucket.create(url, data)
 
 
 def remove(url: str) -> None:
-    """Removes an object; none there is fine."""
+    """Removes an object, if it exists."""
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
@@ -200,7 +201,7 @@ def remove(url: str) -> None:
 
 
 def remove_tree(url: str) -> None:
-    """Removes everything below a folder; none there is fine."""
+    """Removes everything below a folder, if it exists."""
     if is_local(url):
         shutil.rmtree(local_path(url), ignore_errors=True)
         return

@@ -1,9 +1,9 @@
-"""Pages of a listing of S3, in the order of keys: first one after the other, then many folders at once.
+"""Listings of S3 in key order: serial at first, then several ranges of folders in parallel.
 
-A page must be there before the next can be asked for, and takes some 100 ms: 100 million keys would take three hours.
-Folders can be listed side by side. So a long listing asks which folders follow, cuts the keys behind it into ranges at
-their borders, and lists some ranges ahead. Few requests are lost to that: one to find the borders, and the rest of a
-page at each. A listing within one folder has nothing to cut, and stays serial.
+Each page must arrive before the next can be requested, and takes about 100 ms: 100 million keys would take three hours.
+Folders, however, can be listed in parallel. A long listing therefore asks which folders follow, splits the remaining
+keys into ranges at the folder borders, and lists several ranges ahead. This costs few extra requests: one to find the
+borders, and a partly used page at each border. A listing within one folder cannot be split and stays serial.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from clipmill.storage.bucket import S3Folder
 __all__ = ["Key", "keys", "seconds_of"]
 
 SERIAL_PAGES = 16
-"""Before the borders of folders are looked for, and again after each time: the first 16,000 keys cost no request more
-than their pages."""
+"""Serial pages before each search for folder borders: the first 16,000 keys cost no extra request."""
 RANGES = 16
 RANGES_AT_ONCE = 8
 PAGES_AHEAD = 64
-"""Of a range, compressed to some 30 kB each."""
+"""Pages of a range that are held ready, compressed to about 30 kB each."""
 
 
 _NO_XML = re.compile("[\x00-\x1f\x7f-\x9f\ufffe\uffff]")
-"""Servers repeat ``StartAfter`` in an XML answer, and some (Ceph's, moto) answer 500 where that cannot hold it."""
+"""Characters that XML cannot hold. Servers repeat ``StartAfter`` in their XML answer; some (Ceph, moto) answer 500 if
+it cannot be written there.
+"""
 
 
 class Key(NamedTuple):
@@ -49,16 +50,16 @@ class Key(NamedTuple):
 class _Page(NamedTuple):
     keys: list[Key]
     token: str | None
-    """Of the next page; None where this is the last."""
+    """Token of the next page; None on the last page."""
 
 
 def keys(url: str, folder: S3Folder, after: str) -> Iterator[Key]:
-    """All keys of a folder behind ``after``, in order."""
+    """All keys of a folder after ``after``, in order."""
     serial_pages, num_pages = SERIAL_PAGES, 0
     page = _page(url, folder, StartAfter=after) if after else _page(url, folder)
     while True:
         for key in page.keys:
-            if key.key > after:  # some servers do not know StartAfter
+            if key.key > after:  # some servers ignore StartAfter
                 yield key
         token = page.token
         if token is None:
@@ -86,7 +87,9 @@ def _page(url: str, folder: S3Folder, **place: str) -> _Page:
 
 
 def _ask(url: str, bucket_name: str, prefix: str, place: dict[str, str]) -> dict[str, Any]:
-    """One answer; it may begin somewhat before ``StartAfter``."""
+    """One answer. It may begin slightly before ``StartAfter``, which is cut at the first character that XML cannot
+    hold.
+    """
     if start := _NO_XML.split(place.get("StartAfter", ""))[0]:
         place = {**place, "StartAfter": start}
     elif "StartAfter" in place:
@@ -96,15 +99,17 @@ def _ask(url: str, bucket_name: str, prefix: str, place: dict[str, str]) -> dict
 
 
 def seconds_of(item: dict[str, Any]) -> float | None:
-    """When an object was last modified, in seconds since the epoch: by S3, Azure (adlfs) and Google (gcsfs)."""
+    """Modification time in seconds since the epoch, from the fields of S3, Azure (adlfs) or Google (gcsfs); None if
+    absent.
+    """
     modified = next((item[name] for name in ("LastModified", "last_modified", "mtime") if item.get(name)), None)
     return modified.timestamp() if isinstance(modified, datetime) else None
 
 
 def _borders(url: str, folder: S3Folder, after: str) -> list[str]:
-    """Where to cut the keys behind ``after``: at most `RANGES` strings, each behind all keys of a folder.
+    """Where to split the keys after ``after``: at most `RANGES` strings, each greater than all keys of a folder.
 
-    The folders are those beside the one that holds ``after``, on the highest level where there are any.
+    The folders are the siblings of the folder that holds ``after``, on the highest level that has several.
     """
     parts = after.removeprefix(folder.prefix).split("/")
     for depth in range(len(parts)):
@@ -113,7 +118,7 @@ def _borders(url: str, folder: S3Folder, after: str) -> list[str]:
         ends = [item["Prefix"][:-1] + chr(ord("/") + 1) for item in answer.get("CommonPrefixes", ())]
         keys = [item["Key"] for item in answer.get("Contents", ())]
         if any(end <= after for end in ends) or any(key <= after and not after.startswith(f"{key}/") for key in keys):
-            return []  # a server that does not know StartAfter: ranges would each begin at the first key
+            return []  # the server ignores StartAfter: each range would begin at the first key
         if len(ends) > 1:
             step = -(-len(ends) // RANGES)
             return ends[step - 1 :: step]
@@ -140,7 +145,7 @@ def _ranges(url: str, folder: S3Folder, borders: list[str]) -> Iterator[Key]:
 def _list_range(
     url: str, folder: S3Folder, first: str, last: str, pages: queue.Queue[bytes | None], is_closed: threading.Event
 ) -> None:
-    """Lists the keys behind ``first`` up to ``last`` into a queue; None ends them."""
+    """Puts the keys after ``first`` up to ``last`` into a queue, followed by None."""
     try:
         page = _page(url, folder, StartAfter=first)
         while not is_closed.is_set():
@@ -154,7 +159,7 @@ def _list_range(
 
 
 def _put(pages: queue.Queue[bytes | None], item: bytes | None, is_closed: threading.Event) -> None:
-    """Waits for room; not after the listing was left."""
+    """Puts an item into the queue, waiting for room; gives up once the consumer has closed the listing."""
     while not is_closed.is_set():
         try:
             pages.put(item, timeout=1)

@@ -1,4 +1,4 @@
-"""How long a failed request is repeated: each for itself, and those of one web server together."""
+"""How long failed requests are retried: a limit per request, and a shared budget per web server."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ LONGEST_PAUSE_SECONDS = 15.0
 _lock = threading.Lock()
 _waiting: Counter[str] = Counter()
 _wasted_seconds: dict[str, float] = {}
-"""Waited for each web server since waiting last helped. Where a list names ten thousand files of a server that
-answers 503 to all, each waits only as long as the budget of the server lasts."""
+"""Seconds spent waiting for each web server since a retry last succeeded. If a list names ten thousand files of a
+server that answers 503, they share one budget instead of each waiting in full.
+"""
 
 _longest_here: contextvars.ContextVar[float] = contextvars.ContextVar("longest_seconds", default=math.inf)
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Repeats requests of this thread for ``seconds`` at most: for what must not wait for a server that is away."""
+    """Limits the retries of this thread's requests to ``seconds``, for work that must not wait for an unreachable
+    server.
+    """
     token = _longest_here.set(min(seconds, _longest_here.get()))
     try:
         yield
@@ -49,8 +52,8 @@ class Patience:
     """The pauses between the attempts of one call.
 
     Attributes:
-        num_pauses: taken so far.
-        seconds: that the call may be repeated, from its first failure on.
+        num_pauses: pauses taken so far.
+        seconds: how long the call is retried, counted from its first failure.
     """
 
     def __init__(self, url: str, longest_seconds: float) -> None:
@@ -61,12 +64,12 @@ class Patience:
         self._deadline: float | None = None
 
     def next_pause(self, error: BaseException) -> float | None:
-        """Seconds to wait before the next attempt; None: it is time to give up."""
+        """Seconds to wait before the next attempt; None means to give up."""
         now = time.monotonic()
         if self._deadline is None:
             self.seconds = min(_retry_seconds(), self._longest_seconds)
             self._deadline = now + self.seconds
-        # Half of the pause is random: thousands of workers that lost one server must not return in step.
+        # Half of the pause is random, so that thousands of workers do not retry at the same moment.
         pause = min(FIRST_PAUSE_SECONDS * 2**self.num_pauses, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
         pause = max(pause, _asked_for_seconds(error))
         is_over = now + pause > self._deadline
@@ -75,7 +78,7 @@ class Patience:
         return None if is_over else pause
 
     def wait(self, pause_seconds: float) -> None:
-        """Waits, at the cost of the server's budget; those who wait at once share the cost."""
+        """Waits, and charges the server's budget; calls that wait at the same time share the charge."""
         self.num_pauses += 1
         if self._server is None:
             time.sleep(pause_seconds)
@@ -89,7 +92,7 @@ class Patience:
             _waiting[self._server] -= 1
 
     def helped(self) -> None:
-        """The call succeeded: where it took patience, the server's budget is whole again."""
+        """Restores the server's budget after a call that succeeded on a retry."""
         if self.num_pauses and self._server is not None:
             with _lock:
                 _wasted_seconds.pop(self._server, None)
@@ -104,7 +107,7 @@ def _retry_seconds() -> float:
 
 
 def _asked_for_seconds(error: BaseException) -> float:
-    """What the server's ``Retry-After`` says, as seconds or as a date; 0 without one."""
+    """Seconds that the server's ``Retry-After`` header asks for, as a number or a date; 0 without the header."""
     headers: Any = next((found for one in chain(error) if (found := getattr(one, "headers", None))), {})
     text = headers.get("Retry-After", "")
     try:

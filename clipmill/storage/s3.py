@@ -1,6 +1,7 @@
-"""S3 by way of s3fs: objects under their true names, and listings page by page.
+"""S3 through s3fs: objects under their true names, and listings page by page.
 
-The retries of botocore and s3fs are off: stacked they make 25 attempts where `bucket.call` rules with one deadline.
+The retries of botocore and s3fs are off. Together they would make 25 attempts; `bucket.call` retries within one
+deadline instead.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ __all__ = ["PAGE_KEYS", "TrueNames", "connected"]
 
 CONNECT_TIMEOUT_SECONDS = 10
 READ_TIMEOUT_SECONDS = 60
-"""Between two arrivals of data, so a slow transfer may take as long as it needs."""
+"""Limit between two arrivals of data, not for the whole transfer: a slow transfer may take as long as it needs."""
 PAGE_KEYS = 1000
 """The most that S3 lists in one answer."""
 
 _version: ContextVar[list[str] | None] = ContextVar("version", default=None)
-"""The ETag of the object that is read in several requests, once the first of them has told it."""
+"""The ETag of an object that is read in several requests. The first answer fills it in."""
 
 
 class TrueNames(S3FileSystem):
-    """s3fs without its reading of names: it drops slashes at the ends of a key, and takes ``?versionId=`` out of it."""
+    """s3fs, but keys are used unchanged: s3fs would drop trailing slashes and parse ``?versionId=``."""
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -36,11 +37,13 @@ class TrueNames(S3FileSystem):
         return next((path.removeprefix(f"{name}://") for name in cls.protocol if path.startswith(f"{name}://")), path)
 
     def split_path(self, path: str) -> tuple[str, str, None]:
-        """Bucket and key; the newest version, always."""
+        """Bucket and key; the version is always None, the newest."""
         return (*self._find_bucket_key(self._strip_protocol(path)), None)
 
     async def _cat_file(self, path: str, version: list[str] | None = None, **options: Any) -> bytes:
-        """As in s3fs; fails with HTTP 412 where the object has another ETag than ``version``, which it fills in."""
+        """As in s3fs, but fails with HTTP 412 if the object's ETag is not ``version``. An empty ``version`` is filled
+        in.
+        """
         token = _version.set(version)
         try:
             content: bytes = await super()._cat_file(path, **options)
@@ -49,7 +52,9 @@ class TrueNames(S3FileSystem):
         return content
 
     async def _get_file(self, rpath: str, lpath: str, **options: Any) -> None:
-        """As in s3fs, which reads a large object in ranges; fails with HTTP 412 where it is replaced meanwhile."""
+        """As in s3fs, which reads a large object in ranges, but fails with HTTP 412 if the object is replaced
+        meanwhile.
+        """
         token = _version.set([])
         try:
             await super()._get_file(rpath, lpath, **options)
@@ -69,9 +74,9 @@ class TrueNames(S3FileSystem):
         """One answer of ListObjectsV2, in one request.
 
         Args:
-            bucket: its name.
-            prefix: of the keys.
-            place: ``StartAfter`` or ``ContinuationToken``; ``Delimiter``.
+            bucket: name of the bucket.
+            prefix: prefix of the keys.
+            place: further parameters: ``StartAfter`` or ``ContinuationToken``, and ``Delimiter``.
         """
         # botocore asks for keys in URL encoding and decodes them: XML cannot hold every key.
         asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **place}
@@ -80,10 +85,10 @@ class TrueNames(S3FileSystem):
 
 
 def _timestamp(text: Any) -> datetime:
-    """A time of an answer. botocore's own parser tries many formats: 4/5 of the time to parse a page of a listing."""
+    """Parses a time of an answer. botocore's parser tries many formats: 4/5 of the time to parse a page of a listing."""
     try:
         return datetime.fromisoformat(text)
-    except (TypeError, ValueError):  # in a header it is as HTTP writes it
+    except (TypeError, ValueError):  # headers use HTTP's date format
         return parse_timestamp(text)
 
 

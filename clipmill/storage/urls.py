@@ -1,9 +1,9 @@
 r"""Names of objects: local paths and fsspec URLs.
 
-A file name on a disk is bytes, and not always UTF-8, which all our formats are. Each byte that is not appears in a URL
-as ``\x`` and two hex digits (``caf\xe9.mp4``); a backslash that could be mistaken for such a start appears as
-``\x5c``. `local_path` turns a URL back into the name on the disk. A bucket's keys are UTF-8 already and stand in a URL
-as they are, whatever they hold (``?``, ``#``, ``//``).
+All formats of clipmill are UTF-8, but a file name on a disk is bytes and may not be. In a URL, each byte that is not
+UTF-8 is written as ``\x`` and two hex digits (``caf\xe9.mp4``), and a backslash that would look like such an escape is
+written as ``\x5c``. `local_path` turns a URL back into the name on the disk. A bucket's keys are UTF-8 already; a URL
+holds them unchanged, with any ``?``, ``#`` or ``//``.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ WEB_SCHEMES = frozenset(("http", "https"))
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)")
 """Scheme and server. `urlsplit` would take ``a:b`` for a URL, and drop the newlines of a name."""
 _LOCAL_URL = re.compile("(file|local):(?=/)(?://(?:localhost(?=/))?)?", re.IGNORECASE)
-"""What stands before a path. RFC 8089 allows ``file:/path`` too; ``local://`` is fsspec's other name of ``file://``."""
+"""The prefix of a local URL before its path. RFC 8089 allows ``file:/path`` too; ``local://`` is fsspec's other name of
+``file://``.
+"""
 _ESCAPE = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
-"""Stands for a byte that is not UTF-8, or for a backslash, in a name."""
+"""The escape of a byte that is not UTF-8, or of a backslash."""
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _HERE = "./"
@@ -50,9 +52,9 @@ _CREDENTIAL = re.compile(
     "pwd|auth|credential|api[-_]?key|access[-_]?key|jwt|session|cookie|se$|sp$|sv$|sr$|skoid$|key$",
     re.IGNORECASE,
 )
-"""Starts, or contains, the name of a query parameter that signs a URL or lets its holder in."""
+"""Matches names of query parameters that sign a URL or grant access."""
 _SECRET_LENGTH = 32
-"""Shortest value of any other parameter that is taken for a secret as well."""
+"""Values of other parameters that have at least this length are treated as secrets too."""
 
 
 def scheme(url: str) -> str:
@@ -78,17 +80,17 @@ def is_web(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The path of a local URL, as it is on the disk."""
+    """The path of a local URL, with the file name that the disk has."""
     if not is_local(url):
         raise ValueError(f"{url} is not local")
     return Path(unescape(_path_of(url)))
 
 
 def absolute(url: str) -> str:
-    """The URL without trailing slash, local ones as absolute paths (workers start in other folders)."""
+    """The URL without trailing slash. Local URLs become absolute paths, because workers start in other folders."""
     if is_local(url):
         return escape(os.path.abspath(os.path.expanduser(_path_of(url))))
-    # What follows a question mark may be a signature: it stays as it is.
+    # The query may hold a signature, so it stays unchanged.
     return _lower_scheme(url if is_web(url) and "?" in url else url.rstrip("/"))
 
 
@@ -97,7 +99,7 @@ def _lower_scheme(url: str) -> str:
 
 
 def _path_of(url: str) -> str:
-    """The path of a local URL. In that of a ``file:`` URL ``%20`` is a space (RFC 8089)."""
+    """The path of a local URL. In a ``file:`` URL ``%20`` means a space (RFC 8089)."""
     found = _LOCAL_URL.match(url)
     if found is None:
         return url
@@ -106,17 +108,17 @@ def _path_of(url: str) -> str:
 
 
 def escape_name(name: str) -> str:
-    """A name from the disk as a part of a URL."""
+    """A file name of the disk, escaped for use in a URL."""
     return escape(_ESCAPE.sub(r"\\x5cx\1", name))
 
 
 def unescape(name: str) -> str:
-    """The name on the disk."""
+    """Reverses `escape_name`: the file name on the disk."""
     return _ESCAPE.sub(lambda found: "\\" if found[1] == "5c" else chr(0xDC00 + int(found[1], 16)), name)
 
 
 def escape(name: str) -> str:
-    """A name in which surrogates stand for bytes that are not UTF-8, as Python keeps them, as a part of a URL."""
+    """Escapes the surrogates with which Python represents bytes that are not UTF-8."""
     return re.sub("[\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
 
 
@@ -126,7 +128,7 @@ def join(url: str, *names: str) -> str:
 
 
 def resolve(url: str, name: str) -> str:
-    """A name relative to a folder's URL; an absolute path or URL as it is."""
+    """The URL of a name relative to a folder. An absolute path or URL is returned unchanged."""
     if name.startswith(_HERE):
         return join(url, object_path(name))
     if name.startswith("/") or _LOCAL_URL.match(name):
@@ -135,7 +137,7 @@ def resolve(url: str, name: str) -> str:
 
 
 def split(url: str) -> tuple[str, str]:
-    """The folder of a file, and the file's name in it; neither has the query of a web server's URL."""
+    """A file's folder and its name in that folder, both without the query of a web URL."""
     folder, _, name = (url.partition("?")[0] if is_web(url) else url).rpartition("/")
     return folder, name
 
@@ -143,22 +145,22 @@ def split(url: str) -> tuple[str, str]:
 def relative_name(path: str) -> str:
     """The path of an object below a folder, as a name that `resolve` finds there.
 
-    Keys of a bucket may begin with a slash or look like a URL: these begin with ``./``.
+    Keys of a bucket that begin with a slash or look like a URL get the prefix ``./``.
     """
     is_plain = not (scheme(path) or path.startswith(("/", _HERE)) or _LOCAL_URL.match(path))
     return path if is_plain else _HERE + path
 
 
 def object_path(name: str) -> str:
-    """The path that a `relative_name` stands for."""
+    """Reverses `relative_name`: the path of the object."""
     return name.removeprefix(_HERE)
 
 
 def request_url(url: str) -> str:
-    """A web server's file as it goes over the wire.
+    """The URL of a web server's file as it is sent in a request.
 
-    Characters that no URL may hold are percent-encoded, bytes of names in other encodings too. All others stay as they
-    stand, for a signature may cover them. A fragment stays here.
+    Characters that are not allowed in a URL, and bytes that are not UTF-8, are percent-encoded. All others stay
+    unchanged, because a signature may cover them. The fragment is not sent.
     """
     head, slashes, rest = unescape(url).partition("://")
     host, slash, path = rest.partition("#")[0].partition("/")
@@ -169,10 +171,10 @@ def request_url(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """A URL or name for whatever others read: logs, records, configurations.
+    """A URL or name for texts that others read: logs, records, configs.
 
-    Credentials go: the user and password before a host, and values of a query that sign a URL or are as long as a
-    secret. Characters that would not show, or would move the cursor, are escaped.
+    Credentials are removed: user and password before the host, and query values that sign the URL or are long enough to
+    be a secret. Characters that are invisible or move the cursor are escaped.
     """
     found = _URL.match(url)
     if found is not None:

@@ -1,7 +1,8 @@
-"""Files of web servers, of which a list may name thousands: hosts of all kinds, some of them broken.
+"""Files of web servers. A list may name thousands of servers, some of them broken.
 
-A server need not tell a file's length or ETag, may refuse HEAD where it answers GET (as signed URLs do), know no
-ranges, or never end an answer. What it does not tell is found out as cheaply as possible; what does not end is ended.
+A server may not report a file's length or ETag, may refuse HEAD but answer GET (signed URLs do), may not support
+ranges, or may never end an answer. Missing facts are found with as few bytes as possible, and endless answers are cut
+at a limit.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from clipmill.storage.urls import escape, shown
 __all__ = ["EDGE_BYTES", "WebFiles", "connected"]
 
 EDGE_BYTES = 64 * 2**10
-"""The first and the last bytes of a file, whose hash tells it from others where its server has no tag for it."""
+"""If the server gives no tag, a hash of this many first and last bytes identifies the file."""
 LOOK_LIMITS = Limits(seconds=300, bytes=2**31)
-"""For reading a file whose length nothing else tells."""
+"""Limits for reading a whole file to find its length."""
 UNLIMITED = Limits(seconds=30 * 24 * 3600, bytes=2**60)
 
 _BLOCK_BYTES = 2**20
 _HEADERS = {"Accept-Encoding": "identity"}
-"""Else the length is that of a compressed copy."""
+"""Without this header, the length could be that of a compressed copy."""
 _FINAL = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 """Answers to HEAD that GET would repeat."""
 _TOTAL = re.compile(r"bytes (?:[0-9]+-[0-9]+|\*)/([0-9]+)")
@@ -46,11 +47,11 @@ _SESSION_OPTIONS: dict[str, Any] = {
 
 
 class _Answer(NamedTuple):
-    """What a server says about a file.
+    """A server's description of a file.
 
     Attributes:
-        bytes: its length.
-        tag: its ETag; else when it was last modified.
+        bytes: length of the file; None if the server does not report it.
+        tag: ETag, or else the modification time; None if the server reports neither.
     """
 
     bytes: int | None
@@ -58,10 +59,10 @@ class _Answer(NamedTuple):
 
 
 class WebFiles(HTTPFileSystem):
-    """fsspec's file system of web servers, with looks and copies of our own."""
+    """fsspec's file system of web servers, with its own way to find a file's length and tag and to copy it."""
 
     async def _info(self, url: str, limits: Limits = LOOK_LIMITS, **_: Any) -> dict[str, Any]:
-        """A file's length and tag: with one HEAD, at most by reading all of it."""
+        """A file's length and tag: from one HEAD if possible, at worst by reading the whole file."""
         session = await self.set_session()
         async with _ends_in_time(url, limits):
             num_bytes, tag = await _ask(session, url)
@@ -74,9 +75,9 @@ class WebFiles(HTTPFileSystem):
     async def _cat_file(
         self, url: str, start: int | None = None, end: int | None = None, version: list[str] | None = None, **_: Any
     ) -> bytes:
-        """Some bytes; those before them are read and dropped where the server knows no ranges.
+        """Bytes of a file. If the server does not support ranges, the bytes before them are read and dropped.
 
-        ``version`` holds the file's ETag and time, and is filled in where it is empty.
+        ``version`` holds the file's ETag and modification time. An empty list is filled in.
         """
         first, last = start or 0, LOOK_LIMITS.bytes if end is None else end
         session = await self.set_session()
@@ -98,7 +99,7 @@ class WebFiles(HTTPFileSystem):
 
 
 def connected() -> WebFiles:
-    """A new client. URLs go over the wire as they are given: a signature covers them."""
+    """A new client. URLs are sent unchanged, because a signature covers them."""
     return WebFiles(encoded=True, client_kwargs=_SESSION_OPTIONS, use_listings_cache=False, skip_instance_cache=True)
 
 
@@ -106,7 +107,7 @@ async def _ask(session: ClientSession, url: str) -> _Answer:
     try:
         async with session.head(URL(url, encoded=True), headers=_HEADERS, allow_redirects=True) as response:
             answer = _described(response)
-    except ClientResponseError:  # no answer to HEAD: some servers send the file with it
+    except ClientResponseError:  # a broken answer to HEAD: some servers send the file with it
         response = None
     if response is not None and response.status in _FINAL:
         response.raise_for_status()
@@ -131,7 +132,7 @@ def _described(response: ClientResponse) -> _Answer:
 
 
 def _check_version(url: str, response: ClientResponse, version: list[str]) -> None:
-    """Raises `Unreadable` where both ETag and time of a file are new: a site's machines may differ in one of them."""
+    """Raises `Unreadable` if both ETag and time of a file changed. One alone may differ between a site's machines."""
     tags = [response.headers[name] for name in ("ETag", "Last-Modified") if name in response.headers]
     if not version:
         version += tags
@@ -140,19 +141,19 @@ def _check_version(url: str, response: ClientResponse, version: list[str]) -> No
 
 
 def _has_file(response: ClientResponse) -> bool:
-    """Whether an answer brings a file, or a part of one: redirections have been followed."""
+    """Whether an answer contains a file or a part of one. Redirects have been followed before."""
     return response.ok and response.status < HTTPStatus.MULTIPLE_CHOICES and response.status != HTTPStatus.NO_CONTENT
 
 
 def _check_file(response: ClientResponse) -> None:
-    """Raises `ClientResponseError` for an answer without a file, also where HTTP does not count it as an error."""
+    """Raises `ClientResponseError` for an answer without a file, even if its HTTP status is not an error."""
     response.raise_for_status()
     if not _has_file(response):
         raise ClientResponseError(response.request_info, response.history, status=response.status)
 
 
 async def _tag_of_edges(session: ClientSession, url: str, num_bytes: int) -> str | None:
-    """A hash of the first and the last bytes; None where the file is short, or its server knows no ranges."""
+    """A hash of the first and last bytes; None if the file is short or the server does not support ranges."""
     edges = b""
     for first in (0, num_bytes - EDGE_BYTES):
         async with _get(session, url, first, first + EDGE_BYTES) as response:
@@ -177,7 +178,7 @@ def _tag(edges: bytes) -> str:
 
 @asynccontextmanager
 async def _get(session: ClientSession, url: str, start: int, end: int) -> AsyncIterator[ClientResponse]:
-    """An answer with these bytes, or with all of the file; 416 where the file has no such bytes."""
+    """An answer with these bytes, or with the whole file; status 416 if the file has no such bytes."""
     headers = {**_HEADERS, "Range": f"bytes={start}-{end - 1}"}
     async with session.get(URL(url, encoded=True), headers=headers) as response:
         if response.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -186,7 +187,7 @@ async def _get(session: ClientSession, url: str, start: int, end: int) -> AsyncI
 
 
 async def _read(response: ClientResponse, num_bytes: int) -> bytes:
-    """The first bytes of an answer, which may have no end."""
+    """The first bytes of an answer. It may have no end, so only these are read."""
     data = bytearray()
     while len(data) < num_bytes and (block := await response.content.read(num_bytes - len(data))):
         data += block
@@ -199,7 +200,7 @@ async def _skip(response: ClientResponse, num_bytes: int) -> None:
 
 
 async def _blocks(session: ClientSession, url: str, limits: Limits) -> AsyncIterator[bytes]:
-    """The content of a file, as far as the limits allow."""
+    """The content of a file in blocks. Raises `Unreadable` at the limit."""
     num_bytes = 0
     async with session.get(URL(url, encoded=True), headers=_HEADERS) as response:
         _check_file(response)
