@@ -310,7 +310,7 @@ class _Keeper:
     def _release(self) -> None:
         """Says that the folder is free. If storage is away or full, the next run finds out by itself."""
         try:
-            with storage.within(RELEASE_RETRY_SECONDS):
+            with storage.limit_retries(RELEASE_RETRY_SECONDS):
                 if self._lease.is_newest():
                     storage.publish_document(
                         _claim_url(self._lease), {"released": True, "beat": 0, **self._body}, SCHEMA

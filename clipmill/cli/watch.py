@@ -65,7 +65,7 @@ def _looks(root: str, shown: Group) -> Iterator[Group]:
 
 
 def _look(root: str) -> list[run_status.StageStatus]:
-    with storage.within(PATIENCE_SECONDS):
+    with storage.limit_retries(PATIENCE_SECONDS):
         return run_status.read_run(root)
 
 

@@ -105,7 +105,7 @@ def describe(chain: Sequence[PlannedJob], server: Server) -> Iterator[str]:
 
 def _state(root: str, stage: str) -> str:
     try:
-        with storage.within(LOOK_SECONDS):
+        with storage.limit_retries(LOOK_SECONDS):
             return read_stage(stage, folder_of(root, stage)).shown
     except (ClipmillError, OSError) as error:
         return f"unknown from here ({str(error).splitlines()[0]})"

@@ -18,7 +18,7 @@ from clipmill.errors import StorageUnavailable, UserError
 from clipmill.pipeline.fetch import ExcludedVideo
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.planning.listing import origin_of
-from clipmill.pipeline.planning.yields import NoLook, fetch_edges
+from clipmill.pipeline.planning.yields import NotMeasurable, fetch_edges
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources import describe_files, list_videos
 from clipmill.pipeline.sources.record import SourceVideo
@@ -177,7 +177,7 @@ def _look_at(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Pa
     """The look, or why there is none."""
     try:
         return _open(config, video, decoder, folder)
-    except (ExcludedVideo, BadVideo, DecoderLost, NoLook, OSError, storage.Refused) as error:
+    except (ExcludedVideo, BadVideo, DecoderLost, NotMeasurable, OSError, storage.Refused) as error:
         if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
             raise
         return error.cause if isinstance(error, BadVideo) else str(error)
@@ -206,7 +206,7 @@ def _open(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Path)
     outcome = decoder.outcome
     assert outcome is not None
     if not outcome.num_frames:
-        raise NoLook("it has no frame")
+        raise NotMeasurable("it has no frame")
     info = outcome.info
     # A reader that stops early delivers the frames of its clips, and of a shorter video all frames.
     num_decoded = max(outcome.num_needed_frames, 1) if sizes else outcome.num_frames

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clipmill.config import VQVAEModelConfig
 from clipmill.models.axial import AxialAttention
-from clipmill.models.convolutions import Downsample, Pointwise, SameConv3d, Upsample, wants_matrix_units
+from clipmill.models.convolutions import Downsample, Pointwise, SameConv3d, Upsample, is_on_gpu
 from clipmill.models.ranks import GlobalBatchNorm
 
 __all__ = ["Decoder", "Encoder", "GroupNorm", "halvings"]
@@ -37,7 +37,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x [B, C, T, H, W]; channels-last memory in and out."""
-        if wants_matrix_units(x):
+        if is_on_gpu(x):
             return self._by_channels(x)
         if not self.each_frame:
             return super().forward(x)

@@ -20,7 +20,7 @@ __all__ = [
     "Downsample",
     "upsample_by_phases",
     "downsample_by_phases",
-    "wants_matrix_units",
+    "is_on_gpu",
 ]
 
 KERNEL = 4
@@ -66,7 +66,7 @@ class Downsample(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Divides each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n * s become 1 + n."""
-        if wants_matrix_units(x):
+        if is_on_gpu(x):
             return downsample_by_phases(F.pad(x, self.around), self.weight, self.bias, self.stride)
         return super().forward(F.pad(x, self.front) if any(self.front) else x)
 
@@ -86,7 +86,7 @@ class Upsample(nn.ConvTranspose3d):
         sizes = [length * s for length, s in zip(x.shape[2:], self.stride, strict=True)]
         if self.causal:
             sizes[0] -= self.stride[0] - 1
-        if wants_matrix_units(x):
+        if is_on_gpu(x):
             return _cropped(upsample_by_phases(x, self.weight, self.bias, self.stride), starts, sizes)
         if self.out_channels == COLOURS and not self.causal:
             return _UpsampleToColours.apply(x, self.weight, self.bias, self.stride)
@@ -95,7 +95,7 @@ class Upsample(nn.ConvTranspose3d):
         return _cropped(super().forward(x), [starts[0] if self.causal else 0, 0, 0], sizes)
 
 
-def wants_matrix_units(x: Tensor) -> bool:
+def is_on_gpu(x: Tensor) -> bool:
     """Whether x is computed on by a GPU, whose forms of convolutions are 1.5 to 2 times slower on a CPU."""
     return x.is_cuda
 

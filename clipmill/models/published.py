@@ -42,7 +42,7 @@ class Published(NamedTuple):
     """All weights by their published names, float32; those of a prior's VQ-VAE begin with ``vqvae.``."""
 
 
-class _UnlikeError(Exception):
+class _CheckpointError(Exception):
     """What is wrong with a file."""
 
 
@@ -57,7 +57,7 @@ def read_published(path: Path) -> Published:
         raise UserError(f"checkpoint {path} does not exist; name a file that the published VideoGPT code wrote")
     try:
         return _checked(*_read(path))
-    except _UnlikeError as error:
+    except _CheckpointError as error:
         raise UserError(f"{path} cannot be read as a checkpoint of the published VideoGPT code: {error}") from error
 
 
@@ -69,7 +69,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
             foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(archive))
         lightning = {name for name in foreign if name.startswith(("pytorch_lightning.", "lightning."))}
         if refused := sorted(foreign - lightning):
-            raise _UnlikeError(
+            raise _CheckpointError(
                 f"it holds {', '.join(refused)}; files with anything but tensors and settings inside are refused, for "
                 "loading them would run their code"
             )
@@ -78,14 +78,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
             archive.seek(0)
             checkpoint = torch.load(archive, map_location="cpu", weights_only=True)
         state, args = checkpoint["state_dict"], checkpoint["hyper_parameters"]["args"]
-    except _UnlikeError:
+    except _CheckpointError:
         raise
     except Exception as error:  # a hostile pickle can raise anything
-        raise _UnlikeError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise _CheckpointError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
     if not isinstance(args, argparse.Namespace):
-        raise _UnlikeError(f"its settings are of type {type(args).__name__}, not Namespace")
+        raise _CheckpointError(f"its settings are of type {type(args).__name__}, not Namespace")
     if not isinstance(state, dict):
-        raise _UnlikeError(f"its state_dict is of type {type(state).__name__}")
+        raise _CheckpointError(f"its state_dict is of type {type(state).__name__}")
     for name, tensor in state.items():
         _require_plain(name, tensor)
     return state, args
@@ -102,27 +102,27 @@ def _whole_archive(path: Path) -> io.BytesIO:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise _UnlikeError("its members are compressed, as torch writes none")
+                raise _CheckpointError("its members are compressed, as torch writes none")
             if sum(member.file_size for member in members) > path.stat().st_size:
-                raise _UnlikeError("its members are larger than the file; download it again")
+                raise _CheckpointError("its members are larger than the file; download it again")
             if len({member.filename for member in members}) < len(members):
-                raise _UnlikeError("two of its members have one name; download it again")
+                raise _CheckpointError("two of its members have one name; download it again")
             for member in members:
                 clean.writestr(member.filename, archive.read(member))
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
-        raise _UnlikeError(f"it is no whole zip archive, as torch writes ({error}); download it again") from error
+        raise _CheckpointError(f"it is no whole zip archive, as torch writes ({error}); download it again") from error
     copy.seek(0)
     return copy
 
 
 def _require_plain(name: Any, tensor: Any) -> None:
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        raise _UnlikeError(f"{name} in its state_dict is of type {type(tensor).__name__}, not a tensor")
+        raise _CheckpointError(f"{name} in its state_dict is of type {type(tensor).__name__}, not a tensor")
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-        raise _UnlikeError(f"{name} is no plain tensor of real numbers")
+        raise _CheckpointError(f"{name} is no plain tensor of real numbers")
     # A view of one number can claim any shape.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise _UnlikeError(f"{name} has fewer numbers than its shape {tuple(tensor.shape)} says")
+        raise _CheckpointError(f"{name} has fewer numbers than its shape {tuple(tensor.shape)} says")
 
 
 class _Inert:
@@ -157,9 +157,9 @@ def _checked(state: dict[str, Tensor], args: argparse.Namespace) -> Published:
     weights = {name: state[name].float() for name in expected}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise _UnlikeError(f"{name} holds values that are not finite")
+            raise _CheckpointError(f"{name} holds values that are not finite")
         if name.endswith("running_var") and (tensor < 0).any():
-            raise _UnlikeError(f"{name} holds a variance below zero")
+            raise _CheckpointError(f"{name} holds a variance below zero")
     return Published(vqvae, prior, weights)
 
 
@@ -172,14 +172,16 @@ def _settings(kind: type[SettingsOf], args: argparse.Namespace) -> SettingsOf:
             name = ".".join(map(str, each["loc"]))
             given = f"={each['input']!r:.40}" if each["type"] != "missing" else ""
             problems.append(f"{name}{given}: {each['msg']}" if name else each["msg"].removeprefix("Value error, "))
-        raise _UnlikeError(f"its settings are none that the published code takes: {'; '.join(problems)}") from error
+        raise _CheckpointError(f"its settings are none that the published code takes: {'; '.join(problems)}") from error
 
 
 def _embedded(state: dict[str, Tensor], prior: PriorSettings, latent_shape: tuple[int, ...]) -> VQVAESettings:
     """Settings of a prior's VQ-VAE, out of its shapes: the checkpoint names a file of its author's machine for them."""
     lengths = (prior.sequence_length, prior.resolution, prior.resolution)
     if not all(latents and length % latents == 0 for length, latents in zip(lengths, latent_shape, strict=True)):
-        raise _UnlikeError(f"attn_stack.pos_embd has places for latents of {latent_shape}, its clips are of {lengths}")
+        raise _CheckpointError(
+            f"attn_stack.pos_embd has places for latents of {latent_shape}, its clips are of {lengths}"
+        )
     num_codes, embedding_dim = _size(state, "vqvae.codebook.embeddings", 2)
     found = argparse.Namespace(
         resolution=prior.resolution,
@@ -196,9 +198,9 @@ def _embedded(state: dict[str, Tensor], prior: PriorSettings, latent_shape: tupl
 def _size(state: dict[str, Tensor], name: str, num_axes: int) -> tuple[int, ...]:
     """Shape of a weight from which others follow."""
     if name not in state:
-        raise _UnlikeError(f"it lacks {name}")
+        raise _CheckpointError(f"it lacks {name}")
     if state[name].dim() != num_axes:
-        raise _UnlikeError(f"{name} is of another size: {tuple(state[name].shape)} has not {num_axes} axes")
+        raise _CheckpointError(f"{name} is of another size: {tuple(state[name].shape)} has not {num_axes} axes")
     return tuple(state[name].shape)
 
 
@@ -211,26 +213,28 @@ def _require_modules(state: dict[str, Tensor], prefix: str, count: int) -> None:
     """Checked before names are made of a count that may be absurd."""
     found = len(_modules(state, prefix))
     if found != count:
-        raise _UnlikeError(f"{prefix} has {found} modules, its settings ask for {count}")
+        raise _CheckpointError(f"{prefix} has {found} modules, its settings ask for {count}")
 
 
 def _require_sizes(state: dict[str, Tensor], expected: Sizes, optional: Sizes) -> None:
     if missing := sorted(expected.keys() - state.keys()):
-        raise _UnlikeError(f"it lacks {_listed(missing)}, which its settings ask for")
+        raise _CheckpointError(f"it lacks {_listed(missing)}, which its settings ask for")
     if unknown := sorted(state.keys() - expected.keys() - optional.keys()):
-        raise _UnlikeError(f"it holds {_listed(unknown)}, which its settings leave unused")
+        raise _CheckpointError(f"it holds {_listed(unknown)}, which its settings leave unused")
     for name, wanted in (expected | optional).items():
         if name in state and tuple(state[name].shape) != wanted:
-            raise _UnlikeError(f"{name} is of another size: {tuple(state[name].shape)}, its settings ask for {wanted}")
+            raise _CheckpointError(
+                f"{name} is of another size: {tuple(state[name].shape)}, its settings ask for {wanted}"
+            )
         if name in expected and not state[name].is_floating_point():
-            raise _UnlikeError(f"{name} holds {state[name].dtype}, not floating-point numbers")
+            raise _CheckpointError(f"{name} holds {state[name].dtype}, not floating-point numbers")
 
 
 def _require_causal(name: str, mask: Tensor) -> None:
     """A stored mask decides nothing as long as it is the one that is computed here."""
     for row, seen in enumerate(mask):
         if not (seen[: row + 1] == 1).all() or seen[row + 1 :].any():
-            raise _UnlikeError(f"{name} is no causal mask: position {row} sees others than those before it")
+            raise _CheckpointError(f"{name} is no causal mask: position {row} sees others than those before it")
 
 
 def _listed(names: list[str]) -> str:

@@ -97,7 +97,7 @@ class VQVAEOutput:
     """float32 [M * K]: how often each code occurs, in eval mode in this rank's clips."""
 
 
-class _Counts(NamedTuple):
+class _ValidParts(NamedTuple):
     """Which parts of a batch of clips count, where some are filled up."""
 
     frames: Tensor
@@ -162,7 +162,7 @@ class VQVAE(nn.Module):
                 loss nor codebook (a causal model with group norm does not see it either). None counts all.
         """
         latents = self._latents(video)
-        counts = None if num_frames is None else self._what_counts(num_frames, video, latents)
+        counts = None if num_frames is None else self._valid_parts(num_frames, video, latents)
         rows_per_clip = latents.shape[1:-1].numel()
         row_weight = None if weight is None else weight.repeat_interleave(rows_per_clip)
         if counts is not None:
@@ -196,14 +196,14 @@ class VQVAE(nn.Module):
         codes = self._as_clips(quantized.codes, latents)
         return VQVAEOutput(loss, metrics, reconstruction, codes, quantized.counts)
 
-    def _what_counts(self, num_frames: Tensor, video: Tensor, latents: Tensor) -> _Counts:
+    def _valid_parts(self, num_frames: Tensor, video: Tensor, latents: Tensor) -> _ValidParts:
         """Which parts of clips [B, 3, T, H, W] and their latents [B, t, h, w, D] count."""
         frames = torch.arange(video.shape[2], device=video.device) < num_frames[:, None]
         first = 1 if self.config.causal else 0
         num_latents = first + (num_frames - first) // self.config.downsample[0]
         rows = (torch.arange(latents.shape[1], device=video.device) < num_latents[:, None]).float()
         rows = rows[:, :, None].expand(-1, -1, latents.shape[2:-1].numel()).flatten(1)
-        return _Counts(frames[:, None, :, None, None], rows, video.shape[2] / num_frames)
+        return _ValidParts(frames[:, None, :, None, None], rows, video.shape[2] / num_frames)
 
     def _as_clips(self, codes: Tensor, latents: Tensor) -> Tensor:
         """Codes [N, M] in the shape of latents [B, t, h, w, D]."""
@@ -247,7 +247,7 @@ def _mse_of_clips(reconstruction: Tensor, video: Tensor) -> Tensor:
     return (reconstruction.float() - video.float()).square().mean((1, 2, 3, 4))
 
 
-def _mean_of_rows(values: Tensor, num_clips: int, counts: _Counts | None) -> Tensor:
+def _mean_of_rows(values: Tensor, num_clips: int, counts: _ValidParts | None) -> Tensor:
     """Mean of values [N] over the rows of each clip that count, float32 [B]."""
     values = values.view(num_clips, -1)
     return values.mean(1) if counts is None else (values * counts.rows).sum(1) / counts.rows.sum(1)

@@ -18,11 +18,11 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from clipmill.config import DataConfig
-from clipmill.pipeline.blame import blame
+from clipmill.pipeline.exclusion import exclude_on_error
 from clipmill.pipeline.fetch import LocalVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sidecars import read_sidecars
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.multivideo import KeptFiles
 
 __all__ = ["FetchAhead", "Fetched", "fetch_pool", "longest_wait"]
 
@@ -150,11 +150,11 @@ class FetchAhead:
         video, run = self._videos[index], self._runs[index]
         copies = self._folder / f"video-{index}"
         copies.mkdir(exist_ok=True)
-        with run.lock, blame("fetch", video.name, self._folder):
+        with run.lock, exclude_on_error("fetch", video.name, self._folder):
             if self._is_closed:
                 raise OSError(errno.ECANCELED, "the unit was given up")  # nobody takes it, and the folder goes
             local = fetch_video(self._data, video, copies, run.kept)
-        with blame("sidecar", video.name, self._folder):
+        with exclude_on_error("sidecar", video.name, self._folder):
             return Fetched(read_sidecars(self._data, video), local)
 
     def _discard(self, index: int) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from clipmill.config import RunConfig
 from clipmill.pipeline.ahead import Fetched
-from clipmill.pipeline.blame import blame, scrub
+from clipmill.pipeline.exclusion import exclude_on_error, scrub
 from clipmill.pipeline.fetch import ExcludedVideo, LocalVideo
 from clipmill.pipeline.pairing import rows_of
 from clipmill.pipeline.plan import PlannedVideo
-from clipmill.pipeline.samples import HeldSamples, clip_sample
+from clipmill.pipeline.samples import SampleBuffer, clip_sample
 from clipmill.pipeline.sources.record import edges_sha256
 from clipmill.video import BadVideo, Decoder, Outcome
 
@@ -22,7 +22,7 @@ __all__ = ["make_samples"]
 
 
 def make_samples(
-    config: RunConfig, fetched: Fetched, decoder: Decoder, samples: HeldSamples, scratch: Path
+    config: RunConfig, fetched: Fetched, decoder: Decoder, samples: SampleBuffer, scratch: Path
 ) -> tuple[dict[str, Any], Counter[str]]:
     """Makes all samples of a video.
 
@@ -41,7 +41,7 @@ def make_samples(
         OSError, DecoderLost, MemoryError: the environment failed.
     """
     video, local = fetched
-    with blame("decode", video.name, scratch):
+    with exclude_on_error("decode", video.name, scratch):
         sums = _decode(config, video, local, decoder, samples, scratch)
         entry = _entry(video, _finished(decoder), has_actions=local.actions is not None)
         return {**entry, "edges": _edges(video, local)}, sums
@@ -52,7 +52,7 @@ def _decode(
     video: PlannedVideo,
     local: LocalVideo,
     decoder: Decoder,
-    samples: HeldSamples,
+    samples: SampleBuffer,
     scratch: Path,
 ) -> Counter[str]:
     """Decodes a video and packs its clips; the sums over them."""
@@ -63,7 +63,7 @@ def _decode(
         for clip in decoder.clips(local.path, data.clip, data.decoder, encode=encode, key=key, span=video.span):
             if actions is not None and clip.ordinal == 0 and local.action_seconds is None:
                 _check_rows(len(actions), _finished(decoder).num_needed_frames)
-            with blame("pack", video.name, scratch):
+            with exclude_on_error("pack", video.name, scratch):
                 rows = None if actions is None else rows_of(clip, local, video.start_seconds or 0.0)
                 samples.add(clip_sample(data, video, clip, rows))
             sums.update(num_values=clip.num_values, pixel_sum=clip.pixel_sum, pixel_square_sum=clip.pixel_square_sum)

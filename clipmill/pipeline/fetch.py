@@ -14,7 +14,7 @@ from clipmill import storage
 from clipmill.config import DataConfig
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources import base_url, extract, is_gone, is_refused_alone, read_array, read_rows
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.multivideo import KeptFiles
 from clipmill.pipeline.sources.npy import open_array
 from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import Limits, write_raw_video

@@ -16,13 +16,13 @@ from clipmill.pipeline.plan import PlannedVideo
 from clipmill.shards.format import Sample, check_sample, json_bytes, npy_bytes
 from clipmill.video import Clip
 
-__all__ = ["HeldSamples", "clip_sample"]
+__all__ = ["SampleBuffer", "clip_sample"]
 
 _MOST_HELD_BYTES = 2**26
 """In memory; more samples of one video wait in a file."""
 
 
-class HeldSamples:
+class SampleBuffer:
     """The samples of one video, until all of them are made: a video gives all of its clips or none."""
 
     def __init__(self) -> None:

@@ -96,7 +96,7 @@ class Tally:
         self.versions.add(json.dumps(unit["versions"], sort_keys=True))
         self.parts[unit["split"]][unit["unit"]] = tuple(map(ShardEntry.parse, unit["parts"]))
 
-    def leave_out_retried(self, plan: Plan) -> None:
+    def drop_retried(self, plan: Plan) -> None:
         """Forgets the failures of videos that a later generation tries again: they count there."""
         kept = []
         for exclusion in self.exclusions:
@@ -158,7 +158,7 @@ def read_tally(config: RunConfig, plan: Plan, damaged: Mapping[str, Collection[i
             if not _is_digest(unit):
                 raise UserError(f"the commit record of unit {record['unit']} in {url} is damaged; restore or remove it")
             tally.add(unit)
-    tally.leave_out_retried(plan)
+    tally.drop_retried(plan)
     return tally
 
 

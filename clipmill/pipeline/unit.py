@@ -24,7 +24,7 @@ from clipmill.pipeline.digest import digest
 from clipmill.pipeline.fetch import ExcludedVideo
 from clipmill.pipeline.plan import Unit
 from clipmill.pipeline.restore import LostUnit, restore
-from clipmill.pipeline.samples import HeldSamples
+from clipmill.pipeline.samples import SampleBuffer
 from clipmill.pipeline.uploads import Uploads
 from clipmill.pipeline.versions import versions
 from clipmill.scratch import ScratchFolder
@@ -48,7 +48,7 @@ def make_worker(config: RunConfig, lease: Lease, allowance: Allowance) -> Callab
 
 
 @dataclass
-class _Made:
+class _UnitResult:
     """What has become of the videos of a unit so far."""
 
     videos: list[dict[str, Any]] = field(default_factory=list)
@@ -78,7 +78,7 @@ def _shard_unit(
         then hardly the videos': only ``exclusions`` and ``tried`` are returned. For a `LostUnit` see `restore`.
     """
     is_restored = isinstance(unit, LostUnit)
-    made, url = _Made(), config.folder("clips", unit.split)
+    result, url = _UnitResult(), config.folder("clips", unit.split)
     with ScratchFolder("shard") as folder:
         copies, finished = folder / "copies", folder / "finished"
         copies.mkdir()
@@ -87,16 +87,16 @@ def _shard_unit(
         with FetchAhead(pool, config.data, unit.videos, copies) as ahead, Uploads(url, lease) as uploads:
             for index, video in enumerate(unit.videos):
                 try:
-                    _shard_video(config, decoder, ahead.take(index), writer, made, copies)
+                    _shard_video(config, decoder, ahead.take(index), writer, result, copies)
                 except ExcludedVideo as excluded:
-                    made.exclusions.append({"id": video.id, "url": video.name, **excluded.document})
-                    num_failed = len(made.exclusions)
+                    result.exclusions.append({"id": video.id, "url": video.name, **excluded.document})
+                    num_failed = len(result.exclusions)
                     if not is_restored and allowance.is_exceeded(config.data, unit, index + 1, num_failed):
-                        return {"exclusions": made.exclusions, "tried": index + 1}
+                        return {"exclusions": result.exclusions, "tried": index + 1}
                 ahead.release(index)
                 if not is_restored:
                     uploads.begin(writer.closed)
-            parts, body = writer.finish(), made.body(unit.split, config.data.decoder)
+            parts, body = writer.finish(), result.body(unit.split, config.data.decoder)
             if isinstance(unit, LostUnit):
                 lease.check()
                 return restore(url, unit, parts, body)
@@ -107,7 +107,7 @@ def _shard_unit(
 
 
 def _shard_video(
-    config: RunConfig, decoder: Decoder, fetched: Fetched, writer: UnitWriter, made: _Made, scratch: Path
+    config: RunConfig, decoder: Decoder, fetched: Fetched, writer: UnitWriter, result: _UnitResult, scratch: Path
 ) -> None:
     """Adds all clips of a video to a unit, or none.
 
@@ -115,9 +115,9 @@ def _shard_video(
         ExcludedVideo: the video, or something that comes with it, is bad.
         OSError, DecoderLost, MemoryError: the environment failed.
     """
-    with HeldSamples() as samples:
+    with SampleBuffer() as samples:
         entry, sums = make_samples(config, fetched, decoder, samples, scratch)
         for sample in samples:
             writer.add(sample)
-    made.videos.append(entry)
-    made.sums.update(sums)
+    result.videos.append(entry)
+    result.sums.update(sums)

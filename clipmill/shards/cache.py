@@ -69,7 +69,7 @@ def needed_cache_bytes(manifest: Manifest, num_streams: int, window: int) -> int
     return min(int(needed), sum(shard.bytes for shard in filled))
 
 
-class _Seen(NamedTuple):
+class _FileState(NamedTuple):
     """What tells that a file is another one or was changed."""
 
     bytes: int
@@ -77,7 +77,7 @@ class _Seen(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, stat: os.stat_result) -> _Seen:
+    def of(cls, stat: os.stat_result) -> _FileState:
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
@@ -91,7 +91,7 @@ class OpenShard:
     """uint64 [samples + 1]."""
     path: str
     """Of the file."""
-    seen: _Seen
+    state: _FileState
     """The file, as it was when its hash was right."""
 
 
@@ -169,7 +169,7 @@ class ShardCache:
             return True
         opened = self._open[shard]
         try:
-            return _Seen.of(os.stat(opened.path)) == opened.seen
+            return _FileState.of(os.stat(opened.path)) == opened.state
         except FileNotFoundError:
             return False
 
@@ -196,8 +196,8 @@ class ShardCache:
 
     def _open_local(self, path: Path, entry: ShardEntry) -> OpenShard:
         with path.open("rb") as file, self._note(path, entry) as note:
-            seen = _check_file(file, entry, note)
-            return _map(file, path.with_name(entry.name + INDEX_SUFFIX).read_bytes(), entry, seen)
+            state = _check_file(file, entry, note)
+            return _map(file, path.with_name(entry.name + INDEX_SUFFIX).read_bytes(), entry, state)
 
     # ------------------------------------------------------------------------------------- downloads
 
@@ -212,8 +212,8 @@ class ShardCache:
         with self._note(path, entry) as note:
             with contextlib.suppress(FileNotFoundError, _Damage), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                seen = _check_file(file, entry, note)
-                opened = _map(file, index_path.read_bytes(), entry, seen)
+                state = _check_file(file, entry, note)
+                opened = _map(file, index_path.read_bytes(), entry, state)
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))  # "used" must outlive noatime
                 return opened
             unfinished = path.with_suffix(".part")  # the lock keeps others off, so a killed download is written over
@@ -221,8 +221,8 @@ class ShardCache:
             self._download(url, unfinished, entry)
             with unfinished.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                seen = _check_file(file, entry, note)
-                opened = _map(file, index_path.read_bytes(), entry, seen)
+                state = _check_file(file, entry, note)
+                opened = _map(file, index_path.read_bytes(), entry, state)
                 os.rename(unfinished, path)
         return opened
 
@@ -295,14 +295,14 @@ class _Damage(Exception):
     """A file is not what the manifest says; the message is the cause."""
 
 
-def _check_file(file: io.BufferedReader, entry: ShardEntry, note: BinaryIO | None) -> _Seen:
+def _check_file(file: io.BufferedReader, entry: ShardEntry, note: BinaryIO | None) -> _FileState:
     """Raises `_Damage` unless the file has the entry's size and hash, which the note may vouch for."""
-    seen = _Seen.of(os.fstat(file.fileno()))
-    if seen.bytes != entry.bytes:
-        raise _Damage(f"{file.name} has {seen.bytes} bytes, the manifest says {entry.bytes}")
-    noted = " ".join(map(str, seen)).encode()
+    state = _FileState.of(os.fstat(file.fileno()))
+    if state.bytes != entry.bytes:
+        raise _Damage(f"{file.name} has {state.bytes} bytes, the manifest says {entry.bytes}")
+    noted = " ".join(map(str, state)).encode()
     if note is not None and note.read() == noted:
-        return seen
+        return state
     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != entry.sha256:
         raise _Damage(f"{file.name} has sha256 {sha256}, the manifest says {entry.sha256}")
@@ -311,11 +311,11 @@ def _check_file(file: io.BufferedReader, entry: ShardEntry, note: BinaryIO | Non
         note.write(noted)
         note.truncate()
         note.flush()
-    return seen
+    return state
 
 
-def _map(file: io.BufferedReader, index: bytes, entry: ShardEntry, seen: _Seen) -> OpenShard:
+def _map(file: io.BufferedReader, index: bytes, entry: ShardEntry, state: _FileState) -> OpenShard:
     if hashlib.sha256(index).hexdigest() != entry.index_sha256:
         raise _Damage(f"its {INDEX_SUFFIX} does not have the sha256 of the manifest")
     offsets = read_index(index)
-    return OpenShard(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), offsets, file.name, seen)
+    return OpenShard(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), offsets, file.name, state)

@@ -202,7 +202,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return self.manifest.counts
 
     @property
-    def parts(self) -> list[ShardDataset]:
+    def datasets(self) -> list[ShardDataset]:
         """As of a `MixedDataset`."""
         return [self]
 
@@ -229,21 +229,21 @@ class MixedDataset:
     """Several data sets as one: the shards of the second are numbered after those of the first, and so on.
 
     Args:
-        parts: the data sets; a training needs samples in all of them.
-        slots: int64 [len(parts)], their weights in steps of 1 / `NUM_SLOTS`.
+        datasets: the data sets; a training needs samples in all of them.
+        slots: int64 [len(datasets)], their weights in steps of 1 / `NUM_SLOTS`.
     """
 
-    def __init__(self, parts: Sequence[ShardDataset], slots: np.ndarray) -> None:
-        self.parts, self.slots = list(parts), slots
-        self._first_shards = np.cumsum([0, *(len(part.counts) for part in parts)])
+    def __init__(self, datasets: Sequence[ShardDataset], slots: np.ndarray) -> None:
+        self.datasets, self.slots = list(datasets), slots
+        self._first_shards = np.cumsum([0, *(len(dataset.counts) for dataset in datasets)])
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return sum(map(len, self.datasets))
 
     @property
     def counts(self) -> np.ndarray:
         """Samples of each shard: int64 [num_shards]."""
-        return np.concatenate([part.counts for part in self.parts])
+        return np.concatenate([dataset.counts for dataset in self.datasets])
 
     def read_rows(self, shards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
         """As of a `ShardDataset`."""
@@ -251,23 +251,23 @@ class MixedDataset:
         numbers = np.searchsorted(self._first_shards, shards, side="right") - 1
         cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]  # batches are sorted by data set
         for start, end in pairwise(cuts):
-            part = int(numbers[start])
-            samples += self.parts[part].read_rows(shards[start:end] - self._first_shards[part], rows[start:end])
+            number = int(numbers[start])
+            samples += self.datasets[number].read_rows(shards[start:end] - self._first_shards[number], rows[start:end])
         return samples
 
     @property
     def is_remote(self) -> bool:
         """Whether some shards are downloaded before they are read."""
-        return any(part.is_remote for part in self.parts)
+        return any(dataset.is_remote for dataset in self.datasets)
 
     def prefetch(self, shards: np.ndarray) -> None:
         """As of a `ShardDataset`."""
-        for part, (first, end) in zip(self.parts, pairwise(self._first_shards), strict=True):
-            part.prefetch(shards[(shards >= first) & (shards < end)] - first)
+        for dataset, (first, end) in zip(self.datasets, pairwise(self._first_shards), strict=True):
+            dataset.prefetch(shards[(shards >= first) & (shards < end)] - first)
 
     def order(self, seed: int, global_batch: int, window: int) -> MixtureOrder:
         """The order in which a training reads it."""
-        return MixtureOrder([part.counts for part in self.parts], self.slots, seed, global_batch, window)
+        return MixtureOrder([dataset.counts for dataset in self.datasets], self.slots, seed, global_batch, window)
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -344,9 +344,9 @@ def eval_batches(
     Raises:
         UserError: a shard is missing or damaged.
     """
-    sizes = np.array([len(part) for part in dataset.parts])
+    sizes = np.array([len(one) for one in dataset.datasets])
     taken = sizes if max_samples is None else shares(max_samples, sizes, dataset.slots)
-    clips_per_video = np.array([part.manifest.clips_per_video for part in dataset.parts])
+    clips_per_video = np.array([one.manifest.clips_per_video for one in dataset.datasets])
     spans = np.minimum(sizes, np.ceil(taken * clips_per_video).astype(np.int64))
     places = EvalPlaces(dataset.counts, sizes, spans, taken, rank, world_size, batch_size)
     return load_batches(_Batches(dataset, places), range(places.num_batches), num_workers)

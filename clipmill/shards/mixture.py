@@ -24,7 +24,7 @@ import numpy as np
 
 from clipmill.shards.order import MAX_STREAMS, MIX, Order, derive_keys, num_streams
 
-__all__ = ["NUM_SLOTS", "MixtureOrder", "apportion", "node_streams", "streams_of_parts"]
+__all__ = ["NUM_SLOTS", "MixtureOrder", "apportion", "node_streams", "streams_of_datasets"]
 
 NUM_SLOTS = 1000
 """Steps of a weight: a thousandth."""
@@ -47,7 +47,7 @@ def apportion(total: int, weights: Sequence[float] | np.ndarray) -> np.ndarray:
     return whole
 
 
-def streams_of_parts(global_batch: int, slots: np.ndarray) -> list[int]:
+def streams_of_datasets(global_batch: int, slots: np.ndarray) -> list[int]:
     """P_d of each data set.
 
     Args:
@@ -67,7 +67,7 @@ def node_streams(global_batch: int, slots: np.ndarray, num_ranks: int, world_siz
         num_ranks: ranks of a node, side by side.
         world_size: W.
     """
-    streams = np.array(streams_of_parts(global_batch, slots))
+    streams = np.array(streams_of_datasets(global_batch, slots))
     share = -(-global_batch // world_size)
     node_edges = np.minimum(np.arange(0, world_size + num_ranks, num_ranks) * share, global_batch)
     part_edges = global_batch * np.cumsum([0, *slots]) / NUM_SLOTS
@@ -101,7 +101,7 @@ class MixtureOrder:
         assert np.sum(slots) == NUM_SLOTS
         assert np.min(slots) > 0
         keys = derive_keys(seed, MIX, np.arange(len(slots)))
-        streams = streams_of_parts(global_batch, slots)
+        streams = streams_of_datasets(global_batch, slots)
         self._orders = [Order(*each, window) for each in zip(counts, map(int, keys), streams, strict=True)]
         self._slots = np.asarray(slots, np.int64)
         self._arrangement = _arrange(self._slots, keys >> np.uint64(32))

@@ -37,7 +37,7 @@ __all__ = [
     "derive_keys",
     "locate_stored",
     "num_streams",
-    "part_rows",
+    "share_rows",
     "rank_rows",
     "same_video_pairs",
     "splitmix64",
@@ -58,7 +58,7 @@ def num_streams(global_batch: int) -> int:
     return max(divisor for divisor in range(1, MAX_STREAMS + 1) if global_batch % divisor == 0)
 
 
-def part_rows(num_rows: int, part: int, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+def share_rows(num_rows: int, part: int, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
     """One of ``num_parts`` equal parts of ``range(num_rows)``.
 
     Returns:
@@ -81,7 +81,7 @@ def rank_rows(positions: np.ndarray, rank: int, world_size: int) -> tuple[np.nda
     Returns:
         Positions int64 and weights float32, both [ceil(G / W)]; weight 0 marks rows that only fill up.
     """
-    rows, weight = part_rows(len(positions), rank, world_size)
+    rows, weight = share_rows(len(positions), rank, world_size)
     return positions[rows], weight
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipmill.shards.mixture import MixtureOrder, apportion
-from clipmill.shards.order import Order, locate_stored, part_rows, rank_rows
+from clipmill.shards.order import Order, locate_stored, rank_rows, share_rows
 
 __all__ = ["EvalPlaces", "Rows", "TrainPlaces", "shares", "spread"]
 
@@ -48,7 +48,7 @@ class TrainPlaces:
         self._order, self._global_batch = order, global_batch
         batch = np.arange(global_batch)
         rows, weight = rank_rows(batch, rank, world_size)
-        parts = [part_rows(len(rows), number, num_micro_batches) for number in range(num_micro_batches)]
+        parts = [share_rows(len(rows), number, num_micro_batches) for number in range(num_micro_batches)]
         # Of every step alike: which of its sorted positions are read, and what they weigh; [M, rows of a micro-batch].
         self._picked = np.stack([rows[picked] for picked, _ in parts])
         self._weight = np.stack([weight[picked] * filled for picked, filled in parts])
@@ -143,7 +143,7 @@ class EvalPlaces:
 
     def __call__(self, number: int) -> Rows:
         """The rows of a batch by its number, from 0 to ``num_batches`` - 1."""
-        picked, filled = part_rows(self._share, number, self.num_batches)
+        picked, filled = share_rows(self._share, number, self.num_batches)
         index = self._rank * self._share + picked
         weight = filled * (index < self._num_samples)
         part, offset = locate_stored(self._taken_ends, np.minimum(index, self._num_samples - 1))

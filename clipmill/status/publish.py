@@ -70,7 +70,7 @@ class _Publisher:
 
     def _publish(self, state: State, error: str | None = None, patience_seconds: float = PATIENCE_SECONDS) -> None:
         # The lease warns of storage that is away.
-        with contextlib.suppress(OSError, ClipmillError), storage.within(patience_seconds):
+        with contextlib.suppress(OSError, ClipmillError), storage.limit_retries(patience_seconds):
             if self._lease.is_newest():  # the run that took over writes its own
                 self._log.publish()
                 write_record(self._lease.url, self._record(state, error, BOARD.snapshot()))

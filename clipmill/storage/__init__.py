@@ -6,10 +6,10 @@ finished local file. Nothing is ever streamed into its final name, because fsspe
 exception leaves ``with fs.open(url, "wb")``.
 """
 
-from clipmill.storage.blame import Refused, ServerLost, Unreadable
 from clipmill.storage.disk import TEMPORARY_PREFIX, disk_errors_explained, unusable
 from clipmill.storage.documents import create_document, publish_document, read_document
 from clipmill.storage.entry import Entry, Limits
+from clipmill.storage.failures import Refused, ServerLost, Unreadable
 from clipmill.storage.objects import (
     check_create,
     create_bytes,
@@ -27,8 +27,8 @@ from clipmill.storage.objects import (
     stat,
     walk,
 )
-from clipmill.storage.patience import within
 from clipmill.storage.redact import is_secret_variable, redacted
+from clipmill.storage.retries import limit_retries
 from clipmill.storage.urls import (
     absolute,
     escape,
@@ -83,5 +83,5 @@ __all__ = [
     "stat",
     "unusable",
     "walk",
-    "within",
+    "limit_retries",
 ]

@@ -21,9 +21,9 @@ from http import HTTPStatus
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.storage.blame import S3_SCHEMES, Unreadable, WebLost, WebUnavailable, answer, transient_reason
 from clipmill.storage.connection import connect
-from clipmill.storage.patience import Patience
+from clipmill.storage.failures import S3_SCHEMES, Unreadable, WebLost, WebUnavailable, server_answer, transient_reason
+from clipmill.storage.retries import RetryBudget
 from clipmill.storage.urls import is_web, join, scheme, shown
 
 __all__ = ["S3Folder", "call", "check_create", "create", "open_to_read", "s3_folder"]
@@ -49,28 +49,28 @@ def call(url: str, operation: Callable[[Any, str], T], *, longest_seconds: float
         Unreadable: a web server refuses the object, or did not recover in time; or the object is archived.
         FileNotFoundError, FileExistsError: the operation's own answers.
     """
-    patience = Patience(url, longest_seconds)
+    budget = RetryBudget(url, longest_seconds)
     while True:
         try:
             filesystem, path = connect(url)
             result = operation(filesystem, path)
-            patience.helped()
+            budget.succeeded()
             return result
         except Exception as error:
             reason = transient_reason(url, error)
             if reason is None:
                 raise
-            pause_seconds = patience.next_pause(error)
+            pause_seconds = budget.next_pause(error)
             if pause_seconds is None:
-                raise _outage(url, error, f"did not recover within {patience.seconds:g} s ({reason})") from error
-            if patience.num_pauses >= QUIET_RETRIES:
+                raise _outage(url, error, f"did not recover within {budget.seconds:g} s ({reason})") from error
+            if budget.num_pauses >= QUIET_RETRIES:
                 logger.warning("%s: %s; trying again in %.1f s", shown(url), reason, pause_seconds)
-            patience.wait(pause_seconds)
+            budget.wait(pause_seconds)
 
 
 def _outage(url: str, error: BaseException, what: str) -> StorageUnavailable:
     if is_web(url):
-        kind = WebLost if answer(error)[1] is None else WebUnavailable
+        kind = WebLost if server_answer(error)[1] is None else WebUnavailable
         return kind(f"{shown(url)}: the server {what}")
     advice = "check it and AWS_ENDPOINT_URL, then run the same command again"
     return StorageUnavailable(f"{shown(url)}: the storage {what}; {advice}")
@@ -102,7 +102,7 @@ def create(url: str, data: bytes) -> bool:
         try:
             filesystem.pipe_file(path, data, mode="create")
         except OSError as error:  # s3fs reports If-None-Match as EINVAL, with the server's answer as cause
-            if not isinstance(error, FileExistsError) and answer(error) != ("PreconditionFailed", 412):
+            if not isinstance(error, FileExistsError) and server_answer(error) != ("PreconditionFailed", 412):
                 raise
             return data != b"" and filesystem.cat_file(path, max_concurrency=1) == data
         return True
@@ -177,7 +177,7 @@ class _Ranges(io.RawIOBase):
         try:
             data: bytes = filesystem.cat_file(path, start=start, end=end, version=self._version)
         except OSError as error:
-            if answer(error)[1] != HTTPStatus.PRECONDITION_FAILED:
+            if server_answer(error)[1] != HTTPStatus.PRECONDITION_FAILED:
                 raise
             raise Unreadable(f"{shown(self._url)} was replaced while it was read") from error
         return data

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 
 from clipmill.errors import UserError
-from clipmill.storage.blame import S3_SCHEMES, line
+from clipmill.storage.failures import S3_SCHEMES, first_line
 from clipmill.storage.urls import WEB_SCHEMES, request_url, scheme, shown
 
 __all__ = ["connect"]
@@ -33,7 +33,7 @@ def connect(url: str) -> tuple[Any, str]:
     except (ImportError, TypeError, ValueError) as error:  # its package, or an option that it needs, is missing
         if isinstance(error, ValueError) and scheme(url) in S3_SCHEMES:
             raise  # the endpoint is not an address: `blame` reports it
-        what = f"no storage for {scheme(url)}:// ({line(error)})"
+        what = f"no storage for {scheme(url)}:// ({first_line(error)})"
         raise UserError(f"cannot open {shown(url)}: {what}; use a local path or an s3:// URL") from error
     return filesystem, request_url(url) if scheme(url) in WEB_SCHEMES else filesystem._strip_protocol(url)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from clipmill.errors import UserError
 from clipmill.storage import bucket, pages
-from clipmill.storage.blame import S3_SCHEMES
 from clipmill.storage.entry import Entry
+from clipmill.storage.failures import S3_SCHEMES
 from clipmill.storage.urls import is_web, relative_name, scheme, shown
 
 __all__ = ["children", "entry_of", "walk"]

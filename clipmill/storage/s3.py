@@ -85,7 +85,7 @@ class TrueNames(S3FileSystem):
 
 
 def _timestamp(text: Any) -> datetime:
-    """Parses a time of an answer. botocore's parser tries many formats: 4/5 of the time to parse a page of a listing."""
+    """Parses a time of an answer. botocore's parser tries many formats and takes 4/5 of the time to parse a listing."""
     try:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError):  # headers use HTTP's date format

@@ -20,15 +20,15 @@ from aiohttp import ClientResponse, ClientResponseError, ClientSession, ClientTi
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
-from clipmill.storage.blame import Unreadable
 from clipmill.storage.entry import Limits
+from clipmill.storage.failures import Unreadable
 from clipmill.storage.urls import escape, shown
 
 __all__ = ["EDGE_BYTES", "WebFiles", "connected"]
 
 EDGE_BYTES = 64 * 2**10
 """If the server gives no tag, a hash of this many first and last bytes identifies the file."""
-LOOK_LIMITS = Limits(seconds=300, bytes=2**31)
+STAT_LIMITS = Limits(seconds=300, bytes=2**31)
 """Limits for reading a whole file to find its length."""
 UNLIMITED = Limits(seconds=30 * 24 * 3600, bytes=2**60)
 
@@ -61,7 +61,7 @@ class _Answer(NamedTuple):
 class WebFiles(HTTPFileSystem):
     """fsspec's file system of web servers, with its own way to find a file's length and tag and to copy it."""
 
-    async def _info(self, url: str, limits: Limits = LOOK_LIMITS, **_: Any) -> dict[str, Any]:
+    async def _info(self, url: str, limits: Limits = STAT_LIMITS, **_: Any) -> dict[str, Any]:
         """A file's length and tag: from one HEAD if possible, at worst by reading the whole file."""
         session = await self.set_session()
         async with _ends_in_time(url, limits):
@@ -79,9 +79,9 @@ class WebFiles(HTTPFileSystem):
 
         ``version`` holds the file's ETag and modification time. An empty list is filled in.
         """
-        first, last = start or 0, LOOK_LIMITS.bytes if end is None else end
+        first, last = start or 0, STAT_LIMITS.bytes if end is None else end
         session = await self.set_session()
-        async with _ends_in_time(url, LOOK_LIMITS), _get(session, url, first, last) as response:
+        async with _ends_in_time(url, STAT_LIMITS), _get(session, url, first, last) as response:
             if version is not None:
                 _check_version(url, response, version)
             if response.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:

@@ -14,7 +14,7 @@ from clipmill.models.export import exported_steps, read_latest
 from clipmill.shards.cache import needed_cache_bytes
 from clipmill.shards.dataset import Decode, MixedDataset, ShardDataset
 from clipmill.shards.manifest import Kind, Manifest
-from clipmill.shards.mixture import NUM_SLOTS, apportion, node_streams, streams_of_parts
+from clipmill.shards.mixture import NUM_SLOTS, apportion, node_streams, streams_of_datasets
 from clipmill.shards.order import same_video_pairs
 from clipmill.training import checkpoint
 
@@ -112,11 +112,11 @@ def check_cache(
     nodes = node_streams(training.global_batch, dataset.slots, local_size, world_size)
     needed, streams = 0, 0
     for node in nodes.tolist():
-        remote = [(part, count) for part, count in zip(dataset.parts, node, strict=True) if part.is_remote]
+        remote = [(part, count) for part, count in zip(dataset.datasets, node, strict=True) if part.is_remote]
         num_bytes = sum(needed_cache_bytes(part.manifest, count, training.shuffle_window) for part, count in remote)
         needed, streams = max((needed, streams), (num_bytes, sum(count for _, count in remote)))
     if needed > training.cache_bytes:
-        urls = ", ".join(part.manifest.url for part in dataset.parts if part.is_remote)
+        urls = ", ".join(part.manifest.url for part in dataset.datasets if part.is_remote)
         raise UserError(
             f"cache_bytes {training.cache_bytes:,} is too small for the order of {urls}: {streams} streams of a node x "
             f"(shuffle_window {training.shuffle_window} / samples per shard + 2) x shard bytes need {needed:,}; raise "
@@ -136,8 +136,8 @@ def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingCon
             padding,
             batch + padding,
         )
-    streams = streams_of_parts(batch, dataset.slots)
-    for part, slots, part_streams in zip(dataset.parts, dataset.slots.tolist(), streams, strict=True):
+    streams = streams_of_datasets(batch, dataset.slots)
+    for part, slots, part_streams in zip(dataset.datasets, dataset.slots.tolist(), streams, strict=True):
         share = batch * slots / NUM_SLOTS
         if part.manifest.facts.get("num_videos"):
             clips_per_video = part.manifest.clips_per_video

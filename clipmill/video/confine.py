@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Say", "limit_cpu", "serve", "write_all"]
+__all__ = ["SendMessage", "limit_cpu", "serve", "write_all"]
 
-Say = Callable[[dict[str, Any]], None]
+SendMessage = Callable[[dict[str, Any]], None]
 """Sends one message to the parent."""
 
 _PR_SET_PDEATHSIG = 1
 
 
-def serve(answer: Callable[[dict[str, Any], int, Say], None]) -> None:
+def serve(answer: Callable[[dict[str, Any], int, SendMessage], None]) -> None:
     """Answers requests on stdin until it closes. Arguments: spool descriptor, parent's pid, bytes, CPU seconds.
 
     Args:
@@ -34,14 +34,14 @@ def serve(answer: Callable[[dict[str, Any], int, Say], None]) -> None:
     os.dup2(2, 1)
     _limit_memory(memory_bytes)
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         # Nobody reads of a clip before its video has ended: no reason to wake the parent for each.
         print(json.dumps(message), file=messages, flush=message["kind"] != "clip")
 
-    say({"kind": "ready"})
+    send({"kind": "ready"})
     for line in sys.stdin:
         limit_cpu(cpu_seconds)
-        answer({**json.loads(line), "cpu_seconds": cpu_seconds}, spool, say)
+        answer({**json.loads(line), "cpu_seconds": cpu_seconds}, spool, send)
 
 
 def _die_with(parent: int) -> None:

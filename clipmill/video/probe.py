@@ -20,7 +20,7 @@ import av
 
 from clipmill.video import demuxers
 from clipmill.video.decoders.by_pillow import is_animation, read_animation
-from clipmill.video.faults import VideoError, blame_video
+from clipmill.video.errors import VideoError, as_video_error
 from clipmill.video.geometry import Geometry, Orientation, orientation_of, sample_aspect
 from clipmill.video.rate import NUM_TIMED_PACKETS, frame_rate, rate_of_seconds
 
@@ -102,7 +102,7 @@ def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
         raise VideoError("the file is empty")
     if stat.S_ISREG(status.st_mode) and is_animation(path):
         return _describe_animation(path)
-    with blame_video("cannot open", path), open_video(path) as container:
+    with as_video_error("cannot open", path), open_video(path) as container:
         streams = [stream for stream in container.streams.video if not _is_picture(stream)]
         if not streams:
             kinds = sorted({stream.type for stream in container.streams})
@@ -124,7 +124,7 @@ def _describe(container: Any, stream: Any, path: str | Path, decoder: DecoderCho
     context = stream.codec_context
     context.thread_count = 1
     codec_aspect = context.sample_aspect_ratio
-    with blame_video("cannot decode the first frame", path):
+    with as_video_error("cannot decode the first frame", path):
         first, packets = _look_in(container, stream)
     orientation = orientation_of(first)
     return VideoInfo(

@@ -13,13 +13,13 @@ from av import VideoFrame
 
 from clipmill.video import confine
 from clipmill.video.clips import ClipCutter, ClipFrames, ClipRule
-from clipmill.video.confine import Say
+from clipmill.video.confine import SendMessage
 from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.decoders.by_pillow import read_still
 from clipmill.video.decoders.picture import Reading, Span
 from clipmill.video.decoders.whole import span_seconds
 from clipmill.video.encode import decode_mp4, encode_mp4
-from clipmill.video.faults import VideoError
+from clipmill.video.errors import VideoError
 from clipmill.video.filters import VideoFilter
 from clipmill.video.geometry import UPRIGHT, Geometry, Resizer
 from clipmill.video.mjpeg import decode_mjpeg, encode_mjpeg
@@ -38,7 +38,7 @@ _ENCODERS: dict[str, Callable[[np.ndarray, float, Any], bytes | memoryview]] = {
 }
 _DECODERS = {"mp4": decode_mp4, "mjpeg": decode_mjpeg}
 
-_SECONDS_BETWEEN_SIGNS_OF_LIFE = 0.1
+_HEARTBEAT_SECONDS = 0.1
 
 _EXACT_VALUES = 256
 """The squares of this number of bytes sum to less than 2**24, up to which float32 is exact. It takes half the time of
@@ -55,40 +55,40 @@ def serve() -> None:
     confine.serve(_answer)
 
 
-def _answer(request: dict[str, Any], spool: int, say: Say) -> None:
+def _answer(request: dict[str, Any], spool: int, send: SendMessage) -> None:
     """Takes one video to its end, or says whose fault it is that there is none."""
     try:
-        (_show if request.get("still") else _decode)(request, spool, say)
+        (_decode_still if request.get("still") else _decode)(request, spool, send)
     except VideoError as error:
-        say({"kind": "video_fault", "cause": str(error)})
+        send({"kind": "video_fault", "cause": str(error)})
     except MemoryError:
-        say({"kind": "video_fault", "cause": "memory limit reached"})
+        send({"kind": "video_fault", "cause": "memory limit reached"})
     except OSError as error:
-        say({"kind": "environment_fault", "cause": f"{type(error).__name__}: {error}"})
+        send({"kind": "environment_fault", "cause": f"{type(error).__name__}: {error}"})
 
 
-def _show(request: dict[str, Any], spool: int, say: Say) -> None:
+def _decode_still(request: dict[str, Any], spool: int, send: SendMessage) -> None:
     """Puts a still picture into the spool file, resized as frames of a video are."""
-    say({"kind": "decoder", "name": "pillow"})
+    send({"kind": "decoder", "name": "pillow"})
     pixels = read_still(request["path"])
     height, width = pixels.shape[:2]
     frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     resized = Resizer(tuple(request["size"]), request["fit"], whole=False)(frame, Geometry(width, height, 1.0, UPRIGHT))
     data = np.ascontiguousarray(resized).tobytes()
     confine.write_all(spool, data, 0)
-    say({"kind": "done", "num_bytes": len(data)})
+    send({"kind": "done", "num_bytes": len(data)})
 
 
-def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
+def _decode(request: dict[str, Any], spool: int, send: SendMessage) -> None:
     """Puts the clips of a video into the spool file and says where they are."""
     info = probe(request["path"], request["decoder"])
-    say({"kind": "decoder", "name": info.decoder})
+    send({"kind": "decoder", "name": info.decoder})
     span: Span = tuple(request["span"])
     seconds = span_seconds(info, span)
     confine.limit_cpu(max(request["cpu_seconds"], _slowest_seconds(info, seconds)))
     rule, video_filter = ClipRule(*request["rule"]), VideoFilter(*request["filter"])
     cutter, reading = ClipCutter(rule, info.fps), Reading()
-    writer = _ClipWriter(request, rule.fps or info.fps / rule.frame_stride, spool, say)
+    writer = _ClipWriter(request, rule.fps or info.fps / rule.frame_stride, spool, send)
     filtered = video_filter.refuses(info, seconds)
     if filtered is None:
         frames = read_frames(
@@ -101,13 +101,13 @@ def _decode(request: dict[str, Any], spool: int, say: Say) -> None:
             span=span,
             reading=reading,
         )
-        for clip in cutter.cut(_with_signs_of_life(frames, say), reading):
+        for clip in cutter.cut(_with_heartbeat(frames, send), reading):
             writer.write(clip)
         if not reading.num_frames:
             raise VideoError(_why_no_frame(reading, span))
         if seconds is None:
             filtered = video_filter.refuses(info, reading.last_seconds - reading.first_seconds + 1 / info.fps)
-    say(
+    send(
         {
             "kind": "done",
             "info": asdict(info),
@@ -152,12 +152,12 @@ class _ClipWriter:
         num_needed_frames: number of the last frame of any clip, plus one.
     """
 
-    def __init__(self, request: dict[str, Any], fps: float, spool: int, say: Say):
+    def __init__(self, request: dict[str, Any], fps: float, spool: int, send: SendMessage):
         self._size: tuple[int, int] = tuple(request["size"])
         self._codec, self._quality = request["encode"]
         self._key, self._may_flip, self._fps = request["key"], request["flip"], fps
-        self._spool, self._say = spool, say
-        self._moments = _Moments()
+        self._spool, self._send = spool, send
+        self._pixel_sums = _PixelSums()
         self._end = 0
         self.num_views: int = request["views"]
         self.frame_size = self._size if self.num_views == 1 else view_frame_size(self._size)
@@ -175,7 +175,7 @@ class _ClipWriter:
                 pixels = take_view(pixels, view, self._size)
             data = _ENCODERS[self._codec](pixels, self._fps, self._quality)
             confine.write_all(self._spool, data, self._end)
-            self._say(
+            self._send(
                 {
                     "kind": "clip",
                     "ordinal": clip.ordinal,
@@ -188,13 +188,13 @@ class _ClipWriter:
                     "offset": self._end,
                     "num_bytes": len(data),
                     "squared_error": _squared_error(self._codec, data, pixels) if is_measured(key) else None,
-                    **self._moments(pixels),
+                    **self._pixel_sums(pixels),
                 }
             )
             self._end += len(data)
 
 
-class _Moments:
+class _PixelSums:
     """Exact sums over all values of a clip, which goes through one buffer: new memory for each costs page faults."""
 
     def __init__(self) -> None:
@@ -229,12 +229,12 @@ def _squared_error(codec: str, data: bytes | memoryview, pixels: np.ndarray) -> 
     return int(error @ error)
 
 
-def _with_signs_of_life(frames: Iterator[Timed], say: Say) -> Iterator[Timed]:
+def _with_heartbeat(frames: Iterator[Timed], send: SendMessage) -> Iterator[Timed]:
     """Passes frames on, and tells the parent now and then that there is progress."""
-    said_at = 0.0
+    sent_at = 0.0
     for timed_frame in frames:
         now = time.monotonic()
-        if now - said_at > _SECONDS_BETWEEN_SIGNS_OF_LIFE:
-            say({"kind": "progress"})
-            said_at = now
+        if now - sent_at > _HEARTBEAT_SECONDS:
+            send({"kind": "progress"})
+            sent_at = now
         yield timed_frame

@@ -57,7 +57,7 @@ def test_what_a_gpu_computes_is_the_same(
         sources = (x, conv.weight, conv.bias)
         results = []
         for is_gpu in (False, True):
-            monkeypatch.setattr(convolutions, "wants_matrix_units", lambda _, is_gpu=is_gpu: is_gpu)
+            monkeypatch.setattr(convolutions, "is_on_gpu", lambda _, is_gpu=is_gpu: is_gpu)
             y = conv(x)
             direction = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
             results.append((y, *torch.autograd.grad((y * direction).sum(), sources)))

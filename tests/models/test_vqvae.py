@@ -96,7 +96,7 @@ def test_group_norm_of_a_gpu_is_the_same(each_frame: bool, monkeypatch: pytest.M
     x = torch.randn(2, 12, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     found = []
     for is_gpu in (False, True):
-        monkeypatch.setattr(coders, "wants_matrix_units", lambda _, is_gpu=is_gpu: is_gpu)
+        monkeypatch.setattr(coders, "is_on_gpu", lambda _, is_gpu=is_gpu: is_gpu)
         y = norm(x.contiguous(memory_format=torch.channels_last_3d))
         found.append((y, *torch.autograd.grad(y.square().sum() + y[:, 0].sum(), (x, norm.weight, norm.bias))))
     for one, other in zip(*found, strict=True):

@@ -15,8 +15,8 @@ from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.plan import PlannedVideo
 from clipmill.pipeline.sources import list_videos
-from clipmill.pipeline.sources.many import KeptFiles, find_files
-from clipmill.storage import patience
+from clipmill.pipeline.sources.multivideo import KeptFiles, find_files
+from clipmill.storage import retries
 from tests.pipeline.corpus import make_plan, run_config, video_bytes, write_corpus
 from tests.pipeline.sources.fixtures import shard_in_process, source_config
 from tests.storage.s3_server import Answer, S3Server
@@ -111,8 +111,8 @@ def test_look_alikes_that_their_web_server_does_not_send_cost_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behave: Callable[[Any], None]
 ) -> None:
     """Equal tag and length: only the contents could tell them apart."""
-    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "1")
-    patience._wasted_seconds.clear()
+    monkeypatch.setenv(retries.RETRY_SECONDS_VARIABLE, "1")
+    retries._wasted_seconds.clear()
     write_corpus(tmp_path, 1, with_bad=False)
     server = WebServer()
     server.behave = lambda handler: handler.give(headers=ETAG) if handler.command == "HEAD" else behave(handler)

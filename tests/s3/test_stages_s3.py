@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from clipmill import storage
-from clipmill.storage import patience
+from clipmill.storage import retries
 from tests.pipeline.corpus import run_config, write_corpus
 from tests.s3.gateway import Gateway
 from tests.s3.proxy import Proxy
@@ -128,7 +128,7 @@ def test_a_server_that_stays_away_is_one_line_and_a_later_run_goes_on(
     bucket_url: str, source: str, gateway: Gateway, tmp_path: Path
 ) -> None:
     root = f"{bucket_url}/outage"
-    driver = stage("shard", root, source, tmp_path, **{patience.RETRY_SECONDS_VARIABLE: "4"})
+    driver = stage("shard", root, source, tmp_path, **{retries.RETRY_SECONDS_VARIABLE: "4"})
     wait_for_commits(root, 2, driver)
     gateway.kill()
     try:

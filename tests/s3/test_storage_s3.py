@@ -12,7 +12,7 @@ import pytest
 from clipmill import storage
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.lease import hold
-from clipmill.storage import connection, patience
+from clipmill.storage import connection, retries
 from tests.s3.gateway import Gateway
 from tests.s3.proxy import Proxy
 
@@ -123,7 +123,7 @@ def test_an_upload_that_is_always_cut_leaves_nothing_visible(
     monkeypatch: pytest.MonkeyPatch,
     num_bytes: int,
 ) -> None:
-    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "2")
+    monkeypatch.setenv(retries.RETRY_SECONDS_VARIABLE, "2")
     (tmp_path / "shard.tar").write_bytes(os.urandom(num_bytes))
     proxy.num_cuts, proxy.cut_after_bytes = 1000, 2**20
     with pytest.raises(StorageUnavailable, match=r"did not recover within 2 s .* run the same command again"):
@@ -154,7 +154,7 @@ def test_a_server_that_comes_back_is_waited_for(bucket_url: str, gateway: Gatewa
 
 
 def test_an_outage_has_a_deadline(bucket_url: str, gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "2")
+    monkeypatch.setenv(retries.RETRY_SECONDS_VARIABLE, "2")
     gateway.kill()
     try:
         began = time.monotonic()

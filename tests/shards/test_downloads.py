@@ -18,7 +18,7 @@ from clipmill import storage
 from clipmill.errors import StageFailed
 from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
-from clipmill.storage import bucket, patience
+from clipmill.storage import bucket, retries
 from tests.shards.folders import write_dataset
 
 
@@ -105,8 +105,8 @@ def test_a_transient_error_is_tried_again_after_growing_pauses(server, served, t
     assert len(server.gets) == 4
     pauses = [record.args[2] for record in caplog.records if "trying again in" in record.message]
     assert len(pauses) == 3
-    assert pauses[0] <= patience.FIRST_PAUSE_SECONDS
-    assert pauses[2] >= 2 * patience.FIRST_PAUSE_SECONDS
+    assert pauses[0] <= retries.FIRST_PAUSE_SECONDS
+    assert pauses[2] >= 2 * retries.FIRST_PAUSE_SECONDS
 
 
 def test_an_outage_that_lasts_ends_in_one_line(server, served, tmp_path, monkeypatch):

@@ -54,9 +54,9 @@ def test_a_batch_holds_each_data_set_s_share_first_to_last(mixed):
 def test_rows_of_several_data_sets_in_any_order(mixed):
     samples = mixed.read_rows(np.array([3, 0, 3]), np.array([0, 1, 2]))
     assert [each["key"] for each in samples] == [
-        mixed.parts[1].read(0, 0)["key"],
-        mixed.parts[0].read(0, 1)["key"],
-        mixed.parts[1].read(0, 2)["key"],
+        mixed.datasets[1].read(0, 0)["key"],
+        mixed.datasets[0].read(0, 1)["key"],
+        mixed.datasets[1].read(0, 2)["key"],
     ]
 
 
@@ -77,7 +77,7 @@ def test_every_sample_of_a_data_set_comes_once_in_each_of_its_epochs(mixed):
         shards = order.locate(order.batch_positions(step, 20))[0]
         for shard, (key, _) in zip(shards.tolist(), rows, strict=True):
             times[int(shard >= 3)][key] += 1
-    for part, seen, slots in zip(mixed.parts, times, (700, 300), strict=True):
+    for part, seen, slots in zip(mixed.datasets, times, (700, 300), strict=True):
         assert seen.keys() == {part[index]["key"] for index in range(len(part))}
         assert seen.total() == slots
         assert max(seen.values()) - min(seen.values()) <= 1
@@ -99,19 +99,19 @@ def test_evaluation_goes_through_one_data_set_after_the_other(tmp_path, world_si
     ]
     shares = {None: (20, 0, 13), 1000: (20, 0, 13), 10: (6, 0, 4), 3: (2, 0, 1)}[max_samples]
     assert keys == [
-        part[index]["key"] for part, share in zip(mixed.parts, shares, strict=True) for index in range(share)
+        part[index]["key"] for part, share in zip(mixed.datasets, shares, strict=True) for index in range(share)
     ]
 
 
 def test_an_evaluation_finds_the_clips_beside_a_large_part_without_any(tmp_path):
     mixed = MixedDataset(open_parts(tmp_path, [[0], [9, 4]]), np.array([990, 10]))
     (batch,) = eval_batches(mixed, batch_size=4, rank=0, world_size=1, max_samples=4)
-    assert batch["key"] == [mixed.parts[1][index]["key"] for index in range(4)]
+    assert batch["key"] == [mixed.datasets[1][index]["key"] for index in range(4)]
     assert batch["weight"].tolist() == [1, 1, 1, 1]
 
 
 def test_damage_in_a_part_names_its_shard(mixed):
-    manifest = mixed.parts[1].manifest
+    manifest = mixed.datasets[1].manifest
     name = manifest.shards[0].name
     Path(manifest.url, name).unlink()
     with pytest.raises(UserError, match=f"{name} of .*part1: .*does not exist"):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmill.errors import UserError
-from clipmill.shards.mixture import NUM_SLOTS, MixtureOrder, apportion, node_streams, streams_of_parts
+from clipmill.shards.mixture import NUM_SLOTS, MixtureOrder, apportion, node_streams, streams_of_datasets
 from clipmill.shards.order import num_streams, rank_rows
 from tests.shards import order_reference
 
@@ -76,7 +76,7 @@ def test_every_world_size_gets_the_same_batch_sorted_by_data_set_epoch_and_strea
     positions = mixed.batch_positions(step, global_batch)
     assert sorted(positions) == list(range(step * global_batch, (step + 1) * global_batch))
     part, counter = mixed.count(positions)
-    sizes, streams = np.array([sum(each) for each in counts])[part], np.array(streams_of_parts(global_batch, slots))
+    sizes, streams = np.array([sum(each) for each in counts])[part], np.array(streams_of_datasets(global_batch, slots))
     epoch, index = np.divmod(counter, sizes)
     keys = list(zip(part, epoch, index % streams[part], positions, strict=True))
     assert keys == sorted(keys)
@@ -99,7 +99,7 @@ def test_resuming_is_a_suffix(mixture, first):
 def test_the_vectorised_mix_is_the_documented_one(mixture, position):
     counts, slots, seed, global_batch, window = mixture
     shards, rows = build(mixture).locate(np.array([position]))
-    streams = streams_of_parts(global_batch, slots)
+    streams = streams_of_datasets(global_batch, slots)
     reference = order_reference.locate_mixed(position, counts, slots.tolist(), seed, streams, window)
     assert (shards[0], rows[0]) == reference
 
@@ -114,9 +114,9 @@ def test_the_mix_does_not_change_between_versions():
 
 def test_a_data_set_alone_has_the_streams_it_always_has():
     for global_batch in (1, 7, 32, 96, 134, 1024):
-        assert streams_of_parts(global_batch, np.array([NUM_SLOTS])) == [num_streams(global_batch)]
-    assert streams_of_parts(128, np.array([500, 250, 250])) == [64, 32, 32]
-    assert streams_of_parts(134, np.array([990, 9, 1])) == [64, 1, 1]
+        assert streams_of_datasets(global_batch, np.array([NUM_SLOTS])) == [num_streams(global_batch)]
+    assert streams_of_datasets(128, np.array([500, 250, 250])) == [64, 32, 32]
+    assert streams_of_datasets(134, np.array([990, 9, 1])) == [64, 1, 1]
 
 
 def test_an_empty_data_set_in_a_mix_is_refused():
@@ -141,7 +141,7 @@ def test_the_streams_of_a_node_cover_what_its_ranks_read(slots, ranks, world_siz
     nodes = node_streams(global_batch, slots, ranks, world_size)
     assert nodes.shape == (-(-world_size // ranks), len(slots))
     assert nodes.max(axis=0).tolist() == expected
-    streams = np.array(streams_of_parts(global_batch, slots))
+    streams = np.array(streams_of_datasets(global_batch, slots))
     order = MixtureOrder([np.array([10**6])] * len(slots), slots, 0, global_batch, 16)
     for step in range(3):
         positions = order.batch_positions(step, global_batch)

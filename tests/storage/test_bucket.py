@@ -11,7 +11,7 @@ import pytest
 from clipmill import storage
 from clipmill.cluster.connection import cluster_error, error_facts
 from clipmill.errors import DamagedDocument, StageFailed, StorageUnavailable, UserError
-from clipmill.storage import connection, patience
+from clipmill.storage import connection, retries
 
 OPERATIONS = {
     "read": lambda url: storage.read_bytes(f"{url}/a"),
@@ -48,7 +48,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "NO_PROXY": "127.0.0.1",
-        patience.RETRY_SECONDS_VARIABLE: "0.3",
+        retries.RETRY_SECONDS_VARIABLE: "0.3",
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -106,6 +106,6 @@ def test_what_is_no_bucket_url() -> None:
 
 
 def test_a_deadline_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "long")
+    monkeypatch.setenv(retries.RETRY_SECONDS_VARIABLE, "long")
     with pytest.raises(UserError, match="long is not a number"):
         storage.exists("s3://here/a")

@@ -9,7 +9,7 @@ import pytest
 
 from clipmill import storage
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.storage import pages, patience
+from clipmill.storage import pages, retries
 from tests.storage.s3_server import S3Server
 
 FORBIDDEN = (403, "AccessDenied")
@@ -73,7 +73,7 @@ def test_a_page_is_one_request_and_is_repeated_alone(s3: S3Server) -> None:
 
 
 def test_a_page_that_never_comes_is_an_outage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "0.3")
+    monkeypatch.setenv(retries.RETRY_SECONDS_VARIABLE, "0.3")
     s3.objects = {f"raw/{number:05d}": b"x" for number in range(1500)}
     s3.fault = lambda request, number: (503, "SlowDown") if number else None
     walk = storage.walk("s3://b/raw")

@@ -14,7 +14,7 @@ import pytest
 
 from clipmill import storage
 from clipmill.errors import UserError
-from clipmill.storage import patience, web
+from clipmill.storage import retries, web
 from clipmill.storage.urls import request_url, shown
 
 CONTENT = bytes(range(256)) * 1024
@@ -84,8 +84,8 @@ class WebServer:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "1")
-    patience._wasted_seconds.clear()
+    monkeypatch.setenv(retries.RETRY_SECONDS_VARIABLE, "1")
+    retries._wasted_seconds.clear()
     server = WebServer()
     yield server
     server.stop()
@@ -175,10 +175,10 @@ def test_the_budget_of_a_server_is_shared_by_its_files_and_whole_again_after_a_s
             storage.stat(f"{server.url}/{number}")
     assert 40 < len(server.requests) < 60
     assert time.monotonic() - began < 20  # each for itself would have waited some 40 s
-    patience._wasted_seconds[server.url.removeprefix("http://")] = 0.0
+    retries._wasted_seconds[server.url.removeprefix("http://")] = 0.0
     server.behave = lambda handler: handler.give(503 if server.requests[-2][1] != "/d" else 200, ETAG)
     assert storage.stat(f"{server.url}/d").etag == "tag"
-    assert patience._wasted_seconds == {}
+    assert retries._wasted_seconds == {}
 
 
 def drip(handler: Any) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from clipmill.video.decode import read_frames
 from clipmill.video.decoders.picture import Reading
-from clipmill.video.faults import VideoError
+from clipmill.video.errors import VideoError
 from clipmill.video.probe import probe
 
 NUM_FILES = 40

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipmill.video.decoders.by_pillow import read_animation
-from clipmill.video.faults import VideoError
+from clipmill.video.errors import VideoError
 
 NUM_FRAMES = 4
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipmill.video.decode import is_truncated, read_frames
 from clipmill.video.decoders.picture import Reading
-from clipmill.video.faults import VideoError
+from clipmill.video.errors import VideoError
 from clipmill.video.probe import VideoInfo, probe
 from tests.video.conftest import barcode, make_edited, make_sound, make_video, needs_decord, read_barcode
 

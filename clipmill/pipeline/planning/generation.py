@@ -26,9 +26,15 @@ from clipmill.pipeline.planning.conditions import check_conditions
 from clipmill.pipeline.planning.identity import NOTHING_PLANNED, PlannedVideos, content_of, hash64, tell_apart
 from clipmill.pipeline.planning.listed import GivenSplits, ListedVideos
 from clipmill.pipeline.planning.listing import LISTED_COLUMNS, list_rows, with_hashes
-from clipmill.pipeline.planning.moved import Strangers, is_of_file, is_telling, listed_files, planned_files
+from clipmill.pipeline.planning.moved import (
+    UnknownFiles,
+    has_file_identity,
+    identity_covers_content,
+    listed_files,
+    planned_files,
+)
 from clipmill.pipeline.planning.progress import Progress
-from clipmill.pipeline.planning.revived import look_again, revived_ids
+from clipmill.pipeline.planning.recovered import recheck_rows, recovered_ids
 from clipmill.pipeline.planning.spool import Spool
 from clipmill.pipeline.planning.units import Draft, write_units
 from clipmill.pipeline.planning.yields import Yield, measure_yield
@@ -84,12 +90,12 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
             rows.add(table.filter(pa.array(np.isin(numbers, wanted))))
         if not rows.num_rows:
             return False
-        planned = PlannedVideos.of_plan(plan, revived_ids(plan))
+        planned = PlannedVideos.of_plan(plan, recovered_ids(plan))
         draft = Draft(folder / "draft")
         with draft:
             for table in rows.ranges():
                 _, firsts = np.unique(table["place"].to_numpy(), return_index=True)  # one may have failed twice
-                chosen = look_again(table.take(pa.array(firsts)), base_url(config.data.source), planned)
+                chosen = recheck_rows(table.take(pa.array(firsts)), base_url(config.data.source), planned)
                 for split in SPLITS:
                     draft.add(split, chosen.filter(pc.equal(chosen["split"], split)))
         known = Yield.of_generation(plan.generations[-1])
@@ -98,7 +104,7 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
 
 
 def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
-    planned = NOTHING_PLANNED if plan is None else PlannedVideos.of_plan(plan, revived_ids(plan))
+    planned = NOTHING_PLANNED if plan is None else PlannedVideos.of_plan(plan, recovered_ids(plan))
     others: Counter[str] = Counter()
     with ScratchFolder("plan") as folder:
         progress = Progress(config, lease, 0 if plan is None else len(plan.generations), folder / "progress")
@@ -125,19 +131,21 @@ def _list(
     """All videos of the source, those of moved files under the identity that is planned."""
     source, base = config.data.source, base_url(config.data.source)
     listed = ListedVideos(folder / "listed")
-    strangers = Strangers(folder / "strangers", base, fetch_limits(config.data))
+    unknown_files = UnknownFiles(folder / "unknown_files", base, fetch_limits(config.data))
     for table in list_rows(source, progress, others):
         table = with_hashes(table)
-        is_known = is_telling(table, base) if plan is None else planned.knows(table["base"].to_numpy())
-        is_strange = is_of_file(table) & ~is_known
-        strangers.add(table.filter(pa.array(is_strange)).select(list(LISTED_COLUMNS)))
+        is_known = identity_covers_content(table, base) if plan is None else planned.knows(table["base"].to_numpy())
+        is_strange = has_file_identity(table) & ~is_known
+        unknown_files.add(table.filter(pa.array(is_strange)).select(list(LISTED_COLUMNS)))
         listed.add(table.filter(pa.array(~is_strange)))
-    if len(strangers):
+    if len(unknown_files):
         known = (
-            listed_files(strangers, listed.ranges(), base) if plan is None else planned_files(strangers, plan, config)
+            listed_files(unknown_files, listed.ranges(), base)
+            if plan is None
+            else planned_files(unknown_files, plan, config)
         )
-        strangers.add_known(known)
-        for table in strangers.recognized():
+        unknown_files.add_known(known)
+        for table in unknown_files.recognized():
             listed.add(with_hashes(table))
     return listed
 
@@ -240,7 +248,7 @@ def _publish(
     try:
         create_generation(config, lease, number, generation)
     finally:
-        _remove_losers(config, number)
+        _remove_unused_rows(config, number)
     logger.info(
         "planned %d videos in %d units (generation %d, %s; %d duplicates skipped)%s",
         generation["videos"],
@@ -252,7 +260,7 @@ def _publish(
     )
 
 
-def _remove_losers(config: RunConfig, number: int) -> None:
+def _remove_unused_rows(config: RunConfig, number: int) -> None:
     """Removes the rows of planners that were killed or lost, as soon as somebody's generation of this number holds."""
     folder = config.folder("clips", "plan")
     generations = read_generations(config)

@@ -92,16 +92,16 @@ class PlannedVideos:
     url: Callable[[int], str]
 
     @classmethod
-    def of_plan(cls, plan: Plan, revived: np.ndarray) -> PlannedVideos:
+    def of_plan(cls, plan: Plan, recovered: np.ndarray) -> PlannedVideos:
         """Of all generations of a plan.
 
         Args:
             plan: it.
-            revived: uint64[n], more ids of planned videos.
+            recovered: uint64[n], more ids of planned videos.
         """
-        filled = len(revived)
+        filled = len(recovered)
         ids = np.empty(filled + sum(generation["videos"] for generation in plan.generations), np.uint64)
-        ids[:filled] = revived
+        ids[:filled] = recovered
         for table in plan.tables(["id"]):
             ids[filled : filled + len(table)] = numbers_of(table["id"])
             filled += len(table)

@@ -37,10 +37,10 @@ from clipmill.pipeline.sources.record import edges_sha256, file_identity
 from clipmill.shards.commits import committed_units, read_commits
 
 __all__ = [
-    "Strangers",
+    "UnknownFiles",
     "file_column",
-    "is_of_file",
-    "is_telling",
+    "has_file_identity",
+    "identity_covers_content",
     "listed_files",
     "planned_files",
     "planned_identities",
@@ -69,12 +69,12 @@ whether it is no stranger."""
 logger = logging.getLogger(__name__)
 
 
-def is_telling(table: pa.Table, base_url: str) -> np.ndarray:
+def identity_covers_content(table: pa.Table, base_url: str) -> np.ndarray:
     """bool[n]: whether the identity of a listed row tells its file from all that lie where its source does."""
     return _matches(table["identity"], _DISK if storage.is_local(base_url) else _WHOLE)
 
 
-def is_of_file(table: pa.Table) -> np.ndarray:
+def has_file_identity(table: pa.Table) -> np.ndarray:
     """bool[n]: whether a listed row has a file that was looked at."""
     return _matches(table["identity"], _FILE) & ~_matches(table["identity"], _NO_FILE)
 
@@ -106,7 +106,7 @@ def _bucket_identities(table: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(kind, table["bytes"].cast(_TEXT), table["etag"].cast(_TEXT), colon)
 
 
-class Strangers:
+class UnknownFiles:
     """Listed rows whose files nobody knows, and the known files that they may be, joined by size on scratch."""
 
     def __init__(self, folder: Path, base_url: str, limits: storage.Limits) -> None:
@@ -140,7 +140,7 @@ class Strangers:
         for table in tables:
             self._add({name: table[name] for name in table.column_names}, is_known=True)
 
-    def may_be(self, files: pa.ChunkedArray, sizes: pa.ChunkedArray) -> np.ndarray:
+    def may_match(self, files: pa.ChunkedArray, sizes: pa.ChunkedArray) -> np.ndarray:
         """bool[n]: whether a stranger has the size of each file, and an identity that does not tell them apart.
 
         True for a few others as well, which costs time alone.
@@ -219,7 +219,7 @@ class _File:
     def num_bytes(self) -> int:
         return int(self.identity.split(":")[1])
 
-    def may_be(self, other: _File) -> bool:
+    def may_match(self, other: _File) -> bool:
         """Whether two different identities of one size may be of one content."""
         return self.identity != other.identity and (self.kind != other.kind or self.kind == "other")
 
@@ -241,11 +241,11 @@ def _recognize(files: list[_File], limits: storage.Limits) -> dict[str, str | No
             known[file.identity] = file
     groups = [sorted(group.values(), key=_rank) for group in by_size.values()]
     compared = [_compared(group) for group in groups]
-    edges = _look_at([file for group in compared for file in group])
+    edges = _read_edges([file for group in compared for file in group])
     names: dict[str, str | None] = {}
-    for group, looked_at in zip(groups, compared, strict=True):
+    for group, compared_files in zip(groups, compared, strict=True):
         names |= {file.identity: file.identity for file in group}
-        names |= _names_of(looked_at, edges, limits)
+        names |= _names_of(compared_files, edges, limits)
     return names
 
 
@@ -259,8 +259,8 @@ def _compared(group: list[_File]) -> list[_File]:
     kinds = {(file.kind, file.is_known) for file in group}
     if all(is_known for _, is_known in kinds) or (len({kind for kind, _ in kinds}) == 1 and group[0].kind != "other"):
         return []
-    strangers = [file for file in group if not file.is_known]
-    kinds_of_strangers = {file.kind for file in strangers}
+    unknown_files = [file for file in group if not file.is_known]
+    kinds_of_strangers = {file.kind for file in unknown_files}
     kinds_of_others = {file.kind for file in group}
 
     def matters(file: _File) -> bool:
@@ -270,7 +270,7 @@ def _compared(group: list[_File]) -> list[_File]:
     return [file for file in group if matters(file)]
 
 
-def _look_at(files: list[_File]) -> dict[str, str | None]:
+def _read_edges(files: list[_File]) -> dict[str, str | None]:
     """The edges of files, by identity; None: they cannot be read."""
     with ThreadPoolExecutor(_READS_AT_ONCE) as readers:
         return dict(zip((file.identity for file in files), readers.map(_edges_of, files), strict=True))
@@ -307,7 +307,7 @@ def _names_of(files: list[_File], edges: dict[str, str | None], limits: storage.
         elif seen in by_edges:
             names[file.identity] = by_edges[seen]
         else:
-            names[file.identity] = _name_among(file, [other for other in unseen if file.may_be(other)], limits)
+            names[file.identity] = _name_among(file, [other for other in unseen if file.may_match(other)], limits)
             by_edges[seen] = names[file.identity] or file.identity
     return names
 
@@ -330,35 +330,37 @@ def _name_among(file: _File, unseen: list[_File], limits: storage.Limits) -> str
 # ------------------------------------------------------------------------------------------- known files
 
 
-def listed_files(strangers: Strangers, rows: Iterable[pa.Table], base_url: str) -> Iterator[pa.Table]:
-    """The files of listed rows that a stranger may be, for `Strangers.add_known`.
+def listed_files(unknown_files: UnknownFiles, rows: Iterable[pa.Table], base_url: str) -> Iterator[pa.Table]:
+    """The files of listed rows that a stranger may be, for `UnknownFiles.add_known`.
 
     Args:
-        strangers: of the same listing.
+        unknown_files: of the same listing.
         rows: with source columns and ``file``, as `file_column` gives it.
         base_url: what relative URLs are relative to.
     """
     for table in rows:
         files = planned_identities(table)
-        yield _chosen(strangers, table, files, base_url)[0]
+        yield _chosen(unknown_files, table, files, base_url)[0]
 
 
-def planned_files(strangers: Strangers, plan: Plan, config: RunConfig) -> Iterator[pa.Table]:
-    """The planned files that a stranger may be, for `Strangers.add_known`, with edges as commit records state them."""
+def planned_files(unknown_files: UnknownFiles, plan: Plan, config: RunConfig) -> Iterator[pa.Table]:
+    """The planned files that an unknown file may be, with the edges that commit records state."""
     committed: dict[str, set[int]] = {}
     columns = ["split", "unit", "id", "url", "bytes", "etag", "member", "fault", "file"]
     for generation, table in plan.tables_by_generation(columns):
         if generation["kind"] == "listed":
             files = planned_identities(table)
-            found, rows = _chosen(strangers, table, files, generation["base_url"])
+            found, rows = _chosen(unknown_files, table, files, generation["base_url"])
             edges = _committed_edges(config, rows, found, committed)
             yield found.append_column("edges", pa.array(edges, _TEXT))
 
 
-def _chosen(strangers: Strangers, table: pa.Table, files: pa.ChunkedArray, base_url: str) -> tuple[pa.Table, pa.Table]:
+def _chosen(
+    unknown_files: UnknownFiles, table: pa.Table, files: pa.ChunkedArray, base_url: str
+) -> tuple[pa.Table, pa.Table]:
     """(``file``, ``size``, ``where``) of the rows that matter, and these rows."""
     files, sizes = _files_and_sizes(files)
-    is_chosen = strangers.may_be(files, sizes) & pc.is_null(table["fault"]).to_numpy()
+    is_chosen = unknown_files.may_match(files, sizes) & pc.is_null(table["fault"]).to_numpy()
     mask = pa.array(is_chosen)
     rows = table.filter(mask)
     where = pa.array([storage.resolve(base_url, url) for url in rows["url"].to_pylist()], _TEXT)

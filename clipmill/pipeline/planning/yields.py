@@ -27,23 +27,23 @@ from clipmill.pipeline.plan import SOURCE_COLUMNS, PlannedVideo
 from clipmill.pipeline.samples import clip_sample
 from clipmill.pipeline.sidecars import read_sidecars
 from clipmill.pipeline.sources import base_url
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.multivideo import KeptFiles
 from clipmill.scratch import ScratchFolder
 from clipmill.shards.format import Sample
 from clipmill.video import BadVideo, Clip, Decoder, DecoderLost, Limits, Outcome
 from clipmill.video.kinds import HEAD_BYTES, is_video_head, suffix_of
 
-__all__ = ["NOTHING_KNOWN", "NoLook", "Yield", "fetch_edges", "measure_yield"]
+__all__ = ["NOTHING_KNOWN", "NotMeasurable", "Yield", "fetch_edges", "measure_yield"]
 
 logger = logging.getLogger(__name__)
 
-NUM_LOOKS = 32
+NUM_MEASURED_VIDEOS = 32
 """The mean of this number of videos is right within about 20 % if the yield per byte varies by a factor of two."""
 
 SMALL_BYTES = 2**20
-"""A smaller source is not looked at: it is a unit or two, whatever it makes."""
+"""A smaller source is not measured: it is a unit or two in any case."""
 
-_CLIPS_PER_LOOK = 2
+_CLIPS_PER_MEASUREMENT = 2
 _LIMITS = Limits(cpu_seconds=20, memory_bytes=4 * 2**30, no_progress_seconds=10)
 _MOST_FAILURES = 8
 """Looks that may fail: a broken video costs two children, a hostile one their whole time."""
@@ -64,7 +64,7 @@ class Yield:
         bytes_per_byte: bytes of shards for each byte of whole files.
         bytes_per_clip: bytes of one clip in a shard, with all its members.
         fps: frames per second of the videos, as the clip rule sees them.
-        num_videos: videos that were looked at.
+        num_videos: videos that were measured.
     """
 
     bytes_per_byte: float
@@ -103,7 +103,7 @@ NOTHING_KNOWN = Yield(bytes_per_byte=1.0, bytes_per_clip=0.0, fps=0.0, num_video
 
 
 def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int) -> Yield:
-    """Looks at up to `NUM_LOOKS` videos, chosen evenly over the bytes of the source in the order of the plan.
+    """Looks at up to `NUM_MEASURED_VIDEOS` videos, chosen evenly over the bytes of the source in the order of the plan.
 
     So a byte of every video has the same chance, and the mean over the chosen ones is that over all bytes, also where
     few large files hold most of them.
@@ -118,7 +118,7 @@ def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int)
     """
     if num_bytes < SMALL_BYTES:
         return NOTHING_KNOWN
-    points = (np.arange(NUM_LOOKS) + 0.5) / NUM_LOOKS * num_bytes
+    points = (np.arange(NUM_MEASURED_VIDEOS) + 0.5) / NUM_MEASURED_VIDEOS * num_bytes
     rows: list[dict[str, Any]] = []
     weights: list[int] = []
     first_byte = 0
@@ -129,51 +129,56 @@ def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int)
         rows += table.select(list(SOURCE_COLUMNS)).take(pa.array(places)).to_pylist()
         weights += counts.tolist()
         first_byte = int(ends[-1])
-    looks: list[_Look] = []
-    looked: list[int] = []
+    measured: list[_Measurement] = []
+    measured_weights: list[int] = []
     num_failures = 0
     with ScratchFolder("plan") as folder, Decoder(_LIMITS) as decoder:
         for row, weight in zip(rows, weights, strict=True):
             if num_failures == _MOST_FAILURES:
                 break
             try:
-                looks.append(_look_at(config, PlannedVideo(id="0" * 16, **row), decoder, folder))
-                looked.append(weight)
+                measured.append(_measure_video(config, PlannedVideo(id="0" * 16, **row), decoder, folder))
+                measured_weights.append(weight)
             # No reason to stop: its unit will say what is wrong with the video.
-            except (ExcludedVideo, BadVideo, DecoderLost, NoLook, OSError, storage.Refused) as error:
+            except (ExcludedVideo, BadVideo, DecoderLost, NotMeasurable, OSError, storage.Refused) as error:
                 if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
                     raise  # a bucket is away
                 logger.debug("no look at %s: %s", storage.shown(row["url"]), error)
-                num_failures += not isinstance(error, NoLook)
-    if not looks:
+                num_failures += not isinstance(error, NotMeasurable)
+    if not measured:
         return NOTHING_KNOWN
-    shares = np.array(looked) / sum(looked)
-    num_clips = sum(look.num_clips for look in looks)
+    shares = np.array(measured_weights) / sum(measured_weights)
+    num_clips = sum(one.num_clips for one in measured)
     return Yield(
         # Rounded, so that the last digits of a codec's work do not decide about units.
-        bytes_per_byte=_rounded(sum(share * look.bytes_per_byte for share, look in zip(shares, looks, strict=True))),
-        bytes_per_clip=_rounded(sum(look.bytes for look in looks) / num_clips if num_clips else 0.0),
-        fps=_rounded(sum(share * look.fps for share, look in zip(shares, looks, strict=True))),
-        num_videos=len(looks),
+        bytes_per_byte=_rounded(sum(share * one.bytes_per_byte for share, one in zip(shares, measured, strict=True))),
+        bytes_per_clip=_rounded(sum(one.bytes for one in measured) / num_clips if num_clips else 0.0),
+        fps=_rounded(sum(share * one.fps for share, one in zip(shares, measured, strict=True))),
+        num_videos=len(measured),
     )
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Measurement:
     bytes_per_byte: float
     num_clips: int
     bytes: int
     fps: float
 
 
-class NoLook(Exception):
+class NotMeasurable(Exception):
     """A look says nothing about the whole video; the message says why."""
 
 
-def _look_at(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: Path) -> _Look:
+def _measure_video(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: Path) -> _Measurement:
     data = config.data
     # What is rejected is not known before it is decoded: clips are counted as if none were.
-    first = {"max_clips_per_video": _CLIPS_PER_LOOK, "reject_static": None, "reject_black": None, "scene_cut": None}
+    first = {
+        "max_clips_per_video": _CLIPS_PER_MEASUREMENT,
+        "reject_static": None,
+        "reject_black": None,
+        "scene_cut": None,
+    }
     with tempfile.TemporaryDirectory(dir=folder) as copies:
         fetched, num_bytes = fetch_edges(config, video, Path(copies))
         video = read_sidecars(data, video)
@@ -188,7 +193,7 @@ def _look_at(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: P
     if sizes:
         num_clips = int(_num_clips(np.array([_num_frames(outcome, fps, data.clip)]), data.clip)[0])
     mean_bytes = sum(sizes) / len(sizes) if sizes else 0.0
-    return _Look(num_clips * mean_bytes / num_bytes, len(sizes), sum(sizes), fps)
+    return _Measurement(num_clips * mean_bytes / num_bytes, len(sizes), sum(sizes), fps)
 
 
 def _some_rows(fetched: LocalVideo, clip: Clip) -> np.ndarray | None:
@@ -205,7 +210,7 @@ def _num_frames(outcome: Outcome, fps: float, clip: ClipConfig) -> int:
         return info.container_frames
     if info.duration_seconds is not None:
         return int(info.duration_seconds * fps)
-    raise NoLook("its header states no duration")
+    raise NotMeasurable("its header states no duration")
 
 
 def _num_clips(frames: np.ndarray, clip: ClipConfig) -> np.ndarray:
@@ -226,14 +231,14 @@ def fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> tuple[L
     large MPEG stream has none: its beginning is a video by itself.
 
     Raises:
-        NoLook: it does not begin as a video does.
+        NotMeasurable: it does not begin as a video does.
     """
     if video.member is not None:
         return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     url = storage.resolve(base_url(config.data.source), video.url)
     head = storage.read_start(url, HEAD_BYTES)
     if not is_video_head(head):  # a child that fails has to be started anew
-        raise NoLook("it does not begin as a video")
+        raise NotMeasurable("it does not begin as a video")
     if storage.is_local(url) or video.bytes <= 4 * _EDGE_BYTES:
         return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     path = folder / f"video{suffix_of(urlsplit(video.url).path)}"

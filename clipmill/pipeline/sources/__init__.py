@@ -15,8 +15,8 @@ from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.sources import arrays, bair, folder, lerobot, table, tgif, ucf101, webdataset
-from clipmill.pipeline.sources.apart import list_apart, read_apart
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.isolated import list_isolated, read_isolated
+from clipmill.pipeline.sources.multivideo import KeptFiles
 from clipmill.pipeline.sources.record import ArrayVideo, SourceVideo, TimedRows
 from clipmill.video import Limits
 
@@ -35,7 +35,7 @@ __all__ = [
 
 _LISTINGS: dict[str, Callable[[SourceConfig], Iterator[SourceVideo]]] = {
     "lerobot": lerobot.list_videos,
-    "hdf5": list_apart,
+    "hdf5": list_isolated,
 }
 _WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]] = {
     "webdataset": webdataset.list_videos,
@@ -224,7 +224,7 @@ def read_array(
     """
     if source.type == "arrays":
         return arrays.read_array(source, url, member, num_bytes, kept)
-    return read_apart(source, url, member, num_bytes, limits)
+    return read_isolated(source, url, member, num_bytes, limits)
 
 
 def extract(source: SourceConfig, url: str, member: str, num_bytes: int, folder: Path) -> Path | None:

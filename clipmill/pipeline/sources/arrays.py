@@ -18,7 +18,7 @@ import numpy as np
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.sources.many import KeptFiles, find_files, list_each
+from clipmill.pipeline.sources.multivideo import KeptFiles, find_files, list_each
 from clipmill.pipeline.sources.npy import ArrayHeader, copy_member, open_array, read_header, read_npz_headers
 from clipmill.pipeline.sources.record import ArrayVideo, DamagedVideo, SourceVideo, file_identity
 

@@ -18,7 +18,7 @@ import numpy as np
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.pipeline.sources.folder import walk_files
-from clipmill.pipeline.sources.many import list_each
+from clipmill.pipeline.sources.multivideo import list_each
 from clipmill.pipeline.sources.record import ArrayVideo, DamagedVideo, SourceVideo, file_identity
 from clipmill.pipeline.sources.tfrecord import index_records, read_features, read_record
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["BadCell", "as_caption", "as_seconds", "as_text", "check_halves", "metadata_json"]
+__all__ = ["BadCell", "as_caption", "as_seconds", "as_text", "check_unicode", "metadata_json"]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as a JSON escape may name it, or a byte that is not UTF-8, as Python keeps it (from U+DC80 on)."""
@@ -35,11 +35,11 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()
-    check_halves(text)
+    check_unicode(text)
     return text or None
 
 
-def check_halves(text: str) -> None:
+def check_unicode(text: str) -> None:
     """Raises `BadCell` for a text that is no valid Unicode."""
     if half := _SURROGATE.search(text):
         is_byte = "\udc80" <= half[0] <= "\udcff"

@@ -51,7 +51,7 @@ def _classified(url: str, after: str | None) -> Iterator[tuple[File, bool]]:
     files = _visible_files(url, after)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         while batch := list(islice(files, _ENTRIES_AT_ONCE)):
-            known = [_told_by_name(*file) for file in batch]
+            known = [_is_video_by_name(*file) for file in batch]
             unknown = [file for file, is_video in zip(batch, known, strict=True) if is_video is None]
             apply = map if storage.is_local(url) else pool.map  # a disk answers sooner than a thread is woken
             looked_at = iter(apply(lambda file: _is_video(url, file[1]), unknown))
@@ -66,7 +66,7 @@ def _visible_files(url: str, after: str | None = None) -> Iterator[File]:
             yield path, entry
 
 
-def _told_by_name(path: PurePosixPath, entry: storage.Entry) -> bool | None:
+def _is_video_by_name(path: PurePosixPath, entry: storage.Entry) -> bool | None:
     """Whether a file is a video; None: its first bytes tell."""
     suffix = suffix_of(path.name)
     if suffix in VIDEO_SUFFIXES or suffix not in SNIFFED_SUFFIXES or not entry.bytes:
@@ -106,7 +106,7 @@ def list_videos(source: SourceConfig, others: Counter[str], after: str | None = 
 
 
 @dataclass
-class _Take:
+class _StemGroup:
     """The files that share a stem."""
 
     videos: list[File] = field(default_factory=list)
@@ -126,7 +126,7 @@ def _with_sidecars(
         suffixes: of sidecars, in lower case.
         others: counts what is neither a video nor a sidecar of one, by ending.
     """
-    takes: dict[str, _Take] = {}
+    groups: dict[str, _StemGroup] = {}
     last_name = None
     for (path, entry), is_video in files:
         suffix = suffix_of(path.name)
@@ -134,21 +134,21 @@ def _with_sidecars(
             others[suffix] += 1
             last_name = entry.name
             continue
-        for stem in [stem for stem in takes if not f"{entry.name}.".startswith(f"{stem}.")]:
-            take = takes.pop(stem)
-            yield from _close(take, others, None if takes else last_name)
+        for stem in [stem for stem in groups if not f"{entry.name}.".startswith(f"{stem}.")]:
+            group = groups.pop(stem)
+            yield from _close(group, others, None if groups else last_name)
         last_name = entry.name
-        take = takes.setdefault(stem_of(entry.name), _Take())
+        group = groups.setdefault(stem_of(entry.name), _StemGroup())
         if is_video:
-            take.videos.append((path, entry))
+            group.videos.append((path, entry))
         else:
-            take.sidecars.append(entry.name[-len(suffix) :])
-    for take in takes.values():
-        yield from _close(take, others, None)
+            group.sidecars.append(entry.name[-len(suffix) :])
+    for group in groups.values():
+        yield from _close(group, others, None)
 
 
-def _close(take: _Take, others: Counter[str], mark: str | None) -> Iterator[tuple[File, list[str], str | None]]:
-    for number, video in enumerate(take.videos, start=1):
-        yield video, take.sidecars, mark if number == len(take.videos) else None
-    if not take.videos:
-        others.update(suffix_of(f"x{suffix}") for suffix in take.sidecars)
+def _close(group: _StemGroup, others: Counter[str], mark: str | None) -> Iterator[tuple[File, list[str], str | None]]:
+    for number, video in enumerate(group.videos, start=1):
+        yield video, group.sidecars, mark if number == len(group.videos) else None
+    if not group.videos:
+        others.update(suffix_of(f"x{suffix}") for suffix in group.sidecars)

@@ -112,7 +112,7 @@ def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
         FileNotFoundError: the file is missing.
     """
     part, number = member.split("/")
-    with storage.open_to_read(url, _BLOCK_BYTES) as file, _blame_file(), h5py.File(file, "r") as content:
+    with storage.open_to_read(url, _BLOCK_BYTES) as file, _as_damaged_video(), h5py.File(file, "r") as content:
         data, starts, actions = (_dataset(content, f"{part}_{kind}") for kind in ("data", "idx", "actions"))
         if data is None or starts is None:
             raise DamagedVideo(f"changed since it was planned: no {part}_data or {part}_idx")
@@ -126,7 +126,7 @@ def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
 
 
 @contextmanager
-def _blame_file() -> Iterator[None]:
+def _as_damaged_video() -> Iterator[None]:
     """HDF5 reports damage as OSError without a number; what has one is the disk's or the network's fault."""
     try:
         yield

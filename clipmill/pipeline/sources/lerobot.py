@@ -40,7 +40,7 @@ _SPLITS: dict[str, Literal["train", "val"]] = {
 
 
 class _Info(NamedTuple):
-    """``meta/info.json``, and what the configuration takes of it."""
+    """``meta/info.json``, and what the configuration groups of it."""
 
     version: int
     chunks_size: int

@@ -93,7 +93,7 @@ def read_npz_headers(file: BinaryIO) -> dict[str, ArrayHeader]:
         DamagedVideo: no ``.npz`` file, or one of its arrays is damaged.
     """
     headers = {}
-    with _blame_file(), zipfile.ZipFile(file) as archive:
+    with _as_damaged_video(), zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.filename.endswith(".npy"):
                 with archive.open(info) as member:
@@ -108,7 +108,7 @@ def copy_member(file: BinaryIO, name: str, path: Path) -> None:
         DamagedVideo: it is damaged or not there, or unpacks to more than the disk can hold.
     """
     with (
-        _blame_file(),
+        _as_damaged_video(),
         zipfile.ZipFile(file) as archive,
         archive.open(f"{name}.npy") as member,
         path.open("wb") as copy,
@@ -121,7 +121,7 @@ def copy_member(file: BinaryIO, name: str, path: Path) -> None:
 
 
 @contextmanager
-def _blame_file() -> Iterator[None]:
+def _as_damaged_video() -> Iterator[None]:
     """What zipfile raises for damage; an OSError is the disk's or the network's fault."""
     try:
         yield

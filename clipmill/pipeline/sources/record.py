@@ -40,7 +40,7 @@ class SourceVideo:
             that cause.
         together: identity of a file that must be fetched whole for this video, though it holds others: they follow each
             other in the plan. None: the file, for a span; else any order is as good.
-        mark: where a listing that ended behind this video can go on (`list_videos` takes it); None: not here.
+        mark: where a listing that ended behind this video can go on (`list_videos` groups it); None: not here.
     """
 
     name: str

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.pipeline.sources.cells import BadCell, as_caption, as_seconds, as_text, check_halves, metadata_json
+from clipmill.pipeline.sources.cells import BadCell, as_caption, as_seconds, as_text, check_unicode, metadata_json
 from clipmill.pipeline.sources.record import SourceVideo
 from clipmill.tables import SUFFIXES, Row, UnreadableTable, read_rows
 
@@ -176,7 +176,7 @@ def _name(row: Row, column: str) -> str:
     if "\0" in name:
         raise BadCell("holds a zero byte")
     name = storage.escape(name)
-    check_halves(name)
+    check_unicode(name)
     return name
 
 
@@ -214,7 +214,7 @@ class _Finder:
 
     def __init__(self, base: str, pool: ThreadPoolExecutor) -> None:
         self._base, self._pool = base, pool
-        self._lost: dict[str, str] = {}  # servers that are not asked again, and why: a dead one takes seconds a row
+        self._lost: dict[str, str] = {}  # servers that are not asked again, and why: a dead one groups seconds a row
         self._answered: set[str] = set()
         self._refused: Counter[str] = Counter()
 

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.pipeline.sources.cells import BadCell, as_caption, as_text, metadata_json
-from clipmill.pipeline.sources.many import find_files, list_each
+from clipmill.pipeline.sources.multivideo import find_files, list_each
 from clipmill.pipeline.sources.record import DamagedVideo, SourceVideo, file_identity
 from clipmill.pipeline.sources.tar import BLOCK_BYTES, DamagedTar, Member, index_members, is_header_of
 from clipmill.video.kinds import VIDEO_SUFFIXES

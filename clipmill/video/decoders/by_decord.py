@@ -14,7 +14,7 @@ import numpy as np
 
 from clipmill.errors import UserError
 from clipmill.video.decoders.picture import Picture
-from clipmill.video.faults import VideoError, blame_video
+from clipmill.video.errors import VideoError, as_video_error
 from clipmill.video.probe import VideoInfo, open_video
 
 __all__ = ["decord_version", "read_decord"]
@@ -47,7 +47,7 @@ def read_decord(path: str | Path, info: VideoInfo) -> Iterator[Picture]:
     import decord  # here: it maps an FFmpeg of its own, which no other decoder needs
 
     decord.logging.set_level(decord.logging.ERROR)
-    with blame_video("cannot decode", path):
+    with as_video_error("cannot decode", path):
         times = _packet_times(path, info)  # exact: decord's own are float32
         # A frame that fails is repeated from the last good one in silence, unless none may fail.
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-6)

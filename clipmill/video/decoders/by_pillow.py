@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clipmill.video.decoders.picture import Picture
-from clipmill.video.faults import VideoError, blame_video
+from clipmill.video.errors import VideoError, as_video_error
 from clipmill.video.geometry import Geometry
 
 __all__ = ["AnimationInfo", "is_animation", "read_animation", "read_pillow", "read_still"]
@@ -64,7 +64,7 @@ def read_animation(path: str | Path) -> tuple[Iterator[tuple[float, np.ndarray]]
         VideoError: not such a file, a still picture, or damaged; also from the iterator.
         OSError: the file is missing, or the disk failed.
     """
-    with blame_video("cannot open", path):
+    with as_video_error("cannot open", path):
         image: Any = Image.open(path, formats=("WEBP", "PNG"))
         # The picture that viewers without animation show may be no frame of it.
         first = int(getattr(image, "default_image", False))
@@ -83,7 +83,7 @@ def read_animation(path: str | Path) -> tuple[Iterator[tuple[float, np.ndarray]]
 def _frames(path: str | Path, image: Any, first: int) -> Iterator[tuple[float, np.ndarray]]:
     elapsed_ms = 0.0
     for number in range(first, image.n_frames):
-        with blame_video("cannot decode", path):
+        with as_video_error("cannot decode", path):
             image.seek(number)
             image.load()
             pixels = _over_white(image)
@@ -99,7 +99,7 @@ def read_still(path: str | Path) -> np.ndarray:
         VideoError: not a picture, damaged, or larger than Pillow's limit against decompression bombs.
         OSError: the file is missing, or the disk failed.
     """
-    with blame_video("no picture that can be read", path):
+    with as_video_error("no picture that can be read", path):
         image: Any = Image.open(path, formats=_STILL_FORMATS)
         image.load()
         return _over_white(ImageOps.exif_transpose(image))

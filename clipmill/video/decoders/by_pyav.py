@@ -14,7 +14,7 @@ from clipmill.video.decoders.clocks import make_clock
 from clipmill.video.decoders.damage import DamageFilter, ErrorLog, Packet, detect_damage
 from clipmill.video.decoders.interlaced import deinterlaced
 from clipmill.video.decoders.picture import Picture, Reading, Span
-from clipmill.video.faults import blame_video
+from clipmill.video.errors import as_video_error
 from clipmill.video.geometry import Geometry, orientation_of, sample_aspect
 from clipmill.video.probe import VideoInfo, open_video
 
@@ -35,7 +35,7 @@ _REORDERED_SECONDS = 2.0
 def read_pyav(path: str | Path, info: VideoInfo, span: Span, reading: Reading) -> Iterator[Picture]:
     """Whole frames by PyAV, from the start of a span on or before it; one thread: other workers use the other cores."""
     first_packet, zero = (0, None) if span[0] is None else _where_to_begin(path, info, span[0])
-    with blame_video("cannot decode", path), open_video(path) as container:
+    with as_video_error("cannot decode", path), open_video(path) as container:
         stream = container.streams[info.stream_index]
         stream.codec_context.thread_count = 1
         stream.codec_context.copy_opaque = True
@@ -184,7 +184,7 @@ def _where_to_begin(path: str | Path, info: VideoInfo, start_seconds: float) -> 
     counts_frames = info.container == "avi"
     zero: int | None = None
     keys = deque([0], maxlen=2)
-    with blame_video("cannot read", path), open_video(path) as container:
+    with as_video_error("cannot read", path), open_video(path) as container:
         stream = container.streams[info.stream_index]
         for number, packet in enumerate(container.demux(stream)):
             ticks = packet.dts if counts_frames else packet.pts

@@ -10,7 +10,7 @@ import pytest
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.sources import list_videos, read_array
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.multivideo import KeptFiles
 from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import Limits
 from tests.pipeline.corpus import make_plan

@@ -27,7 +27,7 @@ from clipmill.config import SourceConfig
 from clipmill.errors import UserError
 from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.sources import list_videos
-from clipmill.pipeline.sources.many import KeptFiles
+from clipmill.pipeline.sources.multivideo import KeptFiles
 from clipmill.tables import UnreadableTable, read_rows
 from tests.pipeline.corpus import make_plan, video_bytes
 from tests.pipeline.sources.fixtures import shard_in_process, source_config, write_videos

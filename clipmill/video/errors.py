@@ -10,7 +10,7 @@ from pathlib import Path
 
 import av
 
-__all__ = ["VideoError", "blame_video"]
+__all__ = ["VideoError", "as_video_error"]
 
 _DECORD_PREFIX = re.compile(r"\[[\d:]+\] \S+: ")
 """Time of day and source line: the same fault must read the same twice."""
@@ -32,7 +32,7 @@ class VideoError(Exception):
 
 
 @contextmanager
-def blame_video(action: str, path: str | Path) -> Iterator[None]:
+def as_video_error(action: str, path: str | Path) -> Iterator[None]:
     """Turns what a decoder raises about a file into a VideoError; lets memory and the environment's errors through."""
     try:
         yield

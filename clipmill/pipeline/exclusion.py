@@ -18,7 +18,7 @@ from clipmill.errors import ClipmillError
 from clipmill.pipeline.fetch import ExcludedVideo
 from clipmill.video import DecoderLost
 
-__all__ = ["blame", "scrub"]
+__all__ = ["exclude_on_error", "scrub"]
 
 _OF_ONE_FILE = {
     errno.ENOENT,
@@ -43,7 +43,7 @@ _MOST_CHARACTERS = 300
 
 
 @contextmanager
-def blame(stage: str, video_name: str, scratch: Path) -> Iterator[None]:
+def exclude_on_error(stage: str, video_name: str, scratch: Path) -> Iterator[None]:
     """Turns an exception that belongs to a video into its exclusion; others pass.
 
     Args:

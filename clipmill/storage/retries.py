@@ -16,10 +16,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from clipmill.errors import UserError
-from clipmill.storage.blame import chain
+from clipmill.storage.failures import causes
 from clipmill.storage.urls import is_web, server
 
-__all__ = ["RETRY_SECONDS_VARIABLE", "Patience", "within"]
+__all__ = ["RETRY_SECONDS_VARIABLE", "RetryBudget", "limit_retries"]
 
 RETRY_SECONDS_VARIABLE = "CLIPMILL_STORAGE_RETRY_SECONDS"
 DEFAULT_RETRY_SECONDS = 120.0
@@ -33,22 +33,22 @@ _wasted_seconds: dict[str, float] = {}
 server that answers 503, they share one budget instead of each waiting in full.
 """
 
-_longest_here: contextvars.ContextVar[float] = contextvars.ContextVar("longest_seconds", default=math.inf)
+_thread_limit_seconds: contextvars.ContextVar[float] = contextvars.ContextVar("longest_seconds", default=math.inf)
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
+def limit_retries(seconds: float) -> Iterator[None]:
     """Limits the retries of this thread's requests to ``seconds``, for work that must not wait for an unreachable
     server.
     """
-    token = _longest_here.set(min(seconds, _longest_here.get()))
+    token = _thread_limit_seconds.set(min(seconds, _thread_limit_seconds.get()))
     try:
         yield
     finally:
-        _longest_here.reset(token)
+        _thread_limit_seconds.reset(token)
 
 
-class Patience:
+class RetryBudget:
     """The pauses between the attempts of one call.
 
     Attributes:
@@ -60,7 +60,7 @@ class Patience:
         self.num_pauses = 0
         self.seconds = 0.0
         self._server = server(url) if is_web(url) else None
-        self._longest_seconds = min(longest_seconds, _longest_here.get())
+        self._longest_seconds = min(longest_seconds, _thread_limit_seconds.get())
         self._deadline: float | None = None
 
     def next_pause(self, error: BaseException) -> float | None:
@@ -71,7 +71,7 @@ class Patience:
             self._deadline = now + self.seconds
         # Half of the pause is random, so that thousands of workers do not retry at the same moment.
         pause = min(FIRST_PAUSE_SECONDS * 2**self.num_pauses, LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1)
-        pause = max(pause, _asked_for_seconds(error))
+        pause = max(pause, _retry_after_seconds(error))
         is_over = now + pause > self._deadline
         if self._server is not None:
             is_over |= _wasted_seconds.get(self._server, 0.0) + pause > _retry_seconds()
@@ -91,7 +91,7 @@ class Patience:
         with _lock:
             _waiting[self._server] -= 1
 
-    def helped(self) -> None:
+    def succeeded(self) -> None:
         """Restores the server's budget after a call that succeeded on a retry."""
         if self.num_pauses and self._server is not None:
             with _lock:
@@ -106,9 +106,9 @@ def _retry_seconds() -> float:
         raise UserError(f"{RETRY_SECONDS_VARIABLE}={text} is not a number of seconds; correct or unset it") from error
 
 
-def _asked_for_seconds(error: BaseException) -> float:
+def _retry_after_seconds(error: BaseException) -> float:
     """Seconds that the server's ``Retry-After`` header asks for, as a number or a date; 0 without the header."""
-    headers: Any = next((found for one in chain(error) if (found := getattr(one, "headers", None))), {})
+    headers: Any = next((found for one in causes(error) if (found := getattr(one, "headers", None))), {})
     text = headers.get("Retry-After", "")
     try:
         return max(float(text), 0.0) if text else 0.0

@@ -18,9 +18,9 @@ __all__ = [
     "Unreadable",
     "WebLost",
     "WebUnavailable",
-    "answer",
-    "chain",
-    "line",
+    "server_answer",
+    "causes",
+    "first_line",
     "transient_reason",
 ]
 
@@ -97,8 +97,8 @@ def transient_reason(url: str, error: Exception) -> str | None:
     if is_web(url):
         return _transient_web_reason(url, error)
     name = shown(url)
-    code, status = answer(error)
-    names = {type(one).__name__ for one in chain(error)}
+    code, status = server_answer(error)
+    names = {type(one).__name__ for one in causes(error)}
     if code == "InvalidObjectState":
         raise Unreadable(f"{name} is archived; restore it") from error
     if code == "NoSuchBucket":
@@ -107,7 +107,7 @@ def transient_reason(url: str, error: Exception) -> str | None:
         raise UserError(f"{name}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
     if scheme(url) in S3_SCHEMES and (isinstance(error, PermissionError) or status in (401, 403)):
         kind = UserError if code in _WRONG_CREDENTIALS else Refused
-        raise kind(f"{name}: access denied ({code or line(error)}); {_CREDENTIALS_ADVICE}") from error
+        raise kind(f"{name}: access denied ({code or first_line(error)}); {_CREDENTIALS_ADVICE}") from error
     if status == HTTPStatus.NOT_IMPLEMENTED:
         raise UserError(f"{name}: the storage does not support this request ({code}); use another storage") from error
     if isinstance(error, FileNotFoundError | FileExistsError):
@@ -117,16 +117,16 @@ def transient_reason(url: str, error: Exception) -> str | None:
             return f"{code or 'answer'} (HTTP {status})"
         raise Unreadable(f"{name}: the storage answers {code} (HTTP {status})") from error
     if _is_network(error):
-        return line(error)
-    if any(isinstance(one, ValueError | TypeError) or _is_botocore(one) for one in chain(error)):
+        return first_line(error)
+    if any(isinstance(one, ValueError | TypeError) or _is_botocore(one) for one in causes(error)):
         # The client itself refused the request: the region, endpoint, profile or bucket name is wrong.
-        raise UserError(f"{name}: {line(error)}; {_SETTINGS_ADVICE}") from error
+        raise UserError(f"{name}: {first_line(error)}; {_SETTINGS_ADVICE}") from error
     return None
 
 
 def _transient_web_reason(url: str, error: Exception) -> str | None:
     """`transient_reason` for a web server."""
-    _, status = answer(error)
+    _, status = server_answer(error)
     if status == HTTPStatus.NOT_FOUND:
         raise FileNotFoundError(errno.ENOENT, "the server does not know it", shown(url)) from error
     if status == 0:  # how aiohttp reports too many redirections
@@ -137,15 +137,15 @@ def _transient_web_reason(url: str, error: Exception) -> str | None:
         if status in _TRANSIENT_STATUSES or status >= 500:
             return f"HTTP {status}"
         raise Unreadable(f"{shown(url)}: the server answers {_status_text(status)}") from error
-    for one in chain(error):
+    for one in causes(error):
         if getattr(one, "errno", None) == socket.EAI_NONAME:
             raise ServerLost(f"{shown(url)}: no such host") from error
         if isinstance(one, ssl.SSLCertVerificationError):
             raise ServerLost(f"{shown(url)}: {one.verify_message}") from error
     if isinstance(error, ValueError | TypeError):
-        what = type(error).__name__ if "://" in str(error) else line(error)  # the message may hold credentials
+        what = type(error).__name__ if "://" in str(error) else first_line(error)  # the message may hold credentials
         raise Unreadable(f"{shown(url)}: not the address of a file ({what})") from error
-    return line(error.__cause__ or error) if _is_network(error) else None
+    return first_line(error.__cause__ or error) if _is_network(error) else None
 
 
 def _status_text(status: int) -> str:
@@ -160,7 +160,7 @@ def _is_network(error: BaseException) -> bool:
         isinstance(one, ConnectionError | TimeoutError)
         or type(one).__module__.startswith(("aiohttp", "botocore.httpchecksum"))
         or _is_botocore_transport(one)
-        for one in chain(error)
+        for one in causes(error)
     )
 
 
@@ -175,9 +175,9 @@ def _is_botocore_transport(error: BaseException) -> bool:
     )
 
 
-def answer(error: BaseException) -> tuple[str | None, int | None]:
+def server_answer(error: BaseException) -> tuple[str | None, int | None]:
     """(error code, HTTP status) of the server's answer that caused an exception; None where there is none."""
-    for one in chain(error):
+    for one in causes(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -187,7 +187,7 @@ def answer(error: BaseException) -> tuple[str | None, int | None]:
     return None, None
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """An exception and its causes."""
     following: BaseException | None = error
     while following is not None:
@@ -195,7 +195,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__ or following.__context__
 
 
-def line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message. A first line that ends with a colon (aiohttp) is joined with the second."""
     lines = str(error).strip().splitlines()
     if len(lines) > 1 and lines[0].endswith(":"):

@@ -20,7 +20,7 @@ from clipmill.pipeline.sources.record import ArrayVideo, DamagedVideo, SourceVid
 from clipmill.storage import Refused, ServerLost, Unreadable
 from clipmill.video.child import Child, DecoderLost, Limits, VideoFault
 
-__all__ = ["list_apart", "read_apart"]
+__all__ = ["list_isolated", "read_isolated"]
 
 LISTING_LIMITS = Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=3600)
 
@@ -32,10 +32,10 @@ _RAISED: dict[str, type[Exception]] = {
 }
 """What the child's answer may be instead of a result."""
 
-_of_thread = threading.local()
+_thread_state = threading.local()
 
 
-def list_apart(source: SourceConfig) -> Iterator[SourceVideo]:
+def list_isolated(source: SourceConfig) -> Iterator[SourceVideo]:
     """The listing of a source that is one file.
 
     Raises:
@@ -53,7 +53,7 @@ def list_apart(source: SourceConfig) -> Iterator[SourceVideo]:
             yield SourceVideo(**video)
 
 
-def read_apart(source: SourceConfig, url: str, member: str, num_bytes: int, limits: Limits) -> ArrayVideo:
+def read_isolated(source: SourceConfig, url: str, member: str, num_bytes: int, limits: Limits) -> ArrayVideo:
     """One video of a file of several.
 
     Raises:
@@ -68,9 +68,9 @@ def read_apart(source: SourceConfig, url: str, member: str, num_bytes: int, limi
 
 def _reader(limits: Limits) -> _Reader:
     """The reader of this thread."""
-    reader: _Reader | None = getattr(_of_thread, "reader", None)
+    reader: _Reader | None = getattr(_thread_state, "reader", None)
     if reader is None or reader.limits != limits:
-        reader = _of_thread.reader = _Reader(limits)
+        reader = _thread_state.reader = _Reader(limits)
     return reader
 
 
@@ -92,7 +92,7 @@ class _Reader:
             try:
                 self._spool.truncate(0)
                 if self._child is None:
-                    self._child = Child(self.limits, self._spool.fileno(), "clipmill.pipeline.sources.apart_child")
+                    self._child = Child(self.limits, self._spool.fileno(), "clipmill.pipeline.sources.isolated_child")
                 messages = self._child.decode(request, self.limits.no_progress_seconds)
                 break
             except VideoFault as fault:

@@ -17,12 +17,12 @@ from clipmill.pipeline.planning.listing import base_of
 from clipmill.pipeline.planning.moved import planned_identities
 from clipmill.pipeline.sources.record import file_identity
 
-__all__ = ["look_again", "revived_ids"]
+__all__ = ["recheck_rows", "recovered_ids"]
 
 _REQUESTS_AT_ONCE = 32
 
 
-def look_again(table: pa.Table, base_url: str, planned: PlannedVideos) -> pa.Table:
+def recheck_rows(table: pa.Table, base_url: str, planned: PlannedVideos) -> pa.Table:
     """Planned rows, without the faults that have gone.
 
     A video that an extension has found meanwhile is planned already and not revived. A row that names no video keeps
@@ -52,7 +52,7 @@ def _look_again(row: dict[str, Any], base_url: str, planned: PlannedVideos) -> d
     return {**row, "fault": None, "bytes": entry.bytes, "etag": entry.etag, "file": identity}
 
 
-def revived_ids(plan: Plan) -> np.ndarray:
+def recovered_ids(plan: Plan) -> np.ndarray:
     """uint64[n]: the ids that revived rows would have if they were listed now; they keep those of their faults."""
     found = [np.empty(0, np.uint64)]
     columns = [name for name in PLAN_COLUMNS if name not in ("split", "unit", "ordinal")]

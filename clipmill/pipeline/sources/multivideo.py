@@ -51,7 +51,7 @@ def list_each(
     """
     refused, num_files = [], 0
 
-    def list_or_blame(file: storage.Entry) -> Iterator[SourceVideo]:
+    def list_or_fault(file: storage.Entry) -> Iterator[SourceVideo]:
         try:
             yield from list_one(file)
         except FileNotFoundError:
@@ -71,7 +71,7 @@ def list_each(
         while batch := list(islice(files, 1 if storage.is_local(base) else _FILES_AT_ONCE)):
             num_files += len(batch)
             listings = (
-                map(list_or_blame, batch) if len(batch) == 1 else pool.map(lambda f: list(list_or_blame(f)), batch)
+                map(list_or_fault, batch) if len(batch) == 1 else pool.map(lambda f: list(list_or_fault(f)), batch)
             )
             for videos in listings:
                 yield from videos

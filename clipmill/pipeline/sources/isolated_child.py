@@ -1,4 +1,4 @@
-"""The child of `clipmill.pipeline.sources.apart`: reads files with libraries that a hostile file may bring down."""
+"""The child of `clipmill.pipeline.sources.isolated`: reads files with libraries that a hostile file may bring down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipmill.errors import ClipmillError
 from clipmill.pipeline.sources import bair, hdf5
 from clipmill.pipeline.sources.record import DamagedVideo
 from clipmill.video import confine
-from clipmill.video.confine import Say
+from clipmill.video.confine import SendMessage
 
 __all__ = ["serve"]
 
@@ -26,29 +26,29 @@ def serve() -> None:
     confine.serve(_answer)
 
 
-def _answer(request: dict[str, Any], spool: int, say: Say) -> None:
+def _answer(request: dict[str, Any], spool: int, send: SendMessage) -> None:
     try:
         source = SourceConfig.model_validate(request["source"])
         if request["do"] == "list":
-            _list(source, say)
+            _list(source, send)
         else:
-            _read(source, request, spool, say)
+            _read(source, request, spool, send)
     except (ClipmillError, DamagedVideo, FileNotFoundError) as error:
-        say({"kind": "done", "raised": type(error).__name__, "cause": str(error)})
+        send({"kind": "done", "raised": type(error).__name__, "cause": str(error)})
     except MemoryError:
-        say({"kind": "video_fault", "cause": "memory limit reached"})
+        send({"kind": "video_fault", "cause": "memory limit reached"})
     except OSError as error:
-        say({"kind": "environment_fault", "cause": f"{type(error).__name__}: {error}"})
+        send({"kind": "environment_fault", "cause": f"{type(error).__name__}: {error}"})
 
 
-def _list(source: SourceConfig, say: Say) -> None:
+def _list(source: SourceConfig, send: SendMessage) -> None:
     videos = hdf5.list_videos(source)
     while batch := [asdict(video) for video in islice(videos, _VIDEOS_IN_MESSAGE)]:
-        say({"kind": "clip", "videos": batch})
-    say({"kind": "done"})
+        send({"kind": "clip", "videos": batch})
+    send({"kind": "done"})
 
 
-def _read(source: SourceConfig, request: dict[str, Any], spool: int, say: Say) -> None:
+def _read(source: SourceConfig, request: dict[str, Any], spool: int, send: SendMessage) -> None:
     video = _READERS[source.type](request["url"], request["member"], request["bytes"])
     offset, shapes = 0, []
     for array in (video.frames, video.actions):
@@ -57,4 +57,4 @@ def _read(source: SourceConfig, request: dict[str, Any], spool: int, say: Say) -
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             confine.write_all(spool, data, offset)
             offset += len(data)
-    say({"kind": "done", "frames": shapes[0], "actions": shapes[1]})
+    send({"kind": "done", "frames": shapes[0], "actions": shapes[1]})
