@@ -143,3 +143,10 @@ def test_no_python_of_the_documents_goes_unrun() -> None:
     left = found - run
     assert all(any(f"import {name}" in code for name in NOT_RUN) for _, code in left), left
     assert len(left) == len(NOT_RUN)
+
+
+def test_the_design_names_tests_and_benchmarks_that_exist() -> None:
+    design = (REPOSITORY / "docs" / "design.md").read_text()
+    paths = re.findall(r"`((?:tests|benchmarks)/[\w/.]+)`", design)
+    assert len(paths) > 20
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
