@@ -142,17 +142,15 @@ def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingCon
         if part.manifest.facts.get("num_videos"):
             clips_per_video = part.manifest.clips_per_video
             pairs = same_video_pairs(share, part_streams, training.shuffle_window, clips_per_video)
-            logger.info(
-                "%s: expected same-video pairs a batch: P C(G/P, 2) (c - 1)/(w - 1) = %.3g, %.2g %% of its rows "
-                "(G %g, P %d, w %d, c %.1f clips a video)",
-                part.manifest.url,
-                pairs,
-                100 * pairs / share,
-                share,
-                part_streams,
-                training.shuffle_window,
-                clips_per_video,
-            )
+            if pairs:
+                logger.info(
+                    "%s: a batch of %g clips has on average %.3g pairs of clips of one video; a larger "
+                    "shuffle_window (now %d) lowers that (docs/loader.md)",
+                    part.manifest.url,
+                    share,
+                    pairs,
+                    training.shuffle_window,
+                )
 
 
 def finished_step(folder_url: str, identity: dict[str, Any], training: TrainingConfig) -> int:

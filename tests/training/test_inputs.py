@@ -39,7 +39,7 @@ def test_a_cache_smaller_than_the_order_needs_is_refused_with_the_numbers(manife
     check_cache(local, TrainingConfig(cache_bytes=1), world_size=1, local_size=1)
 
 
-def test_padding_and_same_video_pairs_are_told(manifest, tmp_path, caplog):
+def test_padding_and_same_video_pairs_are_logged(manifest, tmp_path, caplog):
     dataset = ShardDataset(manifest, decode_codes, tmp_path / "cache")
     with caplog.at_level(logging.INFO):
         describe_batches(dataset, TrainingConfig(global_batch=8), world_size=3)
@@ -48,7 +48,7 @@ def test_padding_and_same_video_pairs_are_told(manifest, tmp_path, caplog):
         manifest.facts["num_videos"] = 3
         describe_batches(dataset, TrainingConfig(global_batch=128, shuffle_window=64), world_size=4)
     assert "fill up" not in caplog.text
-    assert f"= {64 * 6 / 63:.3g}," in caplog.text  # 64 streams with one pair each, 7 clips a video
+    assert f"has on average {64 * 6 / 63:.3g} pairs" in caplog.text  # 64 streams with one pair each, 7 clips a video
 
 
 def test_a_mix_needs_the_cache_that_all_its_downloads_need(manifest, tmp_path):
@@ -68,11 +68,12 @@ def test_a_mix_needs_the_cache_that_all_its_downloads_need(manifest, tmp_path):
         memory.rm("/inputs", recursive=True)
 
 
-def test_the_pairs_of_each_data_set_in_a_mix_are_told(manifest, tmp_path, caplog):
+def test_the_pairs_of_each_data_set_in_a_mix_are_logged(manifest, tmp_path, caplog):
     manifest.facts["num_videos"] = 3
     mixed = MixedDataset([ShardDataset(manifest, decode_codes, tmp_path)] * 2, np.array([250, 750]))
     with caplog.at_level(logging.INFO):
         describe_batches(mixed, TrainingConfig(global_batch=256, shuffle_window=64), world_size=4)
-    lines = [record.message for record in caplog.records]
-    assert f"= {0:.3g}," in lines[0]  # 64 streams with one row each
-    assert f"= {64 * 3 * 6 / 63:.3g}," in lines[1]  # 64 streams with three pairs each
+    (line,) = [record.message for record in caplog.records]  # the first has 64 streams with one row each, so no pairs
+    assert (
+        f"a batch of 192 clips has on average {64 * 3 * 6 / 63:.3g} pairs" in line
+    )  # 64 streams with three pairs each
