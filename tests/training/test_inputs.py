@@ -73,7 +73,7 @@ def test_the_pairs_of_each_data_set_in_a_mix_are_logged(manifest, tmp_path, capl
     mixed = MixedDataset([ShardDataset(manifest, decode_codes, tmp_path)] * 2, np.array([250, 750]))
     with caplog.at_level(logging.INFO):
         describe_batches(mixed, TrainingConfig(global_batch=256, shuffle_window=64), world_size=4)
-    (line,) = [record.message for record in caplog.records]  # the first has 64 streams with one row each, so no pairs
+    (line,) = [record.message for record in caplog.records]  # the first has one row a stream, so no pairs
     assert (
         f"a batch of 192 clips has on average {64 * 3 * 6 / 63:.3g} pairs" in line
     )  # 64 streams with three pairs each
