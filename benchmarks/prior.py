@@ -51,9 +51,10 @@ from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.freeze import freeze
 from clipmill.shards.manifest import Manifest
 from clipmill.shards.order import Order, num_streams
-from clipmill.training import loop
 from clipmill.training.estimate import estimate
+from clipmill.training.job import Job
 from clipmill.training.prior import PriorObjective
+from clipmill.training.steps import train_step
 from clipmill.training.throughput import peak_flops
 from clipmill.training.world import World, join_world
 from clipmill.training.zero.engine import Engine
@@ -202,7 +203,7 @@ def bare_step(model: nn.Module, rows: int, precision: str) -> Callable[[], None]
 
 
 class Loop:
-    """A step of what `clipmill.training.loop` does between two checkpoints.
+    """A step of what `clipmill.training.steps` does between two checkpoints.
 
     Attributes:
         waited: seconds spent on waiting for data.
@@ -211,7 +212,7 @@ class Loop:
 
     def __init__(self, tokens: Manifest, prior: Prior, training: TrainingConfig, world: World) -> None:
         dataset = ShardDataset(tokens, decode_codes)
-        self._job = loop.Job(
+        self._job = Job(
             folder_url="",
             objective=PriorObjective(prior, tokens_per_value=1.0),
             prepare=lambda batch: {"codes": batch["codes"], "weight": batch["weight"]},
@@ -242,7 +243,7 @@ class Loop:
         began = time.perf_counter()
         micro_batches = next(self._batches)
         self.waited += time.perf_counter() - began
-        loop._train_step(self._job, self._engine, next(self._numbers), micro_batches)
+        train_step(self._job, self._engine, next(self._numbers), micro_batches)
         self.lasted += time.perf_counter() - began
 
 

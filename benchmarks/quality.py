@@ -40,7 +40,7 @@ from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE, to_input, to_pixels
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes, eval_batches
 from clipmill.shards.manifest import Manifest
-from clipmill.training.loop import learning_rate
+from clipmill.training.schedule import learning_rate
 
 PUBLISHED_PIXEL_VARIANCE = 0.06
 RATES = {"vqvae": (7e-4, 2e-3, 5e-3), "prior": (3e-4, 1e-3, 3e-3)}

@@ -16,6 +16,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ class Saver:
         folder_url: the training folder; what earlier attempts left uncommitted in it is removed.
         attempt: unique name of this group of workers, the same on all ranks.
         lease: claim on the training folder, read again before each commit; only rank 0 needs it.
+        facts: JSON facts of every checkpoint, which a resume compares.
         keep_last: see `checkpoint.prune`, as the next.
         keep_every: see `checkpoint.prune`.
+        on_progress: called on every rank when its own part of the work is done, before it waits for the others.
     """
 
     def __init__(
@@ -57,10 +60,13 @@ class Saver:
         folder_url: str,
         attempt: str,
         lease: Lease | None,
+        facts: dict[str, Any],
         *,
         keep_last: int,
         keep_every: int | None,
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
+        self._facts, self._on_progress = facts, on_progress
         self._world, self._folder_url, self._attempt, self._lease = world, folder_url, attempt, lease
         self._keep_last, self._keep_every = keep_last, keep_every
         self._thread: threading.Thread | None = None
@@ -78,7 +84,7 @@ class Saver:
         Args:
             engine: what to save.
             step: steps done so far.
-            state: JSON facts that a resume compares or restores.
+            state: further JSON facts, of this step, which a resume restores.
             is_last: the training ends after this one: return when it is committed, and raise what went wrong.
 
         Returns:
@@ -100,7 +106,7 @@ class Saver:
             return False
         self._url = checkpoint.attempt_url(self._folder_url, step, self._attempt)
         if self._world.local_rank == 0:
-            arguments = (staging, self._url, step, state)
+            arguments = (staging, self._url, step, self._facts | state)
             self._thread = threading.Thread(target=self._publish, args=arguments, name="checkpoint")
             self._thread.start()
         if is_last:
@@ -114,6 +120,7 @@ class Saver:
             ClipmillError, OSError: it failed, on whichever node; raised on every rank.
         """
         self.join()
+        self._on_progress()
         error, self._error = self._error, None
         url, self._url = self._url, None
         try:
@@ -153,7 +160,7 @@ class Saver:
         world.raise_first(_make_room(staging, num_bytes) if world.local_rank == 0 else None)
         error = None
         try:
-            engine.save(staging)
+            engine.save(staging, self._on_progress)
         except Exception as problem:
             error = _explained(problem, None, num_bytes, staging)
         try:

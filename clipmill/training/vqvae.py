@@ -32,7 +32,8 @@ from clipmill.training.inputs import (
     require_rows,
     slots_of,
 )
-from clipmill.training.loop import Job, fit
+from clipmill.training.job import Job
+from clipmill.training.loop import fit
 from clipmill.training.sharpness import Sharpness, networks_sha256
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import vqvae_flops_per_clip

@@ -13,7 +13,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -24,8 +25,40 @@ __all__ = ["Watchdog"]
 LOOKS = 10
 """How often a rank looks around in ``hang_seconds``."""
 ANSWER_SECONDS = 10.0
+PATIENT_SECONDS = 3600.0
+"""How long the ranks may wait at one place of a save for a rank that answers: longer than rank 0 waits for a node's
+upload, shorter than a collective waits."""
 
 logger = logging.getLogger(__name__)
+
+
+class _Standings(NamedTuple):
+    """Ranks that do not answer, and ranks whose progress is less than the furthest one's."""
+
+    silent: list[int]
+    behind: list[int]
+
+    def __str__(self) -> str:
+        if self.silent:
+            return f"rank {', '.join(map(str, self.silent))} does not answer"
+        if self.behind:
+            return f"rank {', '.join(map(str, self.behind))} is behind the others"
+        return "every rank waits at the same place"
+
+
+class _Question:
+    """Asks for the standings in a thread: see `Watchdog._watch`."""
+
+    def __init__(self, ask: Callable[[], _Standings], patience_seconds: float) -> None:
+        self._answers: list[_Standings] = []
+        self._deadline = time.monotonic() + patience_seconds
+        threading.Thread(target=lambda: self._answers.append(ask()), daemon=True).start()
+
+    def answer(self) -> _Standings | None:
+        """The standings; None as long as they may still come."""
+        if self._answers:
+            return self._answers[0]
+        return _Standings(silent=[0], behind=[]) if time.monotonic() > self._deadline else None
 
 
 class Watchdog:
@@ -33,14 +66,15 @@ class Watchdog:
 
     Args:
         world: this process among its peers.
-        hang_seconds: after this time without a step, the process ends itself with status 1: torchrun and Ray Train then
+        hang_seconds: after this time without progress, the process ends itself with status 1: torchrun and Ray Train then
             tear the group down, and Ray Train starts it again from its last checkpoint.
     """
 
     def __init__(self, world: World, hang_seconds: float) -> None:
         self._rank, self._size, self._hang_seconds = world.rank, world.size, hang_seconds
         self._patience = ANSWER_SECONDS + 3 * hang_seconds / LOOKS
-        self._progress, self._paused = 0, False
+        self._limit_seconds = hang_seconds
+        self._progress = 0
         self._ended = threading.Event()
         if world.size == 1:  # nobody to wait for
             return
@@ -58,14 +92,17 @@ class Watchdog:
         self._progress += 1
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """For work of unknown length that has a deadline of its own."""
-        self._paused = True
+    def patient(self) -> Iterator[None]:
+        """For loading, saving and exporting, whose parts may take `PATIENT_SECONDS`.
+
+        A rank that does not even answer is named after ``hang_seconds`` here too.
+        """
+        self._limit_seconds = max(self._hang_seconds, PATIENT_SECONDS)
         try:
             yield
         finally:
-            self._paused = False
             self.advance()
+            self._limit_seconds = self._hang_seconds
 
     def close(self) -> None:
         """Ends the watch."""
@@ -73,43 +110,35 @@ class Watchdog:
 
     def _watch(self) -> None:
         seen, since, look = self._progress, time.monotonic(), 0
+        question: _Question | None = None
         while not self._ended.wait(self._hang_seconds / LOOKS):
             look += 1
-            if self._progress != seen or self._paused:
-                seen, since = self._progress, time.monotonic()
-            hangs = time.monotonic() - since > self._hang_seconds
             # In a thread: while the process with the store is stopped, not even a call with a timeout returns.
-            findings: list[str] = []
-            threading.Thread(target=self._look, args=(look, hangs, findings), daemon=True).start()
-            deadline = time.monotonic() + self._patience
-            while hangs and not findings and time.monotonic() < deadline:
-                if self._ended.wait(0.1):
-                    return
-                hangs = self._progress == seen and not self._paused  # it may go on while its peers are asked
-            if hangs:
-                culprits = findings[0] if findings else "rank 0 does not answer"
-                logger.error("no step for %g s on rank %d: %s; ending it", self._hang_seconds, self._rank, culprits)
+            threading.Thread(target=self._tell, args=(look,), daemon=True).start()
+            if self._progress != seen:
+                seen, since, question = self._progress, time.monotonic(), None
+            idle_seconds = time.monotonic() - since
+            if idle_seconds <= self._hang_seconds:
+                continue
+            question = question or _Question(self._standings, self._patience)
+            standings = question.answer()
+            if standings is None:
+                continue
+            question = None
+            if (standings.silent or idle_seconds > self._limit_seconds) and self._progress == seen:
+                logger.error("no progress for %g s on rank %d: %s; ending it", idle_seconds, self._rank, standings)
                 os._exit(1)
-
-    def _look(self, look: int, hangs: bool, findings: list[str]) -> None:
-        self._tell(look)
-        if hangs:
-            findings.append(self._blame())
 
     def _tell(self, look: int) -> None:
         self._store.set(f"rank-{self._rank}", f"{look} {self._progress}")
 
-    def _blame(self) -> str:
-        """Who is silent, or else who is behind."""
+    def _standings(self) -> _Standings:
         before = self._told()
         time.sleep(3 * self._hang_seconds / LOOKS)
         now = self._told()
         silent = [rank for rank, (look, _) in enumerate(now) if rank != self._rank and look == before[rank][0]]
-        if silent:
-            return f"rank {', '.join(map(str, silent))} does not answer"
         furthest = max(progress for _, progress in now)
-        behind = [str(rank) for rank, (_, progress) in enumerate(now) if progress < furthest]
-        return f"rank {', '.join(behind)} is behind the others" if behind else "every rank waits at the same place"
+        return _Standings(silent, [rank for rank, (_, progress) in enumerate(now) if progress < furthest])
 
     def _told(self) -> list[tuple[int, int]]:
         """(number of the look, progress) of each rank."""

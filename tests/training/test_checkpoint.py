@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ class TinyEngine:
     def checkpoint_bytes(self) -> int:
         return 7
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, on_written: Callable[[], object]) -> None:
         (folder / "weights.pt").write_bytes(b"weights")
 
 
@@ -107,7 +108,7 @@ def test_uploads_that_fail_now_and_then_cost_checkpoints_and_not_the_run(tmp_pat
         publish_file(path, url)
 
     monkeypatch.setattr(storage, "publish_file", publish)
-    saver = Saver(Lonely(), str(tmp_path), "000001-0000", None, keep_last=9, keep_every=None)
+    saver = Saver(Lonely(), str(tmp_path), "000001-0000", None, {}, keep_last=9, keep_every=None)
     for step in range(1, 8):
         away = step % 3 > 0  # two of three fail
         saver.save(TinyEngine(), step, {}, is_last=False)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.training.test_checkpoint import Lonely, TinyEngine, commit
 
 
 def saver_of(folder: Path, attempt: str = "000001-0000") -> Saver:
-    return Saver(Lonely(), str(folder), attempt, None, keep_last=1, keep_every=None)
+    return Saver(Lonely(), str(folder), attempt, None, {}, keep_last=1, keep_every=None)
 
 
 def names(folder: Path) -> list[str]:
@@ -105,7 +106,7 @@ def test_a_staging_disk_that_fills_up_costs_one_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full(TinyEngine):
-        def save(self, folder: Path) -> None:
+        def save(self, folder: Path, on_written: Callable[[], object]) -> None:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder / "weights.pt"))
 
     saver = saver_of(tmp_path)

@@ -167,13 +167,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(workspace, tmp_pa
 def test_a_rank_that_stops_is_named_and_the_training_ends(workspace, tmp_path, rank):
     log = tmp_path / "log.txt"
     endless = ["prior.training.steps=100000", "prior.training.hang_seconds=3"]
-    endless.append("prior.training.checkpoint_every=400")  # the watchdog pauses while a checkpoint is saved
     process = start(stage_command(workspace, tmp_path / "root", "train-prior", 1, *endless), num_ranks=2, log=log)
     try:
         wait_for(lambda: list((tmp_path / "root" / "prior").glob("checkpoints/*/*/COMMITTED")), process, log)
         ranks = {member.environ()["RANK"]: member for member in psutil.Process(process.pid).children()}
         ranks[str(rank)].suspend()
         wait_for(lambda: f"rank {rank} does not answer" in log.read_text(), process, log)
+    finally:
+        kill_all(process)
+
+
+def test_a_rank_that_stops_within_a_save_is_named_and_the_training_ends(workspace, tmp_path):
+    log = tmp_path / "log.txt"
+    command = stage_command(workspace, tmp_path / "root", "train-prior", 1, "prior.training.hang_seconds=3")
+    process = start(command, num_ranks=2, log=log, module="tests.training.stops_in_save")
+    try:
+        wait_for(lambda: "rank 1 does not answer" in log.read_text(), process, log)
     finally:
         kill_all(process)
 

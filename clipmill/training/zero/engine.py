@@ -264,14 +264,18 @@ class Engine:
         own = masters(self.deepspeed)
         return own + [value for master in own for value in states.get(master, {}).values()]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, on_written: Callable[[], object] = lambda: None) -> None:
         """Writes this rank's part of weights and optimizer. Collective.
+
+        Args:
+            folder: on this node's disk.
+            on_written: called once this rank's files are written, before it waits for the others.
 
         Raises:
             Exception: a file could not be written; raised on that rank alone, after DeepSpeed's barriers.
         """
         ours = self.deepspeed.checkpoint_engine
-        writer = _Writer(ours)
+        writer = _Writer(ours, on_written)
         self.deepspeed.checkpoint_engine = writer
         try:
             # save_latest writes the pointer file whose absence makes load_checkpoint start afresh in silence:
@@ -305,8 +309,8 @@ class _Writer:
     Raised at once, it would leave the other ranks waiting in a barrier.
     """
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, on_written: Callable[[], object]) -> None:
+        self._inner, self._on_written = inner, on_written
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -317,6 +321,11 @@ class _Writer:
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self._try(self._inner.makedirs, path, exist_ok)
+
+    def commit(self, info: Any) -> Any:
+        """DeepSpeed calls this after the last file of each rank."""
+        self._on_written()
+        return self._inner.commit(info)
 
     def _try(self, write: Callable[..., Any], *arguments: Any) -> None:
         try:

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipmill.config import PriorModelConfig, SharpnessConfig, TrainingConfig, VQVAEModelConfig
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
-from clipmill.training import loop
+from clipmill.training.job import Job
 from clipmill.training.prior import PriorObjective
 from clipmill.training.sharpness import Sharpness
+from clipmill.training.steps import train_step
 from clipmill.training.vqvae import VQVAEObjective
 from clipmill.training.world import World, join_world
 from clipmill.training.zero.engine import Engine
@@ -63,7 +64,7 @@ def waits_of_steps(world: World, zero_stage: int, kind: str) -> list[str]:
     settings = {"bad_steps": "skip", "spike_factor": 5.0, "weights_ema": 0.9, "precision": "bfloat16"}
     config = TrainingConfig.model_validate({"global_batch": 8, "micro_batch": 2, "zero_stage": zero_stage, **settings})
     engine = Engine(objective, config, world, 2, 2)
-    job = loop.Job("", objective, dict, None, None, config, 0, {}, False, lambda weights, step: "")  # type: ignore[arg-type]
+    job = Job("", objective, dict, None, None, config, 0, {}, False, lambda weights, step: "")  # type: ignore[arg-type]
     seen: list[str] = []
     get_accelerator().synchronize = lambda *_: seen.append("synchronize")
     for step in range(6):
@@ -71,7 +72,7 @@ def waits_of_steps(world: World, zero_stage: int, kind: str) -> list[str]:
         if step == 4:  # DeepSpeed's timers begin with the third step
             seen.clear()
         with Watch(seen):
-            loop._train_step(job, engine, step, micro_batches)
+            train_step(job, engine, step, micro_batches)
     with Watch(found := []):
         engine.grad_norm.item()
     assert found, "the watch sees nothing"
