@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipmill.cli.main import main
+from clipmill.cli import main
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from clipmill import __version__
-from clipmill.cli import app
+from clipmill.cli.command import app
 from clipmill.cli.help import GUIDES
 from clipmill.cli.output import command_line, print_stage
 from clipmill.config import load_config

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from clipmill.cli import app
+from clipmill.cli.command import app
 from clipmill.config import load_config, shipped_configs
 from clipmill.errors import UserError
 

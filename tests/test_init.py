@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from clipmill.cli import app
+from clipmill.cli.command import app
 from clipmill.config import RunConfig, load_config
 from clipmill.demo import generate
 from clipmill.errors import UserError

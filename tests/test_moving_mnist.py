@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from clipmill.cli import app
+from clipmill.cli.command import app
 from clipmill.errors import UserError
 from clipmill.moving_mnist import NUM_FRAMES, SIZE, draw_video, generate, read_digits
 

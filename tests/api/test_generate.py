@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from clipmill.cli import app
+from clipmill.cli.command import app
 from clipmill.errors import UserError
 from clipmill.video import decode_mp4
 from tests.evaluation.toy_run import HEIGHT, WIDTH

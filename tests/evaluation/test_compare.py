@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from clipmill.cli import app
+from clipmill.cli.command import app
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
 from clipmill.evaluation import evaluate

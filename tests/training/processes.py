@@ -20,9 +20,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(
-    command: list[str], *, num_ranks: int, log: Path, module: str = "clipmill.cli"
-) -> subprocess.Popen[bytes]:
+def start(command: list[str], *, num_ranks: int, log: Path, module: str = "clipmill.cli") -> subprocess.Popen[bytes]:
     """``clipmill COMMAND`` on so many ranks."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--master-port", str(free_port())]
     run = [sys.executable, *(launcher if num_ranks > 1 else []), "-m", module, *command]

@@ -1,4 +1,4 @@
-"""Entry point: logging, signals, and the exit status of each error (docs/design.md)."""
+"""Runs a command: logging, signals, and the exit status of each error (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from clipmill.status import formatter
 from clipmill.cli import start, stages, models, results, data, cluster, watch  # noqa: F401
 # isort: on
 
-__all__ = ["main"]
+__all__ = ["app", "run"]
 
 _NOISY_LOGGERS = ("DeepSpeed", "ray", "httpx", "botocore", "s3fs", "azure", "adlfs", "gcsfs", "google")
 
 
-def main() -> None:
+def run() -> None:
     """Runs the command that ``sys.argv`` names."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
@@ -39,6 +39,9 @@ def main() -> None:
             raise
         print(f"clipmill: {missing}", file=sys.stderr)
         sys.exit(UserError.exit_status)
+    finally:
+        # Python takes handlers back before it has ended, and SIGTERM would then replace the status that stands already.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _begin_logging() -> None:
