@@ -42,8 +42,8 @@ class Stage:
     """One step of the mill.
 
     Its module has ``folder_url(config)``, ``is_finished(config)``, which raises `UserError` when what the stage
-    needs is missing, and ``run(config, lease) -> summary``; a training stage has ``train(config, lease, report)``
-    and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function,
+    needs is missing, and ``run(config, lease) -> summary``; a training stage has ``train(config, lease, report,
+    studio)`` and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function,
     ``export(config, step, dtype) -> sha8``, ``is_usable(config, num_workers)`` and ``committed_steps(config)``. One
     that reads what was made of clips has ``clip_recipes(config)``: the recipes of these clips by the URL of what it
     reads.
@@ -110,7 +110,7 @@ def _run_stage(name: str, config: RunConfig, more: str | None) -> dict[str, Any]
         check_later_stages(config)
     if stage.is_training and os.environ.get("RANK", "0") != "0":  # torchrun: rank 0 has the lease, writes the summary
         with _LocalReport(name, quiet=True) as report:
-            stage.module.train(config, None, report)
+            stage.module.train(config, None, report, _studio(config))
         return None
     began = time.monotonic()
     with hold(stage.module.folder_url(config), name) as lease, publishing(lease, name):
@@ -267,7 +267,7 @@ def _train(name: str, config: RunConfig, lease: Lease) -> dict[str, Any]:
     with_ray = config.cluster.training_launcher == "ray" and importlib.util.find_spec("ray") is not None
     if "RANK" in os.environ or not with_ray:
         with _LocalReport(name) as report:
-            stage.module.train(config, lease, report)
+            stage.module.train(config, lease, report, _studio(config))
     else:
         with launch.connect(config.cluster), bar(name, total=None, unit="steps") as progress:
             launch.run_workers(
@@ -291,7 +291,12 @@ def _train_in_worker(payload: tuple[str, RunConfig, Lease], report: Any) -> None
         logging.getLogger("clipmill").addHandler(_ToDriver(report))
         logging.getLogger("clipmill").propagate = False  # Ray would bring each line to the driver a second time
     with storage.disk_errors_explained(config.root):
-        STAGES[name].module.train(config, lease if rank == 0 else None, report)
+        STAGES[name].module.train(config, lease if rank == 0 else None, report, _studio(config))
+
+
+def _studio(config: RunConfig) -> Any:
+    """Draws and encodes what a training shows. Imported late, as the stages are."""
+    return importlib.import_module("clipmill.studio").studio_of(config)
 
 
 class _ToDriver(logging.Handler):

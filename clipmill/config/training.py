@@ -16,6 +16,7 @@ from clipmill.config.vqvae import VQVAEModelConfig
 __all__ = [
     "DATASET_KEYS",
     "PriorConfig",
+    "PriorTrainingConfig",
     "TrainingConfig",
     "VQVAEConfig",
     "VQVAETrainingConfig",
@@ -241,8 +242,16 @@ class VQVAEConfig(Section):
         return self
 
 
+class PriorTrainingConfig(TrainingConfig):
+    """Training of the prior, which shows samples meanwhile."""
+
+    sample_every: Annotated[PositiveInt | None, FREE] = 2000
+    """Steps between two previews: a few samples of every class, drawn as ``sample`` says from the same noise each time,
+    in ``prior/previews``, TensorBoard, Weights & Biases and the report. The last step has one too. None draws none."""
+
+
 class PriorConfig(Section):
     """Stage ``train-prior``."""
 
     model: PriorModelConfig = PriorModelConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: PriorTrainingConfig = PriorTrainingConfig()

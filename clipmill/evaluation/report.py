@@ -21,6 +21,7 @@ from clipmill.evaluation.exhibits import class_groups, extreme_films, read_sampl
 from clipmill.evaluation.film import Film
 from clipmill.evaluation.gallery import MAX_CLIPS
 from clipmill.evaluation.pages import MEDIA_FOLDER, PlacedFilm, place_films, render
+from clipmill.evaluation.previews import preview_names, read_previews
 from clipmill.evaluation.results import Evaluation, find_evaluations
 from clipmill.evaluation.skipped import skipped_of
 from clipmill.evaluation.staleness import staleness
@@ -122,11 +123,13 @@ def _inputs(config: RunConfig) -> str:
         stage: [(entry.name, entry.bytes) for entry in storage.list_folder(config.folder(stage, "metrics"))]
         for stage in ("vqvae", "prior")
     }
+    previews = {stage: preview_names(config.folder(stage)) for stage in ("vqvae", "prior")}
     exports = [read_latest(url) for url in (config.tokenizer_url, config.folder("prior"))]
     return fingerprint(
         {
             "documents": read,
             "logs": logs,
+            "previews": previews,
             "exports": [found and found[1] for found in exports],
             "config": _config_text(config),
             "of": clipmill.__version__,
@@ -190,6 +193,10 @@ def _render(config: RunConfig) -> tuple[bytes, dict[str, bytes]]:
         numbers=_flat({name: part for name, part in (metrics or {}).items() if name not in ("settings", "inputs")}),
         identity=_flat({**metrics["settings"], **metrics["inputs"]}) if metrics else [],
         config_text=_config_text(config),
+        previews={
+            "Validation clips above their reconstructions": read_previews(config.folder("vqvae")),
+            "Samples from the same noise each time": read_previews(config.folder("prior")),
+        },
         **exhibits,
     )
     return page, files

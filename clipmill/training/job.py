@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clipmill.config import TrainingConfig
 from clipmill.models.tensor_file import Deferred
 from clipmill.shards.dataset import Augment, MixedDataset, ShardDataset
+from clipmill.training.previews import Samples, Studio
 from clipmill.training.validation import Validation, validate
 from clipmill.training.zero.engine import Engine
 
@@ -47,6 +48,10 @@ class Job:
     """Forward and backward, without what checkpointing repeats."""
     augment: Augment | None = None
     """Changes the samples that are trained on."""
+    samples: Samples | None = None
+    """What a prior shows while it trains."""
+    studio: Studio | None = None
+    """Encodes previews; without it TensorBoard and W&B alone have them."""
 
 
 def validate_job(job: Job, engine: Engine, max_clips: int, on_batch: Callable[[], bool]) -> Validation | None:

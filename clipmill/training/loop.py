@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 from clipmill import storage
 from clipmill.errors import StageFailed
@@ -51,14 +52,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
     rows, accumulation = config.rows_and_accumulation(world.size)
     engine = Engine(job.objective, config, world, rows, accumulation)
     attempt, num_restarts = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
-    state = {
-        "identity": job.identity,
-        "world_size": world.size,
-        "zero_stage": config.zero_stage,
-        "offload": config.offload,
-        "num_groups": engine.num_groups,
-        "rows": rows * world.size,
-    }
+    state = _state(job, engine, rows)
     start = resume(
         engine,
         config,
@@ -82,7 +76,7 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
     )
     telemetry = None
     if world.rank == 0:
-        telemetry = Telemetry(job.folder_url, attempt, config.steps, report, config.wandb_project)
+        telemetry = Telemetry(job.folder_url, attempt, config, report, job.studio)
     try:
         with _without_collector():
             Steps(job, engine, start, saver, watchdog, report, telemetry).run()
@@ -94,6 +88,18 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         if telemetry is not None:
             telemetry.close()
     world.leave()
+
+
+def _state(job: Job, engine: Engine, rows: int) -> dict[str, Any]:
+    """What a checkpoint records for a resume to compare."""
+    return {
+        "identity": job.identity,
+        "world_size": engine.world.size,
+        "zero_stage": job.config.zero_stage,
+        "offload": job.config.offload,
+        "num_groups": engine.num_groups,
+        "rows": rows * engine.world.size,
+    }
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from clipmill.training.initial import Source, initial_facts, initialise
 from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, require_rows
 from clipmill.training.job import Job
 from clipmill.training.loop import fit
+from clipmill.training.previews import Samples, Studio
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import prior_flops_per_token
 from clipmill.training.world import join_world
@@ -80,8 +81,15 @@ def is_finished(config: RunConfig) -> bool:
     return finished_step(folder_url(config), _identity(config, tokens), training) >= training.steps
 
 
-def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
-    """Trains and exports, as one rank of whatever process group this process is in. Collective."""
+def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio | None = None) -> None:
+    """Trains and exports, as one rank of whatever process group this process is in. Collective.
+
+    Args:
+        config: of the run.
+        lease: see `fit`, as the next.
+        report: shows the progress.
+        studio: draws and encodes what ``sample_every`` asks for; None draws nothing.
+    """
     config = _without_pictures(config)
     training = config.prior.training
     world = join_world()
@@ -108,12 +116,19 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
     flops = prior_flops_per_token(model) * tokens_per_clip  # before ZeRO takes the parameters apart
     clip = inputs.recipe["clip"]["clip"]
     values_per_clip = math.prod((clip["num_frames"], *frame_size(clip["resolution"]), 3))
+    train_set = open_dataset(config, tokens, decode_codes, training)
+    val_set = open_dataset(config, inputs.val, decode_codes, training)
+    samples = None
+    if studio is not None and training.sample_every is not None:
+        given = None if condition_shape is None else val_set if len(val_set) else train_set
+        fps = clip.get("fps") or studio.usual_fps
+        samples = Samples(training.sample_every, studio, inputs.tokenizer, len(classes), given, prepare, fps)
     job = Job(
         folder_url=folder_url(config),
         objective=PriorObjective(model, tokens_per_clip / values_per_clip),
         prepare=prepare,
-        train=open_dataset(config, tokens, decode_codes, training),
-        val=open_dataset(config, inputs.val, decode_codes, training),
+        train=train_set,
+        val=val_set,
         config=training,
         seed=config.seed,
         identity=_identity(config, tokens),
@@ -121,6 +136,8 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         export=lambda weights, step: _export(config, inputs, weights, step, "float32"),
         tokens_per_clip=tokens_per_clip,
         flops_per_clip=lambda: flops,
+        samples=samples,
+        studio=studio,
     )
     fit(job, world, lease, report)
 

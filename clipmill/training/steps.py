@@ -10,15 +10,17 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from clipmill.errors import Interrupted, StageFailed
+from clipmill.models.prior import Prior
 from clipmill.shards.dataset import train_batches
 from clipmill.training.bad_steps import Ledger
 from clipmill.training.job import PROBE_CLIPS, Job, probe, validate_job
 from clipmill.training.means import WeightedMeans
+from clipmill.training.previews import Preview, Samples, Stopped
 from clipmill.training.resume import Start
 from clipmill.training.saver import Saver
 from clipmill.training.schedule import average_weight, learning_rate
@@ -123,6 +125,9 @@ class Steps:
         if self._validation_due and not stop:
             self._validate(done)
             stop = self._stop_agreed()
+        if self.job.samples is not None and not stop and (last or done % self.job.samples.every == 0):
+            self._show_samples(done, self.job.samples)
+            stop = self._stop_agreed()
         if stop or self._save_due:
             problem = self._save(done, is_last=stop or last)
             if stop or self._stop_agreed():
@@ -159,7 +164,22 @@ class Steps:
         if self.telemetry is not None and result.scores:
             self.telemetry.log(done, "val", result.scores)
             if result.picture is not None:
-                self.telemetry.log_picture(done, "reconstructions", result.picture)
+                self.telemetry.log_preview(done, "reconstructions", Preview(result.picture))
+
+    def _show_samples(self, done: int, samples: Samples) -> None:
+        """Rank 0 draws, unless it is asked to stop; the others wait."""
+
+        def on_progress(_: int) -> None:
+            if self.report.stop_requested:
+                raise Stopped
+
+        with self.watchdog.patient(), self.engine.averaged(), self.engine.gathered():
+            if self.telemetry is not None:
+                preview = samples.make(cast(Prior, self.engine.objective.model), on_progress)
+                if preview is not None:
+                    self.telemetry.log_preview(done, "samples", preview)
+            self._world.barrier()
+        self._stopwatch.reset()
 
     def _save(self, done: int, is_last: bool) -> str | None:
         """Saves a checkpoint, if it would be a good one; else it stays due.

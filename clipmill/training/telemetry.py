@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import logging
 import math
 import statistics
+import textwrap
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from clipmill import storage
+from clipmill.config import TrainingConfig
 from clipmill.errors import UserError
 from clipmill.metrics import MetricsLog, read_metrics
 from clipmill.scratch import ScratchFolder
+from clipmill.training.previews import Preview, Studio
 
 __all__ = ["Report", "Telemetry", "require_wandb", "summarise"]
 
@@ -75,13 +81,15 @@ class Telemetry:
     Args:
         folder_url: the training folder.
         attempt: name of the attempt.
-        steps: length of the run.
+        config: of the training.
         report: shows the progress.
-        wandb_project: of Weights & Biases, to record to as well.
+        studio: encodes previews as files; None writes none.
     """
 
-    def __init__(self, folder_url: str, attempt: str, steps: int, report: Report, wandb_project: str | None) -> None:
-        self._steps, self._report = steps, report
+    def __init__(
+        self, folder_url: str, attempt: str, config: TrainingConfig, report: Report, studio: Studio | None = None
+    ) -> None:
+        self._folder_url, self._steps, self._report, self._studio = folder_url, config.steps, report, studio
         self._shown: dict[str, float | str] = {}
         self._metrics = MetricsLog(folder_url, attempt)
         self._tensorboard_url = storage.join(folder_url, "tensorboard", attempt)
@@ -89,12 +97,14 @@ class Telemetry:
         self._events = self._folder.path
         self._writer = SummaryWriter(str(self._events))
         self._published: dict[Path, int] = {}
-        self._wandb = None
-        if wandb_project is not None:
+        hparams = config.model_dump(mode="json")
+        self._write_texts(hparams)
+        self._wandb: Any = None
+        if config.wandb_project is not None:
             wandb = importlib.import_module("wandb")  # not a dependency
             # A run of its own for each attempt: W&B drops steps that a resumed run goes through again.
             group = folder_url[-WANDB_NAME_LENGTH:]
-            self._wandb = wandb.init(project=wandb_project, group=group, name=attempt)
+            self._wandb = wandb.init(project=config.wandb_project, group=group, name=attempt, config=hparams)
         self._uploaded = time.monotonic()
 
     def log(self, step: int, split: str, facts: dict[str, float]) -> None:
@@ -114,13 +124,38 @@ class Telemetry:
             self._shown["val_loss"] = facts["loss"]
         self.progress(step)
 
-    def log_picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Adds a picture, uint8 [H, W, 3], to TensorBoard.
+    def _write_texts(self, hparams: dict[str, Any]) -> None:
+        """The keys of the training, and the config of the run as its folder has it."""
+        rows = [f"| {name} | {value} |" for name, value in hparams.items()]
+        self._writer.add_text("hparams", "\n".join(["| key | value |", "|---|---|", *rows]), 0)
+        with contextlib.suppress(FileNotFoundError):
+            config = storage.read_bytes(storage.join(self._folder_url, "config.yaml")).decode()
+            self._writer.add_text("config", textwrap.indent(config, "    "), 0)  # to Markdown this is code
 
-        Each has a file of its own: that with the numbers is published as a whole again and again, and stays small.
+    def log_preview(self, step: int, name: str, preview: Preview) -> None:
+        """Shows a picture, and clips that play, in the folder's ``previews/``, TensorBoard and W&B.
+
+        Each has a file of events of its own: that with the numbers is published as a whole again and again, and stays
+        small.
         """
+        picture, clips, fps = preview
         with SummaryWriter(str(self._events / name), filename_suffix=f".{step:08d}") as writer:
             writer.add_image(name, picture, step, dataformats="HWC")
+            if clips is not None:
+                writer._get_file_writer().add_summary(_playing(f"{name}_playing", clips, fps), step)
+        files = self._studio.encode(preview) if self._studio is not None else {}
+        try:
+            for kind, content in files.items():
+                url = storage.join(self._folder_url, "previews", f"step-{step:08d}.{kind}")
+                storage.publish_bytes(url, content)
+        except OSError as error:
+            logger.warning("cannot write a preview: %s", error)
+        if self._wandb is not None:
+            wandb = importlib.import_module("wandb")
+            shown: dict[str, Any] = {name: wandb.Image(picture)}
+            if "mp4" in files:
+                shown[f"{name}_playing"] = wandb.Video(io.BytesIO(files["mp4"]), format="mp4")
+            self._wandb.log(shown, step=step)
 
     def progress(self, step: int) -> None:
         """Moves the progress bar."""
@@ -152,6 +187,18 @@ class Telemetry:
         self._folder.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _playing(name: str, clips: np.ndarray, fps: float) -> Summary:
+    """Clips uint8 [N, T, H, W, 3] beside each other as a GIF, which TensorBoard plays; its own writer needs moviepy."""
+    from PIL import Image  # TensorBoard brings it
+
+    frames = [Image.fromarray(np.concatenate(list(frame), axis=1)) for frame in clips.swapaxes(0, 1)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0)
+    width, height = frames[0].size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file.getvalue())
+    return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
 def summarise(folder_url: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from clipmill.training.zero.engine import Engine
 
 __all__ = ["Validation", "film_strips", "validate"]
 
-PICTURED_CLIPS = 2
+PICTURED_CLIPS = 4
 PICTURED_FRAMES = 8
 _GAP_PIXELS = 2
 _WHITE = 255
@@ -60,39 +60,60 @@ def validate(
     batches = eval_batches(dataset, batch_size=rows, rank=world.rank, world_size=world.size, max_samples=num_clips)
     means = WeightedMeans()
     counts: dict[str, Tensor] = {}
-    picture = None
+    pictured = _Pictured()
     for collated in batches:
         batch = engine.to_device(prepare(collated))
         loss, metrics = engine.evaluate(batch)
         reconstruction = metrics.pop("reconstruction", None)
-        if picture is None and reconstruction is not None and world.rank == 0:
-            shown = min(PICTURED_CLIPS, num_clips)
-            picture = film_strips(batch["video"][:shown].cpu().numpy(), reconstruction[:shown].cpu().numpy())
+        if reconstruction is not None and world.rank == 0:
+            pictured.add(collated, reconstruction)
         for name in [name for name, value in metrics.items() if value.dim()]:
             counts[name] = metrics.pop(name).double() + counts.get(name, 0)
         means.add(batch["weight"].sum(), {"loss": loss, **metrics})
         if on_batch():
             return None
     totals = {name: torch.tensor(world.sum(value.tolist())) for name, value in counts.items()}
-    return Validation(means.fetch(world) | (score_counts(totals) if score_counts else {}), picture)
+    scores = means.fetch(world) | (score_counts(totals) if score_counts else {})
+    return Validation(scores, pictured.picture())
 
 
-def film_strips(clips: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Frames of each clip from left to right, and below them those of its reconstruction.
+class _Pictured:
+    """Clips beside their reconstructions: the first of each class, and others where there are few classes."""
+
+    def __init__(self) -> None:
+        self._classes: set[str | None] = set()
+        self._firsts: list[tuple[Tensor, Tensor]] = []
+        self._others: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, collated: dict[str, Any], reconstructions: Tensor) -> None:
+        """Takes those that are wanted of a batch; rows without weight are padding."""
+        for row, label in enumerate(collated["label"]):
+            wanted = self._others if label in self._classes else self._firsts
+            if collated["weight"][row] and len(wanted) < PICTURED_CLIPS:
+                wanted.append((collated["video"][row], reconstructions[row].cpu()))
+                self._classes.add(label)
+
+    def picture(self) -> np.ndarray | None:
+        """See `film_strips`; None of a model that reconstructs nothing."""
+        shown = (self._firsts + self._others)[:PICTURED_CLIPS]
+        return film_strips(*(torch.stack(kind).numpy() for kind in zip(*shown, strict=True))) if shown else None
+
+
+def film_strips(*kinds: np.ndarray) -> np.ndarray:
+    """Frames of each clip from left to right, and below them those of its reconstruction, if they are given.
 
     Not `clipmill.video.contact_sheet`: a machine that only trains has no codecs.
 
     Args:
-        clips: uint8 [N, T, H, W, 3].
-        reconstructions: of the same shape.
+        kinds: clips uint8 [N, T, H, W, 3], and perhaps their reconstructions, of the same shape.
 
     Returns:
-        uint8 [2 N rows, frames, 3], with white gaps below each pair.
+        uint8 [N rows or 2 N, frames, 3], with white gaps below each clip or pair.
     """
-    num_frames = clips.shape[1]
+    num_frames = kinds[0].shape[1]
     shown = np.linspace(0, num_frames - 1, min(num_frames, PICTURED_FRAMES)).round().astype(int)
     rows = []
-    for pair in zip(clips, reconstructions, strict=True):
-        rows += [np.concatenate(list(clip[shown]), axis=1) for clip in pair]
+    for clips in zip(*kinds, strict=True):
+        rows += [np.concatenate(list(clip[shown]), axis=1) for clip in clips]
         rows.append(np.full((_GAP_PIXELS, *rows[-1].shape[1:]), _WHITE, np.uint8))
     return np.concatenate(rows[:-1])

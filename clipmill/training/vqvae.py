@@ -34,6 +34,7 @@ from clipmill.training.inputs import (
 )
 from clipmill.training.job import Job
 from clipmill.training.loop import fit
+from clipmill.training.previews import Studio
 from clipmill.training.sharpness import Sharpness, networks_sha256
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import vqvae_flops_per_clip
@@ -86,8 +87,14 @@ def is_finished(config: RunConfig) -> bool:
     return finished_step(folder_url(config), _identity(config, clips), training) >= training.steps
 
 
-def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
+def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio | None = None) -> None:
     """Trains and exports, as one rank of whatever process group this process is in. Collective.
+
+    Args:
+        config: of the run.
+        lease: see `fit`, as the next.
+        report: shows the progress.
+        studio: encodes the pictures of validations as files; None writes none.
 
     Raises:
         UserError: the ranks cannot share the global batch as this model needs it.
@@ -116,6 +123,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report) -> None:
         score_counts=objective.score_counts,
         flops_per_clip=lambda: vqvae_flops_per_clip(config.vqvae.model, clip["num_frames"], size),
         augment=_augmentation(config),
+        studio=studio,
     )
     fit(job, world, lease, report)
 

@@ -303,3 +303,19 @@ def test_charts_are_thinned_and_keep_to_finite_numbers():
     assert losses.data["log"]
     assert series(code_usage_chart({"": [5, 3, 0, 0]}))["codes"]["ys"] == [2.5, 1.5, 0.0, 0.0]
     assert loss_chart("nothing", "", "nats", {(): []}, {}).data is None
+
+
+def test_the_page_shows_what_a_training_showed(config: RunConfig):
+    report.run(config, Unleased(report.folder_url(config), 1))
+    assert report.is_finished(config)
+    folder = config.folder("prior", "previews")
+    for step in range(10, 70, 10):
+        storage.publish_bytes(storage.join(folder, f"step-{step:08d}.png"), b"png")
+        storage.publish_bytes(storage.join(folder, f"step-{step:08d}.mp4"), b"mp4")
+    storage.publish_bytes(config.folder("vqvae", "previews", "step-00000007.png"), b"picture")
+    assert not report.is_finished(config)
+    page, _ = write(config)
+    films = [film["aria-label"] for film in page.all("video") if "at step" in (film["aria-label"] or "")]
+    assert films == [f"samples at step {step}" for step in (10, 30, 40, 60)]
+    assert [picture["src"] for picture in page.all("img")] == ["data:image/png;base64,cGljdHVyZQ=="]
+    assert report.is_finished(config)

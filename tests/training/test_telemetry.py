@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clipmill.config import TrainingConfig
 from clipmill.errors import UserError
 from clipmill.metrics import read_metrics
 from clipmill.training.telemetry import Telemetry, require_wandb, summarise
@@ -27,7 +28,7 @@ class Listener:
 
 def test_numbers_that_are_not_finite_are_left_out_and_the_status_line_keeps_the_last_good_ones(tmp_path):
     listener = Listener()
-    telemetry = Telemetry(str(tmp_path), "000001-0000", 30, listener, None)
+    telemetry = Telemetry(str(tmp_path), "000001-0000", TrainingConfig(steps=30), listener)
     telemetry.log(10, "train", {**FACTS, "loss": 2.0, "skipped_steps": 0})
     telemetry.progress(11)
     telemetry.log(20, "train", {**FACTS, "loss": math.nan, "grad_norm": math.inf, "skipped_steps": 1})

@@ -201,6 +201,12 @@ class Engine:
         """Within it the model has the weights that will be exported: their average, if one is kept. Collective."""
         return contextlib.nullcontext() if self._averages is None else self._averages.in_place()
 
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Within it every rank has the whole weights, also at ZeRO stage 3. Collective."""
+        if self._config.zero_stage < 3:
+            return contextlib.nullcontext()
+        return _import_deepspeed().zero.GatheredParameters(list(self.objective.parameters()))
+
     @property
     def grad_norm(self) -> Tensor:
         """Global norm of the last step's gradients before clipping, 0-d on the device."""
