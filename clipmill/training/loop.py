@@ -74,9 +74,9 @@ def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
         keep_every=config.keep_every,
         on_progress=watchdog.advance,
     )
-    telemetry = None
-    if world.rank == 0:
-        telemetry = Telemetry(job.folder_url, attempt, config, report, job.studio)
+    made: list[Telemetry] = []
+    world.from_rank_zero(lambda: made.append(Telemetry(job.folder_url, attempt, config, report, job.studio)))
+    telemetry = made[0] if made else None
     try:
         with _without_collector():
             Steps(job, engine, start, saver, watchdog, report, telemetry).run()

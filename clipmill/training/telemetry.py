@@ -66,13 +66,31 @@ class Report(Protocol):
 
 
 def require_wandb(project: str | None) -> None:
-    """Checks that Weights & Biases is there if it is asked for.
+    """Checks that Weights & Biases can record if it is asked to. Asks no server.
 
     Raises:
-        UserError: it is not.
+        UserError: the package is missing, or nobody has logged in on this machine.
     """
-    if project is not None and importlib.util.find_spec("wandb") is None:
+    if project is None:
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise UserError(f"wandb_project={project} needs the package wandb; `pip install wandb`, or leave it out")
+    wandb = importlib.import_module("wandb")
+    if wandb.setup().settings.mode != "online":
+        return
+    try:
+        logged_in = wandb.login(prompt=False, verify=False)
+    except TypeError:  # an older one can only ask; its `init` will tell
+        return
+    if not logged_in:
+        raise UserError(_without_wandb(project, "nobody has logged in on this machine"))
+
+
+def _without_wandb(project: str, problem: str) -> str:
+    return (
+        f"wandb_project={project}: {problem}; run `wandb login` or set WANDB_API_KEY, record to a folder with "
+        "WANDB_MODE=offline, or leave it out"
+    )
 
 
 class Telemetry:
@@ -84,6 +102,9 @@ class Telemetry:
         config: of the training.
         report: shows the progress.
         studio: encodes previews as files; None writes none.
+
+    Raises:
+        UserError: Weights & Biases was asked for and lets nobody in.
     """
 
     def __init__(
@@ -104,7 +125,10 @@ class Telemetry:
             wandb = importlib.import_module("wandb")  # not a dependency
             # A run of its own for each attempt: W&B drops steps that a resumed run goes through again.
             group = folder_url[-WANDB_NAME_LENGTH:]
-            self._wandb = wandb.init(project=config.wandb_project, group=group, name=attempt, config=hparams)
+            try:
+                self._wandb = wandb.init(project=config.wandb_project, group=group, name=attempt, config=hparams)
+            except wandb.errors.Error as error:
+                raise UserError(_without_wandb(config.wandb_project, " ".join(str(error).split()))) from error
         self._uploaded = time.monotonic()
 
     def log(self, step: int, split: str, facts: dict[str, float]) -> None:

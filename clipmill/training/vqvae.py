@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+LEAST_VARIANCE = 1e-8
+"""Of pixels in 0 to 1: a single grey level among 1,500 equal pixels. The loss is divided by it."""
+
+
 def folder_url(config: RunConfig) -> str:
     """The training folder of this stage."""
     return config.folder("vqvae")
@@ -246,6 +250,13 @@ def _clips(config: RunConfig) -> list[Manifest]:
         raise UserError(
             f"vqvae.training.random_crop={crop} is larger than the clips at {clips[0].url}, whose resolution is "
             f"{resolution}; choose {resolution} or less"
+        )
+    if _pixel_variance(config, clips) < LEAST_VARIANCE:
+        urls = " and ".join(manifest.url for manifest in clips)
+        raise UserError(
+            f"all pixels of the clips at {urls} have one colour, so there is nothing to learn; look at them with "
+            "`clipmill inspect`, correct the videos or the crop, and shard into another root "
+            "(data.clip.reject_black=10 drops black clips)"
         )
     return clips
 

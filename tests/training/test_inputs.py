@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import fsspec
 import numpy as np
 import pytest
 
 from clipmill import storage
-from clipmill.config import TrainingConfig
+from clipmill.config import RunConfig, TrainingConfig
 from clipmill.errors import UserError
 from clipmill.shards.dataset import MixedDataset, ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
+from clipmill.training import vqvae
 from clipmill.training.inputs import check_cache, describe_batches
 from tests.shards.folders import write_dataset
 
@@ -77,3 +79,12 @@ def test_the_pairs_of_each_data_set_in_a_mix_are_logged(manifest, tmp_path, capl
     assert (
         f"a batch of 192 clips has on average {64 * 3 * 6 / 63:.3g} pairs" in line
     )  # 64 streams with three pairs each
+
+
+def test_clips_of_one_colour_are_refused_before_the_training(workspace, tmp_path):
+    shutil.copytree(workspace / "root" / "clips", tmp_path / "clips")
+    document = tmp_path / "clips" / "train" / "manifest.json"
+    document.write_text(document.read_text().replace('"pixel_variance": 0.08', '"pixel_variance": 0.0'))
+    config = RunConfig(root=str(tmp_path))
+    with pytest.raises(UserError, match=r"all pixels of the clips at .*train have one colour, .*reject_black=10"):
+        vqvae._clips(config)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
 import importlib.util
 import math
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -56,3 +60,19 @@ def test_film_strips_show_first_and_last_frame_above_their_reconstructions():
     corners = [picture[row, column, 0] for row in (0, 4, 10, 14) for column in (0, -1)]
     assert corners == [0, 19, 100, 119, 20, 39, 120, 139]
     assert (picture[8:10] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "logged_in", "refused"), [("online", False, True), ("online", True, False), ("offline", False, False)]
+)
+def test_weights_and_biases_without_a_login_is_refused_before_the_training(
+    monkeypatch: pytest.MonkeyPatch, mode: str, logged_in: bool, refused: bool
+) -> None:
+    wandb: Any = types.ModuleType("wandb")  # the package is no dependency; it was tried by hand
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+    wandb.login = lambda *, prompt, verify: logged_in
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    expected = pytest.raises(UserError, match="wandb_project=mill: nobody has logged in on this machine; run `wandb")
+    with expected if refused else contextlib.nullcontext():
+        require_wandb("mill")
