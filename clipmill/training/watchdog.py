@@ -66,8 +66,8 @@ class Watchdog:
 
     Args:
         world: this process among its peers.
-        hang_seconds: after this time without progress, the process ends itself with status 1: torchrun and Ray Train then
-            tear the group down, and Ray Train starts it again from its last checkpoint.
+        hang_seconds: after this time without progress, the process ends itself with status 1: torchrun and Ray Train
+            then tear the group down, and Ray Train starts it again from its last checkpoint.
     """
 
     def __init__(self, world: World, hang_seconds: float) -> None:
