@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from clipmill.models.export import Dtype, load_prior, load_vqvae, require_vqvae,
 from clipmill.models.prior import Prior
 from clipmill.models.tensor_file import Deferred
 from clipmill.models.vqvae import VQVAE
-from clipmill.shards.dataset import decode_codes
+from clipmill.shards.dataset import MixedDataset, ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
 from clipmill.training.checkpoint import newest_step
 from clipmill.training.exports import export_checkpoint, find_checkpoint
@@ -118,11 +119,6 @@ def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio
     values_per_clip = math.prod((clip["num_frames"], *frame_size(clip["resolution"]), 3))
     train_set = open_dataset(config, tokens, decode_codes, training)
     val_set = open_dataset(config, inputs.val, decode_codes, training)
-    samples = None
-    if studio is not None and training.sample_every is not None:
-        given = None if condition_shape is None else val_set if len(val_set) else train_set
-        fps = clip.get("fps") or studio.usual_fps
-        samples = Samples(training.sample_every, studio, inputs.tokenizer, len(classes), given, prepare, fps)
     job = Job(
         folder_url=folder_url(config),
         objective=PriorObjective(model, tokens_per_clip / values_per_clip),
@@ -136,10 +132,33 @@ def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio
         export=lambda weights, step: _export(config, inputs, weights, step, "float32"),
         tokens_per_clip=tokens_per_clip,
         flops_per_clip=lambda: flops,
-        samples=samples,
+        samples=_samples(config, inputs, prepare, train_set, val_set, studio),
         studio=studio,
     )
     fit(job, world, lease, report)
+
+
+def _samples(
+    config: RunConfig,
+    inputs: _Inputs,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    train_set: ShardDataset | MixedDataset,
+    val_set: ShardDataset | MixedDataset,
+    studio: Studio | None,
+) -> Samples | None:
+    every = config.prior.training.sample_every
+    if studio is None or every is None:
+        return None
+    return Samples(
+        every=every,
+        build=lambda: inputs.build(config),
+        studio=studio,
+        tokenizer=inputs.tokenizer,
+        num_classes=len(inputs.classes),
+        clips=None if inputs.condition_shape is None else val_set if len(val_set) else train_set,
+        prepare=prepare,
+        fps=inputs.recipe["clip"]["clip"].get("fps") or studio.usual_fps,
+    )
 
 
 def is_usable(config: RunConfig, num_workers: int) -> bool:

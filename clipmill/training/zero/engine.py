@@ -28,6 +28,7 @@ from clipmill.training.zero.averaging import AVERAGE, Averages, BufferAverages, 
 from clipmill.training.zero.conversion import GROUPS, WholeTensors, load_whole
 from clipmill.training.zero.guard import Guard
 from clipmill.training.zero.partitions import masters, optimizer_states
+from clipmill.training.zero.writer import Writer
 
 __all__ = ["BUCKET_ELEMENTS", "Engine", "deepspeed_config", "set_cuda_arithmetic", "whole_state"]
 
@@ -201,11 +202,25 @@ class Engine:
         """Within it the model has the weights that will be exported: their average, if one is kept. Collective."""
         return contextlib.nullcontext() if self._averages is None else self._averages.in_place()
 
-    def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Within it every rank has the whole weights, also at ZeRO stage 3. Collective."""
+    @torch.no_grad()
+    def whole_model(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The model for use on rank 0 alone. Collective.
+
+        At ZeRO stage 3 that is a copy: each submodule of the model itself gathers and releases its weights when it is
+        called, for which all ranks must call it.
+
+        Args:
+            build: makes a model of the same sizes.
+        """
+        model = cast(Any, self.objective).model
         if self._config.zero_stage < 3:
-            return contextlib.nullcontext()
-        return _import_deepspeed().zero.GatheredParameters(list(self.objective.parameters()))
+            return model
+        with _import_deepspeed().zero.GatheredParameters(list(model.parameters())):
+            if self.world.rank > 0:
+                return model
+            copy = build().to(self.world.device)
+            copy.load_state_dict(model.state_dict())
+            return copy
 
     @property
     def grad_norm(self) -> Tensor:
@@ -281,7 +296,7 @@ class Engine:
             Exception: a file could not be written; raised on that rank alone, after DeepSpeed's barriers.
         """
         ours = self.deepspeed.checkpoint_engine
-        writer = _Writer(ours, on_written)
+        writer = Writer(ours, on_written)
         self.deepspeed.checkpoint_engine = writer
         try:
             # save_latest writes the pointer file whose absence makes load_checkpoint start afresh in silence:
@@ -307,37 +322,6 @@ class Engine:
             zero_stage: of the run that saved.
         """
         load_whole(self.deepspeed, WholeTensors(folder / TAG, zero_stage))
-
-
-class _Writer:
-    """DeepSpeed's writer of checkpoint files, which keeps its first error until all ranks have written theirs.
-
-    Raised at once, it would leave the other ranks waiting in a barrier.
-    """
-
-    def __init__(self, inner: Any, on_written: Callable[[], object]) -> None:
-        self._inner, self._on_written = inner, on_written
-        self.error: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self._try(self._inner.save, state_dict, path)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self._try(self._inner.makedirs, path, exist_ok)
-
-    def commit(self, info: Any) -> Any:
-        """DeepSpeed calls this after the last file of each rank."""
-        self._on_written()
-        return self._inner.commit(info)
-
-    def _try(self, write: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            write(*arguments)
-        except Exception as error:
-            self.error = self.error or error
 
 
 def whole_state(folder: Path, zero_stage: int) -> dict[str, Deferred]:

@@ -1,0 +1,39 @@
+"""DeepSpeed's writer of checkpoint files, with ours around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Writer"]
+
+
+class Writer:
+    """DeepSpeed's writer of checkpoint files, which keeps its first error until all ranks have written theirs.
+
+    Raised at once, it would leave the other ranks waiting in a barrier.
+    """
+
+    def __init__(self, inner: Any, on_written: Callable[[], object]) -> None:
+        self._inner, self._on_written = inner, on_written
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self._try(self._inner.save, state_dict, path)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._try(self._inner.makedirs, path, exist_ok)
+
+    def commit(self, info: Any) -> Any:
+        """DeepSpeed calls this after the last file of each rank."""
+        self._on_written()
+        return self._inner.commit(info)
+
+    def _try(self, write: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            write(*arguments)
+        except Exception as error:
+            self.error = self.error or error
