@@ -9,9 +9,16 @@ __all__ = ["Writer"]
 
 
 class Writer:
-    """DeepSpeed's writer of checkpoint files, which keeps its first error until all ranks have written theirs.
+    """Keeps the first error until all ranks have written their files.
 
     Raised at once, it would leave the other ranks waiting in a barrier.
+
+    Args:
+        inner: DeepSpeed's.
+        on_written: called after the last file of this rank.
+
+    Attributes:
+        error: the first one, if there was any.
     """
 
     def __init__(self, inner: Any, on_written: Callable[[], object]) -> None:
@@ -22,9 +29,11 @@ class Writer:
         return getattr(self._inner, name)
 
     def save(self, state_dict: Any, path: str) -> None:
+        """Writes a file, or keeps the error."""
         self._try(self._inner.save, state_dict, path)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Makes a folder, or keeps the error."""
         self._try(self._inner.makedirs, path, exist_ok)
 
     def commit(self, info: Any) -> Any:
