@@ -233,7 +233,7 @@ class _Driver(Generic[U]):
 
     def _require_hope(self, cause: str) -> None:
         """Ends the stage when units fail on every node one after the other."""
-        if self._nodes.is_hopeless(self._workers.cluster.ids()):
+        if self._nodes.is_hopeless(self._workers.cluster.ids(), self._workers.places()):
             raise StageFailed(
                 f"units fail on every node one after the other, {self._queue.num_unfinished} of {len(self._units)} "
                 f"are to do; at last: {cause}"

@@ -140,8 +140,15 @@ class NodeWatch:
         """Workers start elsewhere, but not on this node."""
         self._condemn(node, f"no worker can start there, at last: {self._records[node].cause}")
 
-    def is_hopeless(self, alive: Collection[str]) -> bool:
-        """Whether every living node that is not sick fails one unit after the other, and none has succeeded since."""
+    def is_hopeless(self, alive: Collection[str], places: Collection[str]) -> bool:
+        """Whether every living node that is not sick fails one unit after the other, and none has succeeded since.
+
+        Args:
+            alive: the living nodes.
+            places: nodes that work or may soon: one on which no worker was placed yet has not been tried.
+        """
+        if any(node not in self._records for node in places):
+            return False
         records = [record for node, record in self._records.items() if node in alive and node not in self.sick]
         num_failed = [sum(began >= self._last_success for began in record.failed.values()) for record in records]
         return min(num_failed, default=0) >= HOPELESS_UNITS

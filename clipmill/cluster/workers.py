@@ -130,7 +130,8 @@ class Workers:
         ]
         soon = {worker.node for worker in young if worker.node}
         if any(not worker.node for worker in young):
-            soon |= self.cluster.ids() - self._excluded
+            holds = {node.id for node in self.cluster.all() if connection.num_bundles(self._bundle, [node])}
+            soon |= holds - self._excluded
         return self.nodes_at_work() | (soon - self._nodes.sick)
 
     def num_running(self, node: str) -> int:

@@ -6,6 +6,7 @@ Only this module, `s3` and `web` import fsspec and s3fs. `s3` and `web` are impo
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import threading
 from typing import Any
@@ -53,4 +54,7 @@ def _connected(protocol: str, process: int) -> Any:
         from clipmill.storage import web
 
         return web.connected()
-    return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True)
+    kind, options = fsspec.get_filesystem_class(protocol), {"use_listings_cache": False}
+    # Made without a host that it needs, a file system of fsspec prints a traceback when it is freed.
+    inspect.signature(kind.__init__).bind(None, **options)
+    return kind(**options, skip_instance_cache=True)

@@ -22,7 +22,7 @@ from clipmill.video import demuxers
 from clipmill.video.decoders.by_pillow import is_animation, read_animation
 from clipmill.video.errors import VideoError, as_video_error
 from clipmill.video.geometry import Geometry, Orientation, orientation_of, sample_aspect
-from clipmill.video.rate import NUM_TIMED_PACKETS, frame_rate, rate_of_seconds
+from clipmill.video.rate import NUM_TIMED_PACKETS, PacketTimes, frame_rate, rate_of_seconds
 
 __all__ = ["DecoderChoice", "VideoInfo", "open_video", "probe"]
 
@@ -164,13 +164,14 @@ def _describe_animation(path: str | Path) -> VideoInfo:
     )
 
 
-def _look_in(container: Any, stream: Any) -> tuple[Any, list[Any]]:
-    """The first frame that can be decoded, and the (pts, dts) of the first packets, in ticks.
+def _look_in(container: Any, stream: Any) -> tuple[Any, list[PacketTimes]]:
+    """The first frame that can be decoded, and the times of the first packets.
 
     Raises:
         VideoError: there is no such frame.
     """
-    first, times, cause = None, [], "the video stream holds no frame"
+    first, cause = None, "the video stream holds no frame"
+    times: list[PacketTimes] = []
     packets = container.demux(stream)
     while first is None or len(times) < NUM_TIMED_PACKETS:
         try:
@@ -178,7 +179,7 @@ def _look_in(container: Any, stream: Any) -> tuple[Any, list[Any]]:
             if packet is None:
                 break
             if packet.size and not packet.is_discard:
-                times.append((packet.pts, packet.dts))
+                times.append(PacketTimes(packet.pts, packet.dts, packet.duration))
             if first is None:
                 first = next(iter(packet.decode()), None)
         except av.error.InvalidDataError as error:  # damage costs frames, not the video; a generator ends with it

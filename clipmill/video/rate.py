@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["NUM_TIMED_PACKETS", "frame_rate", "rate_of_seconds"]
+from clipmill.video.decoders.clocks import gif_delay
+
+__all__ = ["NUM_TIMED_PACKETS", "PacketTimes", "frame_rate", "rate_of_seconds"]
 
 NUM_TIMED_PACKETS = 128
 """Packets whose times are looked at: few seconds of most videos, little of their files."""
@@ -28,22 +30,34 @@ _FASTEST_GUESS = 120
 """A greater rate of a single frame is FFmpeg's guess."""
 
 
-def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, int | None]]) -> float:
+class PacketTimes(NamedTuple):
+    """When a packet's frame is shown, when it is decoded, and how long it is shown, in ticks."""
+
+    pts: int | None
+    dts: int | None
+    duration: int | None
+
+
+def frame_rate(container: Any, stream: Any, times: Sequence[PacketTimes]) -> float:
     """Average frames per second of a stream.
 
     The stated rate holds where the timestamps agree with it. Otherwise the rate of the timestamps holds, without
     pauses: a clip that is stored at this rate plays at its true speed. AVI has no timestamps, but empty chunks where
-    the picture stays: its rate follows from the places of the others.
+    the picture stays: its rate follows from the places of the others. A raw stream has the rate that its codec states.
 
     Args:
         container: of PyAV.
         stream: of PyAV.
-        times: (pts, dts) of its first packets in ticks, in the order of the file.
+        times: of its first packets, in the order of the file.
     """
+    if container.format.name == "gif":
+        return _gif_rate(times, stream.time_base)
     stated = stream.average_rate or stream.guessed_rate
+    if all(packet.pts is None for packet in times):  # raw streams: the demuxer claims 25, the codec may say better
+        stated = stream.codec_context.framerate or stated
     if container.format.name == "avi":
-        return float(stated or 1) * _frames_per_chunk([dts for _, dts in times if dts is not None])
-    ticks = _complete([pts for pts, _ in times])
+        return float(stated or 1) * _frames_per_chunk([packet.dts for packet in times if packet.dts is not None])
+    ticks = _complete([packet.pts for packet in times])
     measured = _rate_of_ticks(ticks)
     if measured is None:
         return float(stated) if stated and stated <= _FASTEST_GUESS else 1.0
@@ -51,6 +65,13 @@ def frame_rate(container: Any, stream: Any, times: Sequence[tuple[int | None, in
     if stated and (_agrees(stated, lower, upper) or _agrees(stated, *_usual_steps(ticks, stream.time_base))):
         return float(stated)
     return _usual_rate(lower, upper)
+
+
+def _gif_rate(times: Sequence[PacketTimes], time_base: Fraction) -> float:
+    """Of frames that are shown as long as browsers show them, whatever the timestamps say."""
+    ends = accumulate(gif_delay(packet.duration, time_base) for packet in times)
+    measured = _rate_of_ticks([0, *list(ends)[:-1]])
+    return 1.0 if measured is None else _usual_rate(*(float(limit / time_base) for limit in measured))
 
 
 def _agrees(rate: Fraction, lower: float, upper: float) -> bool:

@@ -85,14 +85,15 @@ def test_the_newest_failed_unit_of_a_suspect_is_tried_next_elsewhere(nodes: Node
 
 
 def test_hope_ends_when_every_living_node_fails_many_units_and_none_succeeds(nodes: NodeWatch) -> None:
-    assert not nodes.is_hopeless("abc")
+    assert not nodes.is_hopeless("abc", "abc")
     for unit in range(HOPELESS_UNITS):
         nodes.failed("a", unit, began=unit, cause="x", now=unit)
         nodes.failed("b", 100 + unit, began=unit, cause="x", now=unit)
-    assert not nodes.is_hopeless("abc")  # c may be in the middle of its first unit
-    assert nodes.is_hopeless("ab")
+    assert not nodes.is_hopeless("abc", "abc")  # c may be in the middle of its first unit
+    assert nodes.is_hopeless("ab", "ab")
+    assert not nodes.is_hopeless("abd", "abd")  # no worker has been placed on d yet
     nodes.succeeded("c", 500, now=1000)
-    assert not nodes.is_hopeless("ab")  # c is gone, but what worked there may work on the next node
+    assert not nodes.is_hopeless("ab", "ab")  # c is gone, but what worked there may work on the next node
 
 
 def test_starts_pause_longer_and_longer_and_warn_once(nodes: NodeWatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,13 +38,13 @@ def results() -> dict[str, Any]:
 def test_a_sick_node_is_named_once_and_costs_no_unit(results: dict[str, Any], what: str, why: str) -> None:
     result = results[what]
     assert result["error"] is None
-    assert len(result["done"]) == 40
+    assert len(result["done"]) == result["num_units"]
     assert set(result["done"].values()) == {"head"}
     verdicts = [line for line in result["lines"] if "gets no more units" in line]
     assert len(verdicts) == 1
     assert why in verdicts[0]
     after = result["lines"][result["lines"].index(verdicts[0]) + 1 :]
-    assert after == []
+    assert len(after) <= 1  # of a unit that ran there at that moment
 
 
 def test_a_user_error_ends_the_stage_once_it_is_raised_on_both_nodes(results: dict[str, Any]) -> None:

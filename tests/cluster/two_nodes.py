@@ -1,5 +1,8 @@
 """Fan-outs over a cluster of two nodes, in a process of its own: ``python two_nodes.py``.
 
+However long a worker takes to start, both nodes take part: the first workers wait for each other, and the units of the
+head take their time until the verdict on the other node is known.
+
 Prints a JSON document: for each scenario, which units were done where, what was raised, and what was logged.
 """
 
@@ -7,8 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,17 +26,29 @@ from clipmill.errors import ClipmillError, UserError
 
 Work = Callable[[int], dict[str, Any]]
 
+NUM_UNITS = 400
+START_SECONDS = 120
+VERDICT = "verdict"
 
-def make_worker(head: str, what: str) -> Work:
-    """A worker that fails, in one way or another, on the node that is not the head."""
+
+def make_worker(head: str, what: str, folder: Path) -> Work:
+    """A worker that fails, in one way or another, on the node that is not the head.
+
+    Args:
+        head: id of that node.
+        what: scenario.
+        folder: of the scenario; `VERDICT` lies there once a node is known to be sick.
+    """
     is_head = ray.get_runtime_context().get_node_id() == head
+    if what != "healthy":
+        wait_for_both(folder, is_head)
     if what == "no library" and not is_head:
         raise UserError("data.decoder=decord, which is not installed: pip install decord")
     if what == "broken library" and not is_head:
         raise ImportError("libx.so: cannot open shared object file")
 
     def work(unit: int) -> dict[str, Any]:
-        time.sleep(0.3 if is_head else 0.1)
+        time.sleep(0.3 if is_head and not (folder / VERDICT).exists() else 0.01)
         if what == "full disk" and not is_head:
             raise OSError(28, "No space left on device")
         if what == "no route" and not is_head:
@@ -42,10 +60,27 @@ def make_worker(head: str, what: str) -> Work:
     return work
 
 
+def wait_for_both(folder: Path, is_head: bool) -> None:
+    """Returns once a worker has been made on each node."""
+    (folder / ("head" if is_head else "other")).touch()
+    deadline = time.monotonic() + START_SECONDS
+    while not (folder / ("other" if is_head else "head")).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError("no worker starts on the other node")
+        time.sleep(0.05)
+
+
 def run(cluster: Cluster, what: str, num_units: int, **keys: Any) -> dict[str, Any]:
     lines: list[str] = []
+    folder = Path(tempfile.mkdtemp(prefix="two-nodes-"))
+
+    def note(record: logging.LogRecord) -> None:
+        lines.append(record.getMessage())
+        if "gets no more units" in lines[-1]:
+            (folder / VERDICT).touch()
+
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = note  # type: ignore[method-assign]
     logging.getLogger("clipmill").addHandler(handler)
     done: dict[int, str] = {}
     error = None
@@ -54,7 +89,7 @@ def run(cluster: Cluster, what: str, num_units: int, **keys: Any) -> dict[str, A
     try:
         fan_out(
             make_worker,
-            (head, what),
+            (head, what, folder),
             range(num_units),
             config=config,
             on_result=lambda unit, result: done.update({unit: result["where"]}),
@@ -62,7 +97,8 @@ def run(cluster: Cluster, what: str, num_units: int, **keys: Any) -> dict[str, A
     except ClipmillError as caught:
         error = f"{type(caught).__name__}: {caught}"
     logging.getLogger("clipmill").removeHandler(handler)
-    return {"done": done, "error": error, "lines": lines}
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"num_units": num_units, "done": done, "error": error, "lines": lines}
 
 
 def main() -> None:
@@ -70,14 +106,8 @@ def main() -> None:
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     results = {
-        what: run(cluster, what, num_units)
-        for what, num_units in {
-            "full disk": 40,
-            "no route": 40,
-            "no library": 40,
-            "broken library": 40,
-            "user error": 40,
-        }.items()
+        what: run(cluster, what, NUM_UNITS)
+        for what in ("full disk", "no route", "no library", "broken library", "user error")
     }
     results["spare head"] = run(cluster, "healthy", 6, spare_head=True)
     print(json.dumps(results))

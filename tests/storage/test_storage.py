@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -114,6 +116,15 @@ def test_urls():
     assert not storage.is_local("s3://bucket")
     with pytest.raises(UserError, match="cannot open nonsense"):
         storage.exists("nonsense://x")
+
+
+def test_storage_that_needs_more_than_a_url_is_refused_without_a_word_on_the_terminal(monkeypatch):
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises(UserError, match=r"no storage for ftp:.*required argument: 'host'"):
+        storage.stat("ftp://127.0.0.1:9/x.mp4")
+    gc.collect()
+    assert ignored == []
 
 
 def test_remove_and_remove_tree_accept_what_is_not_there(tmp_path):

@@ -56,6 +56,13 @@ def test_a_rate_that_the_timestamps_belie_is_not_believed(tmp_path):
     assert probe(path).fps == 10
 
 
+@pytest.mark.parametrize(("file", "codec"), [("raw.h264", "libx264"), ("raw.hevc", "libx265")])
+def test_a_raw_stream_has_the_rate_of_its_codec(tmp_path, file, codec):
+    path = make_video(tmp_path / file, codec, num_frames=12)
+    assert probe(path).fps == 10  # FFmpeg's demuxer says 25
+    np.testing.assert_allclose(_times(path), np.arange(12) / 10, atol=1e-6)
+
+
 def test_jitter_has_its_average_rate(tmp_path):
     steps = np.random.default_rng(0).choice([16, 17, 33, 34, 50], 200)
     times = [0, *np.cumsum(steps).tolist()]
@@ -93,6 +100,15 @@ def test_gif_delays_are_those_of_browsers(tmp_path):
     path = tmp_path / "delays.gif"
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=delays)
     np.testing.assert_allclose(_times(path), np.cumsum([0, 100, 100, 20, 30, 100, 500]) / 1000)
+
+
+@pytest.mark.parametrize(("delay", "fps"), [(0, 10), (10, 10), (20, 50), (40, 25), (80, 12.5)])
+def test_a_gif_has_the_rate_at_which_browsers_show_it(tmp_path, delay, fps):
+    pictures = [Image.fromarray(np.full((32, 32, 3), 10 * k, np.uint8)) for k in range(20)]
+    path = tmp_path / "delays.gif"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=delay)
+    assert probe(path).fps == pytest.approx(fps, rel=1e-3)
+    np.testing.assert_allclose(_times(path), np.arange(20) / fps)
 
 
 def test_avi_with_lost_frames_keeps_the_places_of_the_others(tmp_path):

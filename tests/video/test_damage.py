@@ -82,6 +82,17 @@ def test_every_frame_of_joined_recordings_is_delivered(tmp_path):
     np.testing.assert_allclose(times, np.arange(56) / 10, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["joined.ts", "joined.mkv", "joined.mpg"])
+def test_recordings_of_less_than_a_second_are_joined_as_well(tmp_path, name):
+    codec, fps = ("mpeg2video", 25) if name.endswith(".mpg") else ("libx264", 20)
+    part = make_video(tmp_path / f"one_{name}", codec, num_frames=15, fps=fps, options={"g": "5"}).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(part + part)
+    found = Reading()
+    assert _numbers(path, found) == [*range(15), *range(15)]
+    assert (found.joins, found.damaged_frames, found.scene_starts) == (1, 0, {15})
+
+
 def test_segments_of_one_recording_are_one_scene(tmp_path):
     options = {"segment_time": "1", "segment_format": "mpegts"}
     # a muxer of its own for each segment: packet counters begin anew, the clock goes on

@@ -10,13 +10,14 @@ import av
 
 from clipmill.video.decoders.damage import Packet
 
-__all__ = ["Clock", "make_clock"]
+__all__ = ["Clock", "gif_delay", "make_clock"]
 
 _JOIN_SECONDS = 10.0
 """Where a transport stream's clock leaps further, two recordings were joined (ffmpeg's own threshold)."""
 
 _STEP_BACK_SECONDS = 1.0
-"""A smaller step back is a damaged time; a larger one is a clock that begins anew."""
+"""A smaller step back is a damaged time, unless it leads to where the recording began; a larger one is a clock that
+begins anew."""
 
 _SHORTEST_GIF_DELAY, _USUAL_GIF_DELAY = Fraction(15, 1000), Fraction(1, 10)
 """Browsers show a GIF frame with a delay below the first for the second, in seconds."""
@@ -37,6 +38,7 @@ class Clock:
         self._numerator, self._denominator = self._time_base.as_integer_ratio()
         self._zero, self._is_broken_up = zero, is_broken_up
         self._seconds: float | None = None
+        self._began = 0.0  # the recording, on the clock that counts now
 
     def sent(self, packet: Packet) -> None:
         """A packet goes to the decoder."""
@@ -62,15 +64,21 @@ class Clock:
             follows = before + self._frame_seconds
             if seconds is None:
                 seconds = follows
-            elif seconds < before - _STEP_BACK_SECONDS or (self._is_broken_up and seconds > before + _JOIN_SECONDS):
-                assert self._zero is not None
+            elif self._begins_anew(seconds, before):
                 assert ticks is not None
                 self._zero = ticks - round(follows / self._time_base)
-                seconds, joined = follows, True
+                seconds, self._began, joined = follows, follows, True
             elif seconds <= before:  # rounding, or a damaged time
                 seconds = follows
         self._seconds = seconds or 0.0
         return self._seconds, joined
+
+    def _begins_anew(self, seconds: float, before: float) -> bool:
+        """Whether a time that does not follow the one before belongs to another recording."""
+        if seconds > before:
+            return self._is_broken_up and seconds > before + _JOIN_SECONDS
+        is_start = seconds <= self._began < before - 2 * self._frame_seconds
+        return is_start or seconds < before - _STEP_BACK_SECONDS
 
 
 class _FrameCounter(Clock):
@@ -108,9 +116,14 @@ class _GifClock(Clock):
     def ticks(self, frame: Any, packet: Packet) -> int | None:
         """Where the frame before ends."""
         ticks = self._next
-        delay = (frame.duration or 0) * self._time_base
-        self._next += round((_USUAL_GIF_DELAY if delay < _SHORTEST_GIF_DELAY else delay) / self._time_base)
+        self._next += gif_delay(frame.duration, self._time_base)
         return ticks
+
+
+def gif_delay(stated: int | None, time_base: Fraction) -> int:
+    """How long browsers show a GIF frame, in ticks, whatever its file states."""
+    delay = (stated or 0) * time_base
+    return round((_USUAL_GIF_DELAY if delay < _SHORTEST_GIF_DELAY else delay) / time_base)
 
 
 def make_clock(container: Any, stream: Any, fps: float, zero: int | None) -> Clock:
