@@ -1,7 +1,7 @@
-"""The parent's end of a decoding child: starts it, talks to it, and finds out whose fault its death is.
+"""The parent's end of a decoding child: starts it, exchanges messages, and decides why it died.
 
-Protocol: one line of JSON each way, requests to the child's stdin, messages from a duplicate of its stdout. The
-decoders' own output goes to stderr, of which the parent keeps the tail.
+Protocol: one line of JSON each way. Requests go to the child's stdin; messages come from a duplicate of its stdout. The
+decoders' own output goes to stderr, and the parent keeps the last bytes of it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import IO, Any
 __all__ = ["Child", "DecoderLost", "Limits", "VideoFault"]
 
 _START_SECONDS = 300
-"""A busy machine may take long to start an interpreter."""
+"""A busy machine may take this long to start an interpreter."""
 
 _STDERR_TAIL_BYTES = 4096
 
 _OUTSIDE_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-"""A decoder never ends by these on its own: an operator, the kernel's OOM killer or a scheduler sent them."""
+"""Decoders never raise these signals themselves: an operator, the kernel's OOM killer or a scheduler sent them."""
 
 
 class DecoderLost(Exception):
-    """The environment's fault: the child was killed from outside, could not start, or a disk failed."""
+    """The environment failed: the child was killed from outside, could not start, or a disk failed."""
 
 
 class VideoFault(Exception):
@@ -37,11 +37,11 @@ class VideoFault(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one video may cost.
+    """Resource limits for one video.
 
     Attributes:
         cpu_seconds: processor time of the child.
-        memory_bytes: address space of the child beyond what it has at its start.
+        memory_bytes: address space that the child may use in addition to that at its start.
         no_progress_seconds: a child that delivers no frame for this time is killed.
     """
 
@@ -54,9 +54,9 @@ class Child:
     """The parent's end of one child process.
 
     Args:
-        limits: of each request.
-        spool: descriptor of a file that both write to.
-        module: of the child, whose ``serve`` it runs.
+        limits: limits of each request.
+        spool: descriptor of a file that both processes use.
+        module: the module whose ``serve`` the child runs.
     """
 
     def __init__(self, limits: Limits, spool: int, module: str = "clipmill.video.worker"):
@@ -70,12 +70,12 @@ class Child:
             pass_fds=[spool],
             env={
                 **os.environ,
-                # The child finds what the parent found, also where Ray put a working_dir on the path.
+                # The child imports from the same folders as the parent, including a working_dir that Ray added.
                 "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
                 # NumPy's dot product would keep a thread spinning on every other core: 2.7 times the CPU time on two.
                 "OPENBLAS_NUM_THREADS": "1",
             },
-            start_new_session=True,  # Ctrl-C is for the parent
+            start_new_session=True,  # Ctrl-C reaches the parent only
         )
         self._stdin: IO[bytes] = _pipe(self._process.stdin)
         self._stdout: IO[bytes] = _pipe(self._process.stdout)
@@ -89,7 +89,7 @@ class Child:
         self.decoder_in_use: str | None = None
 
     def decode(self, request: dict[str, Any], no_progress_seconds: float) -> list[dict[str, Any]]:
-        """Sends one video through: its clips' messages and the message of its end."""
+        """Has the child decode one video. Returns the messages of its clips, and last the closing message."""
         if not self._is_ready:
             self._next_message(_START_SECONDS)
             self._is_ready = True
@@ -115,7 +115,7 @@ class Child:
                 self.decoder_in_use = message["name"]
 
     def _next_message(self, patience_seconds: float) -> dict[str, Any]:
-        """The next line of the child, or the reason why there is none."""
+        """The child's next message. Raises if it does not come in time or the child died."""
         deadline = time.monotonic() + patience_seconds
         while b"\n" not in self._received:
             remaining_seconds = deadline - time.monotonic()
@@ -138,7 +138,7 @@ class Child:
         return json.loads(line)
 
     def _explain_death(self) -> None:
-        """Raises whose fault it is that the child is gone."""
+        """Raises `DecoderLost` or `VideoFault`, depending on what ended the child."""
         code = self._process.wait()
         if code >= 0 or not self._is_ready:
             raise DecoderLost(f"the decoding child ended with status {code}: {self.stderr_tail()}")
@@ -149,14 +149,14 @@ class Child:
         raise VideoFault(f"the decoder crashed ({signal.Signals(-code).name})")
 
     def stderr_tail(self) -> str:
-        """What the child printed last; complete once it is dead."""
+        """The last bytes that the child printed to stderr; complete once it is dead."""
         os.set_blocking(self._stderr.fileno(), False)
         while data := self._stderr.read(1 << 16):
             self._printed = (self._printed + data)[-_STDERR_TAIL_BYTES:]
         return self._printed.decode(errors="replace").strip()
 
     def end(self) -> None:
-        """Kills the process, reaps it, closes the pipes. There is nothing in it to save."""
+        """Kills the process, reaps it and closes the pipes. It holds no state worth saving."""
         self._process.kill()
         self._process.wait()
         self._selector.close()

@@ -20,8 +20,9 @@ from clipmill.video.decoders.picture import Reading
 __all__ = ["ClipCutter", "ClipFrames", "ClipRule"]
 
 _SAME_TIME_SECONDS = 0.001
-"""Matroska, WebM and FLV round times to milliseconds: without this allowance 30 frames a second sampled at 15 would
-give frames 0, 1, 4, 6, 8, ..."""
+"""Tolerance for times that Matroska, WebM and FLV round to milliseconds. Without it, 30 frames per second sampled at 15
+would give frames 0, 1, 4, 6, 8, ...
+"""
 
 _LONGEST_FRAME_SECONDS = 10.0
 """A longer gap between two frames is a break in the recording or in its clock, not a picture to repeat."""
@@ -41,7 +42,7 @@ class ClipRule(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Frames that one clip covers; of the resampled video where ``fps`` is set."""
+        """Frames that one clip covers. If ``fps`` is set, frames of the resampled video are counted."""
         return (self.num_frames - 1) * self.frame_stride + 1
 
 
@@ -50,9 +51,9 @@ class ClipFrames:
     """A complete clip: its place in the video and its pixels, uint8 [T, H, W, 3].
 
     Attributes:
-        ordinal: its number among the clips of the video that were not rejected.
-        frame_numbers: of its frames in the video, in presentation order; a number repeats where ``fps`` is above the
-            video's own.
+        ordinal: number of the clip among the video's clips that were not rejected.
+        frame_numbers: numbers of its frames in the video, in presentation order. A number repeats if ``fps`` is above
+            the video's own rate.
         frame_seconds: presentation time in the video of each of these frames.
         start_seconds: time from which its first frame is shown.
         end_seconds: time at which its last frame ends.
@@ -71,7 +72,7 @@ class _Frame(NamedTuple):
     own_time: float
     """When the video shows the frame."""
     time: float
-    """When the clip shows it: the same, unless the video is resampled."""
+    """When the clip shows it; equals ``own_time`` unless the video is resampled."""
     pixels: np.ndarray
     begins_scene: bool
 
@@ -94,13 +95,13 @@ class ClipCutter:
         self.num_static = self.num_black = self.num_kept = 0
 
     def cut(self, frames: Iterable[tuple[float, np.ndarray]], reading: Reading | None = None) -> Iterator[ClipFrames]:
-        """Complete clips that start at frames 0, step, 2 * step, ... of each scene.
+        """Yields the complete clips that start at frames 0, step, 2 * step, ... of each scene.
 
-        Stops reading after ``rule.max_clips``. Holds the frames that one clip spans, so clips may overlap.
+        Reading stops after ``rule.max_clips`` clips. Memory holds the frames of one clip span, so clips may overlap.
 
         Args:
             frames: (presentation time in seconds, pixels) of every frame, in presentation order.
-            reading: says, of each frame as it comes, its number and whether it begins a scene. None counts all frames
+            reading: gives the number of the current frame, and the frames at which scenes begin. None treats all frames
                 as one scene.
         """
         rule = self._rule
@@ -158,8 +159,9 @@ def _scenes(
 ) -> Iterator[_Frame]:
     """Numbers the frames, and marks where a scene begins.
 
-    A scene begins at the first frame, where ``reading`` says so, after a gap, and at a frame unlike the one before. The
-    threshold compares neighbours at the video's own rate, at which motion changes little.
+    A scene begins at the first frame, at the frames that ``reading`` lists, after a gap, and at a frame that differs
+    from the one before by more than ``scene_cut``. Frames are compared at the video's own rate, where motion changes
+    little between neighbours.
     """
     before: tuple[float, np.ndarray] | None = None
     for index, (time, pixels) in enumerate(frames):
@@ -175,18 +177,18 @@ def _scenes(
 
 
 def _resample(frames: Iterable[_Frame], fps: float, frame_seconds: float) -> Iterator[_Frame]:
-    """Frame k of a scene becomes the newest one that is shown at its start + k / fps, as a player would show it.
+    """Resamples to ``fps``: frame k of a scene is the frame that a player would show at the scene's start + k / fps.
 
     Args:
-        frames: of all scenes.
-        fps: wanted frames per second.
+        frames: the frames of all scenes.
+        fps: target frames per second.
         frame_seconds: how long the last frame of a scene is shown.
     """
     shown: _Frame | None = None
     start, tick = 0.0, 0
 
     def hold(until: float) -> Iterator[_Frame]:
-        """``shown``, for as many ticks as begin before ``until``."""
+        """Repeats ``shown`` for every tick that begins before ``until``."""
         nonlocal tick
         assert shown is not None
         while start + tick / fps < until - _SAME_TIME_SECONDS:

@@ -1,4 +1,4 @@
-"""What a child process does to itself before it reads what may be hostile: it dies with its parent, within limits."""
+"""Limits that a child process sets on itself before it reads untrusted files: CPU, memory, end with its parent."""
 
 from __future__ import annotations
 
@@ -21,21 +21,25 @@ _PR_SET_PDEATHSIG = 1
 
 
 def serve(answer: Callable[[dict[str, Any], int, SendMessage], None]) -> None:
-    """Answers requests on stdin until it closes. Arguments: spool descriptor, parent's pid, bytes, CPU seconds.
+    """Answers requests on stdin until it closes.
+
+    The command line gives the spool descriptor, the parent's pid, the memory limit in bytes and the CPU limit in
+    seconds.
 
     Args:
-        answer: takes a request (with its ``cpu_seconds``), the spool descriptor, and what sends messages.
+        answer: called with a request (``cpu_seconds`` included), the spool descriptor, and a function that sends
+            messages.
     """
     spool, parent, memory_bytes = map(int, sys.argv[1:4])
     cpu_seconds = float(sys.argv[4])
     _die_with(parent)
-    # Decoders print to stdout: the messages get a descriptor of their own, and stdout becomes stderr.
+    # Decoders print to stdout, so messages get their own descriptor and stdout is redirected to stderr.
     messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _limit_memory(memory_bytes)
 
     def send(message: dict[str, Any]) -> None:
-        # Nobody reads of a clip before its video has ended: no reason to wake the parent for each.
+        # The parent uses clip messages only after the video has ended, so they need not be flushed one by one.
         print(json.dumps(message), file=messages, flush=message["kind"] != "clip")
 
     send({"kind": "ready"})
@@ -45,16 +49,16 @@ def serve(answer: Callable[[dict[str, Any], int, SendMessage], None]) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """The kernel kills this process when its parent dies, whatever a decoder is doing then (Linux only)."""
+    """Has the kernel kill this process when its parent dies, even in the middle of a decoder call (Linux only)."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(1)
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    """Limits the address space to ``memory_bytes`` beyond what is mapped now; a crash leaves no core file."""
+    """Limits the address space to what is mapped now plus ``memory_bytes``, and disables core files."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "linux":
         return
@@ -64,19 +68,19 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 def limit_cpu(cpu_seconds: float) -> None:
-    """Allows ``cpu_seconds`` more; SIGXCPU ends the process then."""
+    """Allows ``cpu_seconds`` from now on; then SIGXCPU ends the process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + cpu_seconds))
 
 
 def _limit(kind: int, soft: int) -> None:
-    """Sets a soft limit, as far as the hard one allows."""
+    """Sets a soft limit, at most the hard one."""
     _, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """``pwrite`` until everything is written: a signal or a nearly full disk cuts it short."""
+    """Repeats ``pwrite`` until everything is written; a signal or a nearly full disk can cut a single call short."""
     view = memoryview(data)
     while view:
         num_written = os.pwrite(descriptor, view, offset)

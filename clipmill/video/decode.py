@@ -1,10 +1,10 @@
-"""Frames of a video, strictly in order, resized by one resizer whichever decoder reads them.
+"""Frames of a video, strictly in order. One resizer serves all decoders.
 
 Shapes: a frame is uint8 [H, W, 3], RGB. Sizes are (height, width) in pixels.
 
-Why one resizer: decord's own differs from swscale by up to 2.9 grey levels. The pixels of a data set are a function of
-the files alone: PyAV's frames are converted and resized in one step by swscale with fixed flags. Where decord was asked
-for, which gives full-size RGB only, the frames that PyAV has to read go through the same full-size RGB.
+The pixels of a data set must depend on the files alone, but decord's own resizer differs from swscale by up to 2.9 grey
+levels. Frames of PyAV are therefore converted and resized in one step by swscale with fixed flags. decord delivers
+full-size RGB only; with ``data.decoder=decord``, frames that PyAV has to read are converted to full-size RGB first too.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def read_frames(
         size: (height, width) of the frames; a number for a square.
         fit: ``crop`` covers the size and crops the centre. ``pad`` fits inside it and pads with black. ``stretch``
             ignores the shape of the frame.
-        whole: resize only, neither crop nor pad: frames keep the shape of the video.
-        rgb_first: convert before resizing, as decord always does: costs time, and differs by some grey levels.
-        span: read only the frames shown from the first time on and before the second.
+        whole: only resize, without crop or pad: frames keep the aspect ratio of the video.
+        rgb_first: convert to RGB before resizing, as decord always does. It takes longer and differs by some grey
+            levels.
+        span: read only the frames shown at or after the first time and before the second.
         reading: records what is found on the way, such as damage.
 
     Yields:
@@ -64,18 +65,19 @@ def read_frames(
 def is_truncated(
     info: VideoInfo, num_frames: int, first_seconds: float, last_seconds: float, span: Span = (None, None)
 ) -> bool:
-    """Whether a video that was read to its end ended well before it should have.
+    """Whether a video that was read to its end ended clearly before its declared end.
 
-    Truncated AVI, Matroska and WebM files end without an error. Both of the container's claims must be missed: an edit
-    list cuts frames that the index still counts, and a duration may be that of a longer audio stream. Time is compared
-    with time, since the average rate that a container states of a variable one may be far off. 2 % are forgiven.
+    Truncated AVI, Matroska and WebM files end without an error. Both the declared frame count and the declared duration
+    must be missed: an edit list cuts frames that the index still counts, and the duration may be that of a longer audio
+    stream. Durations are compared in seconds, because the average rate that a container states for a variable frame
+    rate may be far off. The tolerance is 2 %.
 
     Args:
         info: the probe.
-        num_frames: that were read.
+        num_frames: frames that were read.
         first_seconds: presentation time of the first of them.
         last_seconds: presentation time of the last.
-        span: that was read; the duration that counts is then that of the span.
+        span: the span that was read; its duration then replaces the declared one.
     """
     duration = span_seconds(info, span)
     missed = []

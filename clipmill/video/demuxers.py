@@ -1,8 +1,8 @@
-"""Which of FFmpeg's demuxers may read a foreign file: those of videos that lie whole in one file.
+"""FFmpeg's demuxers that may read untrusted files: only formats that keep a whole video in one file.
 
-FFmpeg goes by content, whatever a file is called. A playlist (``hls``, ``concat``, ``dash``, ``imf``), a session
-description (``sdp``) or a numbered series (``image2``, ``mlv``) would make it open other files or addresses, a text
-(``tty``) draw pictures of itself. Pictures and sound are refused with them.
+FFmpeg detects the format by content and ignores the file name. A playlist (``hls``, ``concat``, ``dash``, ``imf``), a
+session description (``sdp``) or a numbered series (``image2``, ``mlv``) would make it open other files or addresses,
+and text (``tty``) would be drawn as pictures. Still pictures and audio are refused as well.
 """
 
 from __future__ import annotations
@@ -28,4 +28,4 @@ OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": ",".join(" ".join((_CONTAINERS, _STREAMS, _CAMERAS, _GAMES)).split()),
 }
-"""For `av.open`. What a demuxer opens by itself goes by the same options."""
+"""Options for `av.open`. They also apply to files that a demuxer opens itself."""

@@ -1,8 +1,8 @@
 """Clips as small h264 mp4 files, and back.
 
-The bytes of an mp4 are a function of (frames, fps, crf, library versions, CPU instruction class): x264 writes other
-bytes with another number of threads, so it gets one, and muxer and codec run in their bit-exact modes.
-Colours are tagged BT.709, limited range, and both directions convert with exactly these tags.
+The bytes of an mp4 are a function of (frames, fps, crf, library versions, CPU instruction class). The bytes that x264
+writes depend on its number of threads, so it gets one; muxer and codec run in their bit-exact modes. Colours are tagged
+BT.709, limited range, and both directions convert with exactly these tags.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ _ENCODER_OPTIONS = {
     "bf": "0",  # B-frames would need an edit list, which some readers mishandle
     "sc_threshold": "0",
     "threads": "1",
-    # With its macroblock tree x264 wrote differing bytes for the same frames in 1 to 2 % of clips of 32 and 48 pixels
-    # (none in 2,850 encodes without it); one-GOP clips gain little from it.
-    # swscale centres each chroma sample on its four pixels. Readers of h264 assume it at their left edge unless the
-    # stream says otherwise (chromaloc=1), and then shift all colours by half a pixel.
+    # With its macroblock tree, x264 wrote different bytes for the same frames in 1 to 2 % of clips of 32 and 48 pixels
+    # (0 of 2,850 encodes without it). Clips of one GOP gain little from it. swscale centres each chroma sample on its
+    # four pixels. Readers of h264 assume it at their left edge unless the stream says otherwise (chromaloc=1), and then
+    # shift all colours by half a pixel.
     "x264-params": "mbtree=0:chromaloc=1",
 }
 DEMUXER_OPTIONS = {"probesize": "32", "analyzeduration": "0"}
-"""Our own headers say everything: without these limits the demuxer decodes frames to guess what they are."""
+"""Limits for the demuxer, which would otherwise decode frames to guess their format. The headers of our own files are
+complete.
+"""
 
 
 class SecondReader:
@@ -48,7 +50,7 @@ class SecondReader:
         return data
 
     def close(self) -> None:
-        """Nothing to release: the file belongs to its writer."""
+        """Does nothing: the file belongs to its writer."""
 
 
 def check_frames(frames: np.ndarray) -> None:
@@ -74,7 +76,7 @@ def encode_mp4(frames: np.ndarray, fps: float, crf: int) -> bytes:
         raise ValueError(f"h264 clips need an even height and width, not {height} x {width}")
     file = io.BytesIO()
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    # To put the header in front, the muxer opens what it has written a second time, for reading.
+    # To move the header to the front, the muxer opens its own output a second time, for reading.
     with av.open(file, "w", format="mp4", options=options, io_open=lambda *_: SecondReader(file)) as container:
         stream = container.add_stream(
             "libx264", rate=Fraction(fps).limit_denominator(60_000), options={**_ENCODER_OPTIONS, "crf": str(crf)}
@@ -135,7 +137,7 @@ def decode_mp4(data: bytes | memoryview) -> np.ndarray:
 
 
 def write_raw_video(path: str | Path, frames: np.ndarray, fps: float) -> None:
-    """Writes frames that were never encoded into a file that every reader of videos gives back bit for bit.
+    """Writes frames without compression, so that every video reader returns them bit for bit.
 
     Args:
         path: local file, overwritten.

@@ -1,4 +1,4 @@
-"""Whose fault it is that a video cannot be read: its own, or that of the machine."""
+"""Errors of reading a video, separated into those of the video and those of the machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import av
 __all__ = ["VideoError", "as_video_error"]
 
 _DECORD_PREFIX = re.compile(r"\[[\d:]+\] \S+: ")
-"""Time of day and source line: the same fault must read the same twice."""
+"""Time of day and source line in decord's messages. They are removed so that the same error always has the same text.
+"""
 
 _ENVIRONMENT_ERRORS = {
     errno.ENOENT,
@@ -28,12 +29,12 @@ _ENVIRONMENT_ERRORS = {
 
 
 class VideoError(Exception):
-    """The video cannot be read: the message says why in one line."""
+    """The video cannot be read; the message gives the reason in one line."""
 
 
 @contextmanager
 def as_video_error(action: str, path: str | Path) -> Iterator[None]:
-    """Turns what a decoder raises about a file into a VideoError; lets memory and the environment's errors through."""
+    """Turns a decoder's errors about a file into VideoError. MemoryError and errors of the environment pass unchanged."""
     try:
         yield
     except (VideoError, MemoryError):
@@ -47,7 +48,7 @@ def as_video_error(action: str, path: str | Path) -> Iterator[None]:
 
 
 def _is_demuxers_own(error: OSError, path: str | Path) -> bool:
-    """Whether FFmpeg speaks of an I/O error where there is none: Matroska's demuxer does so for a file that is cut."""
+    """Whether FFmpeg reports an I/O error for a readable file, as Matroska's demuxer does for truncated files."""
     if not isinstance(error, av.FFmpegError):
         return False
     try:

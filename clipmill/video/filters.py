@@ -1,4 +1,4 @@
-"""Which videos are taken at all: by duration, size and frame rate."""
+"""Bounds on duration, size and frame rate; videos outside them give no clips."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["VideoFilter"]
 
 
 class VideoFilter(NamedTuple):
-    """Bounds that a video must keep, each included; None sets no bound. Sizes are those that a player shows."""
+    """Inclusive bounds for a video; None sets no bound. Sizes are those that a player shows."""
 
     min_seconds: float | None = None
     max_seconds: float | None = None
@@ -20,11 +20,11 @@ class VideoFilter(NamedTuple):
     max_fps: float | None = None
 
     def refuses(self, info: VideoInfo, seconds: float | None) -> str | None:
-        """The name of the first bound that a video breaks.
+        """The name of the first bound that a video violates; None if it violates none.
 
         Args:
-            info: its probe.
-            seconds: its duration; None where it is not known yet.
+            info: the video's probe.
+            seconds: the video's duration; None if it is not known yet.
         """
         height, width = info.geometry.shown_size
         for name, bound in self._asdict().items():

@@ -1,4 +1,4 @@
-"""How a frame looks as a player shows it: square pixels, upright, resized, fitted to the size of a clip.
+"""Geometry of frames as a player shows them: square pixels, upright, resized and fitted to the size of a clip.
 
 Shapes: a frame is uint8 [H, W, 3], RGB. Sizes are (height, width) in pixels.
 """
@@ -17,8 +17,8 @@ __all__ = ["UPRIGHT", "Fit", "Geometry", "Orientation", "Resizer", "fitted_size"
 
 Fit = Literal["crop", "pad", "stretch"]
 
-# Area averaging keeps small frames free of ringing and is the quickest; without the full-chroma flags swscale would
-# halve the colour resolution of RGB on the way. BITEXACT: the same pixels on every CPU.
+# Area averaging avoids ringing in small frames and is the fastest. Without the full-chroma flags, swscale would halve
+# the colour resolution of RGB. BITEXACT gives the same pixels on every CPU.
 _RESIZE = (
     Interpolation.AREA
     | Interpolation.ACCURATE_RND
@@ -27,7 +27,7 @@ _RESIZE = (
     | Interpolation.FULL_CHR_H_INP
 )
 _WIDEST_PIXEL = 8.0
-"""A sample aspect ratio beyond this, or below its inverse, is a damaged header: real ones lie between 0.4 and 3.6."""
+"""A sample aspect ratio above this, or below its inverse, comes from a damaged header: real ones are 0.4 to 3.6."""
 
 
 class Orientation(NamedTuple):
@@ -45,21 +45,21 @@ class Orientation(NamedTuple):
 
     @property
     def mirrors(self) -> bool:
-        """Whether this mirrors: it then is a mirroring left to right, followed by a turn of `rotation`."""
+        """Whether the orientation mirrors. It then equals a left-right mirroring, followed by `rotation`."""
         return self.transpose ^ self.flip_x ^ self.flip_y
 
     @property
     def rotation(self) -> int:
-        """Degrees counter-clockwise of the turn: a multiple of 90."""
+        """Rotation in degrees counter-clockwise, a multiple of 90."""
         return 90 * _TURNS[self.mirrors].index(self)
 
     @staticmethod
     def of(rotation: int, mirrored: bool) -> Orientation:
-        """The orientation that mirrors left to right, or does not, and then turns by ``rotation`` degrees."""
+        """The orientation with an optional left-right mirroring, followed by a rotation of ``rotation`` degrees."""
         return _TURNS[mirrored][rotation // 90]
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """A view of [h, w, 3] as it is shown."""
+        """Returns a view of [h, w, 3] in the orientation that a player shows."""
         if self.transpose:
             pixels = pixels.transpose(1, 0, 2)
         if self.flip_x:
@@ -78,17 +78,17 @@ _TURNS = {
         Orientation(True, True, True),
     ],
 }
-"""Orientations that do not and that do mirror left to right, by the quarter turns that follow."""
+"""Orientations without (False) and with (True) a left-right mirroring, indexed by the quarter turns that follow it."""
 
 
 class Geometry(NamedTuple):
-    """What decides how one frame is shown. A change within a video begins a new scene.
+    """Stored size, pixel shape and orientation of a frame. A change within a video begins a new scene.
 
     Attributes:
-        width: pixels as stored.
-        height: pixels as stored.
+        width: stored width in pixels.
+        height: stored height in pixels.
         sample_aspect: width of a pixel divided by its height.
-        orientation: from stored to shown.
+        orientation: turns a stored frame into a shown one.
     """
 
     width: int
@@ -112,17 +112,17 @@ def _unknown_type(cls: Any, value: int) -> Any:
     return member
 
 
-# PyAV refuses all side data of a frame that has some of a type without a name there, such as the EXIF of MJPEG.
+# If one side data of a frame has a type that PyAV has no name for (EXIF of MJPEG), PyAV refuses all of them.
 _sidedata.Type._missing_ = classmethod(_unknown_type)
 
 
 def orientation_of(frame: Any) -> Orientation:
     """The orientation that the display matrix of an `av.VideoFrame` asks for.
 
-    Decoders attach the matrix of the container, or that of the frame itself, to each frame. A matrix maps a stored
-    point (x, y) to (a x + c y, b x + d y). Matrices that turn by other than multiples of 90 degrees are rounded.
+    Decoders attach to each frame its own matrix or that of the container. A matrix maps a stored point (x, y) to (a x +
+    c y, b x + d y). Rotations that are not multiples of 90 degrees are rounded to one.
     """
-    # Not frame.side_data: it refers to its frame, which keeps it, so that only the garbage collector frees such frames.
+    # frame.side_data would create a reference cycle, so that only the garbage collector could free the frame.
     side_data = _sidedata.SideDataContainer(frame)
     if not len(side_data):  # most frames have none
         return UPRIGHT
@@ -141,11 +141,11 @@ def _orientation(matrix: bytes) -> Orientation:
 def sample_aspect(stream: Any, stated_by_codec: Any) -> float:
     """Width of a pixel over its height, for the frame that a stream decoded last.
 
-    As in ffplay, the container wins. PyAV's ``stream.sample_aspect_ratio`` is the container's ratio, or the codec's
-    where the container has none: a stream whose ratio differs from what its codec stated first has one of its own.
+    As in ffplay, the container's ratio takes precedence. PyAV's ``stream.sample_aspect_ratio`` falls back to the
+    codec's ratio; so if it differs from the codec's first ratio, it is the container's.
 
     Args:
-        stream: of PyAV.
+        stream: PyAV's stream.
         stated_by_codec: the codec's ratio before any frame was decoded.
     """
     ratio = stream.sample_aspect_ratio
@@ -153,7 +153,7 @@ def sample_aspect(stream: Any, stated_by_codec: Any) -> float:
         ratio = stream.codec_context.sample_aspect_ratio or ratio
     if not ratio:
         return 1.0
-    aspect: float = ratio.numerator / ratio.denominator  # to compare a fraction with a float takes microseconds
+    aspect: float = ratio.numerator / ratio.denominator  # comparing a Fraction with a float takes microseconds
     return aspect if 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL else 1.0
 
 
@@ -163,22 +163,22 @@ class Resizer:
     Args:
         size: (height, width) of a clip.
         fit: how a frame of another shape is fitted; see `fitted_size`.
-        whole: resize only, neither crop nor pad: frames keep the shape of the video.
+        whole: only resize, without crop or pad: frames keep the aspect ratio of the video.
     """
 
     def __init__(self, size: tuple[int, int], fit: Fit, whole: bool):
         self._size, self._fit, self._whole = size, fit, whole
         self._reformatter = VideoReformatter()
-        self._geometry: Geometry | None = None  # for which what follows was computed
+        self._geometry: Geometry | None = None  # the geometry that the following fields were computed for
         self._resized = size
         self._crop: tuple[slice, slice] | None = None
 
     def __call__(self, frame: Any, geometry: Geometry) -> np.ndarray:
-        """`av.VideoFrame` -> uint8 [height, width, 3]; where ``whole``, of the size that `fitted_size` gives."""
+        """`av.VideoFrame` -> uint8 [height, width, 3]; with ``whole``, of the size that `fitted_size` gives."""
         if geometry != self._geometry:
             self._adapt(geometry)
         height, width = self._resized
-        # Where the size is right already, nothing is done to the pixels.
+        # If the size is right already, the pixels stay unchanged.
         resized = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", interpolation=_RESIZE, threads=1
         )
@@ -198,7 +198,7 @@ class Resizer:
     def _adapt(self, geometry: Geometry) -> None:
         """Computes the sizes for frames of another geometry."""
         fitted = fitted_size(geometry.shown_size, self._size, self._fit)
-        # resized as stored, since turning few pixels is cheaper
+        # resize before turning: there are fewer pixels to turn
         self._resized = fitted[::-1] if geometry.orientation.transpose else fitted
         self._geometry, self._crop = geometry, None
         if fitted != self._size and not self._whole:
@@ -210,7 +210,7 @@ class Resizer:
 
 
 def fitted_size(shown: tuple[float, float], size: tuple[int, int], fit: Fit) -> tuple[int, int]:
-    """(height, width) to which a frame is resized before it is cropped or padded.
+    """(height, width) to which a frame is resized before crop or pad.
 
     Args:
         shown: (height, width) of the frame in square pixels.

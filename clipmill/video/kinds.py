@@ -1,9 +1,9 @@
-"""Which files are videos: by the ending of their name, else by their first bytes.
+"""Decides which files are videos: by file extension, else by the first bytes.
 
-The endings are those that FFmpeg's demuxers and muxers of video formats claim, and a few in common use that none
-claims. Some claimed endings mostly name other things (``.png``, ``.ogg``, ``.dat``): there the first bytes decide, as
-they do where a name has no ending. Endings of audio, single pictures, text, playlists, and raw pixels (nothing in such
-a file states their size) are no videos; ``tests/video/test_kinds.py`` names them all.
+The extensions are those that FFmpeg's demuxers and muxers of video formats claim, and a few common ones that none
+claims. Some claimed extensions mostly name other things (``.png``, ``.ogg``, ``.dat``). For these, and for names
+without an extension, the first bytes decide. Audio, single pictures, text, playlists and raw pixels (whose size no
+header states) are not videos; ``tests/video/test_kinds.py`` lists their extensions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 HEAD_BYTES = 16 * 2**10
-"""Bytes that `is_video_head` wants of a file: colour profiles may precede the chunk that makes a PNG an animation."""
+"""Bytes that `is_video_head` needs: in a PNG, colour profiles may precede the chunk that marks an animation."""
 
 _CONTAINERS = (
     "mp4 m4v mov qt 3gp 3g2 f4v ismv mj2 psp mkv mk3d webm avi divx amv asf wmv flv kux ts m2t m2ts mts tp trp "
@@ -36,18 +36,18 @@ _CAMERAS = "dav ifv lvf mxg viv"
 _GAMES = "bik smk fli flc roq bmv cdg cdxl xl cpk flm imx ipu mods moflex mvi pdv sga usm xmv yop"
 
 VIDEO_SUFFIXES = frozenset(f".{name}" for name in " ".join((_CONTAINERS, _STREAMS, _CAMERAS, _GAMES)).split())
-"""Endings, in lower case, that make a file a video."""
+"""File extensions, in lower case, that mark a video."""
 
 _DOUBTFUL = "png webp avif heic heif ogg ism dat avs drc dif ser v vb son cgi"
 
 SNIFFED_SUFFIXES = frozenset(("", *(f".{name}" for name in _DOUBTFUL.split())))
-"""Endings, in lower case, where the first bytes decide. The empty one: names without an ending."""
+"""File extensions, in lower case, for which the first bytes decide. The empty one means no extension."""
 
 PICTURE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".ppm"))
-"""Endings, in lower case, of still pictures that `clipmill.video.Decoder.picture` reads."""
+"""File extensions, in lower case, of still pictures that `clipmill.video.Decoder.picture` reads."""
 
 _SUFFIX = re.compile(r"\.(?=.*[a-z])[a-z0-9_+-]{1,12}|\.26[456]|\.302|\.722")
-"""An ending has a letter: ``take.0001`` has none."""
+"""An extension contains a letter, so ``take.0001`` has none; raw streams (``.264``) are exceptions."""
 
 _MAGICS = (
     b"\x1a\x45\xdf\xa3",  # Matroska, WebM
@@ -86,29 +86,29 @@ _NO_VIDEO_BRANDS = (b"M4A ", b"M4B ", b"M4P ", b"avif", b"heic", b"heix", b"mif1
 """Brands of audio and single pictures; picture sequences have brands of their own (``avis``, ``msf1``, ``hevc``)."""
 
 _TS_PACKETS = ((0, 188), (4, 192), (0, 204))
-"""(offset of the first sync byte, packet size) of MPEG transport streams: plain, of Blu-ray, with error correction."""
+"""(offset of the first sync byte, packet size) of MPEG transport streams: plain, Blu-ray, with error correction."""
 
 
 def suffix_of(name: str) -> str:
-    """The ending of a file's name in lower case (``.mp4``); empty where it has none.
+    """The extension of a file name in lower case (``.mp4``); empty if it has none.
 
-    An ending has at most 12 letters, digits or ``_+-``, among them a letter (but for those of raw streams, ``.264``).
+    An extension has at most 12 letters, digits or ``_+-``, including a letter. Raw streams (``.264``) are exceptions.
     """
     last = name[name.rfind("/") + 1 :]
-    dot = last.rfind(".")  # as pathlib, at a tenth of its time: a listing asks twice for each object
+    dot = last.rfind(".")  # the same as pathlib in a tenth of its time; a listing needs it twice per object
     suffix = last[dot:].lower() if 0 < dot < len(last) - 1 else ""
     return suffix if _SUFFIX.fullmatch(suffix) else ""
 
 
 def stem_of(name: str) -> str:
-    """A file's name without its ending, which the files beside it that belong to it share."""
+    """A file's name without its extension; its sidecar files share it."""
     return name[: len(name) - len(suffix_of(name))]
 
 
 def is_video_head(head: bytes) -> bool:
     """Whether a file that begins with these bytes (`HEAD_BYTES` or all) is a video.
 
-    A picture with one frame is none, as far as its first bytes say (a GIF's do not).
+    A still picture is not a video; but the first bytes of a GIF do not tell, so every GIF counts as one.
     """
     if head.startswith(_MAGICS):
         return True
@@ -124,11 +124,11 @@ def is_video_head(head: bytes) -> bool:
 
 
 def _is_bmff(head: bytes) -> bool:
-    """QuickTime and its heirs: boxes of (size, kind, content)."""
+    """QuickTime and its successors: boxes of (size, kind, content)."""
     kind = head[4:8]
     if kind == b"ftyp":
         return head[8:12] not in _NO_VIDEO_BRANDS
-    return kind in _BOXES and head[0] == 0  # of text that has such a word there, no byte is zero
+    return kind in _BOXES and head[0] == 0  # text with such a word at this place has no zero byte
 
 
 def _is_transport_stream(head: bytes, first: int, packet_bytes: int) -> bool:
@@ -138,7 +138,7 @@ def _is_transport_stream(head: bytes, first: int, packet_bytes: int) -> bool:
 
 
 def _is_animated_webp(head: bytes) -> bool:
-    """The extended header's flags say so (https://developers.google.com/speed/webp/docs/riff_container)."""
+    """Whether the flags of the extended header say so (https://developers.google.com/speed/webp/docs/riff_container)."""
     return head[8:16] == b"WEBPVP8X" and len(head) > 20 and bool(head[20] & 0x02)
 
 

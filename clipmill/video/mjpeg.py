@@ -1,8 +1,8 @@
-"""Clips as MJPEG in Matroska, and back: every frame is a JPEG file of its own, of any size.
+"""Clips as MJPEG in Matroska, and back: every frame is a separate JPEG file of any size.
 
-The packets of the file are the JPEG files byte for byte, so that ``ffmpeg``, PyAV and OpenCV read it. The bytes are a
-function of (frames, fps, quality, library versions): libjpeg-turbo rounds alike with any vector instructions, and the
-muxer runs in its bit-exact mode, which writes no random numbers, times or version strings.
+The packets of the file are the JPEG files byte for byte, so ``ffmpeg``, PyAV and OpenCV read it. The bytes are a
+function of (frames, fps, quality, library versions). libjpeg-turbo rounds identically with all vector instructions, and
+the muxer's bit-exact mode writes no random numbers, times or version strings.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from clipmill.video.encode import DEMUXER_OPTIONS, SecondReader, check_frames
 
 __all__ = ["decode_mjpeg", "encode_mjpeg"]
 
-# With the index in front the file ends with its last frame: data that is cut anywhere has lost a frame.
+# With the index in front, the file ends with its last frame, so truncated data always lacks a frame.
 _MUXER_OPTIONS = {"fflags": "+bitexact", "cues_to_front": "1"}
 _NUM_FRAMES_TAG = "NUMBER_OF_FRAMES"
-"""mkvmerge's name for it: Matroska itself does not say how many frames there are."""
+"""Tag with the number of frames, named as in mkvmerge. Matroska itself has no such field."""
 
 
 def encode_mjpeg(frames: np.ndarray, fps: float, quality: int) -> bytes:
@@ -38,7 +38,7 @@ def encode_mjpeg(frames: np.ndarray, fps: float, quality: int) -> bytes:
     check_frames(frames)
     rate = Fraction(fps).limit_denominator(60_000)
     file = io.BytesIO()
-    # To put the index in front, the muxer opens what it has written a second time, for reading.
+    # To move the index to the front, the muxer opens its own output a second time, for reading.
     with av.open(
         file, "w", format="matroska", options=_MUXER_OPTIONS, io_open=lambda *_: SecondReader(file)
     ) as container:
@@ -58,15 +58,13 @@ def encode_mjpeg(frames: np.ndarray, fps: float, quality: int) -> bytes:
 
 
 def decode_mjpeg(data: bytes | memoryview) -> np.ndarray:
-    """Decodes a file of `encode_mjpeg`: the pixels are those that Pillow decodes from its JPEG files.
-
-    Pillow rather than FFmpeg, whose own MJPEG decoder rounds differently (by up to 3 grey levels).
+    """Decodes a file of `encode_mjpeg` with Pillow. FFmpeg's own MJPEG decoder differs by up to 3 grey levels.
 
     Returns:
         uint8 [T, H, W, 3], RGB.
 
     Raises:
-        ValueError: the data was cut, or is no Matroska file of JPEG pictures of one size.
+        ValueError: the data was cut, or is not a Matroska file of JPEG pictures of one size.
     """
     try:
         with av.open(io.BytesIO(data), "r", format="matroska", options=DEMUXER_OPTIONS) as container:
@@ -76,5 +74,5 @@ def decode_mjpeg(data: bytes | memoryview) -> np.ndarray:
         if len(pictures) != num_frames:
             raise ValueError(f"it declares {num_frames} frames and holds {len(pictures)}")
         return np.stack([np.asarray(Image.open(io.BytesIO(picture), formats=["JPEG"])) for picture in pictures])
-    except (av.FFmpegError, OSError, LookupError, ValueError) as error:  # OSError: Pillow's for damaged pictures
+    except (av.FFmpegError, OSError, LookupError, ValueError) as error:  # Pillow raises OSError for damaged pictures
         raise ValueError(f"no whole MJPEG clip: {error}") from error

@@ -1,4 +1,4 @@
-"""Clips as pictures for people: contact sheets, and playing rows for a web page.
+"""Clips as pictures for people: contact sheets, and rows of playing clips for a web page.
 
 Shapes: clips are uint8 [N, T, H, W, 3], RGB.
 """
@@ -16,7 +16,7 @@ __all__ = ["contact_sheet", "playing_grid", "playing_row", "png_bytes"]
 
 _WHITE = 255
 _SHEET_COLUMNS = 8
-"""Frames that a contact sheet shows of a longer clip."""
+"""The most frames that a contact sheet shows per clip."""
 _SHEET_GAP_PIXELS = 2
 _ROW_CRF = 12
 
@@ -34,7 +34,7 @@ def png_bytes(picture: np.ndarray) -> bytes:
 def contact_sheet(clips: np.ndarray) -> bytes:
     """A PNG file of clips uint8 [N, T, H, W, 3]: a row is a clip, its frames run left to right.
 
-    Of long clips some frames are shown, evenly spaced, first and last included.
+    Long clips show evenly spaced frames, including the first and the last.
     """
     num_frames = clips.shape[1]
     columns = np.linspace(0, num_frames - 1, min(num_frames, _SHEET_COLUMNS)).round().astype(int)
@@ -48,7 +48,7 @@ def playing_row(clips: np.ndarray, *, fps: float, scale: int, gap: int) -> bytes
 
 
 def playing_grid(clips: np.ndarray, *, fps: float, scale: int, gap: int, columns: int) -> bytes:
-    """An mp4 file that plays clips in rows; what the last row lacks is white.
+    """An mp4 file that plays clips in rows. Empty places in the last row are white.
 
     Args:
         clips: uint8 [N, T, H, W, 3].

@@ -1,11 +1,12 @@
-"""A cheap look at a video file: what it is, and which decoder reads it.
+"""A cheap probe of a video file: its properties, and which decoder reads it.
 
-The look costs the header, the first frame and the times of some packets. The frame is needed because some containers
-state size and orientation only there; the times because not every container states a frame rate.
+The probe reads the header, the first frame and the times of some packets. Some containers state size and orientation
+only in the frame, and not every container states a frame rate.
 
-``auto`` is PyAV. It was compared frame by frame with what was written (``docs/formats.md`` has the table), and with one
-resizer for both decoders it is faster than decord at every size from 64 x 48 to 1920 x 1080 (``benchmarks/shard.py``).
-decord refuses some files, and silently skips and repeats frames of others. It reads only where it is asked for.
+``auto`` is PyAV. Its frames were compared one by one with the frames that were written (table in ``docs/formats.md``).
+With one resizer for both decoders, PyAV is faster than decord at every size from 64 x 48 to 1920 x 1080
+(``benchmarks/shard.py``). decord refuses some files, and silently skips and repeats frames of others, so it is used on
+request only.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ DecoderChoice = Literal["auto", "decord", "pyav"]
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file says about itself.
+    """Properties of a video file.
 
     Attributes:
         container: ffmpeg's name of the format (``mov,mp4,m4a,3gp,3g2,mj2``).
-        codec: such as ``h264``.
-        pixel_format: such as ``yuv420p``.
-        width: of the first frame, pixels as stored.
-        height: of the first frame, pixels as stored.
-        rotation: degrees counter-clockwise, a multiple of 90, by which the first frame is turned for display.
+        codec: ffmpeg's name of the codec (``h264``).
+        pixel_format: ffmpeg's name of the pixel format (``yuv420p``).
+        width: stored width of the first frame in pixels.
+        height: stored height of the first frame in pixels.
+        rotation: rotation of the first frame for display, in degrees counter-clockwise, a multiple of 90.
         fps: average frames per second.
-        duration_seconds: from the first frame to the end of the last one, of the video stream where the container says
-            it, else of the file; None where neither does.
-        container_frames: number of frames by the container's index; None where it has none.
-        stream_index: the stream that both decoders read.
-        decoder: the decoder that reads it; ``pillow`` for animated WebP and PNG.
-        interlaced: frames weave two moments; PyAV's are deinterlaced.
-        mirrored: the first frame is mirrored left to right before it is turned.
+        duration_seconds: time from the first frame to the end of the last one, of the video stream if the container
+            states it, else of the file; None if neither is stated.
+        container_frames: number of frames in the container's index; None without an index.
+        stream_index: index of the stream that both decoders read.
+        decoder: the decoder that reads the file; ``pillow`` for animated WebP and PNG.
+        interlaced: whether frames interleave two fields; PyAV deinterlaces them.
+        mirrored: whether the first frame is mirrored left to right before it is rotated.
         sample_aspect: width of the first frame's pixels divided by their height.
     """
 
@@ -76,18 +77,18 @@ def open_video(path: str | Path) -> Any:
     """Opens a local file, and only that file, as a video.
 
     Raises:
-        VideoError: its content is a playlist, a picture, text or sound.
+        VideoError: its content is a playlist, a picture, text or audio.
         av.FFmpegError: it cannot be opened.
     """
     try:
-        # Titles in AVI and FLV files are in whatever encoding their writers used; nobody here reads them.
+        # Titles in AVI and FLV files may have any encoding; clipmill does not use them.
         return av.open(f"file:{path}", options=demuxers.OPTIONS, metadata_errors="replace")
-    except av.ArgumentError as error:  # FFmpeg's answer where a format is not on the list
-        raise VideoError("cannot open: not in a video format (a playlist, a picture, text or sound)") from error
+    except av.ArgumentError as error:  # FFmpeg's error for a format that is not on the list
+        raise VideoError("cannot open: not in a video format (a playlist, a picture, text or audio)") from error
 
 
 def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
-    """Looks at a local video file.
+    """Probes a local video file.
 
     Args:
         path: local file.
@@ -115,12 +116,12 @@ def probe(path: str | Path, decoder: DecoderChoice = "auto") -> VideoInfo:
 
 
 def _is_picture(stream: Any) -> bool:
-    """Cover art of an audio file is a video stream of one frame."""
+    """Whether a stream is the cover art of an audio file, which is a video stream of one frame."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def _describe(container: Any, stream: Any, path: str | Path, decoder: DecoderChoice) -> VideoInfo:
-    """The facts of one stream; decodes its first frame."""
+    """The properties of one stream. Decodes its first frame."""
     context = stream.codec_context
     context.thread_count = 1
     codec_aspect = context.sample_aspect_ratio
@@ -138,7 +139,7 @@ def _describe(container: Any, stream: Any, path: str | Path, decoder: DecoderCho
         duration_seconds=_duration_seconds(container, stream),
         container_frames=stream.frames or None,
         stream_index=stream.index,
-        # decord turns frames by itself, and does not mirror them as players do.
+        # decord rotates frames itself, but does not mirror them as players do.
         decoder="decord" if decoder == "decord" and not orientation.mirrors else "pyav",
         interlaced=bool(first.interlaced_frame),
         mirrored=orientation.mirrors,
@@ -182,7 +183,7 @@ def _look_in(container: Any, stream: Any) -> tuple[Any, list[PacketTimes]]:
                 times.append(PacketTimes(packet.pts, packet.dts, packet.duration))
             if first is None:
                 first = next(iter(packet.decode()), None)
-        except av.error.InvalidDataError as error:  # damage costs frames, not the video; a generator ends with it
+        except av.error.InvalidDataError as error:  # damage costs frames, not the video; the generator ends at it
             cause = f"cannot decode the first frame: {error.strerror}"
     if first is None:
         raise VideoError(cause)
@@ -190,11 +191,11 @@ def _look_in(container: Any, stream: Any) -> tuple[Any, list[PacketTimes]]:
 
 
 _DURATION_FROM_ZERO = ("matroska,webm", "nut", "asf", "flv")
-"""Containers whose duration counts from time zero, wherever the first frame lies."""
+"""Containers whose duration counts from time zero, even if the first frame comes later."""
 
 
 def _duration_seconds(container: Any, stream: Any) -> float | None:
-    """The stream's own duration, else Matroska's tag of it, else the file's."""
+    """The stream's own duration, else that of Matroska's tag, else the file's; None if none is stated."""
     seconds = None if container.duration is None else container.duration / av.time_base
     counts_from_zero = container.format.name in _DURATION_FROM_ZERO
     if stream.duration is not None:

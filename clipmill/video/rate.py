@@ -1,6 +1,6 @@
-"""The frame rate of a video, by its timestamps where its container states none.
+"""The frame rate of a video. It is measured from timestamps if the container states none.
 
-FFmpeg guesses a rate for such files: 1000 frames per second for Matroska, or twice the true rate.
+For such files FFmpeg's guess is wrong: 1000 frames per second for Matroska, or twice the true rate.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from clipmill.video.decoders.clocks import gif_delay
 __all__ = ["NUM_TIMED_PACKETS", "PacketTimes", "frame_rate", "rate_of_seconds"]
 
 NUM_TIMED_PACKETS = 128
-"""Packets whose times are looked at: few seconds of most videos, little of their files."""
+"""Packets whose times are read: a few seconds of most videos, and a small part of their files."""
 
 _NUM_REORDERED = 16
-"""B-frames come at most this many packets late: the last times of a list of packets may have gaps."""
+"""B-frames come at most this many packets late, so the times of the last packets may have gaps."""
 
 _PAUSE = 4
-"""A step longer than this multiple of the median is a pause; it says nothing about the rate."""
+"""A step longer than this multiple of the median is a pause and is ignored."""
 
 _TOLERANCE = 0.02
 
 _FASTEST_GUESS = 120
-"""A greater rate of a single frame is FFmpeg's guess."""
+"""For a single frame, a higher stated rate is FFmpeg's guess and is ignored."""
 
 
 class PacketTimes(NamedTuple):
@@ -41,14 +41,15 @@ class PacketTimes(NamedTuple):
 def frame_rate(container: Any, stream: Any, times: Sequence[PacketTimes]) -> float:
     """Average frames per second of a stream.
 
-    The stated rate holds where the timestamps agree with it. Otherwise the rate of the timestamps holds, without
-    pauses: a clip that is stored at this rate plays at its true speed. AVI has no timestamps, but empty chunks where
-    the picture stays: its rate follows from the places of the others. A raw stream has the rate that its codec states.
+    The stated rate is used if the timestamps agree with it. Otherwise the rate is measured from the timestamps without
+    pauses, so that a clip stored at this rate plays at its true speed. AVI has no timestamps; it has empty chunks where
+    the picture does not change, so its rate follows from the positions of the other chunks. A raw stream has the rate
+    that its codec states.
 
     Args:
-        container: of PyAV.
-        stream: of PyAV.
-        times: of its first packets, in the order of the file.
+        container: PyAV's container.
+        stream: PyAV's stream.
+        times: times of the first packets, in file order.
     """
     if container.format.name == "gif":
         return _gif_rate(times, stream.time_base)
@@ -79,22 +80,22 @@ def _agrees(rate: Fraction, lower: float, upper: float) -> bool:
 
 
 def _usual_steps(ticks: Sequence[int], time_base: Fraction) -> tuple[float, float]:
-    """Least and greatest rate of the median step, which a lost frame here and there does not change."""
+    """Lower and upper limit of the rate by the median step, which single lost frames do not change."""
     step = median(late - early for early, late in pairwise(ticks))
     return float(1 / ((step + 1) * time_base)), float(1 / (max(step - 1, 0.5) * time_base))
 
 
 def rate_of_seconds(times: Sequence[float]) -> float:
-    """Average frames per second of frames that are shown at these times, ascending; 1 for a single frame."""
+    """Average frames per second of frames shown at these ascending times; 1 for a single frame."""
     measured = _rate_of_ticks([round(seconds * 1000) for seconds in times])
     return 1.0 if measured is None else _usual_rate(*(float(limit * 1000) for limit in measured))
 
 
 def _frames_per_chunk(places: Sequence[int]) -> float:
-    """1 where most chunks hold a frame, so that a lost one here and there counts as such.
+    """Share of AVI chunks that hold a frame; 1 if most do, so that single empty chunks count as lost frames.
 
     Args:
-        places: of the chunks that hold a frame, ascending.
+        places: positions of the chunks that hold a frame, ascending.
     """
     steps = [late - early for early, late in pairwise(places)]
     usual = median(steps) if steps else 1
@@ -103,7 +104,7 @@ def _frames_per_chunk(places: Sequence[int]) -> float:
 
 
 def _complete(times: Sequence[int | None]) -> list[int]:
-    """The times of packets in order, up to where the packets that were looked at hold all of them."""
+    """The sorted times of the packets, without the last ones, which may have gaps (see `_NUM_REORDERED`)."""
     ordered = sorted({ticks for ticks in times if ticks is not None})
     if len(times) < NUM_TIMED_PACKETS:
         return ordered
@@ -111,10 +112,10 @@ def _complete(times: Sequence[int | None]) -> list[int]:
 
 
 def _rate_of_ticks(times: Sequence[int]) -> tuple[Fraction, Fraction] | None:
-    """Frames per tick: the least and the greatest rate that the times, each rounded to a tick, allow.
+    """Frames per tick: lower and upper limit of the rate, given that each time is rounded to a tick.
 
     Args:
-        times: of frames in ticks, ascending, without repetition.
+        times: times of frames in ticks, strictly ascending.
 
     Returns:
         None for fewer than two frames.

@@ -1,15 +1,16 @@
-"""A child process that decodes videos and can be killed: the parent survives whatever a video does to a decoder.
+"""Decodes videos in a child process that can be killed, so that no video can bring down the parent.
 
-Decoders can loop for ever holding the GIL, abort the process or eat all memory: only a process of its own can be
-stopped then. One child decodes, cuts and encodes (so that pixels never cross a pipe), one video after another::
+A hostile video can make a decoder loop forever with the GIL held, abort the process or use up all memory; only a
+separate process can be stopped then. One child decodes, cuts and encodes one video after another, so that pixels never
+cross a pipe::
 
     with Decoder(Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)) as decoder:
         for clip in decoder.clips(path, config.data.clip, "auto", encode=("mp4", 16)):
             ...                # clip.data: bytes of an mp4 or mkv member, or uint8 [T, H, W, 3]
         decoder.outcome        # what became of the video
 
-A video is all or nothing: the first clip appears once the whole video has been decoded, so a bad video has delivered
-nothing. Until then its clips wait, encoded, in an unlinked spool file that parent and child share.
+A video gives all of its clips or none: the first clip is delivered after the whole video has been decoded. Until then
+the encoded clips wait in an unlinked spool file that parent and child share.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ if TYPE_CHECKING:  # the child needs no pydantic
 __all__ = ["BadVideo", "Clip", "Decoder", "DecoderLost", "Encoding", "Limits", "Outcome"]
 
 Encoding = tuple[Literal["mp4", "npy", "mjpeg"], int | None]
-"""Format of the clips and its quality: mp4's constant rate factor, libjpeg's quality of mjpeg; None for npy."""
+"""Format of the clips and its quality: the constant rate factor of mp4, libjpeg's quality of mjpeg, None for npy."""
 
 
 class BadVideo(Exception):
-    """The video's fault, reproduced in a fresh child and, where another decoder is right for the file, by that one.
+    """The video cannot be decoded. The failure was reproduced in a fresh child (after decord also with PyAV).
 
     Attributes:
-        cause: one line, of the last attempt.
-        attempts: one line for each attempt, oldest first (``"decord: no progress for 120 s"``).
+        cause: the reason of the last attempt in one line.
+        attempts: one line per attempt, oldest first (``"decord: no progress for 120 s"``).
         stderr_tail: the last lines that the decoder printed.
     """
 
@@ -65,18 +66,18 @@ class Clip:
 
     Attributes:
         ordinal: number of the clip within its video.
-        frame_numbers: of its frames in the video, in presentation order. Whole frames of the span count, from 0.
+        frame_numbers: numbers of its frames, in presentation order; frames of the span are numbered from 0.
         frame_seconds: presentation time of each of these frames, from the first frame of the file.
         start_seconds: time from which its first frame is shown.
         end_seconds: time at which its last frame ends.
         fps: frames per second of the clip as it is stored.
-        view: number of the view of this clip, and where it was cut; none where there is one view, the centre.
-        data: an h264 mp4 file or an MJPEG mkv file (``bytes``), or uint8 [T, H, W, 3] where the format is ``npy``.
+        view: number of the view, and where it was cut; None if there is one view only, the centre.
+        data: an h264 mp4 file or an MJPEG mkv file (``bytes``), or uint8 [T, H, W, 3] if the format is ``npy``.
         pixel_sum: exact sum of its uint8 values before encoding.
         pixel_square_sum: exact sum of their squares.
         num_values: T * H * W * 3.
-        squared_error: exact sum over the values of (decoded - original)^2, where this clip is one of the sample whose
-            encoding is measured.
+        squared_error: exact sum over the values of (decoded - original)^2; None if this clip is not in the measured
+            sample.
     """
 
     ordinal: int
@@ -95,22 +96,22 @@ class Clip:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a video that was decoded to its end.
+    """The result of a video that was decoded to its end.
 
     Attributes:
-        info: what the probe found, with the decoder that was used in the end.
-        num_frames: whole frames that the decoder delivered.
+        info: the probe, with the decoder that was finally used.
+        num_frames: undamaged frames that the decoder delivered.
         damaged_frames: frames that were dropped: damaged, or before a key frame.
         joins: places where recordings were joined.
-        num_clips: clips that the clip rule made of them, each view counted.
-        truncated: the file ends well before the duration or the frame count that it declares (False where
-            ``max_clips_per_video`` ended the reading early).
+        num_clips: clips that the clip rule made of them; each view counts.
+        truncated: the file ends clearly before the duration and the frame count that it declares. False if
+            ``max_clips_per_video`` stopped the reading early.
         short: the video, or each of its scenes, has fewer frames than one clip spans.
-        filtered: the key of ``data.clip`` whose bound the video breaks (``min_seconds``); it then gives no clip.
+        filtered: the key of ``data.clip`` whose bound the video violates (``min_seconds``); it then gives no clip.
         num_static: clips rejected because nothing moves in them.
         num_black: clips rejected because they are dark throughout.
         num_needed_frames: number of the last frame of any clip, plus one.
-        attempts: failed attempts before the good one (empty almost always), as in `BadVideo`.
+        attempts: failed attempts before the successful one, as in `BadVideo`; almost always empty.
     """
 
     info: VideoInfo
@@ -128,12 +129,12 @@ class Outcome:
 
 
 class Decoder:
-    """One decoding child, reused from video to video and replaced after a fault. For one thread at a time.
+    """One decoding child, reused from video to video and replaced after a failure. Use it from one thread at a time.
 
     The child dies with the thread that started it (Linux) and when its stdin closes.
 
     Attributes:
-        outcome: of the video that `clips` decoded last; None before that and after `BadVideo`.
+        outcome: result of the video that `clips` decoded last; None before the first video and after `BadVideo`.
     """
 
     def __init__(self, limits: Limits):
@@ -170,14 +171,14 @@ class Decoder:
         Args:
             path: local file.
             clip: the clip rule.
-            decoder: which decoder to use; ``auto``: by the probe.
+            decoder: which decoder to use; ``auto`` lets the probe decide.
             encode: format and quality.
-            key: of everything random about this video: its views, and which of its clips are measured.
+            key: seeds everything random about this video: its views, and which of its clips are measured.
             span: the part of the file that is the video, in seconds from the file's first frame.
 
         Raises:
-            BadVideo: the video's fault.
-            DecoderLost: the environment's fault.
+            BadVideo: the video cannot be decoded.
+            DecoderLost: the environment failed.
         """
         self.outcome = None
         rule = ClipRule(
@@ -198,7 +199,7 @@ class Decoder:
             "size": clip.size,
             "fit": clip.fit,
             "decoder": decoder,
-            "rgb_first": decoder == "decord",  # also of PyAV where it takes over: one data set, one way to the pixels
+            "rgb_first": decoder == "decord",  # also if PyAV takes over: all pixels of a data set are made the same way
             "views": clip.views_per_clip,
             "flip": clip.flip_views,
             "encode": encode,
@@ -206,7 +207,7 @@ class Decoder:
         }
         messages, attempts = self._decode(request)
         done = messages.pop()
-        if done["filtered"] is not None:  # a duration that no header states is known at the end only
+        if done["filtered"] is not None:  # if no header states the duration, it is known only at the end
             messages = []
         info = VideoInfo(**done.pop("info"))
         self.outcome = Outcome(info=info, num_clips=len(messages), attempts=attempts, **done)
@@ -218,11 +219,11 @@ class Decoder:
 
         Args:
             path: local file.
-            clip: whose ``resolution`` and ``fit`` count.
+            clip: the clip rule; ``resolution`` and ``fit`` are used.
 
         Raises:
-            BadVideo: no picture, or a damaged one.
-            DecoderLost: the environment's fault.
+            BadVideo: the file is not a picture, or is damaged.
+            DecoderLost: the environment failed.
         """
         request = {"path": os.path.abspath(path), "still": True, "size": clip.size, "fit": clip.fit}
         messages, _ = self._decode(request)
@@ -230,7 +231,7 @@ class Decoder:
         return np.frombuffer(data, np.uint8).reshape(*clip.size, 3)
 
     def _decode(self, request: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-        """(one message for each clip and a last one for the video, the failed attempts before)."""
+        """(one message per clip and a final one for the video, the failed attempts before)."""
         attempts: list[str] = []
         while True:
             try:
@@ -243,23 +244,23 @@ class Decoder:
                 stderr_tail = child.stderr_tail()
                 self._discard_child()
                 if len(attempts) == 2 and name == "decord":
-                    # Never the other way round: where PyAV fails, decord is often wrong, and silently.
+                    # Never the other way round: if PyAV fails, decord is often wrong without reporting an error.
                     request = {**request, "decoder": "pyav"}
                 elif len(attempts) >= 2:
                     raise BadVideo(str(fault), attempts, stderr_tail) from None
-            except BaseException:  # also an interrupt: the child is in the middle of a video
+            except BaseException:  # including interrupts: the child is in the middle of a video
                 self._discard_child()
                 raise
 
     def _attempt(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Takes one video through the child."""
+        """Has the child decode one video."""
         if self._child is None:
             self._child = Child(self._limits, self._spool.fileno())
         self._spool.truncate(0)
         return self._child.decode(request, self._limits.no_progress_seconds)
 
     def _read_clip(self, message: dict[str, Any], clip: ClipConfig, *, is_encoded: bool) -> Clip:
-        """A clip out of the spool file."""
+        """Reads a clip from the spool file."""
         offset, num_bytes = message.pop("offset"), message.pop("num_bytes")
         data = os.pread(self._spool.fileno(), num_bytes, offset)
         if len(data) != num_bytes:

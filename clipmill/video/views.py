@@ -1,4 +1,4 @@
-"""Views of a clip: random crops, half of them mirrored, each a function of a key and nothing else."""
+"""Views of a clip: random crops, half of them mirrored. Each is a function of its key alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["View", "draw_view", "take_view", "view_frame_size"]
 
 
 class View(NamedTuple):
-    """A part of a clip's frames, of the size of a clip.
+    """A crop of a clip's frames that has the size of a clip.
 
     Attributes:
-        top: first row of the part.
-        left: first column.
-        height: of the frames that it was cut from.
-        width: of these frames.
-        flipped: mirrored left to right.
+        top: first row of the crop.
+        left: first column of the crop.
+        height: height of the frames that it was cut from, in pixels.
+        width: width of these frames, in pixels.
+        flipped: whether it is mirrored left to right.
     """
 
     top: int
@@ -29,13 +29,13 @@ class View(NamedTuple):
 
 
 def view_frame_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) that the frames must cover from which views of ``size`` are cut: 8/7 of it, as 256 for 224."""
+    """(height, width) of the frames that views of ``size`` are cut from: 8/7 of it, as 256 for 224."""
     height, width = (round(side * 8 / 7) for side in size)
     return height, width
 
 
 def draw_view(key: str, height: int, width: int, size: tuple[int, int], *, may_flip: bool) -> View:
-    """The view of a key, in frames of ``height`` x ``width``: each place is equally likely, one of two is mirrored."""
+    """The view of a key in frames of ``height`` x ``width``: all positions are equally likely, half are mirrored."""
     draws = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=24).digest(), "<u8").tolist()
     return View(
         top=draws[0] % (height - size[0] + 1),

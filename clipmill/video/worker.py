@@ -41,13 +41,12 @@ _DECODERS = {"mp4": decode_mp4, "mjpeg": decode_mjpeg}
 _HEARTBEAT_SECONDS = 0.1
 
 _EXACT_VALUES = 256
-"""The squares of this number of bytes sum to less than 2**24, up to which float32 is exact. It takes half the time of
-float64."""
+"""The squares of this many bytes sum to less than 2**24, where float32 is exact. float64 would take twice as long."""
 
 _PIXELS_PER_CPU_SECOND = 20e6
-"""Decoded and resized by one core at the slowest: 4K HEVC of 10 bits takes a third of this time."""
+"""Slowest assumed decoding and resizing speed of one core. 4K HEVC of 10 bits takes a third of this time."""
 _LONGEST_CPU_SECONDS = 48 * 3600
-"""A damaged header may state any duration."""
+"""Upper limit, because a damaged header may state any duration."""
 
 
 def serve() -> None:
@@ -56,7 +55,7 @@ def serve() -> None:
 
 
 def _answer(request: dict[str, Any], spool: int, send: SendMessage) -> None:
-    """Takes one video to its end, or says whose fault it is that there is none."""
+    """Decodes one video, and reports a failure as one of the video or of the environment."""
     try:
         (_decode_still if request.get("still") else _decode)(request, spool, send)
     except VideoError as error:
@@ -68,7 +67,7 @@ def _answer(request: dict[str, Any], spool: int, send: SendMessage) -> None:
 
 
 def _decode_still(request: dict[str, Any], spool: int, send: SendMessage) -> None:
-    """Puts a still picture into the spool file, resized as frames of a video are."""
+    """Writes a still picture into the spool file, resized like a frame of a video."""
     send({"kind": "decoder", "name": "pillow"})
     pixels = read_still(request["path"])
     height, width = pixels.shape[:2]
@@ -80,7 +79,7 @@ def _decode_still(request: dict[str, Any], spool: int, send: SendMessage) -> Non
 
 
 def _decode(request: dict[str, Any], spool: int, send: SendMessage) -> None:
-    """Puts the clips of a video into the spool file and says where they are."""
+    """Writes the clips of a video into the spool file, and sends where they are."""
     info = probe(request["path"], request["decoder"])
     send({"kind": "decoder", "name": info.decoder})
     span: Span = tuple(request["span"])
@@ -107,24 +106,33 @@ def _decode(request: dict[str, Any], spool: int, send: SendMessage) -> None:
             raise VideoError(_why_no_frame(reading, span))
         if seconds is None:
             filtered = video_filter.refuses(info, reading.last_seconds - reading.first_seconds + 1 / info.fps)
+    stopped_early = cutter.num_kept == rule.max_clips or reading.is_past_span
     send(
         {
             "kind": "done",
             "info": asdict(info),
-            "num_frames": reading.num_frames,
-            "damaged_frames": reading.damaged_frames,
-            "joins": reading.joins,
-            "truncated": filtered is None
-            and cutter.num_kept != rule.max_clips
-            and not reading.is_past_span
-            and is_truncated(info, reading.num_frames, reading.first_seconds, reading.last_seconds, span),
+            "truncated": filtered is None and not stopped_early and _is_truncated(info, reading, span),
             "short": filtered is None and cutter.is_short,
             "filtered": filtered,
-            "num_static": cutter.num_static,
-            "num_black": cutter.num_black,
             "num_needed_frames": writer.num_needed_frames,
+            **_counts(reading, cutter),
         }
     )
+
+
+def _is_truncated(info: VideoInfo, reading: Reading, span: Span) -> bool:
+    return is_truncated(info, reading.num_frames, reading.first_seconds, reading.last_seconds, span)
+
+
+def _counts(reading: Reading, cutter: ClipCutter) -> dict[str, int]:
+    """The counts of an `Outcome`."""
+    return {
+        "num_frames": reading.num_frames,
+        "damaged_frames": reading.damaged_frames,
+        "joins": reading.joins,
+        "num_static": cutter.num_static,
+        "num_black": cutter.num_black,
+    }
 
 
 def _slowest_seconds(info: VideoInfo, seconds: float | None) -> float:
@@ -144,11 +152,11 @@ def _why_no_frame(reading: Reading, span: Span) -> str:
 
 
 class _ClipWriter:
-    """Encodes the views of a video's clips into the spool file, one behind the other, and says where they are.
+    """Encodes the views of a video's clips into the spool file, one after the other, and sends where they are.
 
     Attributes:
-        num_views: of each clip.
-        frame_size: (height, width) that frames are to have.
+        num_views: views per clip.
+        frame_size: (height, width) that the frames must have.
         num_needed_frames: number of the last frame of any clip, plus one.
     """
 
@@ -195,14 +203,14 @@ class _ClipWriter:
 
 
 class _PixelSums:
-    """Exact sums over all values of a clip, which goes through one buffer: new memory for each costs page faults."""
+    """Exact sums over all values of a clip. One buffer is reused, because new memory per clip would cost page faults."""
 
     def __init__(self) -> None:
         self._rows = np.empty((0, _EXACT_VALUES), np.float32)
         self._ones = np.ones(_EXACT_VALUES, np.float32)
 
     def __call__(self, pixels: np.ndarray) -> dict[str, int]:
-        """Of uint8 values: their number, their sum, the sum of their squares."""
+        """Number, sum and sum of squares of uint8 values."""
         num_rows = -(-pixels.size // _EXACT_VALUES)
         if num_rows > len(self._rows):
             self._rows = np.empty((num_rows, _EXACT_VALUES), np.float32)
@@ -217,7 +225,9 @@ class _PixelSums:
 
 
 def is_measured(key: str) -> bool:
-    """One clip of sixteen, chosen by its key: decoding each would cost half as much as encoding it."""
+    """Whether the encoding error of a clip is measured. The key selects one of sixteen: decoding costs half of
+    encoding.
+    """
     return hashlib.blake2b(f"measure:{key}".encode(), digest_size=1).digest()[0] < 16
 
 
@@ -230,7 +240,7 @@ def _squared_error(codec: str, data: bytes | memoryview, pixels: np.ndarray) -> 
 
 
 def _with_heartbeat(frames: Iterator[Timed], send: SendMessage) -> Iterator[Timed]:
-    """Passes frames on, and tells the parent now and then that there is progress."""
+    """Passes frames on, and regularly sends the parent a sign of progress."""
     sent_at = 0.0
     for timed_frame in frames:
         now = time.monotonic()

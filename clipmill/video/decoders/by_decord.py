@@ -1,6 +1,6 @@
-"""Reading with decord, where ``data.decoder=decord`` asks for it. Nothing else needs the package.
+"""Reading with decord, for ``data.decoder=decord``. Nothing else needs the package.
 
-The module is imported only to read: it maps an FFmpeg of its own into memory.
+decord is imported only to read a file, because it loads its own FFmpeg into memory.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DISTRIBUTIONS = ("decord", "decord2")
 
 
 def decord_version() -> dict[str, str]:
-    """The installed distribution's name and version, such as ``{"decord2": "3.4.0"}``.
+    """Name and version of the installed distribution, such as ``{"decord2": "3.4.0"}``.
 
     Raises:
-        UserError: none is installed.
+        UserError: decord is not installed.
     """
     if util.find_spec("decord") is None:
         raise UserError(
@@ -39,24 +39,24 @@ def decord_version() -> dict[str, str]:
             return {name: metadata.version(name)}
         except metadata.PackageNotFoundError:
             continue
-    return {"decord": "unknown"}  # built from source, and on the path without metadata
+    return {"decord": "unknown"}  # built from source, without metadata
 
 
 def read_decord(path: str | Path, info: VideoInfo) -> Iterator[Picture]:
-    """All frames by decord, which tells no damage apart: it fails, or repeats the last good frame."""
-    import decord  # here: it maps an FFmpeg of its own, which no other decoder needs
+    """All frames by decord. It cannot report damage: it fails, or repeats the last good frame."""
+    import decord  # imported here, because it loads its own FFmpeg
 
     decord.logging.set_level(decord.logging.ERROR)
     with as_video_error("cannot decode", path):
-        times = _packet_times(path, info)  # exact: decord's own are float32
-        # A frame that fails is repeated from the last good one in silence, unless none may fail.
+        times = _packet_times(path, info)  # exact: decord's own times are float32
+        # With any tolerance for failures, decord would silently replace a failed frame by the last good one.
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-6)
         if len(reader) != len(times):
             raise VideoError(f"decord counts {len(reader)} frames where the demuxer finds {len(times)}")
         for number, time in enumerate(times):
             pixels = reader.next().asnumpy()
-            # decord turns frames upright by itself where FFmpeg 4.1 knew rotation, in MP4 and MOV: back, so that one
-            # place does it for both.
+            # For MP4 and MOV, decord itself turns frames upright, as FFmpeg 4.1 did. Undo it: the resizer does it for
+            # all decoders.
             if info.rotation and info.container.startswith("mov"):
                 pixels = np.ascontiguousarray(np.rot90(pixels, -info.rotation // 90))
             frame = av.VideoFrame.from_numpy_buffer(pixels, format="rgb24")
@@ -65,7 +65,7 @@ def read_decord(path: str | Path, info: VideoInfo) -> Iterator[Picture]:
 
 
 def _packet_times(path: str | Path, info: VideoInfo) -> list[float]:
-    """Presentation times of all frames in seconds from the first, in order, without decoding."""
+    """Presentation times of all frames in seconds from the first one, ascending, without decoding."""
     ticks = []
     with open_video(path) as container:
         stream = container.streams[info.stream_index]

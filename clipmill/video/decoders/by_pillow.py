@@ -1,7 +1,7 @@
-"""Animated WebP and PNG, and still pictures, by Pillow: FFmpeg reads no animated WebP, drops the transparency of PNG.
+"""Animated WebP and PNG, and still pictures, by Pillow. FFmpeg cannot read animated WebP and drops PNG transparency.
 
-Transparent pixels are shown over white: so do web pages as a rule, and so do GIFs come out of FFmpeg. Delays are
-interpreted as browsers do: one of 10 ms or less means 100 ms (Chromium and Firefox, for all three formats).
+Transparent pixels are shown over white, as on most web pages and as FFmpeg does for GIF. Delays are interpreted as in
+browsers: 10 ms or less means 100 ms (Chromium and Firefox, for all three formats).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _SHORTEST_DELAY_MS, _USUAL_DELAY_MS = 10, 100
 
 @dataclass(frozen=True)
 class AnimationInfo:
-    """What an animated picture says about itself.
+    """Properties of an animated picture.
 
     Attributes:
-        format: of the file.
-        width: in pixels.
-        height: in pixels.
-        num_frames: of one loop.
+        format: format of the file.
+        width: width in pixels.
+        height: height in pixels.
+        num_frames: frames of one loop.
         has_alpha: whether some frame may be transparent.
     """
 
@@ -45,7 +45,7 @@ class AnimationInfo:
 
 
 def is_animation(path: str | Path) -> bool:
-    """Whether a local file is WebP or PNG, by its first bytes; a still picture is one as well."""
+    """Whether the first bytes of a local file are those of WebP or PNG, animated or not."""
     with open(path, "rb") as file:
         head = file.read(12)
     return head.startswith(b"\x89PNG\r\n\x1a\n") or (head.startswith(b"RIFF") and head.endswith(b"WEBP"))
@@ -58,15 +58,16 @@ def read_animation(path: str | Path) -> tuple[Iterator[tuple[float, np.ndarray]]
         path: local file.
 
     Returns:
-        (time of each frame in seconds from the first, uint8 [H, W, 3] RGB), read as it is asked for; the file's facts.
+        An iterator of (seconds from the first frame, uint8 [H, W, 3] RGB), which reads frames on demand; and the file's
+        properties.
 
     Raises:
-        VideoError: not such a file, a still picture, or damaged; also from the iterator.
+        VideoError: the file is not animated WebP or PNG, or is damaged. The iterator may raise it too.
         OSError: the file is missing, or the disk failed.
     """
     with as_video_error("cannot open", path):
         image: Any = Image.open(path, formats=("WEBP", "PNG"))
-        # The picture that viewers without animation show may be no frame of it.
+        # The picture for viewers without animation may not be part of the animation.
         first = int(getattr(image, "default_image", False))
         info = AnimationInfo(
             format="webp" if image.format == "WEBP" else "png",
@@ -93,7 +94,7 @@ def _frames(path: str | Path, image: Any, first: int) -> Iterator[tuple[float, n
 
 
 def read_still(path: str | Path) -> np.ndarray:
-    """A still picture upright, uint8 [H, W, 3] RGB; of an animation its first frame.
+    """A still picture, turned upright, uint8 [H, W, 3] RGB. An animation gives its first frame.
 
     Raises:
         VideoError: not a picture, damaged, or larger than Pillow's limit against decompression bombs.
@@ -106,8 +107,8 @@ def read_still(path: str | Path) -> np.ndarray:
 
 
 def _over_white(image: Any) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scaling
+    """The picture over a white background, uint8 [H, W, 3]."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scale
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if not image.has_transparency_data:
         return np.array(image.convert("RGB"))

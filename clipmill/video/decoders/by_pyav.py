@@ -1,4 +1,4 @@
-"""Reading with PyAV: decodes in the order of the file, tells the time, drops damaged frames, finds new scenes."""
+"""Reading with PyAV: decodes in file order, computes times, drops damaged frames and finds new scenes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from clipmill.video.probe import VideoInfo, open_video
 __all__ = ["read_pyav"]
 
 _DEMUX_ATTEMPTS = 8
-"""A demuxer that fails this often in a row, without a packet in between, has nothing more to give."""
+"""After this many failures in a row without a packet, the demuxer has nothing more to deliver."""
 
 _PACKETS_IN_DECODER = 64
-"""More than any decoder holds back."""
+"""Packets that are remembered; more than any decoder holds back."""
 
 _NUM_REORDERED = 16
-"""How far B-frames can delay a frame: the first one shown is among this number of packets."""
+"""Largest delay by B-frames: the first frame shown is among this many packets."""
 
 _REORDERED_SECONDS = 2.0
 
 
 def read_pyav(path: str | Path, info: VideoInfo, span: Span, reading: Reading) -> Iterator[Picture]:
-    """Whole frames by PyAV, from the start of a span on or before it; one thread: other workers use the other cores."""
+    """Undamaged frames by PyAV, from the start of a span or earlier. One thread: other workers use the other cores."""
     first_packet, zero = (0, None) if span[0] is None else _where_to_begin(path, info, span[0])
     with as_video_error("cannot decode", path), open_video(path) as container:
         stream = container.streams[info.stream_index]
@@ -45,7 +45,7 @@ def read_pyav(path: str | Path, info: VideoInfo, span: Span, reading: Reading) -
 
 
 class _Decoding:
-    """Decodes one stream: drops damaged frames, tells the time, and finds where scenes begin."""
+    """Decodes one stream: drops damaged frames, computes times, and finds where scenes begin."""
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class _Decoding:
             flags_early=info.container == "mpegts",
         )
         self._log = ErrorLog(stream)
-        self._packets: dict[int | None, Packet] = {}  # the last ones, by their presentation times
+        self._packets: dict[int | None, Packet] = {}  # the newest packets by presentation time
         self._num_frames = 0
-        self._failed: set[int] = set()  # packets that count as a lost frame
+        self._failed: set[int] = set()  # packets that are counted as lost frames
         self._is_broken = False  # a frame was dropped after the last one that was delivered
 
     def __iter__(self) -> Iterator[Picture]:
@@ -84,7 +84,7 @@ class _Decoding:
         yield from self._whole(self._damage.judged(at_end=True))
 
     def _whole(self, judged: list[tuple[Picture, bool, bool]]) -> list[Picture]:
-        """Those pictures that are whole; counts the others."""
+        """The undamaged pictures; the damaged ones are counted."""
         whole = []
         for picture, is_whole, is_first in judged:
             self._is_broken |= is_first or not is_whole
@@ -96,8 +96,8 @@ class _Decoding:
         return whole
 
     def _take(self, frame: Any, packet: Packet) -> None:
-        """Tells the time of the next frame in presentation order, and has its damage judged."""
-        if packet.number in self._failed:  # the decoder made a frame of it all the same
+        """Computes the time of the next frame in presentation order, and passes it to the damage filter."""
+        if packet.number in self._failed:  # the decoder returned a frame after all
             self._count_lost(packet, -1)
         seconds, started_over = self._clock.time(frame, packet)
         if started_over:
@@ -113,18 +113,18 @@ class _Decoding:
         self._num_frames += 1
 
     def _decode(self, demuxed: Any, packet: Packet) -> list[Any]:
-        """The frames that a packet brings out of the decoder."""
+        """The frames that the decoder returns for a packet."""
         packets, pts = self._packets, packet.pts
         if pts is None or pts in packets:
             demuxed.opaque = packet
-        else:  # decoders keep the time, and a reference to the packet costs more
+        else:  # decoders keep the time, and attaching a reference to the packet would cost more
             packets[pts] = packet
             if len(packets) > _PACKETS_IN_DECODER:
                 del packets[next(iter(packets))]
         if demuxed.size:
             self._clock.sent(packet)
             self._damage.sent(packet)
-        if self._log.has_grown():  # while the packet was read: what lay before it is damaged or lost
+        if self._log.has_grown():  # logged while the packet was read: the data before it is damaged or lost
             self._damage.starts_over(packet)
         try:
             frames = demuxed.decode()
@@ -132,7 +132,7 @@ class _Decoding:
             raise
         except EOFError:  # drained
             return []
-        except av.FFmpegError as error:  # the following packets can be decoded all the same
+        except av.FFmpegError as error:  # the following packets can still be decoded
             self._reading.cause = self._reading.cause or error.strerror
             if not self._damage.will_be_missing(packet):
                 self._count_lost(packet, 1)
@@ -146,17 +146,17 @@ class _Decoding:
         return frames
 
     def _count_lost(self, packet: Packet, change: int) -> None:
-        """Counts a packet as a frame that nobody will see, or no longer."""
+        """Counts a packet as a lost frame (``change`` 1), or takes it back (-1)."""
         (self._failed.add if change > 0 else self._failed.discard)(packet.number)
         self._num_frames += change
         self._reading.damaged_frames += change
 
     def _demux(self) -> Iterator[tuple[Any, Packet]]:
-        """All packets from the first that is needed on, also those behind a damaged part of the file."""
+        """All packets from the first needed one on, including those after a damaged part of the file."""
         failures = number = 0
         packets = self._container.demux(self._stream)
         while True:
-            self._log.has_grown()  # no concern: encoders and muxers of this process log as well
+            self._log.has_grown()  # ignore earlier entries: encoders and muxers of this process log too
             try:
                 demuxed = next(packets, None)
                 if demuxed is None:
@@ -174,12 +174,12 @@ class _Decoding:
 
 
 def _where_to_begin(path: str | Path, info: VideoInfo, start_seconds: float) -> tuple[int, int | None]:
-    """(number of the packet from which to decode, ticks of the file's first frame), for a span.
+    """(number of the first packet to decode, ticks of the file's first frame), for a span.
 
-    Decoding begins at a key frame, one before the last that comes early enough: the frames of an open group of
-    pictures refer to the group before. Packets are counted rather than sought, since seeking is not exact everywhere.
+    Decoding begins at the second-last key frame at or before the span's start, because frames of an open group of
+    pictures refer to the group before. Packets are counted, because seeking is not exact in all formats.
     """
-    if not info.container.startswith(("mov", "matroska", "avi")):  # others may begin their clocks anew
+    if not info.container.startswith(("mov", "matroska", "avi")):  # the clocks of others may restart
         return 0, None
     counts_frames = info.container == "avi"
     zero: int | None = None

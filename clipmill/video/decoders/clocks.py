@@ -1,4 +1,4 @@
-"""The time of each frame in seconds from the first one, whatever clock its container has."""
+"""The time of each frame in seconds from the first one, for the clocks of all containers."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from clipmill.video.decoders.damage import Packet
 __all__ = ["Clock", "gif_delay", "make_clock"]
 
 _JOIN_SECONDS = 10.0
-"""Where a transport stream's clock leaps further, two recordings were joined (ffmpeg's own threshold)."""
+"""A larger jump of a transport stream's clock means that two recordings were joined (ffmpeg's own threshold)."""
 
 _STEP_BACK_SECONDS = 1.0
-"""A smaller step back is a damaged time, unless it leads to where the recording began; a larger one is a clock that
-begins anew."""
+"""A smaller step back is a damaged time, unless it leads back to the start of the recording; a larger one is a clock that
+restarted."""
 
 _SHORTEST_GIF_DELAY, _USUAL_GIF_DELAY = Fraction(15, 1000), Fraction(1, 10)
-"""Browsers show a GIF frame with a delay below the first for the second, in seconds."""
+"""In seconds: browsers replace a GIF delay below the first by the second."""
 
 
 class Clock:
-    """Times of frames in seconds from the first one, by their presentation times.
+    """Times of frames in seconds from the first one, computed from their presentation times.
 
     Args:
-        time_base: seconds in a tick, a fraction: whole numbers of ticks give equal times on each path.
+        time_base: seconds per tick, as a fraction, so that equal ticks give equal times in every code path.
         fps: average frames per second.
-        zero: ticks of the file's first frame; None: the first frame that is asked for.
-        is_broken_up: the clock of such a container may begin anew anywhere, as in transport streams.
+        zero: ticks of the file's first frame; None takes the first frame that is requested.
+        is_broken_up: whether the container's clock may restart anywhere, as in transport streams.
     """
 
     def __init__(self, time_base: Any, fps: float, zero: int | None, is_broken_up: bool):
@@ -41,14 +41,14 @@ class Clock:
         self._began = 0.0  # the recording, on the clock that counts now
 
     def sent(self, packet: Packet) -> None:
-        """A packet goes to the decoder."""
+        """Notes that a packet goes to the decoder."""
 
     def ticks(self, frame: Any, packet: Packet) -> int | None:
-        """When a frame is shown, by the container; None where that does not say."""
+        """Presentation time of a frame by the container; None if it states none."""
         return frame.pts
 
     def time(self, frame: Any, packet: Packet) -> tuple[float, bool]:
-        """(time of the next frame in presentation order, whether the clock began anew before it)."""
+        """(time of the next frame in presentation order, whether the clock restarted before it)."""
         ticks = self.ticks(frame, packet)
         if self._zero is None:
             self._zero = ticks
@@ -82,10 +82,11 @@ class Clock:
 
 
 class _FrameCounter(Clock):
-    """AVI states no presentation times, and FFmpeg's guesses for B-frames are out of order: one frame a packet.
+    """The clock of AVI, which counts one frame per packet.
 
-    The n-th frame shown takes the n-th place among the packets. A packet that becomes no frame would move all that
-    follow, so places that are too early for a frame are skipped: B-frames come ``reordered`` places late, no more.
+    AVI states no presentation times, and FFmpeg's guesses for B-frames are out of order. The n-th frame shown takes the
+    n-th position among the packets. A packet without a frame would shift all later frames, so positions that are too
+    early for a frame are skipped: B-frames come at most ``reordered`` positions late.
     """
 
     def __init__(self, stream: Any, fps: float, zero: int | None):
@@ -94,12 +95,12 @@ class _FrameCounter(Clock):
         self._places: list[int] = []
 
     def sent(self, packet: Packet) -> None:
-        """Its place is now free to take."""
+        """Adds the packet's position to the free ones."""
         if packet.dts is not None:
             heapq.heappush(self._places, packet.dts)
 
     def ticks(self, frame: Any, packet: Packet) -> int | None:
-        """The first place that is free and not too early."""
+        """The first free position that is not too early."""
         reordered = self._context.reorder_depth
         while self._places and packet.dts is not None and self._places[0] < packet.dts - reordered:
             heapq.heappop(self._places)
@@ -107,14 +108,14 @@ class _FrameCounter(Clock):
 
 
 class _GifClock(Clock):
-    """GIF frames follow each other after the delays that browsers make of the stated ones."""
+    """The clock of GIF: each frame starts when the delay of the one before ends, as browsers interpret delays."""
 
     def __init__(self, time_base: Any, fps: float):
         super().__init__(time_base, fps, 0, is_broken_up=False)
         self._next = 0
 
     def ticks(self, frame: Any, packet: Packet) -> int | None:
-        """Where the frame before ends."""
+        """The end of the frame before."""
         ticks = self._next
         self._next += gif_delay(frame.duration, self._time_base)
         return ticks
@@ -130,10 +131,10 @@ def make_clock(container: Any, stream: Any, fps: float, zero: int | None) -> Clo
     """The clock of a stream.
 
     Args:
-        container: of PyAV.
-        stream: of PyAV.
-        fps: average frames per second: the distance of frames that no time tells apart.
-        zero: ticks of the file's first frame; None: of the first frame that is asked for.
+        container: PyAV's container.
+        stream: PyAV's stream.
+        fps: average frames per second; the distance of frames without usable times.
+        zero: ticks of the file's first frame; None takes the first frame that is requested.
     """
     if container.format.name == "avi":
         return _FrameCounter(stream, fps, zero)

@@ -1,9 +1,9 @@
-"""Which frames are whole, by what FFmpeg tells of damage. ``docs/formats.md`` says what it tells for each codec.
+"""Finds the undamaged frames from FFmpeg's reports. ``docs/formats.md`` lists what FFmpeg reports for each codec.
 
-A damaged frame spoils the frames that refer to it. FFmpeg does not mark those, so all up to the next key frame are
-dropped. Packets are decoded in the order of the file, and damage spreads in that order. With B-frames, frames are shown
-in another order: a B-frame leaves the decoder before a frame that it refers to, whose damage is not known until then.
-So a frame waits until all that was decoded before it has been judged.
+A damaged frame also spoils the frames that refer to it. FFmpeg does not mark those, so all frames up to the next key
+frame are dropped. Packets are decoded in file order, and damage spreads in that order. With B-frames, the presentation
+order differs: a B-frame may leave the decoder before a frame that it refers to, when the damage of that frame is not
+known yet. A frame therefore waits until everything decoded before it has been judged.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ __all__ = ["DamageFilter", "ErrorLog", "Packet", "detect_damage"]
 T = TypeVar("T")
 
 _REORDERED_PACKETS = 16
-"""A packet whose frame has not come this much later has none of its own, such as the second field of a picture."""
+"""A packet whose frame has not come after this many packets has no own frame (for example the second field of a
+picture).
+"""
 
 _GAP = 1.5
-"""A step between two decoding times above this multiple of the usual one means that a frame is missing."""
+"""A step between two decoding times above this multiple of the usual step means that a frame is missing."""
 
 _SILENT_CODECS = ("gif", "ffv1")
-"""Their decoders report damage in the log only."""
+"""Codecs whose decoders report damage only in the log."""
 
 _ONE_FRAME_A_PACKET = ("h264", "hevc", "mpeg1video", "mpeg2video", "av1")
-"""Codecs of which a packet without a frame is a lost frame. Others have packets that are not to be shown."""
+"""Codecs for which a packet without a frame is a lost frame. Other codecs have packets that are never shown."""
 
 _NO_EXPLODE = ("h264", "mpeg1video", "mpeg2video")
-"""``explode`` finds nothing more in these, and costs whole frames beside damaged ones."""
+"""Codecs in which ``explode`` finds no further damage, and would cost undamaged frames."""
 
 
 def detect_damage(stream: Any) -> None:
-    """Sets what a decoder checks, before it opens. ``aggressive`` and the like would call whole frames damaged."""
+    """Sets the checks of a decoder before it opens. ``aggressive`` and similar would report undamaged frames."""
     checks = "crccheck+bitstream+buffer"
     if stream.codec_context.codec.canonical_name not in _NO_EXPLODE:
         checks += "+explode"
@@ -45,10 +47,10 @@ def detect_damage(stream: Any) -> None:
 
 
 class ErrorLog:
-    """Counts what FFmpeg logs as errors, where nothing else tells of damage. One for the whole process.
+    """Counts the errors in FFmpeg's log, the only report of damage for some codecs. The log is one per process.
 
     Attributes:
-        tells_of_decoding: nothing but the log tells that the decoder of this stream met damage.
+        tells_of_decoding: whether the log is the only report of damage by the decoder of this stream.
     """
 
     def __init__(self, stream: Any):
@@ -65,17 +67,17 @@ class ErrorLog:
 
 @dataclass(slots=True)
 class Packet:
-    """Travels through the decoder with the frame that a packet becomes.
+    """Facts about a packet, carried through the decoder to its frame.
 
     Attributes:
-        number: in the order of the file, from 0.
-        is_key: the container says that decoding can begin here.
-        is_flagged: the demuxer noticed that something is missing.
+        number: number in file order, from 0.
+        is_key: whether the container marks it as a key frame.
+        is_flagged: whether the demuxer noticed missing data.
         pts: presentation time in ticks.
         dts: decoding time in ticks.
-        sample_aspect: of the frame, known once it is decoded.
-        key: the last key packet before this one, known once it goes to the decoder.
-        recording: number of the recording in the file, where several were joined; known once it goes to the decoder.
+        sample_aspect: pixel aspect ratio of the frame; set when it is decoded.
+        key: the last key packet before this one; set when it goes to the decoder.
+        recording: number of the recording, if several were joined in the file; set when it goes to the decoder.
     """
 
     number: int
@@ -89,21 +91,22 @@ class Packet:
 
 
 class DamageFilter(Generic[T]):
-    """Holds frames back until it is known whether they are whole; says which are.
+    """Holds frames back until it is known whether they are damaged.
 
     Args:
-        codec: of the stream.
+        codec: codec of the stream.
         step_ticks: usual distance of two packets' decoding times.
-        has_times: every packet states when its frame is shown, and becomes one.
-        flags_early: the demuxer flags the packet before the incomplete one, as that of transport streams does.
+        has_times: whether every packet becomes one frame and states its presentation time.
+        flags_early: whether the demuxer flags the packet before the incomplete one, as for transport streams.
     """
 
     def __init__(self, codec: str, step_ticks: float, *, has_times: bool = True, flags_early: bool = False):
         self._step_ticks, self._flags_early = step_ticks, flags_early
         self._counts_packets = codec in _ONE_FRAME_A_PACKET and has_times
         self._late = int(codec == "av1")  # dav1d reports a damaged packet with the next one
-        self._damaged: list[int] = []  # packets; what was decoded from them on is bad, up to a whole key frame
-        self._breaks = [0]  # the same, but the packet itself is whole: a key frame may begin with it
+        # Numbers of damaged packets: everything decoded from them up to an undamaged key frame is bad.
+        self._damaged: list[int] = []
+        self._breaks = [0]  # the same, but the packet itself is intact and may be a key frame
         self._waiting: deque[tuple[T, Packet, bool]] = deque()
         self._unshown: dict[int, Packet] = {}  # decoded packets without their frames, ascending
         self._newest_key: Packet | None = None
@@ -114,7 +117,7 @@ class DamageFilter(Generic[T]):
         self._before: Packet | None = None
 
     def sent(self, packet: Packet) -> None:
-        """A packet goes to the decoder."""
+        """Notes that a packet goes to the decoder."""
         number = self._newest = packet.number
         packet.key = self._newest_key
         if packet.is_key:
@@ -137,7 +140,7 @@ class DamageFilter(Generic[T]):
             del unshown[oldest]
 
     def _judge_suspect(self, packet: Packet) -> None:
-        """Decides by the packet after it whether the one behind a flagged packet is damaged."""
+        """Decides whether the packet after a flagged one (the suspect) is damaged, using the packet after that."""
         suspect, before = self._suspect, self._before
         if before is not None and before.is_flagged and suspect is None:
             self._suspect = packet
@@ -147,34 +150,34 @@ class DamageFilter(Generic[T]):
         if packet.is_key:  # recordings were joined: the last frame of the first one is whole
             return
         gap = None not in (packet.dts, suspect.dts) and packet.dts - suspect.dts > _GAP * self._step_ticks  # type: ignore[operator]
-        # where a whole frame is missing, the suspect is whole, and the packet after it refers to what is missing
+        # if a complete frame is missing, the suspect is intact, but the packet after it refers to the missing frame
         self._damaged.append(packet.number if gap else suspect.number)
 
     def failed(self, packet: Packet) -> None:
-        """A packet, or its frame, is damaged."""
+        """Notes that a packet, or its frame, is damaged."""
         if not self.will_be_missing(packet):
             self._unshown.pop(packet.number, None)
         key = packet.key
         if key is None or packet.is_key or None in (packet.pts, key.pts) or packet.pts > key.pts:  # type: ignore[operator]
             self._damaged.append(packet.number - self._late)
         elif self._last_key_shown < key.number:
-            # decoded after a key frame, but shown before it: only its like refer to it
+            # decoded after a key frame but shown before it: only other such frames refer to it
             self._breaks.append(key.number)
 
     def starts_over(self, packet: Packet) -> None:
-        """What lay before this packet is not there: it was lost, or belongs to another recording."""
+        """Notes that the data before this packet is lost or belongs to another recording."""
         key = self._newest_key
         self._breaks.append(
             packet.number if key is None else min(packet.number, max(key.number, self._last_key_shown + 1))
         )
 
     def cut(self, packet: Packet) -> None:
-        """An edit list cuts the key frame of this packet: it was decoded, and frames may refer to it."""
+        """Notes that an edit list cuts the key frame of this packet. Decoded frames may still refer to it."""
         self._unshown.pop(packet.number, None)
         self._forget_damage(packet.number)
 
     def will_be_missing(self, packet: Packet) -> bool:
-        """Whether `shown` counts the frame of this packet if it is never shown."""
+        """Whether `shown` will count this packet's frame as missing if it never comes."""
         return self._counts_packets and packet.pts is not None
 
     def num_never_shown(self) -> int:
@@ -182,7 +185,7 @@ class DamageFilter(Generic[T]):
         return sum(self.will_be_missing(packet) for packet in self._unshown.values())
 
     def shown(self, packet: Packet) -> int:
-        """The frame of a packet is shown; returns how many were missing before it, each of which counts once."""
+        """Notes that a packet's frame is shown. Returns how many frames before it are missing; each is counted once."""
         unshown, shown_at = self._unshown, packet.pts
         unshown.pop(packet.number, None)
         if not unshown or not self._counts_packets or shown_at is None:
@@ -196,17 +199,18 @@ class DamageFilter(Generic[T]):
         return len(missing)
 
     def add(self, item: T, frame: Any, packet: Packet) -> None:
-        """Takes a frame, in presentation order."""
+        """Adds a frame, in presentation order."""
         marked = frame.key_frame
         self._codec_marks_keys |= marked
         if frame.is_corrupt:
             self.failed(packet)
-        # Both must say so, but some decoders (svq1, qtrle, cfhd) mark no frame, and some containers no packet.
+        # Codec and container must both mark a key frame, but some decoders (svq1, qtrle, cfhd) and some containers mark
+        # none.
         is_key = marked or not self._codec_marks_keys if packet.is_key else marked and not self._container_marks_keys
         self._waiting.append((item, packet, is_key))
 
     def judged(self, *, at_end: bool = False) -> list[tuple[T, bool, bool]]:
-        """(item, whether its frame is whole, whether it is the first one after damage), as far as is known by now."""
+        """The frames judged so far: (item, whether it is undamaged, whether it is the first one after damage)."""
         if at_end and self._suspect is not None:
             self._damaged.append(self._suspect.number)
             self._suspect = None
@@ -227,7 +231,7 @@ class DamageFilter(Generic[T]):
         return judged
 
     def _last_to_judge(self) -> int:
-        """The last packet before which all have been decoded, shown and judged."""
+        """Number of the last packet up to which all packets have been decoded, shown and judged."""
         last = self._newest - self._late
         if self._unshown:
             last = min(last, next(iter(self._unshown)))
@@ -237,6 +241,6 @@ class DamageFilter(Generic[T]):
         return packet.number < min(*self._damaged, *self._breaks, packet.number + 1)
 
     def _forget_damage(self, key: int) -> None:
-        """A key frame refers to nothing before it."""
+        """Forgets damage up to a key frame, which refers to nothing before it."""
         self._damaged = [number for number in self._damaged if number > key]
         self._breaks = [number for number in self._breaks if number > key]

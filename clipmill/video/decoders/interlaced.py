@@ -1,4 +1,4 @@
-"""Whole pictures of interlaced video, whose frames weave two moments."""
+"""Deinterlaces video whose frames interleave two fields."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["deinterlaced"]
 
 
 def deinterlaced(pictures: Iterator[Picture]) -> Iterator[Picture]:
-    """One whole picture for each frame that weaves two moments; all else stays as it is."""
+    """Deinterlaces the interlaced frames, one picture per frame; other frames stay unchanged."""
     graph: Any = None
     shape = None
     waiting: deque[Picture] = deque()
 
     def filtered(frame: Any) -> Iterator[Picture]:
-        """What the graph gives once it has a frame, or has got its last one (None)."""
+        """Pushes a frame into the filter graph (None flushes it) and yields the finished pictures."""
         graph.push(frame)
         with suppress(av.BlockingIOError, av.EOFError):
             while True:

@@ -1,4 +1,4 @@
-"""What the decoders deliver, and what they find on the way."""
+"""The frames that decoders deliver, and the statistics they collect."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from clipmill.video.geometry import Geometry
 __all__ = ["Picture", "Reading", "Span"]
 
 Span = tuple[float | None, float | None]
-"""The frames that are shown from the first time on and before the second, in seconds from the file's first frame."""
+"""(start, end) in seconds from the file's first frame: frames shown from start until before end; None sets no limit."""
 
 
 @dataclass
 class Reading:
-    """What reading a video has found so far; it grows while frames are read.
+    """Statistics of reading a video, updated while frames are read.
 
     Attributes:
-        num_frames: whole frames that were delivered.
-        number: of the newest of them among all frames of the video or span, damaged ones included, from 0.
+        num_frames: undamaged frames that were delivered.
+        number: number of the newest delivered frame among all frames of the video or span, damaged ones included, from
+            0.
         damaged_frames: frames that were dropped: damaged, or before a key frame.
-        joins: places where the clock begins anew, since recordings were joined.
+        joins: places where the clock restarts because recordings were joined.
         scene_starts: numbers of the frames at which a new scene begins: after damage, at a join, or where size or
             orientation change.
         first_seconds: time of the first delivered frame.
         last_seconds: time of the last delivered frame.
-        is_past_span: a frame behind the span was seen, so nothing of the span is missing at its end.
-        cause: of the first damage, in one line; None without damage.
+        is_past_span: whether a frame after the span was seen, so that the end of the span is complete.
+        cause: reason of the first damage in one line; None without damage.
     """
 
     num_frames: int = 0
@@ -42,14 +43,14 @@ class Reading:
 
 
 class Picture(NamedTuple):
-    """One whole frame.
+    """One undamaged frame.
 
     Attributes:
-        number: among all frames that were decoded, from 0; a lost frame has one as well.
-        frame: `av.VideoFrame` as stored.
-        seconds: its presentation time, from the first frame of the file.
+        number: number among all decoded frames, from 0; lost frames are counted too.
+        frame: the stored `av.VideoFrame`.
+        seconds: presentation time from the first frame of the file.
         geometry: how it is shown.
-        begins_scene: whether it does not continue the frame before.
+        begins_scene: whether it starts a new scene.
     """
 
     number: int

@@ -1,9 +1,9 @@
-"""The whole frames of a video, strictly in order, with their times: by PyAV, Pillow, or decord where it is asked for.
+"""The undamaged frames of a video, strictly in order, with their times: by PyAV, Pillow, or on request decord.
 
-Why strictly in order: seeking silently delivers wrong frames for several codecs, in both decoders; reading everything
-and taking every n-th frame never does.
+Frames are read strictly in order, because seeking silently delivers wrong frames for several codecs, in both decoders.
+Reading everything and keeping every n-th frame never does.
 
-Damaged frames are dropped (`damage.py`). Reading goes on behind them, in a new scene.
+Damaged frames are dropped (`damage.py`). Reading continues after them, in a new scene.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from clipmill.video.probe import VideoInfo
 __all__ = ["span_seconds", "whole_frames"]
 
 _ROUNDING_SECONDS = 0.001
-"""Containers round times to milliseconds; tables of spans often do as well."""
+"""Tolerance for times that containers, and often tables of spans, round to milliseconds."""
 
 
 def span_seconds(info: VideoInfo, span: Span) -> float | None:
-    """Duration of the part of a video that lies in a span; None where neither of them tells."""
+    """Duration in seconds of the part of a video inside a span; None if neither video nor span states an end."""
     start, end = span
     ends = [seconds for seconds in (end, info.duration_seconds) if seconds is not None]
     return min(ends) - max(start or 0.0, 0.0) if ends else None
 
 
 def whole_frames(path: str | Path, info: VideoInfo, span: Span, reading: Reading) -> Iterator[Picture]:
-    """Every whole frame of a video within a span, once, in presentation order.
+    """Yields every undamaged frame of a video within a span once, in presentation order.
 
     Args:
         path: local file.
         info: its probe, which fixes stream and decoder.
-        span: which frames; (None, None): all of them.
-        reading: is updated on the way.
+        span: which frames; (None, None) means all.
+        reading: statistics, updated on the way.
 
     Raises:
         VideoError: the file cannot be decoded at all.
