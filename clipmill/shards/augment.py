@@ -1,4 +1,4 @@
-"""Random crops and flips of clips as they are read: functions of (seed, position), for any world size and workers."""
+"""Random crops and flips of clips at load time. They depend on (seed, position) only, not on world size or workers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["ClipAugmentation"]
 
 @dataclass(frozen=True)
 class ClipAugmentation:
-    """Mirrors half of the clips, at random, and crops each at a random place.
+    """Mirrors a random half of the clips, and crops each at a random place.
 
     Attributes:
-        seed: of the run.
-        hflip: whether clips are mirrored.
-        crop: (height, width) of the crop in pixels, at most the clip's; None keeps whole frames.
+        seed: seed of the run.
+        hflip: whether half of the clips are mirrored left to right.
+        crop: (height, width) of the crop in pixels, at most the clip's size; None keeps whole frames.
     """
 
     seed: int
@@ -27,7 +27,9 @@ class ClipAugmentation:
     crop: tuple[int, int] | None
 
     def __call__(self, sample: dict[str, Any], position: int) -> dict[str, Any]:
-        """Changes ``video`` uint8 [T, H, W, 3] of the sample at a position of the run, all of its frames alike."""
+        """Augments ``video`` uint8 [T, H, W, 3] of the sample at a position of the run; all frames get the same crop
+        and flip.
+        """
         key = derive_keys(self.seed, AUGMENTATION, np.array([position]))
         mirror, top, left = (int(number) for number in splitmix64(key, np.arange(3, dtype=np.uint64)))
         video = sample["video"]

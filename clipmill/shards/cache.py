@@ -1,15 +1,19 @@
-"""Verified access to the shards of a manifest: no byte is served from a file whose hash was not right.
+"""Verified access to the shards of a manifest: only files with the recorded hash are read.
 
-A shard of a local data set is hashed where it lies; one of a bucket is downloaded whole into the cache folder, hashed,
-and renamed. Then it is mapped into memory. The cache folder is shared by all processes of a node without a daemon:
-each shard has a note there, locked (``flock``, which the kernel releases however a process ends) while one of them
-downloads or hashes, that says which file (size, modification time, inode) was found right, so that others, and
-later epochs and runs, need not hash it again. A file of a local data set is compared with its note whenever it is
-asked for, mapped or not: others may write to it, and a map of a file that was cut is a crash. What the note cannot
-see is a change that leaves all three alone, as of a failing disk: ``clipmill verify`` reads every byte.
+A local shard is hashed in place. A shard of a bucket is downloaded whole into the cache folder, hashed and renamed.
+Then it is mapped into memory.
 
-A process that reads a download holds a shared lock on it for as long as its memory map lives, and eviction takes only
-files on which it gets an exclusive one: nothing is removed that somebody reads, and no lock outlives its process.
+All processes of a node share the cache folder without a daemon. It holds a note for each shard, which states the file
+(size, modification time, inode) that was verified, so that other processes and later epochs and runs need not hash it
+again. The note is locked while a process downloads or hashes; ``flock`` is released by the kernel however the process
+ends.
+
+A local file is compared with its note on every access, even if it is mapped already: others may write to it, and
+reading the map of a truncated file would crash. The note cannot detect a change that keeps size, time and inode, such
+as that of a failing disk; ``clipmill verify`` reads every byte.
+
+A process holds a shared lock on a download while its memory map lives, and eviction removes only files that it can lock
+exclusively. So no file is removed while it is read, and no lock outlives its process.
 """
 
 from __future__ import annotations
@@ -42,23 +46,23 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["OpenShard", "ShardCache", "needed_cache_bytes"]
 
 MAX_OPEN_SHARDS = 256
-"""Each holds a file descriptor; 1,024 of them is the usual limit of a process."""
+"""Each open shard holds a file descriptor; a process may usually have 1,024."""
 NUM_PREFETCHERS = 4
-"""Downloads that one process makes in the background: one stream of a bucket does not fill a network link."""
+"""Parallel background downloads of one process, because one stream from a bucket does not fill a network link."""
 
 logger = logging.getLogger(__name__)
 
 
 def needed_cache_bytes(manifest: Manifest, num_streams: int, window: int) -> int:
-    """What the downloads of one node take at once, so that no shard is fetched twice in an epoch.
+    """Bytes of cache that one node needs so that no shard is downloaded twice in an epoch.
 
     streams x (window / samples per shard + 2) x shard bytes: a window spans that number of whole shards, and each
-    of its ends cuts one more. Never more than the data set.
+    of its ends cuts one more. The result is at most the size of the data set.
 
     Args:
-        manifest: what is read.
+        manifest: the data set.
         num_streams: streams that the ranks of this node read.
-        window: samples of a stream that are permuted among themselves.
+        window: length in samples of the windows that are shuffled within a stream.
     """
     filled = [shard for shard in manifest.shards if shard.samples]
     if not filled:
@@ -70,7 +74,7 @@ def needed_cache_bytes(manifest: Manifest, num_streams: int, window: int) -> int
 
 
 class _FileState(NamedTuple):
-    """What tells that a file is another one or was changed."""
+    """Facts about a file that change when it is replaced or modified."""
 
     bytes: int
     mtime_ns: int
@@ -90,21 +94,21 @@ class OpenShard:
     offsets: np.ndarray
     """uint64 [samples + 1]."""
     path: str
-    """Of the file."""
+    """Path of the file."""
     state: _FileState
-    """The file, as it was when its hash was right."""
+    """State of the file when its hash was verified."""
 
 
 class ShardCache:
-    """Opens the shards of a manifest, and keeps the latest ones open.
+    """Opens the shards of a manifest, and keeps the most recently used ones open.
 
     Args:
         manifest: names, sizes and hashes.
-        cache_dir: for downloads and notes; None: this user's folder on the node's own disk, which TMPDIR moves.
-        cache_bytes: what the downloads may take. The shard just downloaded always stays, even when it alone is larger.
+        cache_dir: folder for downloads and notes. None uses this user's folder on the node's own disk; TMPDIR moves it.
+        cache_bytes: limit for the downloads. The shard downloaded last always stays, even if it alone is larger.
 
     Raises:
-        UserError: another user made the default folder, or can write to it.
+        UserError: another user created the default folder, or can write to it.
     """
 
     def __init__(self, manifest: Manifest, cache_dir: Path | None, cache_bytes: int) -> None:
@@ -126,7 +130,7 @@ class ShardCache:
         return self._is_remote
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Downloads shards in the background; whatever goes wrong is left to `open` to meet again and to tell."""
+        """Downloads shards in the background. Errors are ignored here: `open` meets them again and reports them."""
         if not self._is_remote:
             return
         if self._prefetchers is None:
@@ -144,11 +148,11 @@ class ShardCache:
             logger.debug("cannot prefetch %s: %s", entry.name, error)
 
     def open(self, shard: int) -> OpenShard:
-        """A shard by its number in the manifest.
+        """Opens a shard by its number in the manifest.
 
         Raises:
-            UserError: it is missing, or not what the manifest says, or does not fit on the disk.
-            StageFailed: its bucket stayed away for longer than a download waits.
+            UserError: the shard is missing, differs from the manifest, or does not fit on the disk.
+            StageFailed: the bucket did not answer within the retry time.
         """
         if shard in self._open and self._is_unchanged(shard):
             self._used_ns[shard] = time.time_ns()
@@ -164,7 +168,7 @@ class ShardCache:
         return opened
 
     def _is_unchanged(self, shard: int) -> bool:
-        """Whether the file is still the one that is mapped; nobody but us writes to a download."""
+        """Whether the mapped file is unchanged. Downloads are not checked: only this cache writes to them."""
         if self._is_remote:
             return True
         opened = self._open[shard]
@@ -174,7 +178,7 @@ class ShardCache:
             return False
 
     def _close(self, shard: int) -> None:
-        """Lets go of a map; it ends, and its lock with it, once no sample refers to it any more."""
+        """Drops a map. Map and lock end once no sample refers to it any more."""
         del self._open[shard], self._used_ns[shard]
 
     def _open_verified(self, entry: ShardEntry) -> OpenShard:
@@ -216,7 +220,7 @@ class ShardCache:
                 opened = _map(file, index_path.read_bytes(), entry, state)
                 os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))  # "used" must outlive noatime
                 return opened
-            unfinished = path.with_suffix(".part")  # the lock keeps others off, so a killed download is written over
+            unfinished = path.with_suffix(".part")  # locked: a killed download's rest may be overwritten
             self._download(url + INDEX_SUFFIX, index_path, entry)
             self._download(url, unfinished, entry)
             with unfinished.open("rb") as file:
@@ -241,7 +245,7 @@ class ShardCache:
             ) from error
 
     def _evict(self, keep: int) -> None:
-        """Removes the downloads used least recently, and read by nobody, until the rest fits the budget."""
+        """Removes the least recently used downloads that no process reads, until the rest fits the limit."""
         ours = {self._manifest.shards[shard].sha256: shard for shard in self._open}
         found = []
         for path in self._downloads.glob("*.tar"):
@@ -266,7 +270,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _note(self, path: Path, entry: ShardEntry) -> Iterator[BinaryIO | None]:
-        """The locked note on a file; None where the cache folder cannot be written and nothing can be remembered."""
+        """The locked note on a file; None if the cache folder is not writable, so that nothing can be remembered."""
         folder = self._cache_dir / "verified"
         name = hashlib.sha256(f"{os.path.abspath(path)}\n{entry.sha256}".encode()).hexdigest()
         try:
@@ -282,7 +286,7 @@ class ShardCache:
 
 
 def _remove_unread(path: Path) -> bool:
-    """Removes a download and its index unless some process has a map of it; whether it did."""
+    """Removes a download and its index unless a process has it mapped. Returns whether it was removed."""
     with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
@@ -292,11 +296,11 @@ def _remove_unread(path: Path) -> bool:
 
 
 class _Damage(Exception):
-    """A file is not what the manifest says; the message is the cause."""
+    """A file differs from the manifest; the message gives the reason."""
 
 
 def _check_file(file: io.BufferedReader, entry: ShardEntry, note: BinaryIO | None) -> _FileState:
-    """Raises `_Damage` unless the file has the entry's size and hash, which the note may vouch for."""
+    """Raises `_Damage` unless the file has the entry's size and hash. A matching note replaces the hashing."""
     state = _FileState.of(os.fstat(file.fileno()))
     if state.bytes != entry.bytes:
         raise _Damage(f"{file.name} has {state.bytes} bytes, the manifest says {entry.bytes}")

@@ -1,4 +1,4 @@
-"""Commit records: the shards of each unit of a data set that is done.
+"""Commit records: the shards of each finished unit of a data set.
 
 A data set folder holds immutable tars, their indexes, and ``commits/000012.json`` for each finished unit. A writer puts
 the objects of a unit first and creates the record last, exclusively. If two writers finish the same unit, one record
@@ -34,11 +34,11 @@ __all__ = [
 ]
 
 SCHEMA = 2
-"""Of commit records and manifests."""
+"""Schema version of commit records and manifests."""
 NUM_READERS = 16
 """Commit records read at once; a bucket answers each after about 20 ms."""
 READ_AHEAD = 256
-"""Records that may wait for their consumer. Each lists all videos of its unit."""
+"""Records that are read ahead of their consumer. Each lists all videos of its unit, so this bounds the memory."""
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.tar")
 _UNIT = re.compile(r"[a-z]+-(\d{6,9})-")
@@ -57,38 +57,38 @@ class ShardEntry(NamedTuple):
     bytes: int
     sha256: str
     index_sha256: str
-    """Of ``NAME.idx``."""
+    """SHA-256 of ``NAME.idx``."""
     samples: int
 
     @classmethod
     def parse(cls, fields: Any) -> ShardEntry:
-        """An entry of a document that somebody else may have written: its name and hashes become parts of paths.
+        """Parses an entry of an untrusted document. It is checked because name and hashes become parts of paths.
 
         Raises:
-            ValueError: a name is no name in the data set's folder, a hash no hash, or a count no count.
+            ValueError: the name is not one of a file in the data set's folder, or a hash or count is invalid.
         """
         try:
             entry = cls(**fields)
         except TypeError as error:
             raise ValueError("the fields of a shard are not those of this format") from error
         if not (isinstance(entry.name, str) and _SHARD_NAME.fullmatch(entry.name)):
-            raise ValueError(f"{entry.name!r:.80} is no name of a shard")
+            raise ValueError(f"{entry.name!r:.80} is not the name of a shard")
         for sha256 in (entry.sha256, entry.index_sha256):
             if not (isinstance(sha256, str) and SHA256.fullmatch(sha256)):
-                raise ValueError(f"{sha256!r:.80}, of {entry.name}, is no SHA-256")
+                raise ValueError(f"{sha256!r:.80}, of {entry.name}, is not a SHA-256")
         for count in (entry.bytes, entry.samples):
             if not is_count(count):
-                raise ValueError(f"{count!r:.80}, of {entry.name}, is no number of bytes or samples")
+                raise ValueError(f"{count!r:.80}, of {entry.name}, is not a number of bytes or samples")
         return entry
 
     @property
     def index_name(self) -> str:
-        """Of its index, which lies beside it."""
+        """Name of its index file, in the same folder."""
         return self.name + INDEX_SUFFIX
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of a document is a count that int64 holds, sums over a data set included."""
+    """Whether a value of a document is a count small enough that sums over a data set fit into int64."""
     return type(value) is int and 0 <= value < 2**48
 
 
@@ -99,18 +99,18 @@ def _record_url(url: str, unit: int) -> str:
 def commit_unit(
     url: str, unit: int, parts: Sequence[Part], body: dict[str, Any], *, are_published: bool = False
 ) -> dict[str, Any]:
-    """Publishes the shards of a finished unit and commits them; a unit without samples commits too.
+    """Publishes the shards of a finished unit and commits them. A unit without samples is committed too.
 
     Args:
         url: the data set's folder.
         unit: number of the unit in the plan.
-        parts: what `UnitWriter.finish` returned.
-        body: JSON facts of the stage to keep in the record: exclusions, videos, versions. Its keys stand beside
-            ``unit`` and ``parts``.
-        are_published: `publish_part` has published all parts already.
+        parts: the result of `UnitWriter.finish`.
+        body: JSON facts of the stage to keep in the record (exclusions, videos, versions), in addition to ``unit`` and
+            ``parts``.
+        are_published: whether `publish_part` has published all parts already.
 
     Returns:
-        The record that holds from now on: that of the first writer. Another one's shards remain as orphans.
+        The valid record: that of the first writer. The shards of other writers remain as orphans.
 
     Raises:
         ValueError: ``body`` has a key of the record itself.
@@ -124,16 +124,16 @@ def commit_unit(
 
 
 def restore_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:
-    """Publishes the shards of a committed unit again, and its record where that is missing, damaged or of others.
+    """Publishes the shards of a committed unit again, and its record if it is missing, damaged or names other shards.
 
     Args:
         url: the data set's folder.
         unit: number of the unit in the plan.
-        parts: with the names and hashes that the unit had.
+        parts: shards with the names and hashes that the unit had.
         body: as for `commit_unit`.
 
     Returns:
-        The record that holds from now on.
+        The valid record.
     """
     for part in parts:
         publish_part(url, part)
@@ -148,7 +148,7 @@ def restore_unit(url: str, unit: int, parts: Sequence[Part], body: dict[str, Any
 
 
 def publish_part(url: str, part: Part) -> None:
-    """Puts a shard and its index into a data set's folder, where they belong to nobody until a unit is committed."""
+    """Publishes a shard and its index in a data set's folder. They are orphans until their unit is committed."""
     storage.publish_file(part.path, storage.join(url, part.name))
     storage.publish_file(part.index_path, storage.join(url, part.name + INDEX_SUFFIX))
 
@@ -160,12 +160,12 @@ def _record(unit: int, parts: Sequence[Part], body: dict[str, Any]) -> dict[str,
 
 
 def entry_of(part: Part) -> ShardEntry:
-    """How commit records and manifests name a finished shard."""
+    """The entry of a finished shard for commit records and manifests."""
     return ShardEntry(part.name, part.bytes, part.sha256, file_sha256(part.index_path), part.samples)
 
 
 def committed_units(url: str) -> list[int]:
-    """Numbers of the committed units, ascending: one listing, no record is read."""
+    """Numbers of the committed units, ascending. Takes one listing and reads no record."""
     names = (_RECORD_NAME.fullmatch(entry.name) for entry in storage.list_folder(storage.join(url, "commits")))
     return sorted(int(name[1]) for name in names if name)
 
@@ -175,7 +175,7 @@ def read_commit(url: str, unit: int) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the unit is not committed.
-        UserError: its record is damaged, or of a newer schema.
+        UserError: its record is damaged, or has a newer schema.
     """
     document = storage.read_document(_record_url(url, unit), SCHEMA)
     try:
@@ -195,19 +195,19 @@ def read_parts(url: str, unit: int) -> tuple[ShardEntry, ...]:
 
     Raises:
         FileNotFoundError: the unit is not committed.
-        UserError: its record is damaged, or of a newer schema.
+        UserError: its record is damaged, or has a newer schema.
     """
     return tuple(map(ShardEntry.parse, read_commit(url, unit)["parts"]))
 
 
 def unit_of(name: str) -> int | None:
-    """The unit that a shard, or its index, is of; None where a name does not say so."""
+    """The unit number in the name of a shard or its index; None if the name has none."""
     found = _UNIT.match(name)
     return int(found[1]) if found else None
 
 
 def read_commits(url: str, units: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The commit records of ``units``, in their order, several read at once.
+    """Yields the commit records of ``units`` in their order; several are read at once.
 
     Raises:
         FileNotFoundError: one of them is not committed.
@@ -218,5 +218,5 @@ def read_commits(url: str, units: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def damage_of(error: Exception) -> str:
-    """What is wrong with a document whose parsing raised this."""
+    """Describes the damage of a document from the error that its parsing raised."""
     return f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__

@@ -1,8 +1,8 @@
-"""Samples of a manifest, or of several in a mix, as torch batches in the order of `clipmill.shards.order`.
+"""Samples of a manifest, or of a mixture of several, as torch batches in the order of `clipmill.shards.order`.
 
-The loader keeps no state. A micro-batch is a function of its number, and a worker that is given the number computes
-positions, shards and rows itself; so the sequence does not depend on the number of workers, and to resume is to
-start counting elsewhere.
+The loader keeps no state. A micro-batch is a function of its number: a worker gets the number and computes positions,
+shards and rows itself. So the sequence does not depend on the number of workers, and a resumed run just starts at
+another number.
 
     G  global batch    W  world size    share = ceil(G / W) rows of a rank
 """
@@ -45,31 +45,31 @@ Decode = Callable[[dict[str, memoryview]], dict[str, Any]]
 """Members of a sample -> its fields. A module-level function, since loader workers import it by name."""
 
 Augment = Callable[[dict[str, Any], int], dict[str, Any]]
-"""(Sample, its position in the run) -> sample; of the loader workers too."""
+"""(Sample, its position in the run) -> sample. Pickled for the loader workers."""
 
 BATCH_DTYPES = {"codes": np.int64}
-"""Of fields that are wider in a batch than on disk: the cast costs less once a batch than once a sample."""
-_decode_json = json.JSONDecoder().raw_decode  # json.loads looks for encodings and spaces that our files do not have
+"""Fields that are wider in a batch than on disk: one cast per batch costs less than one per sample."""
+_decode_json = json.JSONDecoder().raw_decode  # json.loads also checks for encodings and spaces
 LOOK_AHEAD = 64
-"""Micro-batches before its own that a worker starts to download a shard: time for some 100 MB over a slow link."""
+"""A worker starts to download a shard this many micro-batches ahead: enough for about 100 MB over a slow link."""
 
 
 # -------------------------------------------------------------------------------------------- decoding
 
 
 def decode_clip(members: dict[str, memoryview]) -> dict[str, Any]:
-    """A sample of ``clips``.
+    """Decodes a sample of ``clips``.
 
     Returns:
-        ``video`` uint8 [T, H, W, 3], ``label`` str | None, ``meta`` the whole json member, and if it has actions
-        ``actions`` float32 [T, action_dim].
+        ``video`` uint8 [T, H, W, 3], ``label`` str | None, ``meta`` (the whole json member), and if the clip has
+        actions ``actions`` float32 [T, action_dim].
     """
     if "mp4" in members:
-        from clipmill.video import decode_mp4  # here alone: a prior trains on a machine without codecs
+        from clipmill.video import decode_mp4  # imported here: a prior trains on machines without codecs
 
         video = decode_mp4(bytes(members["mp4"]))
     elif "mkv" in members:
-        from clipmill.video import decode_mjpeg  # here alone, as above
+        from clipmill.video import decode_mjpeg  # imported here, as above
 
         video = decode_mjpeg(members["mkv"])
     else:
@@ -79,14 +79,14 @@ def decode_clip(members: dict[str, memoryview]) -> dict[str, Any]:
 
 
 def decode_clip_filled_up(members: dict[str, memoryview], num_frames: int) -> dict[str, Any]:
-    """A sample of ``clips`` as `decode_clip`, of as many frames as others of its batch.
+    """Decodes a sample of ``clips`` like `decode_clip`, padded to the number of frames of its batch.
 
     Args:
-        members: of the sample.
-        num_frames: T; a clip of fewer frames, such as a picture, repeats its last one.
+        members: members of the sample.
+        num_frames: T; a shorter clip, such as a picture, repeats its last frame.
 
     Returns:
-        Also ``num_frames`` int64, its own.
+        The fields of `decode_clip`, and ``num_frames`` int64, the clip's own number of frames.
     """
     sample = decode_clip(members)
     video = sample["video"]
@@ -95,12 +95,12 @@ def decode_clip_filled_up(members: dict[str, memoryview], num_frames: int) -> di
 
 
 def decode_codes(members: dict[str, memoryview]) -> dict[str, Any]:
-    """A sample of ``tokens``.
+    """Decodes a sample of ``tokens``.
 
     Returns:
-        ``codes`` [t, h, w] or [t, h, w, M] of as narrow a type as they have on disk (int64 once in a batch), ``label``
-        str | None, and as far as it has them ``actions`` float32 [T, action_dim], ``text`` float32 [S, E] (an
-        embedding), ``frames`` uint8 [n, H, W, 3].
+        ``codes`` [t, h, w] or [t, h, w, M] in the narrow type of the disk (int64 in a batch), ``label`` str | None, and
+        if the sample has them ``actions`` float32 [T, action_dim], ``text`` float32 [S, E] (an embedding) and
+        ``frames`` uint8 [n, H, W, 3].
     """
     codes = parse_npy(members["codes.npy"])
     fields = {"codes": codes, "label": _parse_json(members["json"])["label"], **_actions(members)}
@@ -122,7 +122,7 @@ def _actions(members: dict[str, memoryview]) -> dict[str, np.ndarray]:
 
 
 def _collate(samples: Sequence[dict[str, Any]], weight: np.ndarray) -> dict[str, Any]:
-    """Arrays become tensors [rows, ...], others (labels, keys) lists; adds ``weight``.
+    """Collates samples: arrays become tensors [rows, ...], other fields (labels, keys) lists. Adds ``weight``.
 
     Fields that some samples lack are dropped, such as actions where only some videos have them.
     """
@@ -141,14 +141,14 @@ def _collate(samples: Sequence[dict[str, Any]], weight: np.ndarray) -> dict[str,
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
-    """The samples of a manifest in stored order, each shard verified before its first sample is served.
+    """The samples of a manifest in stored order. Each shard is verified before its first sample is read.
 
     Args:
-        manifest: what to read.
-        decode: makes fields of a sample's members; arrays that it returns must not be written to.
-        cache_dir: local folder for downloaded shards and for notes on what was verified; None: one of this user in
-            the system's temporary folder.
-        cache_bytes: what the downloaded shards may take.
+        manifest: the data set.
+        decode: turns a sample's members into fields. The arrays that it returns are read-only.
+        cache_dir: local folder for downloaded shards and notes on verified ones. None uses this user's folder in the
+            system's temporary folder.
+        cache_bytes: limit for the downloaded shards.
     """
 
     def __init__(
@@ -163,29 +163,29 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return self.manifest.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample at a place in stored order."""
+        """The sample with this number in stored order."""
         if not 0 <= index < len(self):
             raise IndexError(f"no sample {index} in a data set of {len(self)}")
         shard, row = locate_stored(self._ends, np.array([index]))
         return self.read(int(shard[0]), int(row[0]))
 
     def read(self, shard: int, row: int) -> dict[str, Any]:
-        """A sample by shard and row.
+        """Reads a sample by shard and row.
 
         Returns:
-            What ``decode`` made of it, and its ``key``.
+            The fields from ``decode``, and ``key``.
 
         Raises:
-            UserError: the shard is missing, or not what the manifest says.
+            UserError: the shard is missing, or differs from the manifest.
         """
         return self._read(self._cache.open(shard), row)
 
     def read_rows(self, shards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
-        """Several samples, each as of `read`; a shard that many are in is opened, and looked at, once.
+        """Reads several samples like `read`. Each shard is opened and checked once.
 
         Args:
-            shards: int64 [n].
-            rows: int64 [n], in the shards.
+            shards: int64 [n], numbers of shards.
+            rows: int64 [n], rows in these shards.
         """
         opened = {shard: self._cache.open(shard) for shard in dict.fromkeys(shards.tolist())}
         return [self._read(opened[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
@@ -203,12 +203,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     @property
     def datasets(self) -> list[ShardDataset]:
-        """As of a `MixedDataset`."""
+        """See `MixedDataset`."""
         return [self]
 
     @property
     def slots(self) -> np.ndarray:
-        """As of a `MixedDataset`."""
+        """See `MixedDataset`."""
         return np.array([NUM_SLOTS])
 
     @property
@@ -217,19 +217,19 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return self._cache.is_remote
 
     def prefetch(self, shards: np.ndarray) -> None:
-        """Starts to download shards (int64, in the order in which they are wanted) in the background."""
+        """Starts to download shards (int64 [n], in order of use) in the background."""
         self._cache.prefetch(dict.fromkeys(shards.tolist()))
 
     def order(self, seed: int, global_batch: int, window: int) -> Order:
-        """The order in which a training reads it."""
+        """The order in which training reads the samples."""
         return Order(self.counts, seed, num_streams(global_batch), window)
 
 
 class MixedDataset:
-    """Several data sets as one: the shards of the second are numbered after those of the first, and so on.
+    """A mixture of several data sets. Shards are numbered through all of them, in their order.
 
     Args:
-        datasets: the data sets; a training needs samples in all of them.
+        datasets: the data sets; training needs samples in all of them.
         slots: int64 [len(datasets)], their weights in steps of 1 / `NUM_SLOTS`.
     """
 
@@ -246,7 +246,7 @@ class MixedDataset:
         return np.concatenate([dataset.counts for dataset in self.datasets])
 
     def read_rows(self, shards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
-        """As of a `ShardDataset`."""
+        """See `ShardDataset`."""
         samples: list[dict[str, Any]] = []
         numbers = np.searchsorted(self._first_shards, shards, side="right") - 1
         cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]  # batches are sorted by data set
@@ -261,12 +261,12 @@ class MixedDataset:
         return any(dataset.is_remote for dataset in self.datasets)
 
     def prefetch(self, shards: np.ndarray) -> None:
-        """As of a `ShardDataset`."""
+        """See `ShardDataset`."""
         for dataset, (first, end) in zip(self.datasets, pairwise(self._first_shards), strict=True):
             dataset.prefetch(shards[(shards >= first) & (shards < end)] - first)
 
     def order(self, seed: int, global_batch: int, window: int) -> MixtureOrder:
-        """The order in which a training reads it."""
+        """The order in which training reads the samples."""
         return MixtureOrder([dataset.counts for dataset in self.datasets], self.slots, seed, global_batch, window)
 
 
@@ -285,23 +285,23 @@ def train_batches(
     num_workers: int,
     augment: Augment | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The micro-batches of one rank, step by step and without end.
+    """Yields the micro-batches of one rank, step by step, without end.
 
     Args:
-        dataset: what to read.
-        order: of this data set, see its ``order``.
-        global_batch: G, samples a step over all ranks.
-        micro_batch: most rows at once; None: the whole share.
+        dataset: the data set or mixture.
+        order: order of this data set, from its ``order`` method.
+        global_batch: G, samples per step over all ranks.
+        micro_batch: most rows per batch; None takes the rank's whole share.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
-        first_step: where to start; together with G, the loader's whole state.
-        num_workers: processes that read and decode; 0: this one does.
-        augment: changes samples by their positions.
+        first_step: step to start at; together with G, this is the loader's whole state.
+        num_workers: processes that read and decode; 0 does it in this process.
+        augment: augments samples by their positions; None does not.
 
     Yields:
-        For each step ceil(share / micro_batch) batches of equal rows, the same number on every rank: the fields that
-        ``decode`` returned, ``key``, and ``weight`` float32 [rows], 0 on rows that only fill up (all rows of a batch
-        may be such where W does not divide G).
+        For each step, ceil(share / micro_batch) batches of equal size, the same number on every rank. A batch has the
+        fields from ``decode``, ``key``, and ``weight`` float32 [rows]: 0 on padding rows. If W does not divide G, a
+        batch may consist of padding only.
 
     Raises:
         UserError: a shard is missing or damaged.
@@ -324,22 +324,23 @@ def eval_batches(
     max_samples: int | None = None,
     num_workers: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Samples of a data set in stored order, each once: rank r takes the r-th of W contiguous parts.
+    """Yields the samples of a data set once, in stored order: rank r takes the r-th of W contiguous shares.
 
-    Of more than are wanted, about one of each video from the first on: more videos than the first ones are of, out of
-    few shards all the same. Of a mix that holds for each data set, and they come one after the other.
+    If the data set has more samples than ``max_samples``, about one sample per video is taken, beginning with the first
+    videos. That covers more videos than the first samples would, and still reads few shards. A mixture is read one data
+    set after the other, each in this way.
 
     Args:
-        dataset: what to read.
-        batch_size: rows of each batch, if a rank's part has as many.
+        dataset: the data set or mixture.
+        batch_size: rows per batch, at most a rank's share.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
-        max_samples: how many to read over all ranks, at most; of a mix, each data set its share, and what one is short
-            of from the others. None: all.
-        num_workers: processes that read and decode; 0: this one does.
+        max_samples: the most samples over all ranks; None reads all. In a mixture, each data set contributes by weight,
+            and if one has too few samples, the others fill in.
+        num_workers: processes that read and decode; 0 does it in this process.
 
     Yields:
-        Batches as those of `train_batches`, all of the same rows and the same number on every rank.
+        Batches as in `train_batches`, all of the same size and the same number on every rank.
 
     Raises:
         UserError: a shard is missing or damaged.
@@ -353,7 +354,7 @@ def eval_batches(
 
 
 class _Batches(Dataset[Any]):
-    """Collated batches by number: all that a loader worker knows."""
+    """Collated batches by number; this object is everything that a loader worker gets."""
 
     def __init__(
         self, dataset: ShardDataset | MixedDataset, places: Callable[[int], Rows], augment: Augment | None = None
@@ -367,7 +368,7 @@ class _Batches(Dataset[Any]):
             self._dataset.prefetch(self._places(number + LOOK_AHEAD).shards)
         try:
             samples = self._dataset.read_rows(place.shards, place.rows)
-        except ClipmillError as error:  # raised by a worker, torch would bury its one line under a traceback
+        except ClipmillError as error:  # returned: torch would bury an error raised in a worker in a traceback
             return error
         if self._augment is not None:
             samples = [self._augment(*each) for each in zip(samples, place.positions.tolist(), strict=True)]

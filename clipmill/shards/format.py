@@ -1,9 +1,9 @@
-"""Shards: plain WebDataset tars whose bytes depend on their samples only, and the offsets to read them at random.
+"""Shards: plain WebDataset tars whose bytes depend on their samples only, with an index for random access.
 
 A shard is a USTAR archive as webdataset's own writer makes it: times and owners zero, mode 0444, the members of a
-sample side by side and sorted by name (``KEY.actions.npy``, ``KEY.json``, ``KEY.mp4``). Beside ``NAME.tar`` lies
-``NAME.tar.idx``: ``<u8`` offsets of each sample and, last, of the end of the last one. With it a reader takes any
-sample out of a memory map without looking at the rest of the archive.
+sample side by side and sorted by name (``KEY.actions.npy``, ``KEY.json``, ``KEY.mp4``). Its index ``NAME.tar.idx``
+holds the ``<u8`` offset of each sample, and last the end of the last one. With the index, a reader takes any sample
+from a memory map without reading the rest of the archive.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ __all__ = [
 INDEX_SUFFIX = ".idx"
 BLOCK_BYTES = 512
 NPY_PREFIX_BYTES = 10
-"""Magic, version and length of the header."""
+"""Bytes of magic, version and header length."""
 MAX_NAME_LENGTH = 100
-"""Of the USTAR name field: longer names would need its prefix field, which `read_sample` does not look at."""
+"""Length of the USTAR name field. Longer names would need the prefix field, which `read_sample` does not read."""
 MAX_MEMBER_BYTES = 8**11 - 1
-"""Eleven octal digits."""
+"""Largest size that eleven octal digits can express."""
 # webdataset splits a member's name at its first dot, and its writer skips members that begin with "_".
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _MEMBER = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
 
 _HEADER = struct.Struct("100s24x11s21xc100x5s250x")
-"""Of a USTAR header: name, size in octal digits, kind, magic."""
+"""Fields of a USTAR header: name, size in octal digits, kind, magic."""
 
 Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip, or its codes: files that share a key."""
+    """One clip, or its codes: members that share a key."""
 
     key: str
     """``{video id, 16 hex}_{clip ordinal:06d}``: letters, digits, ``_`` and ``-``."""
@@ -67,7 +67,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """A finished shard on the local disk; its index lies beside it."""
+    """A finished shard on the local disk, with its index in the same folder."""
 
     name: str
     bytes: int
@@ -77,7 +77,7 @@ class Part:
 
     @property
     def index_path(self) -> Path:
-        """The index: ``<u8`` offsets of each sample and of the end."""
+        """Path of the index file."""
         return self.path.with_name(self.name + INDEX_SUFFIX)
 
 
@@ -85,15 +85,16 @@ class Part:
 
 
 class UnitWriter:
-    """Packs the samples of one unit, in the order they come, into parts of about ``shard_bytes``.
+    """Packs the samples of one unit, in the order they are added, into shards (the unit's parts) of about
+    ``shard_bytes``.
 
-    The last of several parts has at least half of that: a smaller rest is appended to the part before it.
+    The last of several parts has at least half of ``shard_bytes``: a smaller rest is appended to the part before it.
 
     Args:
-        folder: local and empty; an unfinished part lies there too, so the caller removes it as a whole.
-        prefix: what the samples are: ``clips``, ``tokens`` or ``samples``.
+        folder: local, empty folder. It also holds unfinished parts, so the caller removes it as a whole.
+        prefix: kind of the samples: ``clips``, ``tokens`` or ``samples``.
         unit: number of the unit in the plan.
-        shard_bytes: a part is closed by the sample with which it reaches this size.
+        shard_bytes: a part is closed once it reaches this size.
     """
 
     def __init__(self, folder: Path, prefix: str, unit: int, shard_bytes: int) -> None:
@@ -107,7 +108,7 @@ class UnitWriter:
         """Appends a sample.
 
         Raises:
-            ValueError: its key was there before, or a name or size does not fit the format.
+            ValueError: the key was added before, or a name or size does not fit the format.
         """
         check_sample(sample)
         if sample.key in self._keys:
@@ -124,11 +125,11 @@ class UnitWriter:
 
     @property
     def closed(self) -> tuple[Part, ...]:
-        """The parts that are finished so far: nothing is added to them any more."""
+        """The parts that are finished so far; they do not change any more."""
         return tuple(self._parts)
 
     def finish(self) -> list[Part]:
-        """Closes the last part; all parts of the unit, none when it has no samples."""
+        """Closes the last part. Returns all parts of the unit; an empty list if it has no samples."""
         if self._full is not None and self._open is not None:
             self._full.append(self._open)
         if last := self._full or self._open:
@@ -147,10 +148,10 @@ class UnitWriter:
 
 
 class _OpenPart:
-    """A tar that still grows, and where its samples begin."""
+    """An unfinished tar, and the offsets of its samples."""
 
     def __init__(self, path: Path) -> None:
-        from webdataset import TarWriter  # importing it takes seconds and imports torch: only writers pay
+        from webdataset import TarWriter  # imported here: it takes seconds and imports torch, which only writers need
 
         self.path = path
         self._file: BinaryIO = path.open("wb")
@@ -163,14 +164,14 @@ class _OpenPart:
 
     def add(self, sample: Sample) -> None:
         self._tar.write({"__key__": sample.key, **sample.members})
-        self._offsets.append(self._tar.tarstream.offset)  # the file's own position lags behind: tarfile buffers
+        self._offsets.append(self._tar.tarstream.offset)  # the file's own position lags behind, because tarfile buffers
 
     def append(self, other: _OpenPart) -> None:
-        """Moves the samples of another part behind its own, and removes that."""
+        """Appends the samples of another part, and removes that part."""
         end, tar = self.num_bytes, self._tar.tarstream
         other.close()
         with other.path.open("rb") as file:
-            while tar.offset < end + other.num_bytes:  # what follows marks the end of an archive
+            while tar.offset < end + other.num_bytes:  # the rest is the archive's end mark
                 data = file.read(min(2**20, end + other.num_bytes - tar.offset))
                 tar.fileobj.write(data)
                 tar.offset += len(data)
@@ -178,14 +179,14 @@ class _OpenPart:
         other.path.unlink()
 
     def close(self) -> np.ndarray:
-        """Completes the archive; the offsets, ``<u8`` [samples + 1]."""
+        """Completes the archive. Returns the offsets, ``<u8`` [samples + 1]."""
         self._tar.close()
         self._file.close()
         return np.array(self._offsets, "<u8")
 
 
 def check_sample(sample: Sample) -> None:
-    """Raises ValueError where a name or a size does not fit the format."""
+    """Raises ValueError if a name or a size does not fit the format."""
     if not _KEY.fullmatch(sample.key):
         raise ValueError(f"sample key {sample.key!r} must be letters, digits, '_' and '-'")
     if not sample.members:
@@ -209,39 +210,39 @@ def file_sha256(path: Path) -> str:
 
 
 def read_index(buffer: Buffer) -> np.ndarray:
-    """The offsets in an index file.
+    """Parses an index file.
 
     Returns:
-        uint64 [samples + 1], from 0 on and strictly increasing; a view of ``buffer``.
+        uint64 [samples + 1], strictly increasing from 0; a view of ``buffer``.
 
     Raises:
-        ValueError: these are no such offsets.
+        ValueError: the buffer does not hold such offsets.
     """
     if len(buffer) == 0 or len(buffer) % 8:
         raise ValueError(f"an index of {len(buffer)} bytes is cut short")
     offsets = np.frombuffer(buffer, "<u8")
     if offsets[0] != 0 or np.any(offsets[1:] <= offsets[:-1]) or np.any(offsets % BLOCK_BYTES):
-        raise ValueError("the index holds no increasing offsets of tar members")
+        raise ValueError("the index does not hold increasing offsets of tar members")
     return offsets
 
 
 def read_sample(shard: memoryview, start: int, end: int) -> tuple[str, dict[str, memoryview]]:
-    """The sample between two offsets of a shard.
+    """Reads the sample between two offsets of a shard.
 
-    Python's tarfile module takes longer to read a sample than most samples take to decode, so this reads the headers
-    itself: 512 bytes with the name in the first 100, the size as octal digits at 124 and the kind at 156, then the
-    content, padded to a multiple of 512.
+    Python's tarfile module takes longer to read a sample than most samples take to decode, so this function reads the
+    headers itself: 512 bytes with the name in the first 100, the size in octal digits at 124 and the kind at 156, then
+    the content, padded to a multiple of 512.
 
     Args:
-        shard: uint8 view of the whole archive, such as of a memory map.
+        shard: uint8 view of the whole archive, for example of a memory map.
         start: offset of the sample.
-        end: offset of the next one.
+        end: offset of the next sample.
 
     Returns:
-        The key, and the contents by extension as views of ``shard`` (nothing is copied).
+        The key, and the contents by extension as views of ``shard``; nothing is copied.
 
     Raises:
-        ValueError: there is no whole sample.
+        ValueError: there is no complete sample between the offsets.
     """
     if not 0 <= start < end <= len(shard):
         raise ValueError(f"no sample from {start} to {end} in {len(shard)} bytes")
@@ -259,7 +260,7 @@ def read_sample(shard: memoryview, start: int, end: int) -> tuple[str, dict[str,
             raise ValueError(f"sample {key} at offset {start} runs into {member_key}")
         key = member_key
         offset += BLOCK_BYTES
-        if not size.rstrip(b"\0 ").isdigit():  # int() would take a sign
+        if not size.rstrip(b"\0 ").isdigit():  # int() would accept a sign
             raise ValueError(f"no size in the header at offset {offset - BLOCK_BYTES}")
         num_bytes = int(size.rstrip(b"\0 "), 8)
         members[member] = shard[offset : offset + num_bytes]
@@ -273,12 +274,12 @@ def read_sample(shard: memoryview, start: int, end: int) -> tuple[str, dict[str,
 
 
 def json_bytes(document: Any) -> bytes:
-    """A JSON document in its one canonical form: keys sorted, no spaces, ASCII, no NaN."""
+    """A JSON document in canonical form: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def code_dtype(num_codes: int) -> np.dtype:
-    """Of stored codes: the narrowest unsigned type, little-endian, that holds 0 ... num_codes - 1."""
+    """Data type of stored codes: the narrowest unsigned little-endian type that holds 0 to num_codes - 1."""
     return np.min_scalar_type(num_codes - 1).newbyteorder("<")
 
 
@@ -291,14 +292,14 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def parse_npy(buffer: Buffer) -> np.ndarray:
-    """The array in an npy file, as a read-only view: nothing is copied, nothing is unpickled.
+    """The array in an npy file, as a read-only view. Nothing is copied or unpickled.
 
     Raises:
-        ValueError: this is no whole npy file of plain numbers.
+        ValueError: the buffer is not a complete npy file of plain numbers.
     """
     view = memoryview(buffer).toreadonly()
     if len(view) < NPY_PREFIX_BYTES:
-        raise ValueError("no npy file of format version 1.0")
+        raise ValueError("not an npy file of format version 1.0")
     start = NPY_PREFIX_BYTES + view[8] + 256 * view[9]
     dtype, shape, order, num_bytes = _parse_npy_header(view[:start].tobytes())
     if len(view) - start != num_bytes:
@@ -308,9 +309,9 @@ def parse_npy(buffer: Buffer) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], Any, int]:
-    """Data type, shape, memory order and bytes of data; cached, for the arrays of a data set share a few headers."""
+    """Data type, shape, memory order and bytes of data. Cached: the arrays of a data set share a few headers."""
     if header[:8] != b"\x93NUMPY\x01\x00":
-        raise ValueError("no npy file of format version 1.0")
+        raise ValueError("not an npy file of format version 1.0")
     try:
         fields = ast.literal_eval(header[NPY_PREFIX_BYTES:].decode("latin1"))
         dtype, shape, fortran = np.dtype(str(fields["descr"])), fields["shape"], fields["fortran_order"]

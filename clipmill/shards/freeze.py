@@ -1,4 +1,4 @@
-"""Freezing: committed units become a data set with a manifest, and with lists for other people's readers."""
+"""Freezing: committed units become a data set with a manifest, and with shard lists for other readers."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def freeze(
     facts: dict[str, Any],
     known: Mapping[int, Sequence[ShardEntry]] | None = None,
 ) -> Manifest:
-    """Makes a data set of committed units: writes ``shards.txt``, ``wids.json`` and, last, ``manifest.json``.
+    """Freezes committed units into a data set: writes ``shards.txt``, ``wids.json`` and, last, ``manifest.json``.
 
     Running it again with the same input changes nothing on disk.
 
     Args:
         url: the data set's folder.
-        kind: what the samples are.
+        kind: kind of the samples.
         units: numbers of the units, in the order of the data set.
         recipe: JSON facts that enter the fingerprint.
         facts: other JSON facts for readers.
-        known: shards of units whose commit records need not be read again.
+        known: shards of units whose commit records need not be read again; None reads all records.
 
     Raises:
         FileNotFoundError: a unit is not committed.
         UserError: a commit record is damaged.
     """
-    recipe, facts = json.loads(json.dumps([recipe, facts]))  # as every reader will see them: tuples become lists
+    recipe, facts = json.loads(json.dumps([recipe, facts]))  # in the form that readers get: tuples become lists
     found = dict(known or {})
     unknown = [unit for unit in units if unit not in found]
     for record in read_commits(url, unknown):

@@ -1,9 +1,9 @@
-"""Files beside the manifest for other people's readers; none of ours reads them.
+"""Shard lists for the readers of other projects; clipmill itself does not read them.
 
-In a data set's folder: ``shards.txt`` (the tars' names, one a line, for webdataset) and ``wids.json`` (shard list of
-``wids``, which webdataset 0.2 carries: ``__kind__`` wids-shard-index-v1). In the folder above the splits: ``.nv-meta``,
-which makes both one data set for Megatron-Energon (``.info.json``, ``split.yaml``, ``dataset.yaml``, as its release 7.4
-reads them). Its own index of a shard, ``NAME.tar.idx``, is the one that we write anyway.
+In a data set's folder: ``shards.txt`` (names of the tars, one per line, for webdataset) and ``wids.json`` (shard list
+of ``wids``, part of webdataset 0.2: ``__kind__`` wids-shard-index-v1). In the folder above the splits: ``.nv-meta``,
+which presents both splits as one data set to Megatron-Energon (``.info.json``, ``split.yaml``, ``dataset.yaml``, as
+release 7.4 reads them). Energon's index of a shard, ``NAME.tar.idx``, is the same file as clipmill's.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def shard_lists(manifest: Manifest) -> dict[str, bytes]:
 
 
 def publish_energon(url: str, splits: Mapping[str, Manifest]) -> None:
-    """Writes ``.nv-meta`` above the splits of a data set; where it is right already nothing is written.
+    """Writes ``.nv-meta`` above the splits of a data set. Files that are right already are not written again.
 
-    Samples come as Energon's "crude" ones, dicts of their members' bytes, for the user's cooker to decode. The list of
-    excluded samples is empty: a quarantined video never gets into a shard.
+    Energon gets "crude" samples: dicts of their members' bytes, which the user's cooker decodes. The list of excluded
+    samples is empty, because a quarantined video never gets into a shard.
 
     Args:
-        url: the folder that the splits lie in.
-        splits: by the name of their folders.
+        url: the folder of the splits.
+        splits: manifests by the name of their folder.
     """
     names = {
         split: [f"{split}/{shard.name}" for shard in manifest.shards if shard.samples]
@@ -62,6 +62,6 @@ def publish_energon(url: str, splits: Mapping[str, Manifest]) -> None:
 
 
 def publish_changed(url: str, content: bytes) -> None:
-    """Writes an object unless it holds just that already."""
+    """Writes an object unless it has this content already."""
     if not storage.exists(url) or storage.read_bytes(url) != content:
         storage.publish_bytes(url, content)

@@ -1,8 +1,8 @@
-"""The manifest: a frozen data set, and all that readers trust.
+"""The manifest: the description of a frozen data set, and the only file that readers trust.
 
 Once all units of a data set are committed (see `clipmill.shards.commits`), `clipmill.shards.freeze` writes
-``manifest.json``. Names in it are relative and the fingerprint leaves the folder out, so a copied data set is the same
-data set.
+``manifest.json``. Its names are relative and its fingerprint does not include the folder, so a copied data set is the
+same data set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clipmill.shards.commits import SCHEMA, ShardEntry, damage_of, is_count, uni
 __all__ = ["SPLITS", "Kind", "Manifest", "make_manifest"]
 
 SPLITS = ("train", "val")
-"""The data sets, side by side in one folder, of a stage that keeps what is trained on apart from what judges it."""
+"""The data sets of a stage that separates training data from validation data; each has its own subfolder."""
 
 Kind = Literal["clips", "tokens", "samples"]
 _MADE_BY: dict[Kind, str] = {"clips": "shard", "tokens": "tokenize", "samples": "sample"}
@@ -35,7 +35,7 @@ class Manifest:
     """A frozen data set."""
 
     url: str
-    """The folder it was loaded from; no part of its identity."""
+    """The folder it was loaded from; not part of its identity."""
     kind: Kind
     shards: tuple[ShardEntry, ...]
     num_samples: int
@@ -44,7 +44,7 @@ class Manifest:
     recipe: dict[str, Any]
     """How the samples were made: equal recipes and inputs give equal samples."""
     facts: dict[str, Any]
-    """What readers want to know and identity does not depend on: class names, pixel statistics, versions."""
+    """Facts for readers that are not part of the identity: class names, pixel statistics, versions."""
 
     @property
     def counts(self) -> np.ndarray:
@@ -53,12 +53,12 @@ class Manifest:
 
     @property
     def clips_per_video(self) -> float:
-        """How many samples on average are of one video, and lie next to each other; 1 where that is not known."""
+        """Mean number of samples per video, which are stored side by side; 1 if the number of videos is not known."""
         num_videos = self.facts.get("num_videos")
         return max(1.0, self.num_samples / num_videos) if num_videos else 1.0
 
     def units(self) -> dict[int, tuple[ShardEntry, ...]]:
-        """The shards of each unit, by its number; those of a unit without samples are none."""
+        """The shards of each unit, by unit number. A unit without samples has an empty tuple."""
         found: dict[int, list[ShardEntry]] = {unit: [] for unit in range(self.facts.get("num_units") or 0)}
         for shard in self.shards:
             if (unit := unit_of(shard.name)) is not None:
@@ -67,12 +67,12 @@ class Manifest:
 
     @staticmethod
     def load(url: str, kind: Kind | None = None) -> Manifest:
-        """Reads ``manifest.json`` of a data set folder that is to hold ``kind``; None: whatever it holds.
+        """Reads ``manifest.json`` of a data set folder that must hold ``kind``; None accepts any kind.
 
         Raises:
-            FileNotFoundError: there is none, the data set is not finished.
-            DamagedDocument: it cannot be read.
-            UserError: it has a newer schema, or holds something else than ``kind``.
+            FileNotFoundError: there is no manifest, because the data set is not finished.
+            DamagedDocument: the manifest is damaged.
+            UserError: it has a newer schema, or the data set holds another kind.
         """
         document_url = storage.join(url, "manifest.json")
         with _garbage_collection_paused():
@@ -90,15 +90,15 @@ class Manifest:
 
     @staticmethod
     def require(url: str, kind: Kind, advice: str = "with this config first") -> Manifest:
-        """As ``load``, of a data set that a stage needs.
+        """Like ``load``, for a data set that a stage needs.
 
         Args:
-            url: its folder.
-            kind: what it is to hold.
+            url: folder of the data set.
+            kind: the kind that it must hold.
             advice: how to run the stage that makes it.
 
         Raises:
-            UserError: also where it has not been made yet.
+            UserError: as for ``load``, or the data set does not exist yet.
         """
         try:
             return Manifest.load(url, kind)
@@ -107,21 +107,21 @@ class Manifest:
 
 
 def _parse_manifest(url: str, document: dict[str, Any]) -> Manifest:
-    """A manifest, checked.
+    """Parses and checks a manifest.
 
     Raises:
-        KeyError, TypeError, ValueError, RecursionError: it is none.
+        KeyError, TypeError, ValueError, RecursionError: the document is not a manifest.
     """
     shards = tuple(ShardEntry.parse(entry) for entry in document["shards"])
     if document["kind"] not in _MADE_BY:
         raise ValueError(f"it holds {document['kind']!r:.80}")
     recipe, facts = document["recipe"], document["facts"]
     if not (isinstance(recipe, dict) and isinstance(facts, dict)):
-        raise ValueError("its recipe or facts are no object")
+        raise ValueError("its recipe or facts are not an object")
     for name in _COUNTED_FACTS & facts.keys():
         if facts[name] is not None and not is_count(facts[name]):
             raise ValueError(f"its {name} is {facts[name]!r:.80}")
-    if facts.get("num_units") not in (None, len(document["units"])):  # readers count up to it
+    if facts.get("num_units") not in (None, len(document["units"])):  # readers loop up to this number
         raise ValueError(f"its num_units is {facts['num_units']}, it names {len(document['units'])} units")
     manifest = make_manifest(url, document["kind"], shards, recipe, facts)
     if manifest.fingerprint != document["fingerprint"]:
@@ -131,7 +131,7 @@ def _parse_manifest(url: str, document: dict[str, Any]) -> Manifest:
 
 @contextlib.contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
-    """Looking for cycles among the hundreds of thousands of new objects would double the time to load them."""
+    """Pauses the garbage collector: scanning hundreds of thousands of new objects would double the loading time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

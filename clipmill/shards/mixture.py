@@ -1,19 +1,19 @@
-"""The order of several data sets mixed by weight, as a pure function of (seed, position) like that of one.
+"""The order of several data sets mixed by weight: like that of one data set, a pure function of (seed, position).
 
-    n_d  slots of data set d, of 1,000 in all: its weight      G  global batch, samples a step
-    P_d  streams of data set d                                 W  world size, ranks
+    n_d  slots of data set d, of 1,000 in all: its weight      G  global batch, samples per step P_d  streams of data
+    set d                                 W  world size, ranks
 
-Position p is slot p mod 1,000 of an arrangement that stays the same: it says from which data set d the sample comes.
-That is the sample number (p div 1,000) n_d + (slots of d before this one) of d, its *counter*, and d has an
-`Order` of its own over its counters, so epochs of its own. The k-th slot of d stands at (k + phase of d) / n_d of
-the way, with a keyed phase, so that every stretch of positions holds very nearly its share of each data set.
+Position p uses slot p mod 1,000 of a fixed arrangement, which assigns each slot to a data set d. The sample's number
+within d, its *counter*, is (p div 1,000) n_d + (slots of d before this one). Each data set has its own `Order` over its
+counters, and so its own epochs. The k-th slot of d lies at fraction (k + phase of d) / n_d of the arrangement, with a
+keyed phase, so that every range of positions holds very nearly the right share of each data set.
 
-Step k takes positions [k G, (k + 1) G), stably sorted by (data set, epoch, stream), and rank r the r-th part of these
-rows: the same samples for any W, and a rank keeps to few data sets and streams. Of n_d G / 1,000 samples a step
-P_d is the largest divisor up to 64 where that is a whole number, as for a single data set; else no number of streams
-is met evenly, and it is that share up to 64.
+Step k takes positions [k G, (k + 1) G), stably sorted by (data set, epoch, stream), and rank r takes the r-th share of
+these rows. So a batch holds the same samples for any W, and a rank reads few data sets and streams. A step takes n_d G
+/ 1,000 samples of data set d. If that is a whole number, P_d is its largest divisor up to 64, as for a single data set.
+Otherwise no number of streams can be served evenly, and P_d is that share rounded down, from 1 to 64.
 
-**Any change here changes the order of every run over a mix.**
+**Any change here changes the order of every run over a mixture.**
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from clipmill.shards.order import MAX_STREAMS, MIX, Order, derive_keys, num_stre
 __all__ = ["NUM_SLOTS", "MixtureOrder", "apportion", "node_streams", "streams_of_datasets"]
 
 NUM_SLOTS = 1000
-"""Steps of a weight: a thousandth."""
+"""Resolution of a weight: one slot is a thousandth."""
 
 
 def apportion(total: int, weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Splits ``total`` by weight into whole numbers: the largest remainders are rounded up.
+    """Splits ``total`` by weight into whole numbers; the largest remainders are rounded up.
 
     Args:
-        total: what they add up to.
+        total: sum of the result.
         weights: at least one, not negative, not all zero.
 
     Returns:
@@ -52,39 +52,40 @@ def streams_of_datasets(global_batch: int, slots: np.ndarray) -> list[int]:
 
     Args:
         global_batch: G.
-        slots: int64 [num data sets], `NUM_SLOTS` in all: one alone has them all, and the streams it always has.
+        slots: int64 [num data sets], `NUM_SLOTS` in all. A single data set has all of them, and the same streams as
+            without a mixture.
     """
     shares = [divmod(global_batch * int(slots_of_one), NUM_SLOTS) for slots_of_one in slots]
     return [num_streams(share) if share and not rest else min(MAX_STREAMS, max(1, share)) for share, rest in shares]
 
 
 def node_streams(global_batch: int, slots: np.ndarray, num_ranks: int, world_size: int) -> np.ndarray:
-    """How many streams of each data set the ranks of each node read: int64 [num nodes, num data sets].
+    """Number of streams of each data set that the ranks of each node read: int64 [num nodes, num data sets].
 
     Args:
         global_batch: G.
         slots: int64 [num data sets].
-        num_ranks: ranks of a node, side by side.
+        num_ranks: ranks per node; consecutive ranks share a node.
         world_size: W.
     """
     streams = np.array(streams_of_datasets(global_batch, slots))
     share = -(-global_batch // world_size)
     node_edges = np.minimum(np.arange(0, world_size + num_ranks, num_ranks) * share, global_batch)
     part_edges = global_batch * np.cumsum([0, *slots]) / NUM_SLOTS
-    # In rows of a batch, then in streams: where each node begins and ends in each data set.
+    # Where each node's share begins and ends in each data set, in rows of a batch and then in streams.
     edges = (node_edges[:, None] - part_edges[:-1]) / np.diff(part_edges) * streams
-    slack = 0 if len(slots) == 1 else 1  # the shares of a batch vary by a row or so, and with them these edges
+    slack = 0 if len(slots) == 1 else 1  # the shares of a batch vary by about a row, and these edges with them
     first = np.clip(np.floor(edges[:-1] - slack), 0, streams)
     return (np.clip(np.ceil(edges[1:] + slack), 0, streams) - first).astype(np.int64)
 
 
 class MixtureOrder:
-    """Which sample of which data set is at a position; `Order` says more of the arguments.
+    """Maps positions to samples of the mixed data sets; see `Order` for the arguments.
 
-    The shards of all data sets are numbered one data set after the other.
+    Shards are numbered through all data sets, in their order.
 
     Args:
-        counts: of each data set int64 [num_shards], samples of each of its shards.
+        counts: for each data set int64 [num_shards], samples of each of its shards.
         slots: int64 [num data sets], each at least 1, `NUM_SLOTS` in all.
         seed: any integer.
         global_batch: G.
@@ -145,6 +146,6 @@ def _arrange(slots: np.ndarray, phases: np.ndarray) -> np.ndarray:
     """
     part = np.repeat(np.arange(len(slots)), slots)
     ordinal = np.arange(NUM_SLOTS) - np.repeat(np.cumsum(slots) - slots, slots)
-    # Both numbers of the quotient are whole and below 2**53, so it is the same float on every machine.
+    # Both operands are whole numbers below 2**53, so the quotient is the same float on every machine.
     place = (ordinal * 2**32 + phases[part].astype(np.int64)) / slots[part]
     return part[np.argsort(place, kind="stable")]

@@ -1,27 +1,27 @@
-"""The order of samples as a pure function of (seed, position): nothing to shuffle, nothing to store.
+"""The order of samples as a pure function of (seed, position): there is no shuffle buffer and no state to store.
 
-    N  samples of the data set        G  global batch, samples a step
-    P  streams, see `num_streams`     W  world size, ranks
-    w  window, samples of one stream that are permuted among themselves
+    N  samples of the data set        G  global batch, samples per step P  streams, see `num_streams`     W  world size,
+    ranks w  window, consecutive samples of one stream that are shuffled together
 
 A run takes positions 0, 1, 2, ... Position p is in epoch e = p div N; with i = p mod N it belongs to stream
-s = i mod P and is number i div P of it. Each epoch puts the shards in a keyed order; concatenated in it, their samples
-are cut into P contiguous streams (the first N mod P are one longer, which makes (s, number) <-> i a bijection); inside
-a stream each window of w samples is permuted. The first window of stream s has w - floor(s w / P) samples, so
-that streams do not all step into the next window, and shard, at the same time.
+s = i mod P and is number i div P of it. Each epoch permutes the shards with a key and concatenates their samples. The
+result is cut into P contiguous streams; the first N mod P are one sample longer, which makes (s, number) <-> i a
+bijection. Inside a stream, each window of w samples is permuted. The first window of stream s has w - floor(s w / P)
+samples, so that streams do not all enter the next window, and shard, at the same time.
 
-Step k takes positions [k G, (k + 1) G), stably sorted by (epoch, stream), and rank r of W the r-th part of
-ceil(G / W) of these rows. So a batch holds the same samples for any W, each sample comes once an epoch, and where
-to go on is one integer. When P divides G and W divides P, a rank keeps to its own P / W streams, and so to few shards.
+Step k takes positions [k G, (k + 1) G), stably sorted by (epoch, stream), and rank r of W takes the r-th share of
+ceil(G / W) rows. So a batch holds the same samples for any W, each sample comes once per epoch, and the state to resume
+from is one integer. If P divides G and W divides P, a rank reads only its own P / W streams, and so few shards.
 
 Keyed permutations of n >= 64 values are Feistel networks of 8 rounds on the bits of the index (M. Luby, C. Rackoff,
 "How to construct pseudorandom permutations from pseudorandom functions", 1988), restricted to n values by walking the
 cycle until an image is below n (J. Black, P. Rogaway, "Ciphers with arbitrary finite domains", 2002). On fewer bits
-they mix badly: some orders of five shards would come twice as often as others; so fewer values are ranked by their
-hashes. Hashes, round functions and keys are outputs of SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable
-pseudorandom number generators", 2014), because numpy does not promise that its generators stay the same.
+they mix badly: some orders of five shards would be twice as frequent as others. Fewer than 64 values are therefore
+ranked by their hashes. Hashes, round functions and keys are outputs of SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast
+splittable pseudorandom number generators", 2014), because numpy does not promise that its generators stay the same.
 
-**Any change here changes the order of every run.** tests/shards/order_reference.py says the same in plain integers.
+**Any change here changes the order of every run.** tests/shards/order_reference.py implements the same in plain
+integers.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ __all__ = [
 
 MAX_STREAMS = 64
 CACHED_EPOCHS = 4
-"""A batch straddles two epochs, more only when the data set is smaller than the batch."""
+"""Shard orders that are cached. A batch spans at most two epochs unless the data set is smaller than the batch."""
 NUM_ROUNDS = 8
 FEW = 64
-"""Fewer values than these are permuted by ranking their hashes."""
+"""Permutations of fewer values than this rank the values' hashes."""
 SHARDS, WINDOWS, MIX, AUGMENTATION = range(4)
-"""First number drawn below the seed: what a key is for."""
+"""Purposes of keys: the first number of `derive_keys` after the seed."""
 
 
 def num_streams(global_batch: int) -> int:
@@ -58,20 +58,20 @@ def num_streams(global_batch: int) -> int:
     return max(divisor for divisor in range(1, MAX_STREAMS + 1) if global_batch % divisor == 0)
 
 
-def share_rows(num_rows: int, part: int, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """One of ``num_parts`` equal parts of ``range(num_rows)``.
+def share_rows(num_rows: int, share: int, num_shares: int) -> tuple[np.ndarray, np.ndarray]:
+    """One of ``num_shares`` equal shares of ``range(num_rows)``.
 
     Returns:
-        Rows int64 and weights float32, both [ceil(num_rows / num_parts)]: where the rows have run out the last one is
-        repeated with weight 0.
+        Rows int64 and weights float32, both [ceil(num_rows / num_shares)]. Beyond the last row, it is repeated with
+        weight 0.
     """
-    size = -(-num_rows // num_parts)
-    rows = np.arange(part * size, (part + 1) * size)
+    size = -(-num_rows // num_shares)
+    rows = np.arange(share * size, (share + 1) * size)
     return np.minimum(rows, num_rows - 1), (rows < num_rows).astype(np.float32)
 
 
 def rank_rows(positions: np.ndarray, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part of a batch that one rank takes.
+    """The share of a batch that one rank takes.
 
     Args:
         positions: int64 [G], from `Order.batch_positions`.
@@ -79,18 +79,18 @@ def rank_rows(positions: np.ndarray, rank: int, world_size: int) -> tuple[np.nda
         world_size: number of ranks.
 
     Returns:
-        Positions int64 and weights float32, both [ceil(G / W)]; weight 0 marks rows that only fill up.
+        Positions int64 and weights float32, both [ceil(G / W)]; weight 0 marks padding rows.
     """
     rows, weight = share_rows(len(positions), rank, world_size)
     return positions[rows], weight
 
 
 def locate_stored(ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and row of samples by their number when shards are read one after the other.
+    """Shard and row of samples by their number in stored order.
 
     Args:
         ends: int64 [num_shards], number of samples up to the end of each shard.
-        index: int64 [n], from 0 to the last sample.
+        index: int64 [n], numbers of samples, from 0.
 
     Returns:
         Shards and rows, both int64 [n]; shards without samples are skipped.
@@ -100,14 +100,14 @@ def locate_stored(ends: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def same_video_pairs(global_batch: float, num_streams: int, window: int, clips_per_video: float) -> float:
-    """Expected pairs of samples of one batch that come from one video: P C(G/P, 2) (c - 1) / (w - 1).
+    """Expected number of pairs in one batch that come from the same video: P C(G/P, 2) (c - 1) / (w - 1).
 
-    Clips of a video are stored side by side, so they are in one stream, and but for the ends of windows in one window.
-    A batch takes G / P samples of a stream, and two samples of a window of w have each of its pairs of places with the
-    same probability: given the one, c - 1 of the w - 1 others are of its video.
+    Clips of a video are stored side by side, so they are in one stream and, except at window ends, in one window. A
+    batch takes G / P samples of a stream. Within a window of w samples all pairs of positions are equally likely, so a
+    second sample is one of the c - 1 other clips of the first one's video with probability (c - 1) / (w - 1).
 
     Args:
-        global_batch: G; of a data set in a mix its share.
+        global_batch: G; in a mixture, the data set's share of it.
         num_streams: P.
         window: w, in samples.
         clips_per_video: c.
@@ -118,9 +118,9 @@ def same_video_pairs(global_batch: float, num_streams: int, window: int, clips_p
 
 
 class Order:
-    """Which sample is at a position.
+    """Maps positions of a run to samples.
 
-    Its state is a cache: the shard order of a few epochs, 16 bytes a shard each.
+    The only state is a cache of the shard orders of a few epochs, 16 bytes per shard and epoch.
 
     Args:
         counts: int64 [num_shards], samples of each shard; shards without samples are allowed.
@@ -129,7 +129,7 @@ class Order:
         window: w, in samples.
 
     Raises:
-        UserError: the data set holds no sample at all.
+        UserError: the data set holds no samples.
     """
 
     def __init__(self, counts: np.ndarray, seed: int, num_streams: int, window: int) -> None:
@@ -150,7 +150,7 @@ class Order:
         return positions[np.lexsort(self.streams_and_epochs(positions))]
 
     def streams_and_epochs(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What batches are sorted by, the last first: both int64 [n]."""
+        """Stream and epoch of each position, the keys that batches are sorted by (epoch first): both int64 [n]."""
         epoch, index = np.divmod(positions, self.num_samples)
         return index % self.num_streams, epoch
 
@@ -175,7 +175,7 @@ class Order:
         return shard, row
 
     def _place_in_epoch(self, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Place of position ``index`` of each epoch in the concatenation of that epoch's shards: int64 [n]."""
+        """Index of each position ``index`` of an epoch in the concatenation of that epoch's shards: int64 [n]."""
         offset, stream = np.divmod(index, self.num_streams)
         shortest, num_longer = divmod(self.num_samples, self.num_streams)
         stream_start = stream * shortest + np.minimum(stream, num_longer)
@@ -191,7 +191,9 @@ class Order:
         return stream_start + window_start + permuted
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of an epoch, and the number of samples up to the end of each: int64 [num_shards]."""
+        """The shards in the order of an epoch, and the number of samples up to the end of each: both int64
+        [num_shards].
+        """
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
@@ -248,7 +250,9 @@ def _permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
 
 
 def _permute_few(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Ranks of hashes. One key gives no hash twice: SplitMix64's outputs are a permutation of its states."""
+    """Ranks the hashes. With one key no hash occurs twice, because SplitMix64's outputs are a permutation of its
+    states.
+    """
     values = np.arange(size.max(initial=1))
     hashes = splitmix64(key[:, None], values.astype(np.uint64))  # [n, largest size]
     own = np.take_along_axis(hashes, index[:, None], axis=1)
@@ -261,7 +265,7 @@ def _permute_many(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.nd
     num_bits = np.frexp((size - 1).astype(np.float64))[1].astype(np.uint64)
     image = _feistel(index.astype(np.uint64), num_bits, key)
     outside = np.flatnonzero(image >= size.astype(np.uint64))
-    while outside.size:  # each step brings home at least half of them, on average
+    while outside.size:  # on average, each step moves at least half of them into the range
         image[outside] = _feistel(image[outside], num_bits[outside], key[outside])
         outside = outside[image[outside] >= size[outside].astype(np.uint64)]
     return image.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Where the rows of a batch are: from its number to shards, without any other state."""
+"""Locates the rows of a batch: from the number of the batch to shards and rows, without any other state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from clipmill.shards.order import Order, locate_stored, rank_rows, share_rows
 __all__ = ["EvalPlaces", "Rows", "TrainPlaces", "shares", "spread"]
 
 BLOCK_ROWS = 4096
-"""Rows that are located together: for a few of them numpy's calls cost more than the numbers."""
+"""Rows that are located together: for fewer rows, numpy's call overhead dominates."""
 CACHED_BLOCKS = 4
-"""One is read, one is looked ahead into."""
+"""Cached blocks: the one that is read, the one of the look-ahead, and some spare."""
 
 
 class Rows(NamedTuple):
@@ -24,18 +24,18 @@ class Rows(NamedTuple):
     positions: np.ndarray
     """int64: position in the run; in an evaluation, number in stored order."""
     shards: np.ndarray
-    """int64."""
+    """int64: number of the shard."""
     rows: np.ndarray
-    """int64, in the shard."""
+    """int64: row in the shard."""
     weight: np.ndarray
-    """float32: 0 where a row only fills up."""
+    """float32: 0 for padding rows."""
 
 
 class TrainPlaces:
-    """Micro-batch j of a rank is number j mod M of the M that make up its part of step j div M.
+    """Rows of a rank's micro-batches: micro-batch j is number j mod M of the M micro-batches of step j div M.
 
     Args:
-        order: of one data set or a mix.
+        order: order of one data set or a mixture.
         global_batch: G.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
@@ -49,7 +49,8 @@ class TrainPlaces:
         batch = np.arange(global_batch)
         rows, weight = rank_rows(batch, rank, world_size)
         parts = [share_rows(len(rows), number, num_micro_batches) for number in range(num_micro_batches)]
-        # Of every step alike: which of its sorted positions are read, and what they weigh; [M, rows of a micro-batch].
+        # The same for every step: which of its sorted positions are read, and their weights; [M, rows of a
+        # micro-batch].
         self._picked = np.stack([rows[picked] for picked, _ in parts])
         self._weight = np.stack([weight[picked] * filled for picked, filled in parts])
         self._block_steps = max(1, BLOCK_ROWS // len(rows))
@@ -69,7 +70,9 @@ class TrainPlaces:
         )
 
     def _locate(self, steps: range) -> Rows:
-        """Of several steps: fields [len(steps), M, rows of a micro-batch], but for the weights, which all share."""
+        """The rows of several steps: fields [len(steps), M, rows of a micro-batch]; the weights are shared by all
+        steps.
+        """
         batches = np.stack([self._order.batch_positions(step, self._global_batch) for step in steps])
         positions = batches[:, self._picked]
         shards, rows = self._order.locate(positions.ravel())
@@ -77,10 +80,10 @@ class TrainPlaces:
 
 
 def shares(max_samples: int, sizes: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """How many samples of each data set are read: by weight, and what one has too few of (or none) the others give.
+    """Number of samples to read of each data set: by weight, and if one has too few, the others fill in.
 
     Args:
-        max_samples: of all data sets together; fewer only where there are fewer.
+        max_samples: sum of the result, if there are that many samples.
         sizes: int64 [num data sets], samples of each data set.
         slots: int64 [num data sets], their weights, all above 0.
 
@@ -95,28 +98,28 @@ def shares(max_samples: int, sizes: np.ndarray, slots: np.ndarray) -> np.ndarray
 
 
 def spread(index: np.ndarray, num_taken: np.ndarray | int, num_samples: np.ndarray | int) -> np.ndarray:
-    """Where the i-th of n samples that are taken of N is: i N div n, an even spread; all in order where n = N.
+    """Spreads n samples evenly over N: the i-th one is number i N div n. With n = N these are all samples, in order.
 
     Args:
         index: i, int64 [rows], from 0 to n - 1.
-        num_taken: n, from 1 to N; one for each row or for all.
-        num_samples: N; one for each row or for all.
+        num_taken: n, from 1 to N; one number, or one per row.
+        num_samples: N; one number, or one per row.
 
     Returns:
         Numbers in stored order, int64 [rows], all different.
     """
-    # i N itself would leave int64 where three billion samples are all taken.
+    # i N itself would overflow int64 if three billion samples were all taken.
     return index * (num_samples // num_taken) + index * (num_samples % num_taken) // num_taken
 
 
 class EvalPlaces:
-    """Samples spread over the first ones of one data set, or of several one after the other; each rank has a part.
+    """Rows of an evaluation: samples spread evenly over the start of each data set; each rank takes a contiguous share.
 
     Args:
         counts: int64 [num_shards], samples of each shard.
         sizes: int64 [num data sets], samples of each data set.
-        spans: int64 [num data sets], over how many first samples of each those that are read are spread.
-        taken: int64 [num data sets], how many of each are read.
+        spans: int64 [num data sets], number of first samples of each data set that the samples are spread over.
+        taken: int64 [num data sets], number of samples to read of each data set.
         rank: 0 to ``world_size`` - 1.
         world_size: W.
         batch_size: most rows of a batch.

@@ -1,4 +1,4 @@
-"""Removes what killed writers left behind, and nothing that a commit record names, whoever writes meanwhile."""
+"""Removes files that killed writers left behind. Files named by a commit record stay, even with concurrent writers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def stage_folder(url: str) -> str:
-    """The folder whose lease covers a data set: that of its stage, which writes both splits."""
+    """The folder whose lease covers a data set: the folder of the stage, which writes both splits."""
     parent, _, name = url.rstrip("/").rpartition("/")
     return parent if name in SPLITS else url
 
@@ -30,13 +30,13 @@ def prune(url: str, orphans: Sequence[str], grace_seconds: float) -> list[str]:
     """Removes orphans that are older than a grace period, and returns their names.
 
     Holds the lease of the stage, so that no run works on the data set. A worker of a run that lost its lease may still
-    commit: each orphan is looked at once more before it is removed, and is put back if a record names it afterwards.
-    One of unknown age stays.
+    commit. Therefore each orphan is checked again before it is removed, and is put back if a record names it
+    afterwards. A file of unknown age stays.
 
     Args:
         url: the data set's folder.
-        orphans: from a `VerifyReport`.
-        grace_seconds: longer than a writer takes from its first put to its commit record.
+        orphans: names from a `VerifyReport`.
+        grace_seconds: minimum age; must exceed the time from a writer's first put to its commit record.
 
     Raises:
         UserError: a run is using the data set, or a commit record of it is damaged.
@@ -52,7 +52,7 @@ def prune(url: str, orphans: Sequence[str], grace_seconds: float) -> list[str]:
 
 
 def _remove(url: str, name: str, lease: Lease, oldest: float, copy: Path) -> bool:
-    """Removes one orphan unless it has found an owner; whether it did."""
+    """Removes one orphan unless a commit record names it by now. Returns whether it was removed."""
     orphan_url = storage.join(url, name)
     try:
         storage.fetch(orphan_url, copy)
@@ -72,7 +72,7 @@ def _remove(url: str, name: str, lease: Lease, oldest: float, copy: Path) -> boo
 
 
 def _is_committed(url: str, name: str) -> bool:
-    """Whether the commit record of its unit names a file by now."""
+    """Whether the commit record of a file's unit names the file."""
     unit = unit_of(name)
     if unit is None:
         return False

@@ -1,6 +1,7 @@
-"""Is a data set whole: every shard against its commit record and the manifest, and what belongs to nobody.
+"""Verifies a data set: compares every shard with its commit record and the manifest, and finds orphans.
 
-A shard is read whole, from a bucket by way of a local copy, several at once: hashing is bound by disk and network.
+Shards are read completely, from a bucket through a local copy, and several at once, because hashing is bound by disk
+and network.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["VerifyReport", "find_orphans", "named_shards", "verify"]
 
 SHARDS_AT_ONCE = 8
 RECORDS_AT_ONCE = 16
-"""A bucket answers each request after some 20 ms."""
+"""Commit records read at once; a bucket answers each request after about 20 ms."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,16 +37,16 @@ R = TypeVar("R")
 
 @dataclass
 class VerifyReport:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     problems: list[str] = field(default_factory=list)
-    """One line each: object and cause. Empty: the data set is whole."""
+    """One line per problem: object and cause. Empty if the data set is complete and undamaged."""
     damaged_units: set[int] = field(default_factory=set)
-    """Units of which a shard, an index or the commit record is missing or damaged."""
+    """Units with a missing or damaged shard, index or commit record."""
     has_damaged_lists: bool = False
-    """The manifest of a finished data set, or a list made of it, is damaged or missing."""
+    """Whether the manifest of a finished data set, or a shard list, is damaged or missing."""
     orphans: list[str] = field(default_factory=list)
-    """Names of files that no commit record names: left by killed writers, or being written right now."""
+    """Files that no commit record names: left by killed writers, or being written right now."""
     num_units: int = 0
     num_shards: int = 0
     num_samples: int = 0
@@ -53,16 +54,16 @@ class VerifyReport:
 
     @property
     def needs_repair(self) -> bool:
-        """Whether something is damaged that `clipmill.stages.repair` can make again."""
+        """Whether there is damage that `clipmill.stages.repair` can repair."""
         return bool(self.damaged_units) or self.has_damaged_lists
 
 
 def verify(url: str, deep: bool) -> VerifyReport:
-    """Checks a data set folder: records, manifest, sizes, hashes, indexes, and every sample's place in its tar.
+    """Checks a data set folder: records, manifest, sizes, hashes, indexes, and the position of every sample in its tar.
 
     Args:
         url: the data set's folder, finished or not.
-        deep: parse and decode every member of every sample too.
+        deep: also parse and decode every member of every sample.
 
     Raises:
         UserError: there is no data set, or its manifest has a newer schema.
@@ -84,7 +85,7 @@ def verify(url: str, deep: bool) -> VerifyReport:
     committed = _committed_shards(url, units, report)
     shards = list(dict.fromkeys([*committed, *(manifest.shards if manifest else ())]))
     report.num_shards = len(shards)
-    # What the objects of a unit are whose record cannot be read is not known.
+    # If a record cannot be read, it is not known which objects belong to its unit, so they are not orphans.
     report.orphans = [name for name in find_orphans(url, shards) if unit_of(name) not in report.damaged_units]
     if manifest is not None:
         _check_manifest(url, committed, manifest, report)
@@ -102,7 +103,7 @@ def verify(url: str, deep: bool) -> VerifyReport:
 
 
 def _in_threads(work: Callable[[T], R], items: Sequence[T], at_once: int) -> Iterator[tuple[T, R]]:
-    """Each item with its result, in order; a few batches ahead of the consumer at most."""
+    """Yields each item with its result, in order, at most one batch ahead of the consumer."""
     with ThreadPoolExecutor(at_once) as pool:
         for first in range(0, len(items), 16 * at_once):
             batch = items[first : first + 16 * at_once]
@@ -110,10 +111,10 @@ def _in_threads(work: Callable[[T], R], items: Sequence[T], at_once: int) -> Ite
 
 
 def named_shards(url: str) -> list[ShardEntry]:
-    """All shards that somebody answers for: a manifest holds its shards even where a commit record was lost.
+    """All shards that a commit record or the manifest names; the manifest names its shards even if a record was lost.
 
     Raises:
-        UserError: a record or the manifest is damaged or of a newer schema.
+        UserError: a record or the manifest is damaged or has a newer schema.
     """
     report, units, manifest = VerifyReport(), committed_units(url), _read_manifest(url)
     committed = _committed_shards(url, units, report)
@@ -123,7 +124,7 @@ def named_shards(url: str) -> list[ShardEntry]:
 
 
 def find_orphans(url: str, shards: Sequence[ShardEntry]) -> list[str]:
-    """Files that belong to none of the shards."""
+    """Files of a data set folder that belong to none of ``shards``."""
     named = {shard.name for shard in shards} | {shard.name + INDEX_SUFFIX for shard in shards}
     orphans = []
     for entry in storage.walk(url):
@@ -134,7 +135,7 @@ def find_orphans(url: str, shards: Sequence[ShardEntry]) -> list[str]:
 
 
 def _read_manifest(url: str) -> Manifest | None:
-    """The manifest, whatever its kind; None before it is written."""
+    """The manifest of any kind; None before it is written."""
     try:
         return Manifest.load(url)
     except FileNotFoundError:
@@ -142,7 +143,7 @@ def _read_manifest(url: str) -> Manifest | None:
 
 
 def _committed_shards(url: str, units: Sequence[int], report: VerifyReport) -> list[ShardEntry]:
-    """The shards that commit records name; those that cannot be read go into the report."""
+    """The shards that commit records name. Unreadable records are added to the report."""
 
     def read(unit: int) -> tuple[ShardEntry, ...] | str:
         try:
@@ -161,7 +162,7 @@ def _committed_shards(url: str, units: Sequence[int], report: VerifyReport) -> l
 
 
 def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifest, report: VerifyReport) -> None:
-    """The manifest against the commit records, which may have got ahead of it, and the lists for other readers."""
+    """Compares the manifest with the commit records (there may be newer ones) and with the shard lists."""
     known = set(committed)
     for shard in manifest.shards:
         unit = unit_of(shard.name)
@@ -180,7 +181,7 @@ def _check_manifest(url: str, committed: Sequence[ShardEntry], manifest: Manifes
 
 
 def _check_shard(url: str, shard: ShardEntry, *, present: dict[str, int], deep: bool) -> list[str]:
-    """Causes for which a shard and its index are not what the commit record says."""
+    """The differences of a shard and its index from the commit record, one line each."""
     names = [shard.name, shard.name + INDEX_SUFFIX]
     if missing := [f"{name} is missing" for name in names if name not in present]:
         return missing
@@ -205,7 +206,7 @@ def _local_copy(url: str, folder: Path) -> Path:
 
 
 def _check_samples(path: Path, index_path: Path, num_samples: int, deep: bool) -> list[str]:
-    """A shard whose hashes are right may still have been written wrong."""
+    """Checks the samples of a shard: even with the right hash it may have been written wrongly."""
     with path.open("rb") as file:
         shard = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     try:
@@ -216,7 +217,7 @@ def _check_samples(path: Path, index_path: Path, num_samples: int, deep: bool) -
     if len(offsets) - 1 != num_samples:
         causes.append(f"its index has {len(offsets) - 1} samples, committed were {num_samples}")
     if shard[offsets[-1] :].tobytes().strip(b"\0"):
-        causes.append("it goes on after its last sample")
+        causes.append("it has data after its last sample")
     for start, end in itertools.pairwise(offsets):
         try:
             key, members = read_sample(shard, start, end)
@@ -229,8 +230,8 @@ def _check_samples(path: Path, index_path: Path, num_samples: int, deep: bool) -
 
 
 def _check_members(members: dict[str, memoryview]) -> list[tuple[str, str]]:
-    """The members of a sample that cannot be decoded, each with the cause."""
-    from clipmill.video import decode_mjpeg, decode_mp4  # here alone: a check without ``deep`` needs no codecs
+    """(member, cause) for each member of a sample that cannot be decoded."""
+    from clipmill.video import decode_mjpeg, decode_mp4  # imported here: a check without ``deep`` needs no codecs
 
     causes = []
     for member, content in members.items():
@@ -243,6 +244,6 @@ def _check_members(members: dict[str, memoryview]) -> list[tuple[str, str]]:
                 decode_mp4(bytes(content))
             elif member == "mkv":
                 decode_mjpeg(content)
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders may raise anything
             causes.append((member, f"cannot be decoded: {error}"))
     return causes

@@ -1,4 +1,4 @@
-"""Processes that read batches ahead of the training, and outlive the signals that stop it until its last step is done.
+"""Processes that read batches ahead of training. They ignore stop signals until the last step is done.
 
 They are spawned, because neither fsspec nor CUDA survives a fork.
 """
@@ -25,18 +25,19 @@ __all__ = ["load_batches"]
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 PREFETCH_FACTOR = 4
-"""Batches that each process has ready."""
+"""Batches that each process holds ready."""
 
 
 def load_batches(
     source: Dataset[dict[str, Any] | ClipmillError], numbers: range, num_workers: int
 ) -> Iterator[dict[str, Any]]:
-    """Batches by their numbers, in this process or a few ahead in others.
+    """Yields batches by number, loaded in this process or ahead in worker processes.
 
     Args:
-        source: collated batches by number, or the error that there is in place of one; travels to the workers.
-        numbers: of the batches.
-        num_workers: processes; 0: this one.
+        source: collated batches by number; an item may be an error instead, which is raised. It is pickled for the
+            workers.
+        numbers: numbers of the batches.
+        num_workers: worker processes; 0 loads in this process.
     """
     ending = multiprocessing.get_context("spawn").RawValue(ctypes.c_bool, False)
     end = partial(setattr, ending, "value", True)
@@ -51,7 +52,7 @@ def load_batches(
         prefetch_factor=PREFETCH_FACTOR if num_workers else None,
         generator=torch.Generator(),  # else the loader draws a seed from the global generator of the training
     )
-    # An error that nobody catches keeps this generator alive: Python then ends the workers by SIGTERM, and joins them.
+    # An uncaught error keeps this generator alive; at exit, Python ends the workers by SIGTERM and joins them.
     atexit.register(end)
     try:
         with _stop_signals_blocked():
@@ -67,8 +68,8 @@ def load_batches(
 
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Processes started here begin with these signals blocked: one that still imports torch must not die of them."""
-    resource_tracker.ensure_running()  # the first process of all starts it, and that unblocks them again
+    """Blocks stop signals in processes started inside, so that none dies of one while it still imports torch."""
+    resource_tracker.ensure_running()  # started later, it would unblock the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -77,7 +78,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _as_it_is(batch: Any) -> Any:
-    """Replaces torch's conversion: batches come collated."""
+    """Replaces torch's conversion, because batches are collated already."""
     return batch
 
 
@@ -85,7 +86,7 @@ def _start_worker(ending: ctypes.c_bool, _: int) -> None:
     """Ignores the signals that stop a training until ``ending``: they reach its whole process group (Ctrl-C, torchrun,
     scancel), and its last checkpoint comes after a step that still needs data.
     """
-    torch.set_num_threads(1)  # the cores belong to the training; as many workers as asked for are as many threads
+    torch.set_num_threads(1)  # one thread per worker: the other cores belong to training
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.value else None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -34,7 +34,7 @@ class VideoError(Exception):
 
 @contextmanager
 def as_video_error(action: str, path: str | Path) -> Iterator[None]:
-    """Turns a decoder's errors about a file into VideoError. MemoryError and errors of the environment pass unchanged."""
+    """Turns a decoder's errors about a file into VideoError. Memory and environment errors pass unchanged."""
     try:
         yield
     except (VideoError, MemoryError):

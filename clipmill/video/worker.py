@@ -203,7 +203,7 @@ class _ClipWriter:
 
 
 class _PixelSums:
-    """Exact sums over all values of a clip. One buffer is reused, because new memory per clip would cost page faults."""
+    """Exact sums over all values of a clip. One buffer is reused: new memory per clip would cost page faults."""
 
     def __init__(self) -> None:
         self._rows = np.empty((0, _EXACT_VALUES), np.float32)

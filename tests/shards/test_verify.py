@@ -95,7 +95,7 @@ def test_a_record_whose_index_does_not_fit_the_tar_is_found(dataset):
     problems = verify(str(dataset), deep=False).problems
     assert all(problem.startswith(f"{name}: ") for problem in problems)
     assert "its index has 1 samples" in problems[0]
-    assert "goes on after its last sample" in problems[1]
+    assert "has data after its last sample" in problems[1]
 
 
 def test_manifest_and_list_are_compared_with_the_records(dataset):
