@@ -1,8 +1,8 @@
-"""Brings the next videos of a unit to this machine while one is decoded.
+"""Fetches the next videos of a unit to this machine while one is decoded.
 
 A bucket answers each request after tens of milliseconds and sends one stream at a fraction of the link's speed, so
-several videos are fetched at once. How many is bounded by their number and by the bytes that they take on the disk.
-What becomes of a video does not depend on when it was fetched: the caller takes them in order, each with its own error.
+several videos are fetched at once, up to a number of videos and of bytes on the disk. The result does not depend on
+when a video is fetched: the caller takes the videos in order, each with its own error.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from clipmill.pipeline.sources.multivideo import KeptFiles
 __all__ = ["FetchAhead", "Fetched", "fetch_pool", "longest_wait"]
 
 MOST_VIDEOS = 8
-"""Fetched at once or waiting, beside the one that is decoded."""
+"""Videos being fetched or waiting, in addition to the one that is decoded."""
 MOST_BYTES = 2**29
-"""That they take on the disk; the one that is decoded next comes in any case."""
+"""Bytes that these may take on the disk. The next video to decode is fetched in any case."""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _GIVEN_UP_SECONDS = 0.5
-"""A worker that is given up is killed a few seconds later, with its folder full of copies if that still stands."""
+"""A worker that is given up is killed a few seconds later, so waiting any longer would leave its copies on the disk."""
 
 
 _IN_CHILDREN = {"hdf5", "bair"}
-"""Source types of which each reading thread has a child process of its own."""
+"""Source types for which each reading thread starts its own child process."""
 
 
 def fetch_pool(data: DataConfig) -> ThreadPoolExecutor:
@@ -46,15 +46,16 @@ def fetch_pool(data: DataConfig) -> ThreadPoolExecutor:
 
 
 def longest_wait(kind: type[BaseException] | None) -> float | None:
-    """Seconds to wait for threads at the end of a ``with`` block, by what ended it; None: until they are done.
+    """Seconds to wait for threads at the end of a ``with`` block that ended with an error of this kind.
 
-    What ends a unit that is given up is no `Exception`. Then a request that stalls is not waited for.
+    None waits until they are done. If the unit is given up, which no `Exception` does, stalled requests are not waited
+    for.
     """
     return None if kind is None or issubclass(kind, Exception) else _GIVEN_UP_SECONDS
 
 
 class Fetched(NamedTuple):
-    """A video that is here, and what its sidecars say about it."""
+    """A video on this machine, with the facts from its sidecars."""
 
     video: PlannedVideo
     local: LocalVideo
@@ -62,7 +63,7 @@ class Fetched(NamedTuple):
 
 @dataclass
 class _Run:
-    """Videos of one file, which follow each other: what they share is brought here once, and removed after the last."""
+    """Consecutive videos of one file. Their shared copies are fetched once, and removed after the last one."""
 
     kept: KeptFiles
     folder: Path
@@ -71,9 +72,9 @@ class _Run:
 
 
 class FetchAhead:
-    """The videos of a unit, in order, each fetched before it is asked for.
+    """The videos of a unit, in order, each fetched in advance.
 
-    As a context manager it leaves nothing running, unless an interrupt ends it::
+    As a context manager it leaves no thread running, unless an interrupt ends it::
 
         with FetchAhead(pool, config.data, unit.videos, folder) as ahead:
             for index, video in enumerate(unit.videos):
@@ -84,8 +85,8 @@ class FetchAhead:
     Args:
         pool: from `fetch_pool`; outlives the unit.
         data: names the source.
-        videos: of the unit, in order.
-        folder: empty, for all copies.
+        videos: videos of the unit, in order.
+        folder: empty folder for all copies.
     """
 
     def __init__(
@@ -109,10 +110,10 @@ class FetchAhead:
         wait(self._begun.values(), longest_wait(kind))
 
     def take(self, index: int) -> Fetched:
-        """Waits for a video; those after it begin to come.
+        """Waits for a video, and starts to fetch the next ones.
 
         Raises:
-            ExcludedVideo: it cannot be had, or a sidecar of it is bad.
+            ExcludedVideo: it cannot be fetched, or a sidecar of it is bad.
             OSError, MemoryError: the environment failed.
         """
         self._begin(index)
@@ -121,20 +122,20 @@ class FetchAhead:
         except OSError as error:
             if error.errno not in _FULL_DISK:
                 raise
-        # The copies of later videos may be what filled the disk.
+        # The copies of later videos may have filled the disk.
         for begun in sorted(self._begun):
             self._discard(begun)
         self._next = index + 1
         return self._fetch(index)
 
     def release(self, index: int) -> None:
-        """Removes the copies of a video that is done with."""
+        """Removes the copies of a finished video."""
         self._discard(index)
         if self._runs[index].last == index:
             shutil.rmtree(self._runs[index].folder, ignore_errors=True)
 
     def _begin(self, index: int) -> None:
-        """Starts what may be on its way while the video of this index is worked on."""
+        """Starts the fetches that may run while the video with this index is processed."""
         while self._next < len(self._videos) and self._next <= index + MOST_VIDEOS:
             if self._next > index and self._num_bytes(index, self._next) > MOST_BYTES:
                 return
@@ -142,7 +143,7 @@ class FetchAhead:
             self._next += 1
 
     def _num_bytes(self, first: int, last: int) -> int:
-        """What the copies of these videos take, spans of one file counted once."""
+        """Bytes that the copies of these videos take; spans of one file count once."""
         sizes = {(self._videos[i].url, self._videos[i].member): self._videos[i].bytes for i in range(first, last + 1)}
         return sum(sizes.values())
 
@@ -152,13 +153,13 @@ class FetchAhead:
         copies.mkdir(exist_ok=True)
         with run.lock, exclude_on_error("fetch", video.name, self._folder):
             if self._is_closed:
-                raise OSError(errno.ECANCELED, "the unit was given up")  # nobody takes it, and the folder goes
+                raise OSError(errno.ECANCELED, "the unit was given up")  # nobody takes it, and the folder is removed
             local = fetch_video(self._data, video, copies, run.kept)
         with exclude_on_error("sidecar", video.name, self._folder):
             return Fetched(read_sidecars(self._data, video), local)
 
     def _discard(self, index: int) -> None:
-        """Forgets a video, once nothing writes to its copies any more."""
+        """Removes a video's copies, once its fetch has ended."""
         future = self._begun.pop(index, None)
         if future is not None and not future.cancel():
             future.exception()
@@ -166,7 +167,7 @@ class FetchAhead:
 
 
 def _runs_of(videos: Sequence[PlannedVideo], folder: Path) -> list[_Run]:
-    """For each video the run that it is part of."""
+    """For each video, the run of consecutive videos that it belongs to."""
     runs: list[_Run] = []
     for index, video in enumerate(videos):
         if index and videos[index - 1].url == video.url:

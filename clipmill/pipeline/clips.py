@@ -1,4 +1,4 @@
-"""One planned video becomes samples, all of its clips or none, and an entry in the commit record."""
+"""Turns one planned video into samples (all of its clips, or none) and an entry of the commit record."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def make_samples(
     """Makes all samples of a video.
 
     Args:
-        config: of the run.
-        fetched: the video, on this machine.
-        decoder: of this worker.
-        samples: empty; takes them.
-        scratch: where this machine works.
+        config: config of the run.
+        fetched: the video on this machine.
+        decoder: the worker's decoder.
+        samples: empty buffer that gets the samples.
+        scratch: the temporary folder of this machine.
 
     Returns:
-        Its entry in the commit record, and what its clips add to the sums over the unit.
+        The video's entry for the commit record, and what its clips add to the sums over the unit.
 
     Raises:
-        ExcludedVideo: the video, or something that comes with it, is bad.
+        ExcludedVideo: the video, its actions or its sidecars are bad.
         OSError, DecoderLost, MemoryError: the environment failed.
     """
     video, local = fetched
@@ -55,7 +55,7 @@ def _decode(
     samples: SampleBuffer,
     scratch: Path,
 ) -> Counter[str]:
-    """Decodes a video and packs its clips; the sums over them."""
+    """Decodes a video and packs its clips. Returns the sums over them."""
     data, actions = config.data, local.actions
     sums: Counter[str] = Counter()
     encode, key = (data.format, data.quality), f"{config.seed}:{video.id}"
@@ -77,14 +77,16 @@ def _decode(
 
 
 def _edges(video: PlannedVideo, local: LocalVideo) -> str | None:
-    """What recognizes a file of a bucket that is moved or uploaded anew; on a disk the identity holds it already."""
+    """Hash of the file's edges, to recognize a bucket file that is moved or uploaded again; None if the identity has
+    it.
+    """
     if video.etag is None or video.member is not None:
         return None
     return edges_sha256(str(local.path), local.path.stat().st_size)
 
 
 def _entry(video: PlannedVideo, outcome: Outcome, has_actions: bool) -> dict[str, Any]:
-    """What the commit record says of a video that is not excluded."""
+    """The commit record's entry of a video that is not excluded."""
     return {
         "id": video.id,
         "url": video.name,
@@ -109,6 +111,6 @@ def _check_rows(num_rows: int, num_frames: int) -> None:
 
 
 def _finished(decoder: Decoder) -> Outcome:
-    """The outcome, known from a video's first clip on: a video is decoded to its end before it yields."""
+    """The outcome of the current video; known at its first clip, because the whole video is decoded before that."""
     assert decoder.outcome is not None
     return decoder.outcome

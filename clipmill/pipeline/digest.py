@@ -1,4 +1,4 @@
-"""What the driver keeps of a commit record: small, whatever the number of videos in the unit."""
+"""The digest of a commit record that the driver keeps. Its size does not grow with the number of videos."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OF_ENCODING = ("num_measured_clips", "num_measured_values", "squared_error")
 def digest(record: dict[str, Any]) -> dict[str, Any]:
     """The counts, labels, exclusions and shards of one unit, from its commit record.
 
-    Counts are whole numbers, so the order in which units are added up does not matter.
+    Counts are integers, so the order in which units are summed does not matter.
     """
     labels: Counter[str] = Counter()
     for video in record["videos"]:

@@ -1,8 +1,8 @@
-"""Whose fault an exception is: that of one video, which is excluded, or the environment's, which fails the unit.
+"""Decides whether an exception excludes one video, or comes from the environment and fails the unit.
 
-The line, drawn here alone: whatever is raised while one video is fetched, described, decoded or packed belongs to that
-video, except what would meet the next video as well. That is memory, disk, network and storage of this machine, a
-library that is missing, and any error that says itself whom it is for (`ClipmillError`).
+This is the only place that decides it. An exception while one video is fetched, described, decoded or packed excludes
+that video, unless the next video would meet it too: memory, disk, network and storage of this machine, a missing
+library, and every `ClipmillError`.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _OF_ONE_FILE = {
     errno.EFBIG,
     errno.EOVERFLOW,
 }
-"""What an operating system says of one name or file. Any other number is of the disk, the network or the process."""
+"""Error numbers that concern one name or file. All others concern the disk, the network or the process."""
 
 _ENVIRONMENTS = ClipmillError | DecoderLost | MemoryError | ImportError | ConnectionError | TimeoutError
 
 _MOST_CHARACTERS = 300
-"""Of a cause."""
+"""Longest text of a cause."""
 
 
 @contextmanager
 def exclude_on_error(stage: str, video_name: str, scratch: Path) -> Iterator[None]:
-    """Turns an exception that belongs to a video into its exclusion; others pass.
+    """Turns an exception that one video causes into its exclusion. Others pass unchanged.
 
     Args:
-        stage: what is being done: ``fetch``, ``sidecar``, ``decode`` or ``pack``.
-        video_name: of the video.
-        scratch: where this machine works: a file that is missing there is no fault of the video.
+        stage: the current step: ``fetch``, ``sidecar``, ``decode`` or ``pack``.
+        video_name: name of the video.
+        scratch: the temporary folder of this machine; a file missing there does not exclude the video.
 
     Raises:
-        ExcludedVideo: the video's fault.
+        ExcludedVideo: the video causes the error.
     """
     try:
         yield
@@ -75,5 +75,5 @@ def _is_environments(error: Exception, scratch: Path) -> bool:
 
 
 def scrub(text: str, path: Path, name: str) -> str:
-    """Takes out of a message what differs from run to run: where the video lay, and addresses in memory."""
+    """Removes from a message what differs between runs: the local path of the video, and memory addresses."""
     return re.sub(r"0x[0-9a-fA-F]{6,}", "0x..", text.replace(str(path), name))

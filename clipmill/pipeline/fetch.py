@@ -1,4 +1,4 @@
-"""A planned video and its actions, as files and arrays on this machine."""
+"""Fetches a planned video and its actions, as files and arrays on this machine."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from clipmill.video.kinds import suffix_of
 __all__ = ["ExcludedVideo", "LocalVideo", "fetch_limits", "fetch_video"]
 
 _MOST_ACTION_BYTES = 2**30
-"""As float32, in memory: four million frames of 64 numbers."""
+"""Limit of the actions as float32 in memory: four million frames of 64 numbers."""
 
 
 class ExcludedVideo(Exception):
-    """This video gives no clips; ``document`` says why, without anything that differs from run to run."""
+    """A video gives no clips. ``document`` states the reason, without anything that differs between runs."""
 
     def __init__(self, stage: str, cause: str, attempts: Sequence[str] = (), stderr: str = "") -> None:
         super().__init__(cause)
@@ -38,10 +38,10 @@ class LocalVideo(NamedTuple):
     """A video that a decoder can read.
 
     Attributes:
-        path: its file: the source's own, or a copy in the folder that `fetch_video` was given.
-        actions: float32 [num_rows, ...], or none.
-        action_seconds: float64 [num_rows], the time of each row from the start of the video; None: row i belongs to
-            frame i.
+        path: the source's own file, or a copy in the folder given to `fetch_video`.
+        actions: float32 [num_rows, ...]; None without actions.
+        action_seconds: float64 [num_rows], time of each row from the start of the video; None if row i belongs to frame
+            i.
     """
 
     path: Path
@@ -50,16 +50,16 @@ class LocalVideo(NamedTuple):
 
 
 def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFiles) -> LocalVideo:
-    """Brings a video to this machine.
+    """Fetches a video to this machine.
 
     Args:
-        data: names the source.
-        video: which video.
-        folder: for files of this video alone.
+        data: config of the source.
+        video: the planned video.
+        folder: folder for files that only this video needs.
         kept: local copies that the next videos may need too.
 
     Raises:
-        ExcludedVideo: its source cannot give it, it is missing, damaged or has changed since it was planned, or its
+        ExcludedVideo: the source cannot provide it; it is missing, damaged or has changed since it was planned; or its
             actions are bad.
         OSError, DecoderLost: the environment failed.
         UserError: storage refuses this video, and others too.
@@ -72,7 +72,7 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
         name = f"video{suffix_of(storage.split(video.url)[1])}"
         if video.span == (None, None):
             path = _local_copy(data, video.url, folder / name)
-        else:  # the next videos are other spans of this file
+        else:  # the next videos may be other spans of this file
             path = kept.get(video.url, name, partial(_local_copy, data, video.url))
     except FileNotFoundError as error:
         if is_gone(data.source):
@@ -93,7 +93,7 @@ def fetch_video(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptF
 
 
 def _extract(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFiles) -> LocalVideo:
-    """A video of a file of several as a file of its own; one without a codec is written without compression."""
+    """Extracts one video from a file with several into its own file. Raw frames are written without compression."""
     url = storage.resolve(base_url(data.source), video.url)
     assert video.member is not None
     try:
@@ -109,20 +109,22 @@ def _extract(data: DataConfig, video: PlannedVideo, folder: Path, kept: KeptFile
 
 
 def fetch_limits(data: DataConfig) -> storage.Limits:
-    """What a web server may take and send for one file."""
+    """Limits of time and size for fetching one file from a web server."""
     return storage.Limits(data.fetch_seconds, data.fetch_bytes)
 
 
 def _limits(data: DataConfig) -> Limits:
-    """A read may have to wait for storage: the processor time tells a loop from a wait."""
+    """Limits for reading an array. A read may wait for storage, so the CPU limit, not the time, detects an endless
+    loop.
+    """
     return Limits(data.cpu_seconds_per_video, data.memory_bytes_per_video, data.fetch_seconds)
 
 
 def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
-    """A file of the source on this machine: itself where the source is local, else fetched to ``copy``.
+    """Local path of a file of the source: the file itself if the source is local, else a copy at ``copy``.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
     """
     url = storage.resolve(base_url(data.source), name)
     if storage.is_local(url):
@@ -130,7 +132,7 @@ def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
         path.stat()
         try:
             str(path).encode()
-        except UnicodeEncodeError:  # decoders take names in UTF-8 only
+        except UnicodeEncodeError:  # decoders accept only UTF-8 names
             copy.symlink_to(path)
             return copy
         return path
@@ -139,7 +141,7 @@ def _local_copy(data: DataConfig, name: str, copy: Path) -> Path:
 
 
 def _read_actions(data: DataConfig, name: str, folder: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The actions of a `LocalVideo` and their times; none where no file of that name lies beside a folder's video."""
+    """Actions and times of a `LocalVideo`; (None, None) if the folder has no action file for the video."""
     try:
         rows = read_rows(data.source, name)
         if rows is not None:
@@ -149,7 +151,7 @@ def _read_actions(data: DataConfig, name: str, folder: Path) -> tuple[np.ndarray
         if data.source.type == "folder":
             return None, None
         raise ExcludedVideo("actions", f"{storage.shown(name)} is missing") from error
-    except (storage.Unreadable, storage.Refused, DamagedVideo) as error:  # the video itself was not refused
+    except (storage.Unreadable, storage.Refused, DamagedVideo) as error:  # the video itself is readable
         raise ExcludedVideo("actions", str(error)) from error
     try:
         actions = open_array(path)
@@ -157,5 +159,5 @@ def _read_actions(data: DataConfig, name: str, folder: Path) -> tuple[np.ndarray
         raise ExcludedVideo("actions", f"{storage.shown(name)}: {damaged}") from damaged
     if actions.ndim < 1 or actions.dtype.kind not in "fiub" or actions.size * 4 > _MOST_ACTION_BYTES:
         found = f"{actions.dtype} {list(actions.shape)}"
-        raise ExcludedVideo("actions", f"{storage.shown(name)} is {found}; actions are numbers, a row for each frame")
+        raise ExcludedVideo("actions", f"{storage.shown(name)} is {found}; actions must be numbers, one row per frame")
     return np.asarray(actions, np.float32), None

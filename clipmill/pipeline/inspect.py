@@ -1,4 +1,4 @@
-"""What is in a data set: numbers, classes, durations, and a contact sheet."""
+"""Describes a data set: counts, classes, durations, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def inspect(url: str) -> dict[str, Any]:
 
     Returns:
         ``clips`` or ``samples``, ``shards``, ``bytes``, ``fingerprint``, ``recipe``; ``contact_sheet``, a PNG of up to
-        `SHEET_CLIPS` clips spread evenly over the split, none where it is empty. Of clips also ``videos``;
-        ``classes`` {label: clips} (clips without a label under ``"-"``); ``video_seconds`` {min, median, max, total},
-        of the videos that state a duration; ``excluded`` [{url, cause}].
+        `SHEET_CLIPS` clips spread evenly over the split, or None if it is empty. For clips also ``videos``; ``classes``
+        {label: clips} (clips without a label under ``"-"``); ``video_seconds`` {min, median, max, total} over the
+        videos that state a duration; ``excluded`` [{url, cause}].
 
     Raises:
         UserError: there is no manifest of clips or samples.
@@ -39,13 +39,13 @@ def inspect(url: str) -> dict[str, Any]:
             f"{url} holds no finished clips; name a split of a run, such as runs/demo/clips/train"
         ) from error
     if manifest.kind == "tokens":
-        raise UserError(f"{url} holds tokens, of which there is no picture; name a folder of clips or samples")
+        raise UserError(f"{url} holds tokens, which cannot be shown as pictures; name a folder of clips or samples")
     sheet = _sheet(manifest) if manifest.num_samples else None
     return _common(manifest) | (_of_videos(manifest) if manifest.kind == "clips" else {}) | {"contact_sheet": sheet}
 
 
 def _common(manifest: Manifest) -> dict[str, Any]:
-    """What is known of clips and of samples."""
+    """The facts that clips and samples share."""
     return {
         manifest.kind: manifest.num_samples,
         "shards": len(manifest.shards),
@@ -56,12 +56,12 @@ def _common(manifest: Manifest) -> dict[str, Any]:
 
 
 def _of_videos(manifest: Manifest) -> dict[str, Any]:
-    """What commit records say of the videos behind clips."""
+    """The facts about a split's videos, from the commit records."""
     classes: Counter[str] = Counter()
     durations: list[float] = []
     excluded: dict[str, dict[str, Any]] = {}
     for record in read_commits(manifest.url, committed_units(manifest.url)):
-        # Units ascend, so what a retried video came to last holds.
+        # Units ascend, so a retried video's latest result wins.
         excluded |= {video["id"]: {"url": video["url"], "cause": video["cause"]} for video in record["exclusions"]}
         for video in record["videos"]:
             excluded.pop(video["id"], None)

@@ -1,4 +1,4 @@
-"""Which rows of actions belong to the frames of a clip: by number, or by time where both were recorded with times."""
+"""Assigns rows of actions to the frames of a clip: by number, or by time if the rows have times."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from clipmill.video import Clip
 __all__ = ["rows_of"]
 
 _ROUNDING_SECONDS = 0.001
-"""Containers round times to milliseconds."""
+"""Tolerance: containers round times to milliseconds."""
 
 
 def rows_of(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
     """The actions of a clip's frames.
 
-    By time, a frame takes the nearest row, which must lie within half a row's period.
+    If the rows have times, a frame takes the nearest row, which must lie within half of the rows' period.
 
     Args:
         clip: a clip of the video.
-        video: has actions, one a frame where they have no times.
-        start_seconds: where the video begins in its file.
+        video: a video with actions; without times, one row per frame.
+        start_seconds: time in the file at which the video begins.
 
     Returns:
         float32 [num_frames, ...].

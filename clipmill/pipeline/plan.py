@@ -1,29 +1,30 @@
-"""The plan: which video belongs to which split and unit of work. Made from a listing, then authoritative.
+"""The plan: the split and the unit of work of each video. It is made once from a listing, and authoritative from then
+on.
 
-A video's *identity* is what its storage says about its content without reading all of it: etag and size in a
-bucket, size and a hash of the first and last 64 KiB on a disk. Its id is a hash of the identity, and so are
-its place in the order (a unit holds unrelated videos). A video may be a span of its file: then the span is part of its
-identity. Where the source itself has no splits, a hash of the video's *group* (its origin; by default the identity of
-its file) decides: videos of one group are in one split, and more videos never move a video from ``train`` to ``val``.
+A video's *identity* describes its content without reading all of it: etag and size in a bucket, size and a hash of the
+first and last 64 KiB on a disk. If the video is a span of its file, the span is part of the identity. The video's id
+and its position in the plan are hashes of the identity, so a unit holds unrelated videos.
+
+If the source has no splits of its own, a hash of the video's *group* decides (its origin; by default the identity of
+its file). So all videos of a group are in one split, and new videos never move a video from ``train`` to ``val``.
 Moving or renaming a corpus changes nothing.
 
-Files under ``clips/plan``, none of which ever changes:
+Files under ``clips/plan``, which never change:
 
 ``gen-0000-<sha8>.parquet``
-    One generation (`planning` makes them): what one listing had that no earlier one had, or the quarantined videos
-    that are tried again. One row a video, sorted by split, unit, ordinal: split, unit, ordinal, id, url (relative to
-    the source, or absolute), bytes, etag, label, actions, text, member (which video of the file, where it holds
-    several), metadata (JSON), start_seconds and end_seconds (the span of the file), sidecars (endings of the files
-    beside it that describe it), fault (why the source cannot give the video), file (identity of its file, where that
-    is not ``bucket:<bytes>:<etag>``). A unit never spans two row groups, so that it can be read alone.
+    The videos of one generation, made by `planning`: those of one listing that no earlier generation has, or the
+    quarantined videos that are tried again. One row per video, sorted by split, unit, ordinal. Columns: split, unit,
+    ordinal, id, url (relative to the source, or absolute), bytes, etag, label, actions, text, member (selects a video
+    in a file with several), metadata (JSON), start_seconds and end_seconds (the span of the file), sidecars (extensions
+    of the files that describe it), fault (why the source cannot provide the video), file (identity of its file, if that
+    is not ``bucket:<bytes>:<etag>``). A unit never spans two row groups, so it can be read alone.
 ``gen-0000.json``
-    Created last, and only if there is none: of several planners of a generation one wins, whatever each of them knew.
+    The generation's document, created last and exclusively: of several planners of a generation exactly one wins.
     {kind, file, sha256, videos, bytes, units: {split: count}, base_url, duplicates, ambiguous, other_files, yield,
-    identity}. ``base_url``: the folder that relative URLs were relative to.
-    ``identity`` is the configuration it was made with. Units of a split are numbered through all generations.
-    ``ambiguous``: hashes of identities behind which that listing found different contents (16 hex digits each).
-    ``other_files``: files of the folder that are no videos, {ending: count}. The plan is generations 0, 1, 2, ... up to
-    the first that has no such document.
+    identity}. ``base_url`` is the folder that relative URLs refer to. ``identity`` is the config it was made with.
+    ``ambiguous`` lists hashes (16 hex digits) of identities for which the listing found different contents.
+    ``other_files`` counts the files of the folder that are not videos, {extension: count}. Units of a split are
+    numbered through all generations. The plan consists of generations 0, 1, 2, ... up to the first without a document.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ _FILE_NAME = re.compile(r"gen-\d{4,9}-[0-9a-f]{8}\.parquet")
 GenerationKind = Literal["listed", "retried"]
 """``listed``: videos that no earlier generation has. ``retried``: quarantined ones of earlier generations."""
 
-_TEXT = pa.large_string()  # 32-bit offsets would overflow at some 20 million names
+_TEXT = pa.large_string()  # 32-bit offsets would overflow at about 20 million names
 SOURCE_COLUMNS: dict[str, pa.DataType] = {
     "url": _TEXT,
     "bytes": pa.int64(),
@@ -84,7 +85,7 @@ SOURCE_COLUMNS: dict[str, pa.DataType] = {
     "sidecars": _TEXT,
     "fault": _TEXT,
 }
-"""What a worker needs of a video, and a source says about it."""
+"""The columns that a source provides and a worker needs."""
 
 PLAN_COLUMNS: dict[str, pa.DataType] = {
     "split": pa.string(),
@@ -104,16 +105,16 @@ class PlannedVideo:
         id: 16 hex digits, unique in its generation.
         url: path relative to the source, or an absolute path or URL.
         bytes: size of the file when it was planned.
-        etag: the bucket's content tag; none on a local disk.
-        label: name of its class, or none.
-        actions: path of its actions relative to the source, or none.
-        text: its caption, or none.
-        member: which video of the file it is, where that holds several, or none.
-        metadata: JSON object of what else its source knows about it, or none.
-        start_seconds: where it begins in its file, counted from the file's first frame; None: at that frame.
-        end_seconds: where it ends; None: with the file.
-        sidecars: endings of the files beside it that describe it (``.json .txt``), or none.
-        fault: why its source cannot give it; None where it can.
+        etag: the bucket's content tag; None on a local disk.
+        label: name of its class; None without a class.
+        actions: path of its actions relative to the source; None without actions.
+        text: its caption; None without a caption.
+        member: selects the video in a file that holds several; None for a file with one.
+        metadata: JSON object with the source's other facts about it; None without any.
+        start_seconds: start in its file, in seconds from the file's first frame; None means the first frame.
+        end_seconds: end in its file; None means the end of the file.
+        sidecars: extensions of the files that describe it (``.json .txt``); None without sidecars.
+        fault: why its source cannot provide it; None if it can.
     """
 
     id: str
@@ -189,7 +190,7 @@ class Plan:
 
     @property
     def other_files(self) -> dict[str, int]:
-        """Files of the source's folder that are no videos, by ending, when it was listed last."""
+        """Files of the source's folder that are not videos, by extension, from the newest listing."""
         return next(g["other_files"] for g in reversed(self.generations) if g["kind"] == "listed")
 
     def num_units(self, split: str) -> int:
@@ -197,25 +198,25 @@ class Plan:
         return sum(generation["units"][split] for generation in self.generations)
 
     def is_retried(self, video_id: str, unit: int) -> bool:
-        """Whether a video that ``unit`` of its split excluded is tried again in a later unit."""
+        """Whether a video that was excluded in ``unit`` of its split is tried again in a later unit."""
         number = np.uint64(int(video_id, 16))
         place = np.searchsorted(self._retried_ids, number)
         is_found = place < len(self._retried_ids) and self._retried_ids[place] == number
         return bool(is_found and self._retried_units[place] > unit)
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """All rows in order, a row group at a time. None: with all `PLAN_COLUMNS`."""
+        """All rows in order, one row group at a time. ``columns`` None reads all `PLAN_COLUMNS`."""
         for _, table in self.tables_by_generation(columns):
             yield table
 
     def tables_by_generation(self, columns: Sequence[str] | None = None) -> Iterator[tuple[dict[str, Any], pa.Table]]:
-        """As `tables`, each with the document of its generation."""
+        """Like `tables`, each with the document of its generation."""
         for generation, file in zip(self.generations, self._files, strict=True):
             for index in range(file.num_row_groups):
                 yield generation, file.read_row_group(index, columns=columns)
 
     def url_of(self, number: int) -> str:
-        """The URL of the video with this id, as a number."""
+        """The URL of the video whose id is this number."""
         for table in self.tables(["id", "url"]):
             found = np.flatnonzero(numbers_of(table["id"]) == np.uint64(number))
             if len(found):
@@ -225,7 +226,7 @@ class Plan:
     def unit(self, split: str, number: int) -> Unit:
         """The videos of one unit, in order."""
         group, first, end = self._units[split][number].tolist()
-        if self._last_group is None or self._last_group[0] != group:  # units are asked for in order, mostly
+        if self._last_group is None or self._last_group[0] != group:  # units are mostly requested in order
             file, index = self._groups[group]
             self._last_group = group, file.read_row_group(index, columns=["id", *SOURCE_COLUMNS])
         rows = self._last_group[1].slice(first, end - first).to_pylist()
@@ -245,7 +246,7 @@ class Plan:
         return {split: np.concatenate(parts) for split, parts in found.items()}
 
     def _index_retried(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted ids of the videos that are tried again, and the last unit of each; a video never changes its split."""
+        """Sorted ids of the videos that are tried again, and the last unit of each. A video never changes its split."""
         ids, units = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         for generation, file in zip(self.generations, self._files, strict=True):
             if generation["kind"] == "retried":
@@ -268,10 +269,10 @@ def numbers_of(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def read_generations(config: RunConfig) -> list[dict[str, Any]]:
-    """The documents of all generations of a run's plan, in order; none where it has no plan yet.
+    """The documents of all generations of a run's plan, in order; empty before there is a plan.
 
     Raises:
-        UserError: it was made with other settings, or by an earlier clipmill.
+        UserError: the plan was made with other settings, or by an earlier clipmill.
     """
     generations = []
     for number in itertools.count():
@@ -295,7 +296,9 @@ def read_generations(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _check(generation: dict[str, Any], url: str) -> None:
-    """Raises `UserError` where a generation is not of this form: its file's name becomes part of a path."""
+    """Raises `UserError` if a generation's document is invalid. It is checked because its file name becomes part of a
+    path.
+    """
     try:
         is_right = (
             generation["kind"] in get_args(GenerationKind)
@@ -311,15 +314,15 @@ def _check(generation: dict[str, Any], url: str) -> None:
 
 
 def create_generation(config: RunConfig, lease: Lease, number: int, generation: dict[str, Any]) -> None:
-    """Makes a generation hold, if no other planner has made one of this number hold.
+    """Adds a generation to the plan, unless another planner has added one with this number.
 
     Raises:
-        StageFailed: another planner has, or a later run has taken the folder over. The plan is unchanged then.
+        StageFailed: another planner was first, or a later run has taken over the folder. The plan is then unchanged.
     """
     lease.check()
     document = {**generation, "identity": _identity_of(config)}
     if not storage.create_document(_document_url(config, number), document, SCHEMA):
-        lease.check()  # the usual reason, and the better message
+        lease.check()  # a lost lease is the usual reason, and has the better message
         raise StageFailed(
             f"another run has planned generation {number} of {config.folder('clips')} meanwhile; "
             "run the same command again"
@@ -335,16 +338,16 @@ def _planned_earlier(config: RunConfig) -> UserError:
 
 
 def _identity_of(config: RunConfig) -> dict[str, Any]:
-    """The settings that the bytes of the clips and their split depend on."""
+    """The settings that the bytes and splits of the clips depend on."""
     return {"data": identity(config.data), "seed": config.seed}
 
 
 def load_plan(config: RunConfig) -> Plan:
-    """The plan of a run, as it was made. The source is not looked at.
+    """Loads the plan of a run. The source is not read.
 
     Raises:
         FileNotFoundError: the run has no plan yet.
-        UserError: it was made with other settings, or a file of it is damaged.
+        UserError: the plan was made with other settings, or one of its files is damaged.
     """
     generations = read_generations(config)
     if not generations:
@@ -353,7 +356,7 @@ def load_plan(config: RunConfig) -> Plan:
 
 
 def _open_rows(config: RunConfig, generation: dict[str, Any]) -> pq.ParquetFile:
-    """The rows of a generation; those in a bucket in a local copy that ends with its last reader."""
+    """Opens the rows of a generation. Rows in a bucket get a local copy that lives as long as its readers."""
     url = config.folder("clips", "plan", generation["file"])
     try:
         if storage.is_local(url):
@@ -368,4 +371,4 @@ def _open_rows(config: RunConfig, generation: dict[str, Any]) -> pq.ParquetFile:
 def _open_whole(path: Path, url: str, sha256: str) -> pq.ParquetFile:
     if file_sha256(path) != sha256:
         raise UserError(f"{url} is damaged; restore it, or remove the clips folder and shard again")
-    return pq.ParquetFile(pa.OSFile(str(path)))  # an open file can be read after it was removed
+    return pq.ParquetFile(pa.OSFile(str(path)))  # an open file stays readable after its removal

@@ -19,19 +19,19 @@ from clipmill.shards.manifest import SPLITS, Manifest
 __all__ = ["Lost", "LostUnit", "find_lost", "lost_units", "restore"]
 
 Lost = dict[tuple[str, int], tuple[tuple[ShardEntry, ...] | None, tuple[dict[str, str], ...]]]
-"""What a `LostUnit` has beside the unit, by split and number."""
+"""The additional fields of each `LostUnit`, (shards, versions), by (split, number)."""
 
 _MOST_NAMED = 3
-"""Videos in the cause for which a unit cannot be restored."""
+"""Videos named in the message that a unit cannot be restored."""
 
 
 @dataclass(frozen=True, repr=False)
 class LostUnit(Unit):
-    """A unit that is to be restored.
+    """A unit to restore.
 
     Attributes:
-        shards: as the manifest names them; None where no manifest does yet.
-        versions: of the software that made the data set, by the manifest; none of them is known to have made this unit.
+        shards: the unit's shards by the manifest; None before there is a manifest.
+        versions: software versions that made the data set, by the manifest; which of them made this unit is not known.
     """
 
     shards: tuple[ShardEntry, ...] | None = None
@@ -39,10 +39,10 @@ class LostUnit(Unit):
 
 
 def restore(url: str, unit: LostUnit, parts: Sequence[Part], body: dict[str, Any]) -> dict[str, Any]:
-    """Puts the objects and the record of a unit back, if it came out as it was.
+    """Publishes the objects and the record of a unit again, if the rebuilt shards equal the lost ones.
 
     Returns:
-        The unit's `digest`; where it came out otherwise only ``cause``, and nothing has been written.
+        The unit's `digest`. If the rebuilt shards differ, only ``cause``; nothing has been written then.
     """
     try:
         record = read_commit(url, unit.number)
@@ -57,7 +57,7 @@ def restore(url: str, unit: LostUnit, parts: Sequence[Part], body: dict[str, Any
 
 
 def _difference(unit: LostUnit, record: dict[str, Any] | None, body: dict[str, Any]) -> str:
-    """Why a unit comes out otherwise now."""
+    """Why the rebuilt unit differs."""
     causes = []
     made_by = unit.versions if record is None else (record["versions"],)
     if made_by and body["versions"] not in made_by:
@@ -68,8 +68,8 @@ def _difference(unit: LostUnit, record: dict[str, Any] | None, body: dict[str, A
         more = f" and {len(new) - _MOST_NAMED} more" if len(new) > _MOST_NAMED else ""
         causes.append(f"videos that fail now: {', '.join(new[:_MOST_NAMED])}{more}")
     if failed - {exclusion["id"] for exclusion in body["exclusions"]}:
-        causes.append("videos that failed then are good now")
-    return "; ".join(causes) or "its videos or their sidecars have other contents now"
+        causes.append("videos that failed then succeed now")
+    return "; ".join(causes) or "the contents of its videos or their sidecars have changed"
 
 
 def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -78,15 +78,15 @@ def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def find_lost(config: RunConfig, plan: Plan, tally: Tally, damaged: Mapping[str, Collection[int]]) -> Lost:
-    """The units to restore, with what their `LostUnit` has beside the unit.
+    """The units to restore, with the additional fields of their `LostUnit`.
 
-    These are units of which a listing lacks an object or shows another size, units that the manifest has and no record,
-    and those that are damaged otherwise.
+    These are units with an object that a listing lacks or shows with another size, units of the manifest without a
+    commit record, and units known to be damaged.
 
     Args:
-        config: of the run.
-        plan: of the run.
-        tally: what is committed.
+        config: config of the run.
+        plan: plan of the run.
+        tally: sums over the committed units.
         damaged: units that are known to be damaged, by split.
     """
     lost: Lost = {}
@@ -94,7 +94,7 @@ def find_lost(config: RunConfig, plan: Plan, tally: Tally, damaged: Mapping[str,
         url = config.folder("clips", split)
         try:
             manifest = Manifest.load(url, "clips")
-        except (FileNotFoundError, DamagedDocument):  # then the commit records alone say what there was
+        except (FileNotFoundError, DamagedDocument):  # the commit records are then the only source
             manifest = None
         frozen = {} if manifest is None else manifest.units()
         versions = () if manifest is None else tuple(manifest.facts.get("versions", ()))
@@ -106,7 +106,7 @@ def find_lost(config: RunConfig, plan: Plan, tally: Tally, damaged: Mapping[str,
 
 
 def lost_units(url: str, parts: Mapping[int, Sequence[ShardEntry]]) -> set[int]:
-    """Units of which an object is missing or has another size, by one listing."""
+    """Units with an object that is missing or has another size, from one listing."""
     present = {entry.name: entry.bytes for entry in storage.list_folder(url)}
     return {
         unit

@@ -1,4 +1,4 @@
-"""A clip and what is known about it, as a sample of a shard."""
+"""Makes the sample of a clip: its frames and the facts about it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from clipmill.video import Clip
 __all__ = ["SampleBuffer", "clip_sample"]
 
 _MOST_HELD_BYTES = 2**26
-"""In memory; more samples of one video wait in a file."""
+"""Bytes of samples that are held in memory; beyond that they go to a file."""
 
 
 class SampleBuffer:
-    """The samples of one video, until all of them are made: a video gives all of its clips or none."""
+    """Buffers the samples of one video until all are made, because a video gives all of its clips or none."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(_MOST_HELD_BYTES)  # noqa: SIM115  closed by __exit__
@@ -54,13 +54,13 @@ class SampleBuffer:
 
 
 def clip_sample(data: DataConfig, video: PlannedVideo, clip: Clip, actions: np.ndarray | None) -> Sample:
-    """The members of a clip: its frames, a json that says where they come from, and its rows of actions.
+    """The sample of a clip: its frames, a json with their origin, and its rows of actions.
 
     Args:
-        data: names the format and the clip rule.
-        video: of the clip.
-        clip: as the decoder gives it.
-        actions: float32 [num_frames, ...], a row for each of its frames, or none.
+        data: gives the format and the clip rule.
+        video: the clip's video.
+        clip: the clip from the decoder.
+        actions: float32 [num_frames, ...], one row per frame; None without actions.
     """
     key = f"{video.id}_{clip.ordinal:06d}"
     crop: dict[str, Any] = {"crop": "center" if data.clip.fit == "crop" else data.clip.fit}

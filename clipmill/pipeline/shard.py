@@ -1,8 +1,8 @@
 """Stage ``shard``: the units of the plan become clip shards under ``clips/train`` and ``clips/val``.
 
-Plan (`plan.py`), fan the units out to workers (`unit.py`), count what they commit, freeze both splits. Units
-that an earlier run committed are only counted, so running the stage again is the recovery from any kill. Bad
-videos are listed in ``quarantine.jsonl``; when too many failed, the stage stops.
+The steps: plan (`plan.py`), fan the units out to workers (`unit.py`), sum up what they commit, and freeze both splits.
+Units that an earlier run committed are only counted, so running the stage again recovers from any kill. Bad videos are
+listed in ``quarantine.jsonl``; if too many fail, the stage stops.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def run(config: RunConfig, lease: Lease, damaged: Mapping[str, Collection[int]] 
     """Shards the source of ``config.data`` and freezes both splits; restores units whose objects are lost.
 
     Args:
-        config: of the run.
-        lease: of the stage's folder.
-        damaged: committed units that are damaged, by split (`clipmill verify` knows); those that lack an object are
-            found in any case.
+        config: config of the run.
+        lease: lease on the stage's folder.
+        damaged: committed units that `clipmill verify` found damaged, by split; None: no such list. Units that lack an
+            object are found in any case.
 
     Returns:
         Counts for the summary.
 
     Raises:
         UserError: the source is missing or empty, or ``clips`` was planned with other settings. Nothing was written.
-        StageFailed: too many videos failed, none made a clip, a unit failed at every attempt, or one cannot be
+        StageFailed: too many videos failed, no video gave a clip, a unit failed at every attempt, or one cannot be
             restored.
     """
     try:
@@ -66,8 +66,8 @@ def run(config: RunConfig, lease: Lease, damaged: Mapping[str, Collection[int]] 
     lost = find_lost(config, plan, tally, damaged)
     try:
         clips_per_second = _shard_units(config, lease, plan, tally, lost)
-    finally:  # whoever has to find out why a run stopped needs the list most
-        if lease.is_newest():  # a later run that took over knows more
+    finally:  # the list is most needed after a failure
+        if lease.is_newest():  # a run that took over has a newer list
             publish_tally(config, tally)
             if tally.exclusions or len(plan.generations) > 1:  # a retry may have emptied it
                 storage.publish_bytes(config.folder("clips", "quarantine.jsonl"), tally.quarantine())
@@ -76,15 +76,15 @@ def run(config: RunConfig, lease: Lease, damaged: Mapping[str, Collection[int]] 
 
 
 def folder_url(config: RunConfig) -> str:
-    """Where this stage writes."""
+    """The folder that this stage writes to."""
     return config.folder("clips")
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether both splits are frozen at the newest generation of the plan, and no listing lacks an object of theirs.
+    """Whether both splits are frozen at the newest generation of the plan, and a listing shows all of their objects.
 
     Raises:
-        UserError: without a plan, the source is missing or empty; with one, it was made with other settings; or the
+        UserError: there is no plan and the source is missing or empty; or the plan was made with other settings; or the
             decoder is not installed.
     """
     if _is_frozen(config):
@@ -105,7 +105,7 @@ def _is_frozen(config: RunConfig) -> bool:
     except FileNotFoundError:
         return False
     except DamagedDocument as error:
-        logger.warning("%s: it is made again of the commit records", error)
+        logger.warning("%s: it is rebuilt from the commit records", error)
         return False
     if not all(manifest.facts["num_generations"] == num_generations for manifest in manifests):
         return False
@@ -117,15 +117,15 @@ def _has_lost(manifest: Manifest) -> bool:
     units = manifest.units()
     lost = lost_units(manifest.url, units) | (units.keys() - set(committed_units(manifest.url)))
     if lost:
-        logger.warning("%s has lost objects of %d units: they are made again", manifest.url, len(lost))
+        logger.warning("%s lacks objects of %d units: they are rebuilt", manifest.url, len(lost))
     return bool(lost)
 
 
 def plan_more(config: RunConfig, lease: Lease, kind: GenerationKind) -> bool:
-    """Adds a generation to the plan: what the source holds beyond it, or what is in quarantine.
+    """Adds a generation to the plan: new videos of the source, or the videos in quarantine.
 
-    A generation of this kind that is not finished is not planned a second time, so that the same command goes on after
-    any kill. Older units and their shards stay as they are.
+    If the newest generation is of this kind and unfinished, none is added, so that the same command continues after any
+    kill. Older units and their shards stay unchanged.
 
     Returns:
         Whether there is anything to do now.
@@ -140,7 +140,7 @@ def plan_more(config: RunConfig, lease: Lease, kind: GenerationKind) -> bool:
         return True
     newest = len(plan.generations) - 1
     if newest and plan.generations[newest]["kind"] == kind and not is_finished(config):
-        logger.info("generation %d is not finished yet: going on with it", newest)
+        logger.info("generation %d is not finished yet: continuing it", newest)
         return True
     if kind == "listed":
         added, nothing = extend_plan(config, lease, plan), "the source holds no video that is not planned yet"
@@ -156,7 +156,7 @@ def plan_more(config: RunConfig, lease: Lease, kind: GenerationKind) -> bool:
 
 
 class _Pending(Sequence[Unit]):
-    """The units to do; their videos are read from the plan when a worker is ready for them."""
+    """The pending units. Their videos are read from the plan when a worker is ready for them."""
 
     def __init__(self, plan: Plan, names: list[tuple[str, int]], lost: Lost) -> None:
         self._plan, self._names, self._lost = plan, names, lost
@@ -178,10 +178,10 @@ class _Pending(Sequence[Unit]):
 
 
 def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost: Lost) -> float:
-    """Does the units that are not committed yet, within the failure budget, and restores those that are lost.
+    """Processes the units that are not committed yet, within the failure budget, and restores the lost ones.
 
     Returns:
-        Clips a second, of those that this run has made.
+        Clips per second that this run has made.
     """
     names = [
         (split, number)
@@ -220,11 +220,11 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost
             _check_budget(config, tally, num_accepted)
 
         show()
-        for exclusion in tally.exclusions:  # of earlier attempts
+        for exclusion in tally.exclusions:  # those of earlier attempts
             BOARD.count("quarantine", exclusion["cause"])
         if names:
             arguments = (config, lease, _allowance(config, plan, tally, num_accepted))
-            cluster = config.cluster.model_copy(update={"use_gpu": False})  # decoding would only hold GPUs idle
+            cluster = config.cluster.model_copy(update={"use_gpu": False})  # decoding does not use GPUs
             fan_out(make_worker, arguments, _Pending(plan, names, lost), config=cluster, on_result=on_result)
     if unrestored:
         raise StageFailed(
@@ -235,15 +235,15 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost
 
 
 def _allowance(config: RunConfig, plan: Plan, tally: Tally, num_accepted: int) -> Allowance:
-    """What one unit may lose before its worker gives it up."""
+    """The failures that a worker accepts in one unit."""
     is_new = len(plan.generations) == 1 and tally.total("num_videos") == tally.total("num_excluded")
     return Allowance(max(allowed_failures(config.data, plan.num_videos), num_accepted), is_new)
 
 
 def _accepted_failures(config: RunConfig, plan: Plan) -> int:
-    """Failed videos of the data set as it was frozen last, by whatever budget it had then.
+    """Failed videos of the data set when it was last frozen; they were accepted by the budget of that time.
 
-    Trying them again cannot make more of them, so it is never over the budget.
+    Trying them again cannot add failures, so these never exceed the budget.
     """
     if len(plan.generations) == 1:
         return 0
@@ -271,14 +271,14 @@ def _over_budget(config: RunConfig, exclusions: list[dict[str, Any]], num_finish
 
 
 def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
-    """Freezes both splits; the summary of the stage."""
+    """Freezes both splits. Returns the summary of the stage."""
     if not tally.splits["train"].num_clips:
         counts = tally.splits["train"]
         raise StageFailed(
             f"the split train has no clip: of {counts.num_videos} videos {counts.num_short} are shorter than "
             f"{config.data.clip.span} frames and {counts.num_excluded} failed (see quarantine.jsonl in "
             f"{folder_url(config)}); {counts.num_static} static and {counts.num_black} black clips were rejected; "
-            f"{counts.num_filtered} videos break a bound such as data.clip.min_seconds. "
+            f"{counts.num_filtered} videos violate a bound such as data.clip.min_seconds. "
             "Shorten data.clip.num_frames or lower data.val_fraction, with another root"
         )
     if not tally.splits["val"].num_clips:
@@ -342,8 +342,8 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
 
 
 def _psnr(squared_error: int, num_values: int) -> float | None:
-    """Peak signal-to-noise ratio in dB, of the mean squared error over all values of the measured clips.
+    """Peak signal-to-noise ratio in dB, from the mean squared error over all values of the measured clips.
 
-    None where none was measured, or nothing was lost.
+    None if no clip was measured, or the encoding is lossless.
     """
     return 10 * math.log10(255**2 * num_values / squared_error) if squared_error else None

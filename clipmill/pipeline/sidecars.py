@@ -1,4 +1,4 @@
-"""What the files beside a video say about it: ``x.txt`` its text, ``x.json`` its metadata, caption and label."""
+"""Reads the sidecar files of a video: ``x.txt`` gives its text, ``x.json`` its metadata, caption and label."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from clipmill.video.kinds import stem_of
 __all__ = ["read_sidecars"]
 
 _MOST_BYTES = 2**20
-"""Every clip carries what a sidecar says: one that is larger is no description."""
+"""Largest sidecar. Its content is stored with every clip, and a description is never this long."""
 
 
 def read_sidecars(data: DataConfig, video: PlannedVideo) -> PlannedVideo:
-    """The video with the text, label and metadata of its sidecars; without sidecars, as it is.
+    """The video with the text, label and metadata of its sidecars; unchanged without sidecars.
 
     Raises:
-        ExcludedVideo: a sidecar cannot be read, or is something else.
+        ExcludedVideo: a sidecar cannot be read, or has another content.
         OSError: the environment failed.
     """
     for suffix in sorted((video.sidecars or "").split(), key=str.lower, reverse=True):  # a .txt before the .json
@@ -40,7 +40,7 @@ def read_sidecars(data: DataConfig, video: PlannedVideo) -> PlannedVideo:
 
 
 class _BadSidecar(Exception):
-    """The message says what is wrong with it (``is no JSON object``)."""
+    """A sidecar is invalid; the message continues its name (``is not a JSON object``)."""
 
 
 def _read(data: DataConfig, name: str) -> str:
@@ -48,7 +48,7 @@ def _read(data: DataConfig, name: str) -> str:
         content = storage.read_start(storage.resolve(base_url(data.source), name), _MOST_BYTES + 1)
     except FileNotFoundError as error:
         raise _BadSidecar("is missing since it was planned") from error
-    except (PermissionError, storage.Unreadable, storage.Refused) as error:  # the video itself was not refused
+    except (PermissionError, storage.Unreadable, storage.Refused) as error:  # the video itself is readable
         raise _BadSidecar("cannot be read") from error
     if len(content) > _MOST_BYTES:
         raise _BadSidecar(f"has more than {_MOST_BYTES} bytes")
@@ -66,9 +66,9 @@ def _from_json(data: DataConfig, video: PlannedVideo, text: str) -> dict[str, An
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _BadSidecar("is no JSON") from error
+        raise _BadSidecar("is not JSON") from error
     if not isinstance(values, dict):
-        raise _BadSidecar("is no JSON object")
+        raise _BadSidecar("is not a JSON object")
     found: dict[str, Any] = {}
     try:
         keys = ("caption", "text") if video.text is None else ()

@@ -1,11 +1,12 @@
-"""What the committed units of a run amount to: the sums that budget, summary and manifests need.
+"""Sums over the committed units of a run, for the failure budget, the summary and the manifests.
 
-Commit records are the truth, and large: each lists all videos of its unit. So their digests (counts, labels, failures,
-shards) are kept beside them in segments, ``clips/tally/000001.json``, each created once and never changed. A driver
-writes one after every `SEGMENT_UNITS` units and one at its end. A resumed run lists the commit records, reads the
-segments, and then those records only that no segment has: at most `SEGMENT_UNITS` after a kill. Freezing reads none.
+Commit records are authoritative but large, because each lists all videos of its unit. Their digests (counts, labels,
+failures, shards) are therefore kept in segments, ``clips/tally/000001.json``, which are created once and never changed.
+A driver writes a segment after every `SEGMENT_UNITS` units and one at its end. A resumed run lists the commit records,
+reads the segments, and reads only the records that no segment covers: at most `SEGMENT_UNITS` after a kill. Freezing
+reads no records.
 
-A segment that has a unit without a commit record is not believed: it is removed, and its records are read again.
+A segment that counts a unit without a commit record is invalid: it is removed, and its other records are read again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SplitCounts:
-    """Sums over the committed units of a split. All integers, so their order does not matter."""
+    """Sums over the committed units of a split. All are integers, so the order of summing does not matter."""
 
     num_videos: int = 0
     num_clips: int = 0
@@ -71,18 +72,18 @@ class SplitCounts:
 
 @dataclass
 class Tally:
-    """What the finished units amount to, from earlier runs and from this one."""
+    """Sums over the finished units of earlier runs and of this one."""
 
     splits: dict[str, SplitCounts] = field(default_factory=lambda: {split: SplitCounts() for split in SPLITS})
     labels: Counter[str] = field(default_factory=Counter)
     exclusions: list[dict[str, Any]] = field(default_factory=list)
     versions: set[str] = field(default_factory=set)
     parts: dict[str, dict[int, tuple[ShardEntry, ...]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
-    """The shards of each unit that is counted, by split and number."""
+    """The shards of each counted unit, by split and number."""
     unpublished: list[dict[str, Any]] = field(default_factory=list)
     """Digests that no segment has yet."""
     num_segments: int = 0
-    """The highest number of a segment."""
+    """Number of the newest segment."""
 
     def add(self, unit: dict[str, Any], *, is_published: bool = False) -> None:
         """Adds one unit's `digest`."""
@@ -97,7 +98,7 @@ class Tally:
         self.parts[unit["split"]][unit["unit"]] = tuple(map(ShardEntry.parse, unit["parts"]))
 
     def drop_retried(self, plan: Plan) -> None:
-        """Forgets the failures of videos that a later generation tries again: they count there."""
+        """Drops the failures of videos that a later generation tries again, because they are counted there."""
         kept = []
         for exclusion in self.exclusions:
             if plan.is_retried(exclusion["id"], exclusion["unit"]):
@@ -123,12 +124,12 @@ class Tally:
 
 
 def read_tally(config: RunConfig, plan: Plan, damaged: Mapping[str, Collection[int]] | None = None) -> Tally:
-    """What is committed, of all generations of the plan. The caller holds the lease.
+    """Sums over the committed units of all generations of the plan. The caller holds the lease.
 
     Args:
-        config: of the run.
-        plan: of the run.
-        damaged: units, by split, whose commit records may be unreadable: such a unit counts as not committed.
+        config: config of the run.
+        plan: plan of the run.
+        damaged: units, by split, whose commit records may be unreadable; such a unit counts as not committed.
 
     Raises:
         UserError: another commit record is unreadable.
@@ -146,7 +147,7 @@ def read_tally(config: RunConfig, plan: Plan, damaged: Mapping[str, Collection[i
             logger.warning("%s is damaged: its commit records are read again", url)
         elif all(unit["unit"] in committed[unit["split"]] for unit in units):
             for unit in units:
-                if unit["unit"] not in tally.parts[unit["split"]]:  # a run that was taken over may have written it too
+                if unit["unit"] not in tally.parts[unit["split"]]:  # a run that lost its lease may have written it too
                     tally.add(unit, is_published=True)
         else:
             logger.warning("%s counts a unit without a commit record: its other records are read again", url)
@@ -170,7 +171,7 @@ def _is_readable(url: str, unit: int) -> bool:
 
 
 def publish_tally(config: RunConfig, tally: Tally) -> None:
-    """Writes what no segment has yet as a segment; the same units are the same bytes, in whichever order they came."""
+    """Writes the unpublished digests as a segment. The bytes do not depend on the order in which the units finished."""
     if not tally.unpublished:
         return
     units = sorted(tally.unpublished, key=lambda unit: (unit["split"], unit["unit"]))
@@ -183,7 +184,7 @@ def publish_tally(config: RunConfig, tally: Tally) -> None:
 
 
 def _segments(config: RunConfig) -> Iterator[tuple[int, str, list[dict[str, Any]] | None]]:
-    """Number, URL and digests of each segment; no digests where it is damaged, since it only saves time."""
+    """Number, URL and digests of each segment. A damaged segment gives None, because segments only save time."""
     url = config.folder("clips", "tally")
     names = [found for entry in storage.list_folder(url) if (found := _SEGMENT_NAME.fullmatch(entry.name))]
 
@@ -201,7 +202,7 @@ def _segments(config: RunConfig) -> Iterator[tuple[int, str, list[dict[str, Any]
 
 
 def _is_digest(unit: Any) -> bool:
-    """Whether this is what `digest` makes, as far as adding it up asks."""
+    """Whether this has the fields of a `digest` that summing needs."""
     try:
         tuple(map(ShardEntry.parse, unit["parts"]))
         return (

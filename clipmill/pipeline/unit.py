@@ -1,8 +1,8 @@
-"""One unit of the plan becomes clip shards and a commit record: what a worker of the stage ``shard`` does.
+"""The worker of the stage ``shard``: turns one unit of the plan into clip shards and a commit record.
 
-A video gives all of its clips or none. A bad video (or one whose actions do not fit) is excluded with its
-cause; a failure of the environment raises, so that the unit stays uncommitted and is tried again. The bytes
-of a unit depend on the plan, the versions of the codecs and the CPU's instruction class only, all recorded.
+A video gives all of its clips or none. A bad video (or one whose actions do not fit) is excluded with its cause. A
+failure of the environment raises, so that the unit stays uncommitted and is tried again. The bytes of a unit depend
+only on the plan, the versions of the codecs and the CPU's instruction class; all are recorded.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _ENCODING_SUMS = ("num_measured_clips", "num_measured_values", "squared_error")
 
 
 def make_worker(config: RunConfig, lease: Lease, allowance: Allowance) -> Callable[[Unit], dict[str, Any]]:
-    """Runs once in each actor; the function that it returns keeps one decoding child from unit to unit."""
+    """Runs once in each actor. The returned function reuses one decoding child for all units."""
     data = config.data
     if data.decoder == "decord":
-        decord_version()  # raises where it is not installed, which is no fault of the videos
+        decord_version()  # raises if it is not installed, before any video is excluded for it
     decoder = Decoder(Limits(data.cpu_seconds_per_video, data.memory_bytes_per_video, data.no_progress_seconds))
     return functools.partial(_shard_unit, config, lease, allowance, decoder, fetch_pool(data))
 
 
 @dataclass
 class _UnitResult:
-    """What has become of the videos of a unit so far."""
+    """The results of the videos of a unit so far."""
 
     videos: list[dict[str, Any]] = field(default_factory=list)
     exclusions: list[dict[str, Any]] = field(default_factory=list)
@@ -71,11 +71,11 @@ class _UnitResult:
 def _shard_unit(
     config: RunConfig, lease: Lease, allowance: Allowance, decoder: Decoder, pool: ThreadPoolExecutor, unit: Unit
 ) -> dict[str, Any]:
-    """Decodes, packs and commits one unit, or restores one that was committed and is damaged.
+    """Decodes, packs and commits one unit, or restores a damaged one.
 
     Returns:
-        The unit's `digest`. Where its failures exceed the allowance nothing is committed, since the fault is
-        then hardly the videos': only ``exclusions`` and ``tried`` are returned. For a `LostUnit` see `restore`.
+        The unit's `digest`. If its failures exceed the allowance, which points to a common cause, nothing is committed
+        and only ``exclusions`` and ``tried`` are returned. For a `LostUnit` see `restore`.
     """
     is_restored = isinstance(unit, LostUnit)
     result, url = _UnitResult(), config.folder("clips", unit.split)
@@ -112,7 +112,7 @@ def _shard_video(
     """Adds all clips of a video to a unit, or none.
 
     Raises:
-        ExcludedVideo: the video, or something that comes with it, is bad.
+        ExcludedVideo: the video, its actions or its sidecars are bad.
         OSError, DecoderLost, MemoryError: the environment failed.
     """
     with SampleBuffer() as samples:

@@ -1,4 +1,4 @@
-"""Publishes the finished shards of a unit while the next ones are made."""
+"""Uploads the finished shards of a unit while the next ones are made."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from clipmill.shards.format import Part
 __all__ = ["Uploads"]
 
 _AT_ONCE = 4
-"""Shards: one stream does not fill the link to a bucket."""
+"""Parallel uploads, because one stream does not fill the link to a bucket."""
 
 
 class Uploads:
-    """Shards of one unit on their way to the data set's folder, where a killed worker leaves them as orphans.
+    """Background uploads of one unit's shards to the data set's folder. A killed worker leaves them there as orphans.
 
     Args:
         url: the data set's folder.
-        lease: of the stage; checked before each shard.
+        lease: lease of the stage, checked before each shard.
     """
 
     def __init__(self, url: str, lease: Lease) -> None:
@@ -41,10 +41,13 @@ class Uploads:
         wait(self._begun, longest_wait(kind))
 
     def begin(self, parts: Sequence[Part]) -> None:
-        """Starts those parts, of all that are finished so far, that are not on their way yet.
+        """Starts the uploads of the finished parts that have not been started yet.
+
+        Args:
+            parts: all finished parts of the unit so far.
 
         Raises:
-            OSError, StageFailed: an earlier one failed.
+            OSError, StageFailed: an earlier upload failed.
         """
         for upload in self._begun:
             if upload.done():
@@ -52,10 +55,10 @@ class Uploads:
         self._begun += [self._pool.submit(self._publish, part) for part in parts[len(self._begun) :]]
 
     def wait(self) -> None:
-        """Returns when all are there.
+        """Waits for all uploads.
 
         Raises:
-            OSError, StageFailed: one failed.
+            OSError, StageFailed: an upload failed.
         """
         for upload in self._begun:
             upload.result()

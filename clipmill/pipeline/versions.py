@@ -1,4 +1,4 @@
-"""What the bytes of a unit depend on beside the plan."""
+"""The versions that the bytes of a unit depend on, in addition to the plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["versions"]
 
 @functools.cache
 def versions(decoder: str) -> dict[str, str]:
-    """Those that are installed here, and the CPU's class, for commit records."""
+    """The installed versions and the CPU's class, for commit records."""
     return {
         "clipmill": clipmill.__version__,
         "av": metadata.version("av"),  # its wheel holds FFmpeg and libx264
@@ -26,7 +26,7 @@ def versions(decoder: str) -> dict[str, str]:
 
 
 def _vector_instructions() -> str:
-    """The widest vector instructions: libx264 and swscale choose their code, and so their rounding, by them."""
+    """The widest vector instructions. libx264 and swscale choose their code, and so their rounding, by them."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

@@ -85,11 +85,11 @@ def test_sidecars_are_read_only_as_far_as_they_are_asked_for(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("a.json", "no json", "a.json is no JSON; correct or remove it, or set data.source.sidecars=[txt]"),
-        ("a.json", "[1]", "a.json is no JSON object; "),
+        ("a.json", "no json", "a.json is not JSON; correct or remove it, or set data.source.sidecars=[txt]"),
+        ("a.json", "[1]", "a.json is not a JSON object; "),
         ("a.json", '{"caption": {"en": "x"}}', "a.json has a caption or label that is an object, not one value"),
         ("a.json", '{"label": "\\ud83d"}', "a.json has a caption or label that holds half a character"),
-        ("a.json", "[" * 100_000, "a.json is no JSON; "),
+        ("a.json", "[" * 100_000, "a.json is not JSON; "),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8; correct or remove it, or set data.source.sidecars=[json]"),
         ("a.txt", b"x" * (2**20 + 1), "a.txt has more than 1048576 bytes; "),
     ],

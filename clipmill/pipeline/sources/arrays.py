@@ -237,7 +237,7 @@ def _read_actions(source: SourceConfig, layout: _Layout, url: str, number: int, 
         array = open_array(_local_array(url, name, kept))
         if array.dtype.kind not in "fiub" or array.ndim < 1 + ("N" in layout.axes):
             raise DamagedVideo(
-                f"{name} is {array.dtype} {list(array.shape)}; actions are numbers, a row for each frame"
+                f"{name} is {array.dtype} {list(array.shape)}; actions must be numbers, one row per frame"
             )
         if "N" in layout.axes:
             if len(array) != layout.num_videos:
