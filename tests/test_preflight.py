@@ -46,11 +46,11 @@ def videos(tmp_path_factory) -> Path:
     [
         (
             {"prior__model__class_conditional": "true"},
-            r"class_conditional=true needs a class for every video, and 1 of 3 come without, such as stray\.mp4; label",
+            r"class_conditional=true needs a class for every video, and 1 of 3 have none, such as stray\.mp4; label",
         ),
         (
             {"prior__model__class_conditional": "true", "data__source__label": "none"},
-            r"class_conditional=true needs a class for every video, and 3 of 3 come without",
+            r"class_conditional=true needs a class for every video, and 3 of 3 have none",
         ),
         ({"prior__model__condition": "actions"}, "condition=actions needs actions for every video, and 3 of 3"),
         (

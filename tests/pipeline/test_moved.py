@@ -132,7 +132,7 @@ def test_what_workers_recorded_tells_files_that_are_gone(
         shutil.rmtree(Path(config.folder("clips", split), "commits"), ignore_errors=True)
     assert not extend_plan(config)  # rather none than one in both splits
     assert splits_of(config) == planned
-    assert f"left out {NUM_VIDEOS} videos, such as s3://two/raw/" in caplog.text
+    assert f"skipped {NUM_VIDEOS} videos, such as s3://two/raw/" in caplog.text
 
 
 def test_one_content_uploaded_in_two_ways_is_one_video(tmp_path: Path, bucket: S3Server) -> None:

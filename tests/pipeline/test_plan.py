@@ -349,7 +349,7 @@ def test_a_group_in_two_splits_is_the_users_mistake(tmp_path, monkeypatch):
     ]
     listed(monkeypatch, videos)
     with pytest.raises(
-        UserError, match=r"a\.mp4 and s3://b/c\.mp4 are of one group, .* into train and the other into val"
+        UserError, match=r"a\.mp4 and s3://b/c\.mp4 belong to one group, .* into train and the second into val"
     ):
         make_plan(config_for(tmp_path))
     assert not (tmp_path / "run" / "clips" / "plan").exists()

@@ -1,4 +1,4 @@
-"""Makes the plan, in the memory of a few batches: listing, recognizing, sorting and cutting go over scratch files."""
+"""Makes the plan as a stream: listing, recognizing, sorting and cutting hold only a few batches in memory."""
 
 from clipmill.pipeline.planning.generation import extend_plan, make_plan, retry_videos
 

@@ -1,4 +1,4 @@
-"""Whether the videos of a plan come with what the prior of the config is to be conditioned on."""
+"""Checks that the videos of a plan have the class, actions or text that the configured prior is conditioned on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_conditions"]
 
 
 class _Need(NamedTuple):
-    """A column that must be set, or a sidecar that may say it, and what to do about a video that has neither."""
+    """A condition that every video needs: in a column, or perhaps in a sidecar; and advice for videos without it."""
 
     key: str
     noun: str
@@ -51,16 +51,17 @@ _OF_CONDITION = {
 
 
 def check_conditions(config: RunConfig, tables: Iterable[pa.Table]) -> None:
-    """Refuses videos for which training the prior would fail for certain.
+    """Refuses videos with which training the prior would certainly fail.
 
-    Sidecars are read by the workers, so a video that has one may still turn out to have no class.
+    Sidecars are read later, by the workers. So a video with a sidecar passes, even if the sidecar turns out to have no
+    class.
 
     Args:
-        config: of the run.
+        config: config of the run.
         tables: `SOURCE_COLUMNS` of the videos.
 
     Raises:
-        UserError: some videos have no class, actions or text, and the prior needs one of each.
+        UserError: some videos lack the class, actions or text that the prior needs.
     """
     model = config.prior.model
     needs = [_LABEL] if model.class_conditional else []
@@ -79,12 +80,12 @@ def check_conditions(config: RunConfig, tables: Iterable[pa.Table]) -> None:
     for need, url in example.items():
         raise UserError(
             f"prior.model.{need.key} needs {need.noun} for every video, and {num_lacking[need]:,} of {num_videos:,} "
-            f"come without, such as {storage.shown(url)}; {need.advice}"
+            f"have none, such as {storage.shown(url)}; {need.advice}"
         )
 
 
 def _lacks(table: pa.Table, need: _Need) -> pa.ChunkedArray:
-    """bool[n]: readable videos without a value, and without a sidecar that may hold one."""
+    """bool[n]: True for readable videos without a value, and without a sidecar that may hold one."""
     lacks = pc.and_(pc.is_null(table[need.column]), pc.is_null(table["fault"]))
     if not need.sidecars:
         return lacks

@@ -1,8 +1,7 @@
-"""Makes the generations of a plan: the first from a listing, further ones from what came or failed since.
+"""Makes the generations of a plan: the first from a listing, later ones from new or quarantined videos.
 
 A generation is planned once. Its rows are written first, under a name with their hash, and its document is created
-last: a planner that is killed, or loses against another one, leaves the plan as it was. The generation that a run has
-not finished yet is not planned again by the same command.
+last. A planner that is killed, or that loses against another one, leaves the plan unchanged.
 """
 
 from __future__ import annotations
@@ -48,38 +47,38 @@ __all__ = ["extend_plan", "make_plan", "retry_videos", "split_share"]
 logger = logging.getLogger(__name__)
 
 _ENDINGS_KEPT = 100
-"""Of other files, the endings that the plan keeps."""
+"""Number of file extensions that the plan keeps in its counts of other files."""
 
 
 def make_plan(config: RunConfig, lease: Lease) -> Plan:
     """Lists the source once and publishes the plan.
 
     Raises:
-        UserError: the source is missing, empty or unreadable, or its videos lack what the prior is conditioned on;
-            nothing has been written then.
-        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
+        UserError: the source is missing, empty or unreadable, or its videos lack the prior's condition. Nothing has
+            been written.
+        StageFailed: another run owns the folder, or has planned meanwhile. Its plan stays unchanged.
     """
     _add_listed(config, lease, None)
     return load_plan(config)
 
 
 def extend_plan(config: RunConfig, lease: Lease, plan: Plan) -> bool:
-    """Lists the source again and plans the videos that no generation has; False: there are none.
+    """Lists the source again and plans the videos that no generation has. Returns False if there are none.
 
     Raises:
-        UserError: the source is missing, empty or unreadable; nothing has been written then.
-        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
+        UserError: the source is missing, empty or unreadable. Nothing has been written.
+        StageFailed: another run owns the folder, or has planned meanwhile. Its plan stays unchanged.
     """
     return _add_listed(config, lease, plan)
 
 
 def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[str]) -> bool:
-    """Plans videos of earlier generations anew, in units of their own; False: there are none.
+    """Plans videos of earlier generations again, in new units. Returns False if there are none.
 
-    A file that could not be had when it was listed is looked at again.
+    Files that could not be read when they were listed are checked again.
 
     Raises:
-        StageFailed: another run owns the folder, or has planned meanwhile; the plan is as that run left it.
+        StageFailed: another run owns the folder, or has planned meanwhile. Its plan stays unchanged.
     """
     wanted = np.array([int(one, 16) for one in ids], np.uint64)
     with ScratchFolder("plan") as folder:
@@ -94,7 +93,7 @@ def retry_videos(config: RunConfig, lease: Lease, plan: Plan, ids: Collection[st
         draft = Draft(folder / "draft")
         with draft:
             for table in rows.ranges():
-                _, firsts = np.unique(table["place"].to_numpy(), return_index=True)  # one may have failed twice
+                _, firsts = np.unique(table["place"].to_numpy(), return_index=True)  # a video may have failed twice
                 chosen = recheck_rows(table.take(pa.array(firsts)), base_url(config.data.source), planned)
                 for split in SPLITS:
                     draft.add(split, chosen.filter(pc.equal(chosen["split"], split)))
@@ -128,7 +127,7 @@ def _add_listed(config: RunConfig, lease: Lease, plan: Plan | None) -> bool:
 def _list(
     config: RunConfig, plan: Plan | None, planned: PlannedVideos, progress: Progress, others: Counter[str], folder: Path
 ) -> ListedVideos:
-    """All videos of the source, those of moved files under the identity that is planned."""
+    """All videos of the source. Videos of moved files get the identity that is planned."""
     source, base = config.data.source, base_url(config.data.source)
     listed = ListedVideos(folder / "listed")
     unknown_files = UnknownFiles(folder / "unknown_files", base, fetch_limits(config.data))
@@ -153,7 +152,7 @@ def _list(
 def _draft(
     config: RunConfig, listed: ListedVideos, planned: PlannedVideos, folder: Path
 ) -> tuple[Draft, int, set[int]]:
-    """The videos that are not planned yet, in order; how many rows repeat another; identities of several contents."""
+    """The unplanned videos in order; the number of repeated rows; the identities with several contents."""
     base = base_url(config.data.source)
     given = listed.given_splits()
     draft = Draft(folder / "draft")
@@ -186,7 +185,9 @@ def _tell_apart(
 
 
 def _is_val(config: RunConfig, table: pa.Table, given: GivenSplits) -> np.ndarray:
-    """bool[n]: a function of the origin, so that more videos never move one, unless the source gives splits."""
+    """bool[n]: whether each video is in val: the source's split, else by a hash of the origin, which new videos never
+    change.
+    """
     origins = table["origin"].to_numpy()
     shares = (split_share(config.seed, origin) for origin in origins.tolist())
     is_val = np.fromiter((share < config.data.val_fraction for share in shares), bool, len(origins))
@@ -194,7 +195,7 @@ def _is_val(config: RunConfig, table: pa.Table, given: GivenSplits) -> np.ndarra
 
 
 def split_share(seed: int, origin: int) -> float:
-    """A number in [0, 1) that decides the split of an origin, independent of the order."""
+    """A number in [0, 1) that decides the split of an origin; independent of the plan's order."""
     return hash64(f"split:{seed}:{origin:016x}") / 2**64
 
 
@@ -208,17 +209,17 @@ def _publish(
     facts: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Writes one more generation.
+    """Writes a new generation.
 
     Args:
-        config: of the run.
-        lease: on its clips.
-        plan: the generations so far.
-        kind: of the generation.
+        config: config of the run.
+        lease: lease on the run's clips.
+        plan: the generations so far; None for the first one.
+        kind: kind of the generation.
         draft: its videos.
-        expected: what they will make.
-        facts: for its document.
-        folder: for a file on this machine.
+        expected: the expected bytes of shards.
+        facts: further fields of its document.
+        folder: scratch folder.
     """
     path = folder / "rows.parquet"
     num_units, output_bytes = write_units(
@@ -261,7 +262,7 @@ def _publish(
 
 
 def _remove_unused_rows(config: RunConfig, number: int) -> None:
-    """Removes the rows of planners that were killed or lost, as soon as somebody's generation of this number holds."""
+    """Removes rows that killed or losing planners left, once a generation of this number exists."""
     folder = config.folder("clips", "plan")
     generations = read_generations(config)
     if len(generations) <= number:

@@ -1,4 +1,4 @@
-"""Which listed rows are different videos."""
+"""Decides which listed rows are different videos."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ logger = logging.getLogger(__name__)
 
 
 def hash64(text: str) -> int:
-    """The first 64 bits of a SHA-256; as 16 hex digits they sort as the numbers do."""
+    """The first 64 bits of a SHA-256. Written as 16 hex digits, they sort like the numbers."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def is_md5(etag: str | None) -> bool:
-    """Whether an etag covers the content: that of an object that was put whole.
+    """Whether an etag is an MD5 of the content, as for objects uploaded in one part.
 
-    Those of multipart uploads depend on how the object was put as well.
+    The etag of a multipart upload also depends on the sizes of the parts.
     """
     return etag is not None and _MD5.fullmatch(etag) is not None
 
 
 def content_of(base_url: str, video: dict[str, Any], limits: storage.Limits) -> str:
-    """What tells two videos of equal identity apart: the MD5 of the whole file, which is read where no etag is one.
+    """A text that distinguishes videos of equal identity by content: the MD5 of the whole file, from the etag or by
+    reading.
 
     Args:
-        base_url: the folder that relative URLs are relative to.
-        video: source columns of its row.
-        limits: of what a web server may take and send.
+        base_url: the folder that relative URLs refer to.
+        video: source columns of the video's row.
+        limits: limits of time and size for a file of a web server.
     """
     part = ":".join(str(video[column]) for column in ("member", "start_seconds", "end_seconds"))
     if video["fault"] is not None:
@@ -57,14 +58,14 @@ def content_of(base_url: str, video: dict[str, Any], limits: storage.Limits) -> 
         return f"missing:{video['url']}:{part}"
 
 
-@functools.lru_cache  # a file of many videos stands in many rows
+@functools.lru_cache  # a file with many videos has many rows
 def whole_md5(url: str, limits: storage.Limits) -> str:
-    """Hash of all bytes of a file, read as a stream; that of a web server, which may know no ranges, as a copy.
+    """MD5 of a whole file, read as a stream. A web server may not support ranges, so its file is copied first.
 
     Raises:
-        FileNotFoundError: it has vanished.
-        Unreadable: a web server does not give it within the limits.
-        Refused: storage refuses it.
+        FileNotFoundError: the file has vanished.
+        Unreadable: a web server does not deliver it within the limits.
+        Refused: the storage denies access.
     """
     if storage.is_web(url):
         with ScratchFolder("plan") as folder:
@@ -79,12 +80,12 @@ def whole_md5(url: str, limits: storage.Limits) -> str:
 
 @dataclass(frozen=True)
 class PlannedVideos:
-    """What earlier generations of a plan know: 8 bytes a video.
+    """The videos of earlier generations of a plan, in 8 bytes per video.
 
     Attributes:
-        ids: uint64[n], sorted: of all planned videos.
-        ambiguous: hashes of identities behind which different contents were found.
-        url: of the planned video with this id.
+        ids: uint64[n], sorted ids of all planned videos.
+        ambiguous: hashes of identities for which different contents were found.
+        url: returns the URL of the planned video with an id.
     """
 
     ids: np.ndarray
@@ -93,11 +94,11 @@ class PlannedVideos:
 
     @classmethod
     def of_plan(cls, plan: Plan, recovered: np.ndarray) -> PlannedVideos:
-        """Of all generations of a plan.
+        """The videos of all generations of a plan.
 
         Args:
-            plan: it.
-            recovered: uint64[n], more ids of planned videos.
+            plan: the plan.
+            recovered: uint64[n], further ids of planned videos, from `recovered_ids`.
         """
         filled = len(recovered)
         ids = np.empty(filled + sum(generation["videos"] for generation in plan.generations), np.uint64)
@@ -110,14 +111,14 @@ class PlannedVideos:
         return cls(ids, ambiguous, plan.url_of)
 
     def holds(self, ids: np.ndarray) -> np.ndarray:
-        """bool[n]: whether these are planned."""
+        """bool[n]: whether each id is planned."""
         if not len(self.ids):
             return np.zeros(len(ids), bool)
         places = np.searchsorted(self.ids, ids).clip(max=len(self.ids) - 1)
         return self.ids[places] == ids
 
     def knows(self, bases: np.ndarray) -> np.ndarray:
-        """bool[n]: whether videos of these identities are planned, under whichever id."""
+        """bool[n]: whether videos with these identities are planned, under any id."""
         return self.holds(bases) | np.isin(bases, np.array(sorted(self.ambiguous), np.uint64))
 
 
@@ -130,18 +131,18 @@ def tell_apart(
     url: Callable[[int], str] = str,
     planned: PlannedVideos = NOTHING_PLANNED,
 ) -> tuple[np.ndarray, np.ndarray, set[int]]:
-    """Resolves equal identities by full content.
+    """Resolves equal identities by comparing full contents.
 
     Args:
         bases: uint64[n], the hash of each identity.
-        content: what tells two rows of equal identity apart (reads the whole file).
-        url: of a row.
-        planned: what is planned already.
+        content: distinguishes rows of equal identity by content (`content_of`); it may read the whole file.
+        url: returns the URL of a row.
+        planned: the videos that are planned already.
 
     Returns:
-        uint64[n] ids; bool[n] False for a row that repeats an earlier row's content; the hashes of identities behind
-        which contents differ. There every id is refined, so that ids do not depend on the order of the listing. Only a
-        video that was planned before its look-alikes came keeps the id that it has.
+        uint64[n] ids; bool[n], False for a row that repeats an earlier row's content; the hashes of identities whose
+        contents differ. For these identities every id includes the content, so that ids do not depend on the order of
+        the listing. Only a video that was planned before the others appeared keeps its id.
     """
     ids, keep = bases.copy(), np.ones(len(bases), bool)
     by_hash = np.argsort(bases, kind="stable")
@@ -153,7 +154,7 @@ def tell_apart(
     for base, group in groupby(by_hash[in_doubt].tolist(), key=lambda row: int(bases[row])):
         by_url: dict[str, int] = {}
         for row in group:
-            keep[row] = by_url.setdefault(url(row), row) == row  # the same file again: nothing to read
+            keep[row] = by_url.setdefault(url(row), row) == row  # the same file again: no need to read it
         if len(by_url) == 1 and base not in planned.ambiguous:
             continue
         contents: dict[str, list[int]] = {}
@@ -179,17 +180,17 @@ def _find_planned(
     ids: np.ndarray,
     keep: np.ndarray,
 ) -> None:
-    """Among look-alikes, gives the one that is planned under their common hash its id back."""
+    """Among videos of equal identity, gives the one that is already planned its old id."""
     planned_url = planned.url(base)
     for rows in contents.values():
         if any(url(row) == planned_url for row in rows):
             ids[rows[0]] = base
             return
-    # Which of them is the planned one cannot be known: rather leave out a video than have one twice.
+    # It is not known which of them is the planned one. Skip them all: a missing video is better than a duplicate.
     firsts = [rows[0] for rows in contents.values()]
     keep[firsts] = False
     logger.warning(
-        "left out %s: one of them is the planned %s, which is no longer there",
+        "skipped %s: one of them is the planned %s, which is no longer there",
         ", ".join(storage.shown(url(row)) for row in firsts),
         storage.shown(planned_url),
     )

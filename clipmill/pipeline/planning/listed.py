@@ -1,4 +1,4 @@
-"""The rows of a listing on scratch, and the splits that the source gives some of them."""
+"""The rows of a listing in scratch files, and the splits that the source gives to some of them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _SPLIT_BIT = np.uint64(1)
 
 @dataclass(frozen=True)
 class GivenSplits:
-    """The splits of origins that a source has given one: 8 bytes an origin.
+    """The origins to which the source gives a split, in 8 bytes per origin.
 
     Attributes:
-        keys: uint64[n], sorted: hashes of origins with the split (index in `SPLITS`) for their last bit.
+        keys: uint64[n], sorted hashes of origins; the last bit is replaced by the split (index in `SPLITS`).
     """
 
     keys: np.ndarray
 
     def apply(self, origins: np.ndarray, is_val: np.ndarray) -> np.ndarray:
-        """bool[n]: ``is_val``, but the given split where there is one."""
+        """bool[n]: ``is_val``, replaced by the given split for origins that have one."""
         if not len(self.keys):
             return is_val
         places = np.searchsorted(self.keys, origins & ~_SPLIT_BIT).clip(max=len(self.keys) - 1)
@@ -43,7 +43,7 @@ class GivenSplits:
 
 
 class ListedVideos:
-    """Collects the videos of a listing; gives them back in the order of the plan, range by range."""
+    """Collects the videos of a listing, and returns them in the order of the plan, range by range."""
 
     def __init__(self, folder: Path) -> None:
         """Keeps rows in ``folder``."""
@@ -60,17 +60,17 @@ class ListedVideos:
         self._rows.add(table.select([*SOURCE_COLUMNS, "given", *HASH_COLUMNS]).append_column("file", files))
 
     def ranges(self) -> Iterator[pa.Table]:
-        """Tables of source columns, ``file``, ``given`` and `HASH_COLUMNS`, of ascending places.
+        """Yields tables of source columns, ``file``, ``given`` and `HASH_COLUMNS`, with ascending places.
 
-        Rows of equal places are in one of them, and those of equal identity in the order of the listing.
+        Rows of equal place are in the same table; rows of equal identity keep the order of the listing.
         """
         return self._rows.ranges()
 
     def given_splits(self) -> GivenSplits:
-        """The split of each origin of which the source gives a video one.
+        """The splits that the source gives to origins.
 
         Raises:
-            UserError: the source gives videos of one origin different ones.
+            UserError: the source gives videos of one origin different splits.
         """
         keys = np.unique(np.concatenate(self._given))
         in_two = keys[1:][(keys[1:] ^ keys[:-1]) == 1]
@@ -87,7 +87,7 @@ class ListedVideos:
                 urls.setdefault(given, url)
         (first_split, first), (second_split, second) = sorted(urls.items())
         return UserError(
-            f"{storage.shown(first)} and {storage.shown(second)} are of one group, but the source puts the one into "
-            f"{SPLITS[first_split]} and the other into {SPLITS[second_split]} ({num_origins} groups are split so); "
+            f"{storage.shown(first)} and {storage.shown(second)} belong to one group, but the source puts the first "
+            f"into {SPLITS[first_split]} and the second into {SPLITS[second_split]} ({num_origins} such groups); "
             "give each group one split"
         )

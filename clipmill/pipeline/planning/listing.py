@@ -1,4 +1,4 @@
-"""What a source holds now, as tables of rows. Python objects live for one batch of the listing."""
+"""Lists a source into tables of rows. Python objects live for one batch only, which bounds the memory."""
 
 from __future__ import annotations
 
@@ -34,22 +34,24 @@ LISTED_COLUMNS: dict[str, pa.DataType] = {
     "together": _TEXT,
 }
 """``given``: the split that the source gives (index in `SPLITS`), or `NO_SPLIT`. ``identity``, ``group`` and
-``together`` as `SourceVideo` explains them; group and together may be null."""
+``together``: see `SourceVideo`; the last two may be null.
+"""
 
 HASH_COLUMNS: dict[str, pa.DataType] = {"base": pa.uint64(), "origin": pa.uint64(), "place": pa.uint64()}
-"""``base``: hash of the identity, with the span. ``origin``: of the group, which decides the split. ``place``: orders
-the plan: that of the identity, or of the file where videos share one that must be fetched whole."""
+"""``base``: hash of the identity, span included. ``origin``: hash of the group, which decides the split. ``place``:
+hash that orders the plan: that of the identity, or that of the file if its videos need it fetched whole.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 def list_rows(source: SourceConfig, progress: Progress, others: Counter[str]) -> Iterator[pa.Table]:
-    """Lists a source once, in a stream; goes on where a planner that was killed has left ``progress``.
+    """Lists a source once, as a stream. Continues where the ``progress`` of a killed planner ends.
 
     Args:
-        source: to list.
-        progress: keeps what has been listed.
-        others: counts files of a folder that are no videos, by the ending of their names.
+        source: the source to list.
+        progress: stores what has been listed.
+        others: counts files of a folder that are not videos, by extension.
 
     Yields:
         Tables of `LISTED_COLUMNS`.
@@ -72,14 +74,14 @@ def list_rows(source: SourceConfig, progress: Progress, others: Counter[str]) ->
     if batch:
         yield _table_of(batch)
     if others:
-        logger.info("skipped what is no video: %s", describe_files(others))
+        logger.info("skipped files that are not videos: %s", describe_files(others))
 
 
 def origin_of(source: SourceConfig, video: SourceVideo) -> int:
     """The origin of one listed video, which decides its split (`split_share`).
 
     Raises:
-        FileNotFoundError: it has vanished since.
+        FileNotFoundError: the file has vanished since.
     """
     for identified in _identified(iter([video]), base_url(source)):
         return int(with_hashes(_table_of([identified]))["origin"][0].as_py())
@@ -87,7 +89,7 @@ def origin_of(source: SourceConfig, video: SourceVideo) -> int:
 
 
 def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[SourceVideo, str]]:
-    """Videos with the identities of their files; one that cannot be read has a fault, one that vanished is skipped."""
+    """Yields videos with the identities of their files. Unreadable ones get a fault; vanished ones are skipped."""
     for video in videos:
         try:
             identity = video.identity or file_identity(storage.resolve(base, video.name), video.bytes, video.etag)
@@ -96,7 +98,7 @@ def _identified(videos: Iterator[SourceVideo], base: str) -> Iterator[tuple[Sour
             continue
         except (OSError, storage.Refused) as error:
             if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
-                raise  # a bucket is away
+                raise  # the bucket does not answer
             name, cause = storage.shown(video.name), getattr(error, "strerror", None) or error
             identity = f"fault:{name}"
             video = replace(video, fault=f"{name} cannot be read: {cause}")
@@ -125,7 +127,7 @@ def with_hashes(table: pa.Table) -> pa.Table:
 
 
 def base_of(identity: str, start_seconds: float | None, end_seconds: float | None) -> int:
-    """The hash of a video's identity: that of its file, with the span where it is one."""
+    """The hash of a video's identity: the identity of its file, with the span if it has one."""
     is_whole = start_seconds is None and end_seconds is None
     return hash64(identity if is_whole else f"{identity}:{start_seconds}:{end_seconds}")
 

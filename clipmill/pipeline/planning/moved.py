@@ -1,15 +1,16 @@
-"""Recognizes files that were moved or uploaded anew: their identity has changed, their content has not.
+"""Recognizes files that were moved or uploaded again: their identity has changed, but not their content.
 
-The identity of a file is ``kind:bytes:tag`` (`file_identity`). Two hashes of edges, or two MD5s of objects that were
-put whole, say whether the contents are equal. Others do not: an MD5 and the tag of a multipart upload, a tag and edges.
-Files of equal size whose identities say nothing are compared by their edges, the first and last 64 KiB. Nothing is read
-of files whose size no such other file has.
+The identity of a file is ``kind:bytes:tag`` (`file_identity`). Two identities of the same kind can be compared: hashes
+of edges (files on a disk), or MD5s of objects uploaded in one part. Others cannot: an MD5 with the tag of a multipart
+upload, or a tag with a hash of edges. Files of equal size with such identities are compared by their edges, the first
+and last 64 KiB. A file is not read if no such other file has its size.
 
-A file that is recognized takes the identity of the planned one, or in a first listing of the one that its storage tells
-best. So its videos are those that are planned, and new spans and members of it are in the split of the old ones. The
-edges of a planned file are in its identity, in the commit record of its video, or where it was. If none of these is
-known and the MD5 does not help, a file of the same size is skipped with a warning: it may be a video of the other
-split.
+A recognized file takes the identity of the planned file; in a first listing, that of the file whose tag covers its
+content. So its videos count as planned, and its new spans and members are in the split of the old ones.
+
+The edges of a planned file are known from its identity, from the commit record of its video, or by reading it at its
+old place. If all of these fail and the MD5 does not help, a file of the same size is skipped with a warning, because it
+may be a video of the other split.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _TEXT = pa.large_string()
 _FILE = r"^(?P<file>[a-z]+:(?P<size>[0-9]+):[^:]*)"
 _NO_FILE = r"^(fault|missing):"
 _DISK, _WHOLE = r"^disk:", r"^bucket:[0-9]+:[0-9a-f]{32}(:|$)"
-"""Identities that tell content apart among themselves: of files on a disk, and of objects that were put whole."""
+"""Identities that can be compared among themselves: of files on a disk, and of objects uploaded in one part."""
 
 _READS_AT_ONCE = 64
 _NUM_SIZES = 2**28
@@ -63,31 +64,32 @@ _FILE_COLUMNS: dict[str, pa.DataType] = {
     "edges": _TEXT,
     "is_known": pa.bool_(),
 }
-"""Identity and bytes of a file; the absolute URL where it is, or was; the hash of its edges where a record states it;
-whether it is no stranger."""
+"""Identity and bytes of a file; its absolute (or former) URL; the hash of its edges if a commit record states it;
+whether the file is known.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 def identity_covers_content(table: pa.Table, base_url: str) -> np.ndarray:
-    """bool[n]: whether the identity of a listed row tells its file from all that lie where its source does."""
+    """bool[n]: whether the identities of listed rows can be compared with those of all other files of their source."""
     return _matches(table["identity"], _DISK if storage.is_local(base_url) else _WHOLE)
 
 
 def has_file_identity(table: pa.Table) -> np.ndarray:
-    """bool[n]: whether a listed row has a file that was looked at."""
+    """bool[n]: whether listed rows have the identity of a file, not that of a fault."""
     return _matches(table["identity"], _FILE) & ~_matches(table["identity"], _NO_FILE)
 
 
 def file_column(table: pa.Table) -> pa.ChunkedArray:
-    """The identity of the file of each listed row; null where there is none, or the plan's columns state it."""
+    """The file identity of each listed row; null if it has none, or if it follows from the plan's other columns."""
     files, _ = _files_and_sizes(table["identity"])
     is_stated = pc.fill_null(pc.equal(files, _bucket_identities(table)), False)
     return pc.if_else(is_stated, pa.scalar(None, _TEXT), files)
 
 
 def planned_identities(table: pa.Table) -> pa.ChunkedArray:
-    """The identity of the file of each planned row; null where it could not be looked at."""
+    """The file identity of each planned row; null if the file could not be read."""
     return pc.coalesce(table["file"], _bucket_identities(table))
 
 
@@ -107,15 +109,15 @@ def _bucket_identities(table: pa.Table) -> pa.ChunkedArray:
 
 
 class UnknownFiles:
-    """Listed rows whose files nobody knows, and the known files that they may be, joined by size on scratch."""
+    """Listed rows with unknown files, and the known files that they may equal, joined by size in scratch files."""
 
     def __init__(self, folder: Path, base_url: str, limits: storage.Limits) -> None:
         """Keeps rows in ``folder``.
 
         Args:
-            folder: on this machine; made here.
-            base_url: what relative URLs of the rows are relative to.
-            limits: of what a web server may take and send for one file.
+            folder: scratch folder, created here.
+            base_url: the folder that relative URLs of the rows refer to.
+            limits: limits of time and size for a file of a web server.
         """
         self._spool = Spool(folder, "key")
         self._base_url, self._limits = base_url, limits
@@ -136,21 +138,24 @@ class UnknownFiles:
         self._add({**{name: table[name] for name in LISTED_COLUMNS}, **columns}, is_known=False)
 
     def add_known(self, tables: Iterable[pa.Table]) -> None:
-        """Adds files that the strangers may be: tables of ``file``, ``size``, ``where``, ``edges``."""
+        """Adds known files that the unknown ones may equal: tables of ``file``, ``size``, ``where``, ``edges``."""
         for table in tables:
             self._add({name: table[name] for name in table.column_names}, is_known=True)
 
     def may_match(self, files: pa.ChunkedArray, sizes: pa.ChunkedArray) -> np.ndarray:
-        """bool[n]: whether a stranger has the size of each file, and an identity that does not tell them apart.
+        """bool[n]: whether an unknown file has the size of each file, and an identity that cannot be compared with it.
 
-        True for a few others as well, which costs time alone.
+        It is True for a few others as well, which only costs time.
         """
         numbers = pc.fill_null(sizes, 0).to_numpy() % _NUM_SIZES
         is_wanted = np.where(_matches(files, _WHOLE), self._has_mixed_size[numbers], self._has_size[numbers])
         return is_wanted & pc.is_valid(files).to_numpy()
 
     def recognized(self) -> Iterator[pa.Table]:
-        """The candidates under the identities of the files that they are; possible duplicates are skipped."""
+        """Yields the rows of unknown files, under the identity of a known file if they equal one.
+
+        Rows that may equal a planned file that can no longer be read are skipped.
+        """
         num_skipped, example = 0, ""
         for table in self._spool.ranges():
             known = table.filter(table["is_known"])
@@ -164,8 +169,8 @@ class UnknownFiles:
             yield _renamed(rows, replacements).filter(pa.array(is_kept)).select(list(LISTED_COLUMNS))
         if num_skipped:
             logger.warning(
-                "left out %d videos, such as %s: a planned file of that size is no longer where it was, so nothing "
-                "tells whether they are the same; bring it back for the time of this command, or choose another root",
+                "skipped %d videos, such as %s: a planned file of the same size is no longer where it was, so they "
+                "cannot be compared; put it back while this command runs, or choose another root",
                 num_skipped,
                 storage.shown(example),
             )
@@ -186,7 +191,7 @@ class UnknownFiles:
 
 
 def _renamed(rows: pa.Table, names: list[str | None]) -> pa.Table:
-    """Puts another file's identity for that of each row's file, also in what derives from it."""
+    """Replaces the file identity of each row, also inside its ``identity``, ``group`` and ``together``."""
     files = rows["file"].to_pylist()
     for column in ("identity", "group", "together"):
         texts = [
@@ -209,7 +214,7 @@ class _File:
 
     @property
     def kind(self) -> str:
-        """``disk``, ``whole``: comparable among themselves; ``other``: with nothing."""
+        """``disk`` and ``whole`` are comparable among themselves, ``other`` is not."""
         kind, _, tag = self.identity.split(":")
         if kind == "disk":
             return kind
@@ -220,7 +225,7 @@ class _File:
         return int(self.identity.split(":")[1])
 
     def may_match(self, other: _File) -> bool:
-        """Whether two different identities of one size may be of one content."""
+        """Whether two files of one size with different identities may have the same content."""
         return self.identity != other.identity and (self.kind != other.kind or self.kind == "other")
 
 
@@ -230,9 +235,9 @@ def _files(table: pa.Table) -> Iterator[_File]:
 
 
 def _recognize(files: list[_File], limits: storage.Limits) -> dict[str, str | None]:
-    """For the identity of each file, that of the known or the first file with the same content.
+    """Maps the identity of each file to that of the known (or else first) file with the same content.
 
-    None: it may be a known file, which cannot be looked at any more.
+    None means that it may be a known file that cannot be read any more.
     """
     by_size: dict[int, dict[str, _File]] = {}
     for file in files:
@@ -250,12 +255,12 @@ def _recognize(files: list[_File], limits: storage.Limits) -> dict[str, str | No
 
 
 def _rank(file: _File) -> tuple[bool, bool, str]:
-    """Whose identity a content gets: that of a known file, else of one whose tag covers its content."""
+    """Sorts files by preference for the identity to keep: known files first, then those with a tag of the content."""
     return not file.is_known, file.kind == "other", file.identity
 
 
 def _compared(group: list[_File]) -> list[_File]:
-    """The files of one size that have to be looked at: strangers, and what they may be."""
+    """The files of one size whose edges are needed: unknown files, and files that they may equal."""
     kinds = {(file.kind, file.is_known) for file in group}
     if all(is_known for _, is_known in kinds) or (len({kind for kind, _ in kinds}) == 1 and group[0].kind != "other"):
         return []
@@ -271,7 +276,7 @@ def _compared(group: list[_File]) -> list[_File]:
 
 
 def _read_edges(files: list[_File]) -> dict[str, str | None]:
-    """The edges of files, by identity; None: they cannot be read."""
+    """The hashes of the files' edges, by identity; None for a file that cannot be read."""
     with ThreadPoolExecutor(_READS_AT_ONCE) as readers:
         return dict(zip((file.identity for file in files), readers.map(_edges_of, files), strict=True))
 
@@ -284,7 +289,7 @@ def _edges_of(file: _File) -> str | None:
     try:
         entry = storage.stat(file.where)
         if file_identity(file.where, entry.bytes, entry.etag) != file.identity:
-            return None  # another file lies there now
+            return None  # it is another file now
         return edges_sha256(file.where, entry.bytes)
     except (OSError, UserError) as error:
         is_away = isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable)
@@ -294,7 +299,7 @@ def _edges_of(file: _File) -> str | None:
 
 
 def _names_of(files: list[_File], edges: dict[str, str | None], limits: storage.Limits) -> dict[str, str | None]:
-    """As `_recognize`, of files of one size in the order of `_rank`."""
+    """Like `_recognize`, for files of one size in the order of `_rank`."""
     names: dict[str, str | None] = {}
     by_edges: dict[str, str] = {}
     unseen = [file for file in files if file.is_known and edges[file.identity] is None]
@@ -313,7 +318,7 @@ def _names_of(files: list[_File], edges: dict[str, str | None], limits: storage.
 
 
 def _name_among(file: _File, unseen: list[_File], limits: storage.Limits) -> str | None:
-    """The identity of a file that is none whose edges are known; None: it may be one of the unseen."""
+    """The identity of a file whose edges match no other file's; None if it may be one of the ``unseen`` files."""
     if not unseen:
         return file.identity
     whole = {other.identity for other in unseen if other.kind == "whole"}
@@ -331,12 +336,12 @@ def _name_among(file: _File, unseen: list[_File], limits: storage.Limits) -> str
 
 
 def listed_files(unknown_files: UnknownFiles, rows: Iterable[pa.Table], base_url: str) -> Iterator[pa.Table]:
-    """The files of listed rows that a stranger may be, for `UnknownFiles.add_known`.
+    """The files of listed rows that an unknown file may equal, for `UnknownFiles.add_known`.
 
     Args:
-        unknown_files: of the same listing.
-        rows: with source columns and ``file``, as `file_column` gives it.
-        base_url: what relative URLs are relative to.
+        unknown_files: unknown files of the same listing.
+        rows: tables with the source columns and ``file`` (see `file_column`).
+        base_url: the folder that relative URLs refer to.
     """
     for table in rows:
         files = planned_identities(table)
@@ -344,7 +349,7 @@ def listed_files(unknown_files: UnknownFiles, rows: Iterable[pa.Table], base_url
 
 
 def planned_files(unknown_files: UnknownFiles, plan: Plan, config: RunConfig) -> Iterator[pa.Table]:
-    """The planned files that an unknown file may be, with the edges that commit records state."""
+    """The planned files that an unknown file may equal, with the edges that commit records state."""
     committed: dict[str, set[int]] = {}
     columns = ["split", "unit", "id", "url", "bytes", "etag", "member", "fault", "file"]
     for generation, table in plan.tables_by_generation(columns):
@@ -358,7 +363,7 @@ def planned_files(unknown_files: UnknownFiles, plan: Plan, config: RunConfig) ->
 def _chosen(
     unknown_files: UnknownFiles, table: pa.Table, files: pa.ChunkedArray, base_url: str
 ) -> tuple[pa.Table, pa.Table]:
-    """(``file``, ``size``, ``where``) of the rows that matter, and these rows."""
+    """(``file``, ``size``, ``where``) of the rows that an unknown file may equal, and these rows."""
     files, sizes = _files_and_sizes(files)
     is_chosen = unknown_files.may_match(files, sizes) & pc.is_null(table["fault"]).to_numpy()
     mask = pa.array(is_chosen)
@@ -370,7 +375,7 @@ def _chosen(
 def _committed_edges(
     config: RunConfig, rows: pa.Table, files: pa.Table, committed: dict[str, set[int]]
 ) -> list[str | None]:
-    """The edges of the file of each planned row, where a worker has recorded them; ``committed`` is filled by need."""
+    """The edges of each planned row's file from the commit records; None without. ``committed`` is filled on demand."""
     edges: dict[str, str | None] = {}
     is_open = pc.and_(pc.is_null(rows["member"]), pc.invert(pc.match_substring_regex(files["file"], _DISK)))
     wanted = rows.filter(is_open)

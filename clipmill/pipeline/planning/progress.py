@@ -1,9 +1,9 @@
-"""What a planner has listed so far, where the next one finds it if this one is killed.
+"""Publishes the progress of a listing, so that a planner can continue where a killed one stopped.
 
-A listing of hours is published in parts under ``clips/plan/listing``: the rows, then a document that says behind which
-name the part begins and ends (its marks, which the source type understands). Parts form a chain by their marks. Names
-hold the attempt of the lease, so that planners never share one, and where a stale planner went on from the same mark as
-its successor, the successor's part counts. A listing of less than `PUBLISH_SECONDS` publishes nothing.
+A long listing is published in parts under ``clips/plan/listing``: the rows, then a document with the marks at which the
+part begins and ends. A mark is a position that the source type understands. Parts form a chain by their marks. Their
+names contain the attempt of the lease, so planners never write the same one; if a stale planner continued from the same
+mark as its successor, the successor's part is used. A listing shorter than `PUBLISH_SECONDS` publishes nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Progress"]
 
 SCHEMA = 1
 PUBLISH_SECONDS = 30.0
-"""Between two parts: what a kill costs."""
+"""Time between two parts, which a kill may cost."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +43,17 @@ class Progress:
     """The published part of one listing.
 
     Attributes:
-        mark: behind which the listing goes on; None: at its beginning.
+        mark: position after which the listing continues; None for its beginning.
     """
 
     def __init__(self, config: RunConfig, lease: Lease, generation: int, folder: Path) -> None:
-        """Finds what earlier planners of this generation and source have left.
+        """Finds the parts that earlier planners of this generation and source published.
 
         Args:
-            config: of the run.
-            lease: on its clips.
-            generation: the number of the generation that is planned.
-            folder: for files on this machine.
+            config: config of the run.
+            lease: lease on the run's clips.
+            generation: number of the generation that is planned.
+            folder: scratch folder, created here.
         """
         folder.mkdir()
         self._url = config.folder("clips", "plan", "listing")
@@ -66,7 +66,7 @@ class Progress:
         self.mark: str | None = self._found[-1]["mark"] if self._found else None
 
     def resume(self, others: Counter[str]) -> Iterator[pa.Table]:
-        """The rows that earlier planners listed; adds what they counted to ``others``.
+        """Yields the rows that earlier planners listed, and adds their counts to ``others``.
 
         Raises:
             UserError: rows are damaged.
@@ -74,7 +74,7 @@ class Progress:
         if not self._found:
             return
         logger.info(
-            "going on with the listing behind %s, after %d videos",
+            "continuing the listing after %s, with %d videos listed so far",
             storage.shown(str(self.mark)),
             sum(part["videos"] for part in self._found),
         )
@@ -89,7 +89,7 @@ class Progress:
                 yield pa.Table.from_batches([batch])
 
     def is_due(self) -> bool:
-        """Whether it is time to publish."""
+        """Whether it is time to publish a part."""
         return time.monotonic() - self._last >= PUBLISH_SECONDS
 
     def keep(self, table: pa.Table) -> None:
@@ -102,11 +102,11 @@ class Progress:
         """Publishes the rows that were kept since the last part.
 
         Args:
-            mark: of the last of them.
-            others: files that are no videos, of the whole listing up to there.
+            mark: mark of the last row.
+            others: counts of files that are not videos, for the whole listing so far.
 
         Raises:
-            StageFailed: a later run has taken the folder over.
+            StageFailed: a later run has taken over the folder.
         """
         assert self._writer is not None
         self._writer.close()
@@ -131,7 +131,9 @@ class Progress:
         self._last = time.monotonic()
 
     def remove(self) -> None:
-        """Removes all parts, also of other listings: the generation holds, or there was nothing to plan."""
+        """Removes all parts, including those of other listings, once the generation exists or there was nothing to
+        plan.
+        """
         if self._has_parts:
             self._lease.check()
             storage.remove_tree(self._url)
@@ -154,7 +156,7 @@ class Progress:
 
 
 def _is_part(document: dict[str, Any]) -> bool:
-    """Whether a document is of this form; what is not counts as not listed."""
+    """Whether a document is valid. Parts with invalid documents are ignored."""
     texts = [document.get(name) for name in ("listing", "mark", "sha256")]
     others = document.get("others")
     return (
@@ -167,7 +169,7 @@ def _is_part(document: dict[str, Any]) -> bool:
 
 
 def _key_of(source: SourceConfig, generation: int) -> str:
-    """Tells listings apart: a part of another one is no part of ours."""
+    """Identifies a listing, so that parts of other listings are ignored."""
     state: dict[str, Any] = {"generation": generation, "source": source.model_dump(mode="json")}
     if is_file(source):
         with contextlib.suppress(FileNotFoundError):  # the listing will say so

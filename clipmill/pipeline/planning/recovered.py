@@ -1,4 +1,4 @@
-"""Rows whose file could not be had when they were listed, and can be now."""
+"""Planned rows whose file could not be read when it was listed, but can be now."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _REQUESTS_AT_ONCE = 32
 
 
 def recheck_rows(table: pa.Table, base_url: str, planned: PlannedVideos) -> pa.Table:
-    """Planned rows, without the faults that have gone.
+    """Returns planned rows; those whose file is readable now lose their fault.
 
-    A video that an extension has found meanwhile is planned already and not revived. A row that names no video keeps
-    its fault: only its table could mend it. Its id tells it apart from a row whose file could not be read
-    (`list_videos` of a table: ``fault:`` and its name, or its text).
+    A video that an extension has planned meanwhile keeps its fault here. So does a table row that names no video, since
+    only a corrected table could help. Such a row differs from one with an unreadable file by its id, a hash of
+    ``fault:`` and its text instead of its name (see `list_videos` of tables).
     """
     rows = table.to_pylist()
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -53,7 +53,7 @@ def _look_again(row: dict[str, Any], base_url: str, planned: PlannedVideos) -> d
 
 
 def recovered_ids(plan: Plan) -> np.ndarray:
-    """uint64[n]: the ids that revived rows would have if they were listed now; they keep those of their faults."""
+    """uint64[n]: the ids that recovered rows would get in a listing now; they keep the ids of their faults."""
     found = [np.empty(0, np.uint64)]
     columns = [name for name in PLAN_COLUMNS if name not in ("split", "unit", "ordinal")]
     for generation, table in plan.tables_by_generation(columns):

@@ -1,8 +1,8 @@
-"""Tables larger than memory, read back in the order of a key.
+"""Sorts tables larger than memory by a key, in scratch files.
 
-Rows gather until they fill a run. A run is sorted by the key and written as one record batch for each of 256 ranges of
-the key. Reading takes a range, or a few small ones, out of every run. So memory holds a run or a range, and the disk is
-written once, whatever the number of rows: 100 million of 260 bytes are 400 runs and ranges of 100 MB.
+Rows are collected until they fill a run. A run is sorted by the key and written as one record batch for each of 256
+ranges of the key. Reading takes a range, or a few small ones, out of every run. So memory holds one run or one range,
+and each row is written once: 100 million rows of 260 bytes make 400 runs and ranges of 100 MB.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _FIRST_KEYS = np.arange(_NUM_RANGES, dtype=np.uint64) << np.uint64(56)
 
 
 def write_options() -> pa.ipc.IpcWriteOptions:
-    """Compressed quickly: names of one source share much, and most optional columns are empty."""
+    """Fast compression: names of one source have much in common, and most optional columns are empty."""
     return pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 class Spool:
-    """Rows on scratch, which come back range by range.
+    """Rows in scratch files, which are read back range by range.
 
     Attributes:
-        num_rows: added so far.
+        num_rows: rows added so far.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Keeps files in ``folder``; ``key`` names a uint64 column that is spread evenly, such as a hash."""
+        """Keeps files in ``folder``. ``key`` names a uint64 column with evenly spread values, such as a hash."""
         folder.mkdir()
         self._folder, self._key = folder, key
         self._gathered: list[pa.Table] = []
@@ -53,7 +53,7 @@ class Spool:
             self._write_run()
 
     def ranges(self) -> Iterator[pa.Table]:
-        """Tables of ascending ranges of the key; rows of equal keys are in one, in the order in which they came."""
+        """Yields tables of ascending key ranges. Rows of equal key are in one table, in the order they were added."""
         if not self._runs:
             if self._gathered:
                 yield pa.concat_tables(self._gathered).combine_chunks()
@@ -94,6 +94,6 @@ class Spool:
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    """Also of no rows, where `to_batches` gives none."""
+    """A table as one batch, even if it is empty, for which `to_batches` gives none."""
     batches = table.to_batches()
     return batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)

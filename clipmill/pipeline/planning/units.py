@@ -1,4 +1,4 @@
-"""The rows of a generation: in order on scratch, then cut into units and written as one file, all in a stream."""
+"""Cuts the videos of a generation into units and writes its rows, as a stream over scratch files."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["Draft", "UnitCutter", "unit_goal", "write_units"]
 
 _BATCH_ROWS = 2**16
 _GROUP_ROWS = 2**15
-"""Of a row group, at least: a reader of one unit decodes a few times its rows, a reader of all has few groups."""
+"""Least rows of a row group: few groups for a reader of all rows, and not too many rows for a reader of one unit."""
 
 _MOST_VIDEOS = 10_000
-"""In a unit: a killed one is done again."""
+"""The most videos in a unit, because a killed unit is repeated."""
 
 _LEAST_OUTPUT_BYTES, _FEWEST_UNITS = 2**20, 4
-"""A data set of less than ``_FEWEST_UNITS`` shards is cut into this number of units, if each makes the first."""
+"""A small data set is cut into ``_FEWEST_UNITS`` units, as long as each makes at least ``_LEAST_OUTPUT_BYTES``."""
 
 
 class Draft:
-    """The videos of a generation on scratch, split by split, in the order of the plan.
+    """The videos of a generation in scratch files, one per split, in the order of the plan.
 
-    They are added inside its ``with`` block and read after it.
+    Videos are added inside the ``with`` block and read after it.
 
     Attributes:
-        num_videos: by split.
-        num_bytes: of source, by split.
+        num_videos: number of videos by split.
+        num_bytes: bytes of source by split.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class Draft:
             writer.close()
 
     def add(self, split: str, table: pa.Table) -> None:
-        """Appends videos: those columns of the plan that their unit does not decide."""
+        """Appends videos; the columns are those of the plan except split, unit and ordinal."""
         if len(table):
             self._writers[split].write_table(table.select(list(self._columns)), _BATCH_ROWS)
             self.num_videos[split] += len(table)
@@ -78,13 +78,13 @@ class Draft:
 
 
 class UnitCutter:
-    """Cuts the videos of one split, which come in order, into units.
+    """Cuts the ordered videos of one split into units.
 
-    The units make about equal shares of the split's shards, each about ``goal``, so that none is a small rest. A unit
-    closes before the video that would take it beyond ``unit_bytes`` of source or `_MOST_VIDEOS`; it holds at least one.
+    All units make about the same bytes of shards, close to ``goal``, so that none is a small rest. A unit closes before
+    the video that would exceed ``unit_bytes`` of source or `_MOST_VIDEOS`; it holds at least one video.
 
     Attributes:
-        num_units: cut so far.
+        num_units: units so far.
     """
 
     def __init__(self, total: float, goal: float, unit_bytes: int) -> None:
@@ -96,7 +96,7 @@ class UnitCutter:
         self.num_units = 0
 
     def cut(self, sizes: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int32[n] unit and int32[n] ordinal in it of the next videos.
+        """The unit, int32[n], and the ordinal in it, int32[n], of the next n videos.
 
         Args:
             sizes: int64[n], bytes of source to read.
@@ -118,7 +118,7 @@ class UnitCutter:
 
 
 def unit_goal(total: float, shard_bytes: int) -> float:
-    """Expected bytes of shards of a unit where a data set makes ``total``; smaller for a small one, to share it out."""
+    """Target bytes of shards per unit of a data set that makes ``total``; less for a small one."""
     return min(shard_bytes, max(_LEAST_OUTPUT_BYTES, total / _FEWEST_UNITS))
 
 
@@ -135,12 +135,12 @@ def write_units(
     """Writes a generation's rows.
 
     Args:
-        path: of the new Parquet file.
+        path: path of the new Parquet file.
         draft: the rows.
-        expected: what they will make.
+        expected: the expected bytes of shards.
         clip: the clip rule.
-        unit_bytes: source in a unit, at most.
-        shard_bytes: shards of a unit, about.
+        unit_bytes: the most bytes of source in a unit.
+        shard_bytes: target bytes of shards of a unit.
         first_units: number of the first unit of each split.
 
     Returns:
@@ -177,11 +177,12 @@ def _cut_tables(
 
 
 def _repeats_file(table: pa.Table, urls: pa.Array) -> np.ndarray:
-    """bool[n]: whether a video is another span of the file of the one before it; that file is fetched once.
+    """bool[n]: whether a video is another span of the same file as the video before it, so that the file is fetched
+    once.
 
     Args:
         table: n rows.
-        urls: of the row before them, and theirs.
+        urls: n + 1 URLs: that of the row before the table, then those of the rows.
     """
     repeats = np.zeros(len(table), bool)
     if table["start_seconds"].null_count + table["end_seconds"].null_count < 2 * len(table):
@@ -196,7 +197,7 @@ def _write_groups(writer: pq.ParquetWriter, tables: Iterator[pa.Table]) -> None:
     for table in tables:
         pending = pa.concat_tables([pending, table])
         units = pending["unit"].to_numpy()
-        num_complete = int(np.searchsorted(units, units[-1]))  # whose unit cannot go on in the next table
+        num_complete = int(np.searchsorted(units, units[-1]))  # rows of units that cannot continue in the next table
         if num_complete >= _GROUP_ROWS:
             writer.write_table(pending.slice(0, num_complete), num_complete)
             pending = pending.slice(num_complete)

@@ -1,8 +1,8 @@
-"""How many bytes of shards the videos of a plan will make, by a look at a few of them.
+"""Estimates how many bytes of shards the videos of a plan will make, from a sample of them.
 
-A source says how large its files are, not how long they last: 256 MiB of 4K footage make 2.6 MB of small clips, and
-the same bytes of raw 64 x 64 frames make 256 MiB of them. So a fixed number of videos is opened, each in a decoding
-child: the header gives the number of clips, the first clips give their size. The plan keeps what was found.
+A listing states the size of files, not their duration: 256 MiB of 4K footage make 2.6 MB of small clips, but 256 MiB of
+raw 64 x 64 frames make 256 MiB of them. Therefore a fixed number of videos is opened in a decoding child. The header
+gives the number of clips, and the first clips give their size. The plan records the result.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ SMALL_BYTES = 2**20
 _CLIPS_PER_MEASUREMENT = 2
 _LIMITS = Limits(cpu_seconds=20, memory_bytes=4 * 2**30, no_progress_seconds=10)
 _MOST_FAILURES = 8
-"""Looks that may fail: a broken video costs two children, a hostile one their whole time."""
+"""Measurements that may fail. A broken video costs two children, a hostile one their whole time."""
 
 _EDGE_BYTES = 16 * 2**20
-"""Of a large object only this much of its beginning and of its end is fetched: headers and first clips stand there."""
+"""Bytes fetched from the start and the end of a large object, which hold the headers and the first clips."""
 
 
 _MPEG_STREAM = re.compile(rb"\x00\x00\x01|\x00{3}\x01|G|.{4}G", re.DOTALL)
-"""How program, transport and elementary streams begin."""
+"""Start of program, transport and elementary streams."""
 
 
 @dataclass(frozen=True)
 class Yield:
-    """What source bytes become.
+    """Expected size of the shards that source files make.
 
     Attributes:
-        bytes_per_byte: bytes of shards for each byte of whole files.
+        bytes_per_byte: bytes of shards per byte of source, for whole files.
         bytes_per_clip: bytes of one clip in a shard, with all its members.
-        fps: frames per second of the videos, as the clip rule sees them.
+        fps: frames per second of the videos, after resampling by the clip rule.
         num_videos: videos that were measured.
     """
 
@@ -74,12 +74,12 @@ class Yield:
 
     @classmethod
     def of_generation(cls, generation: dict[str, Any]) -> Yield:
-        """What the document of a generation states."""
+        """The yield that the document of a generation states."""
         return cls(**generation["yield"])
 
     @property
     def document(self) -> dict[str, Any]:
-        """For the document of a generation."""
+        """The fields for the document of a generation."""
         return asdict(self)
 
     def of(self, table: pa.Table, clip: ClipConfig) -> np.ndarray:
@@ -90,7 +90,7 @@ class Yield:
             clip: the clip rule.
         """
         expected = table["bytes"].to_numpy() * self.bytes_per_byte
-        starts, ends = (table[name].to_numpy() for name in ("start_seconds", "end_seconds"))  # NaN where there is none
+        starts, ends = (table[name].to_numpy() for name in ("start_seconds", "end_seconds"))  # NaN without a bound
         is_span = ~np.isnan(ends)
         if self.bytes_per_clip and is_span.any():
             frames = np.floor((ends - np.nan_to_num(starts))[is_span] * self.fps)
@@ -99,22 +99,22 @@ class Yield:
 
 
 NOTHING_KNOWN = Yield(bytes_per_byte=1.0, bytes_per_clip=0.0, fps=0.0, num_videos=0)
-"""As many bytes of shards as of source."""
+"""Default: as many bytes of shards as of source."""
 
 
 def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int) -> Yield:
-    """Looks at up to `NUM_MEASURED_VIDEOS` videos, chosen evenly over the bytes of the source in the order of the plan.
+    """Measures up to `NUM_MEASURED_VIDEOS` videos, spread evenly over the bytes of the source in the order of the plan.
 
-    So a byte of every video has the same chance, and the mean over the chosen ones is that over all bytes, also where
-    few large files hold most of them.
+    Every byte of the source has the same chance to be chosen. So the mean over the chosen videos estimates the mean
+    over all bytes, even if a few large files hold most of them.
 
     Args:
-        config: of the run.
+        config: config of the run.
         tables: `SOURCE_COLUMNS` of the videos, in the order of the plan.
-        num_bytes: of all of them.
+        num_bytes: bytes of all videos.
 
     Raises:
-        UserError, StorageUnavailable: the storage of the source is away.
+        UserError, StorageUnavailable: the storage of the source does not answer.
     """
     if num_bytes < SMALL_BYTES:
         return NOTHING_KNOWN
@@ -139,18 +139,18 @@ def measure_yield(config: RunConfig, tables: Iterable[pa.Table], num_bytes: int)
             try:
                 measured.append(_measure_video(config, PlannedVideo(id="0" * 16, **row), decoder, folder))
                 measured_weights.append(weight)
-            # No reason to stop: its unit will say what is wrong with the video.
+            # Not a reason to stop: the video's unit will report the error.
             except (ExcludedVideo, BadVideo, DecoderLost, NotMeasurable, OSError, storage.Refused) as error:
                 if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
-                    raise  # a bucket is away
-                logger.debug("no look at %s: %s", storage.shown(row["url"]), error)
+                    raise  # the bucket does not answer
+                logger.debug("cannot measure %s: %s", storage.shown(row["url"]), error)
                 num_failures += not isinstance(error, NotMeasurable)
     if not measured:
         return NOTHING_KNOWN
     shares = np.array(measured_weights) / sum(measured_weights)
     num_clips = sum(one.num_clips for one in measured)
     return Yield(
-        # Rounded, so that the last digits of a codec's work do not decide about units.
+        # Rounded, so that tiny differences between codec versions do not change the units.
         bytes_per_byte=_rounded(sum(share * one.bytes_per_byte for share, one in zip(shares, measured, strict=True))),
         bytes_per_clip=_rounded(sum(one.bytes for one in measured) / num_clips if num_clips else 0.0),
         fps=_rounded(sum(share * one.fps for share, one in zip(shares, measured, strict=True))),
@@ -167,12 +167,12 @@ class _Measurement:
 
 
 class NotMeasurable(Exception):
-    """A look says nothing about the whole video; the message says why."""
+    """A measurement would not represent the whole video; the message gives the reason."""
 
 
 def _measure_video(config: RunConfig, video: PlannedVideo, decoder: Decoder, folder: Path) -> _Measurement:
     data = config.data
-    # What is rejected is not known before it is decoded: clips are counted as if none were.
+    # Rejected clips are known only after decoding, so clips are counted as if none were rejected.
     first = {
         "max_clips_per_video": _CLIPS_PER_MEASUREMENT,
         "reject_static": None,
@@ -183,7 +183,7 @@ def _measure_video(config: RunConfig, video: PlannedVideo, decoder: Decoder, fol
         fetched, num_bytes = fetch_edges(config, video, Path(copies))
         video = read_sidecars(data, video)
         encode = (data.format, data.quality)
-        # From the beginning of the file, also where the video is a span: nothing has to be skipped to get there.
+        # From the beginning of the file, even if the video is a span, so that nothing has to be skipped first.
         clips = decoder.clips(fetched.path, data.clip.model_copy(update=first), encode=encode)
         sizes = [_tar_bytes(clip_sample(data, video, clip, _some_rows(fetched, clip))) for clip in clips]
     outcome = decoder.outcome
@@ -197,14 +197,14 @@ def _measure_video(config: RunConfig, video: PlannedVideo, decoder: Decoder, fol
 
 
 def _some_rows(fetched: LocalVideo, clip: Clip) -> np.ndarray | None:
-    """Actions as large as those of a clip."""
+    """Placeholder actions of the size of a clip's actions; None without actions."""
     if fetched.actions is None:
         return None
     return np.zeros((len(clip.frame_numbers), *fetched.actions.shape[1:]), np.float32)
 
 
 def _num_frames(outcome: Outcome, fps: float, clip: ClipConfig) -> int:
-    """Frames of the whole video, as the clip rule sees it."""
+    """Frames of the whole video, after resampling by the clip rule."""
     info = outcome.info
     if clip.fps is None and info.container_frames is not None:
         return info.container_frames
@@ -220,25 +220,25 @@ def _num_clips(frames: np.ndarray, clip: ClipConfig) -> np.ndarray:
 
 
 def _tar_bytes(sample: Sample) -> int:
-    """Of a sample in a tar: a header for each member, and its content in whole blocks."""
+    """Bytes of a sample in a tar: a header for each member, and its content in whole blocks."""
     return sum(512 + -(-len(content) // 512) * 512 for content in sample.members.values())
 
 
 def fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> tuple[LocalVideo, int]:
-    """The video on this machine, and its bytes.
+    """Fetches a video, or only the edges of a large one. Returns it, and the bytes of source that it represents.
 
-    Of a large object it is a file of the same size that holds only the beginning and the end, where headers are. A
-    large MPEG stream has none: its beginning is a video by itself.
+    For a large object, the local file has the same size but holds only the beginning and the end, where headers are. A
+    large MPEG stream has no such headers: its beginning alone is fetched, which is a video by itself.
 
     Raises:
-        NotMeasurable: it does not begin as a video does.
+        NotMeasurable: the file does not begin like a video.
     """
     if video.member is not None:
         return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     url = storage.resolve(base_url(config.data.source), video.url)
     head = storage.read_start(url, HEAD_BYTES)
-    if not is_video_head(head):  # a child that fails has to be started anew
-        raise NotMeasurable("it does not begin as a video")
+    if not is_video_head(head):  # checked first, because a child that fails must be replaced
+        raise NotMeasurable("it does not begin like a video")
     if storage.is_local(url) or video.bytes <= 4 * _EDGE_BYTES:
         return fetch_video(config.data, video, folder, KeptFiles(folder / "kept")), video.bytes
     path = folder / f"video{suffix_of(urlsplit(video.url).path)}"
@@ -253,5 +253,5 @@ def fetch_edges(config: RunConfig, video: PlannedVideo, folder: Path) -> tuple[L
 
 
 def _rounded(number: float) -> float:
-    """To two digits."""
+    """Rounds to two significant digits."""
     return float(f"{number:.2g}")

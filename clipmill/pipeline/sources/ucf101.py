@@ -50,7 +50,7 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
             "restore them, or remove their lines"
         )
     if num_unlisted:
-        logger.warning("left out %d videos that neither list of split %d names", num_unlisted, source.split_number)
+        logger.warning("skipped %d videos that neither list of split %d names", num_unlisted, source.split_number)
 
 
 def _read_list(folder: str, kind: str, split_number: int) -> set[str]:

@@ -89,7 +89,7 @@ def test_the_other_files_of_a_folder_are_counted_and_no_video(tmp_path, caplog):
     found = shard_in_process(config)
     assert found.excluded() == {}
     assert {described["source"] for described in found.described("train")} == {"one.MP4", "noending", "take.0001"}
-    assert "skipped what is no video: 2 .txt, 1 without an ending, 1 .npy, 1 .png" in caplog.text
+    assert "skipped files that are not videos: 2 .txt, 1 without an ending, 1 .npy, 1 .png" in caplog.text
     assert load_plan(config).other_files == {".txt": 2, ".npy": 1, ".png": 1, "": 1}
 
 

@@ -22,7 +22,7 @@ def test_the_official_lists_are_the_splits(tmp_path: Path, caplog: pytest.LogCap
     extra.write_bytes(b"neither list names it")
     with caplog.at_level(logging.WARNING):
         found = shard_in_process(source_config(tmp_path, {"type": "ucf101", "url": str(folder)}))
-    assert "left out 1 videos that neither list of split 1 names" in caplog.text
+    assert "skipped 1 videos that neither list of split 1 names" in caplog.text
     sources = {split: {described["source"] for described in found.described(split)} for split in ("train", "val")}
     assert sources["val"] == {f"UCF-101/{name}/v_{name}_g03_c01.avi" for name in ("ApplyEyeMakeup", "YoYo")}
     assert len(sources["train"]) == 4
