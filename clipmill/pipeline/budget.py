@@ -10,7 +10,7 @@ from clipmill.pipeline.plan import Unit
 __all__ = ["FIRST_VIDEOS", "Allowance", "allowed_failures"]
 
 FIRST_VIDEOS = 20
-"""If the videos of the first this many files of a new source all fail, the stage assumes a common cause."""
+"""If all videos of a new source fail from its start, up to this number of files, the stage assumes a common cause."""
 
 
 def allowed_failures(data: DataConfig, num_finished: int) -> int:
@@ -31,7 +31,7 @@ class Allowance:
     is_new: bool
 
     def is_exceeded(self, data: DataConfig, unit: Unit, num_tried: int, num_failed: int) -> bool:
-        """Whether a unit has so many failures that they must have a common cause."""
+        """Whether the failures of a unit exceed the allowance, so that a common cause is assumed."""
         if num_failed > self.num_videos:
             return True
         if not self.is_new or num_failed < num_tried or num_failed <= allowed_failures(data, num_tried):

@@ -26,7 +26,7 @@ from clipmill.pipeline.plan import GenerationKind, Plan, Unit, load_plan, read_g
 from clipmill.pipeline.planning import extend_plan, make_plan, retry_videos
 from clipmill.pipeline.restore import Lost, LostUnit, find_lost, lost_units
 from clipmill.pipeline.sources import check_source
-from clipmill.pipeline.tally import SEGMENT_UNITS, Tally, publish_tally, read_tally
+from clipmill.pipeline.tally import SEGMENT_UNITS, SplitCounts, Tally, publish_tally, read_tally
 from clipmill.pipeline.unit import make_worker
 from clipmill.progress import bar
 from clipmill.shards.commits import committed_units
@@ -177,6 +177,44 @@ class _Pending(Sequence[Unit]):
         return LostUnit(unit.split, unit.number, unit.videos, *self._lost[self._names[index]])
 
 
+class _Recorder:
+    """Records what the workers return: counts, quarantined videos and restored units, within the failure budget."""
+
+    def __init__(self, config: RunConfig, lease: Lease, tally: Tally, num_accepted: int, progress: bar) -> None:
+        self._config, self._lease, self._tally = config, lease, tally
+        self._num_accepted, self._progress = num_accepted, progress
+        self.unrestored: list[str] = []
+        """One line per unit that could not be restored: unit and cause."""
+
+    def show(self) -> None:
+        """Shows the counts so far."""
+        tally = self._tally
+        self._progress.update(
+            tally.total("num_videos"), clips=tally.total("num_clips"), failed=tally.total("num_excluded")
+        )
+
+    def __call__(self, unit: Unit, result: dict[str, Any]) -> None:
+        """Records the result of one unit (see `clipmill.pipeline.unit`)."""
+        if "cause" in result:
+            self.unrestored.append(f"unit {unit!r}: {result['cause']}")
+            logger.warning("cannot restore unit %r: %s", unit, result["cause"])
+            return
+        for exclusion in result["exclusions"]:
+            logger.warning("excluded %s: %s", exclusion["url"], exclusion["cause"])
+            BOARD.count("quarantine", exclusion["cause"])
+        if "counts" not in result:
+            raise _over_budget(self._config, result["exclusions"], result["tried"])
+        if isinstance(unit, LostUnit):
+            logger.info("restored unit %r", unit)
+        if unit.number not in self._tally.parts[unit.split]:
+            self._tally.add(result)
+        if len(self._tally.unpublished) >= SEGMENT_UNITS:
+            self._lease.check()
+            publish_tally(self._config, self._tally)
+        self.show()
+        _check_budget(self._config, self._tally, self._num_accepted)
+
+
 def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost: Lost) -> float:
     """Processes the units that are not committed yet, within the failure budget, and restores the lost ones.
 
@@ -192,41 +230,16 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost
     began, num_clips_before = time.monotonic(), tally.total("num_clips")
     num_accepted = _accepted_failures(config, plan)
     _check_budget(config, tally, num_accepted)
-    unrestored: list[str] = []
     with bar("shard", total=plan.num_videos, unit="videos") as progress:
-
-        def show() -> None:
-            failed = tally.total("num_excluded")
-            progress.update(tally.total("num_videos"), clips=tally.total("num_clips"), failed=failed)
-
-        def on_result(unit: Unit, result: dict[str, Any]) -> None:
-            if "cause" in result:
-                unrestored.append(f"unit {unit!r}: {result['cause']}")
-                logger.warning("cannot restore unit %r: %s", unit, result["cause"])
-                return
-            for exclusion in result["exclusions"]:
-                logger.warning("excluded %s: %s", exclusion["url"], exclusion["cause"])
-                BOARD.count("quarantine", exclusion["cause"])
-            if "counts" not in result:
-                raise _over_budget(config, result["exclusions"], result["tried"])
-            if isinstance(unit, LostUnit):
-                logger.info("restored unit %r", unit)
-            if unit.number not in tally.parts[unit.split]:
-                tally.add(result)
-            if len(tally.unpublished) >= SEGMENT_UNITS:
-                lease.check()
-                publish_tally(config, tally)
-            show()
-            _check_budget(config, tally, num_accepted)
-
-        show()
+        recorder = _Recorder(config, lease, tally, num_accepted, progress)
+        recorder.show()
         for exclusion in tally.exclusions:  # those of earlier attempts
             BOARD.count("quarantine", exclusion["cause"])
         if names:
             arguments = (config, lease, _allowance(config, plan, tally, num_accepted))
             cluster = config.cluster.model_copy(update={"use_gpu": False})  # decoding does not use GPUs
-            fan_out(make_worker, arguments, _Pending(plan, names, lost), config=cluster, on_result=on_result)
-    if unrestored:
+            fan_out(make_worker, arguments, _Pending(plan, names, lost), config=cluster, on_result=recorder)
+    if unrestored := recorder.unrestored:
         raise StageFailed(
             f"{len(unrestored)} of {len(lost)} damaged units of {folder_url(config)} cannot be restored: "
             f"{unrestored[0]}. Restore their objects from a copy, or undo what changed and run the same command again"
@@ -272,6 +285,35 @@ def _over_budget(config: RunConfig, exclusions: list[dict[str, Any]], num_finish
 
 def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
     """Freezes both splits. Returns the summary of the stage."""
+    _check_splits(config, tally)
+    recipe = {"clip": identity(config.data.clip), "format": config.data.format, "quality": config.data.quality}
+    splits: dict[str, dict[str, int]] = {}
+    manifests: dict[str, Manifest] = {}
+    for split, counts in tally.splits.items():
+        manifests[split] = freeze(
+            config.folder("clips", split),
+            "clips",
+            range(plan.num_units(split)),
+            recipe,
+            _facts(plan, tally, split),
+            known=tally.parts[split],
+        )
+        splits[split] = _summary_of(manifests[split], counts)
+    publish_energon(folder_url(config), manifests)
+    totals = {name: sum(numbers[name] for numbers in splits.values()) for name in splits["train"]}
+    return {
+        **totals,
+        "duplicates": plan.num_duplicates,
+        "other_files": plan.other_files,
+        "classes": len(tally.labels),
+        "psnr": _psnr(tally.total("squared_error"), tally.total("num_measured_values")),
+        "measured_clips": tally.total("num_measured_clips"),
+        "splits": splits,
+    }
+
+
+def _check_splits(config: RunConfig, tally: Tally) -> None:
+    """Raises `StageFailed` if train has no clip; warns if val has none."""
     if not tally.splits["train"].num_clips:
         counts = tally.splits["train"]
         raise StageFailed(
@@ -283,61 +325,51 @@ def _freeze(config: RunConfig, plan: Plan, tally: Tally) -> dict[str, Any]:
         )
     if not tally.splits["val"].num_clips:
         logger.warning("the split val has no clip: add videos or raise data.val_fraction (with another root)")
-    recipe = {"clip": identity(config.data.clip), "format": config.data.format, "quality": config.data.quality}
-    splits: dict[str, dict[str, int]] = {}
-    manifests: dict[str, Manifest] = {}
-    for split, counts in tally.splits.items():
-        pixel_mean, pixel_variance = counts.pixel_moments()
-        facts = {
-            "classes": sorted(tally.labels),
-            "pixel_mean": pixel_mean,
-            "pixel_variance": pixel_variance,
-            "num_generations": len(plan.generations),
-            "num_units": plan.num_units(split),
-            "num_videos": counts.num_videos,
-            "num_short": counts.num_short,
-            "psnr": _psnr(counts.squared_error, counts.num_measured_values),
-            "num_measured_clips": counts.num_measured_clips,
-            "num_static_clips": counts.num_static,
-            "num_black_clips": counts.num_black,
-            "num_truncated": counts.num_truncated,
-            "num_filtered": counts.num_filtered,
-            "num_damaged_frames": counts.num_damaged_frames,
-            "num_joins": counts.num_joins,
-            "num_with_actions": counts.num_with_actions,
-            "num_duplicates": plan.num_duplicates,
-            "exclusions": counts.num_excluded,
-            "versions": [json.loads(versions) for versions in sorted(tally.versions)],
-        }
-        url = config.folder("clips", split)
-        manifest = manifests[split] = freeze(
-            url, "clips", range(plan.num_units(split)), recipe, facts, known=tally.parts[split]
-        )
-        splits[split] = {
-            "videos": counts.num_videos,
-            "clips": manifest.num_samples,
-            "shards": len(manifest.shards),
-            "bytes": sum(shard.bytes for shard in manifest.shards),
-            "short": counts.num_short,
-            "static_clips": counts.num_static,
-            "black_clips": counts.num_black,
-            "truncated": counts.num_truncated,
-            "filtered": counts.num_filtered,
-            "damaged_frames": counts.num_damaged_frames,
-            "joins": counts.num_joins,
-            "with_actions": counts.num_with_actions,
-            "failed": counts.num_excluded,
-        }
-    publish_energon(folder_url(config), manifests)
-    totals = {name: sum(numbers[name] for numbers in splits.values()) for name in splits["train"]}
+
+
+def _facts(plan: Plan, tally: Tally, split: str) -> dict[str, Any]:
+    """The facts of a split's manifest."""
+    counts = tally.splits[split]
+    pixel_mean, pixel_variance = counts.pixel_moments()
     return {
-        **totals,
-        "duplicates": plan.num_duplicates,
-        "other_files": plan.other_files,
-        "classes": len(tally.labels),
-        "psnr": _psnr(tally.total("squared_error"), tally.total("num_measured_values")),
-        "measured_clips": tally.total("num_measured_clips"),
-        "splits": splits,
+        "classes": sorted(tally.labels),
+        "pixel_mean": pixel_mean,
+        "pixel_variance": pixel_variance,
+        "num_generations": len(plan.generations),
+        "num_units": plan.num_units(split),
+        "num_videos": counts.num_videos,
+        "num_short": counts.num_short,
+        "psnr": _psnr(counts.squared_error, counts.num_measured_values),
+        "num_measured_clips": counts.num_measured_clips,
+        "num_static_clips": counts.num_static,
+        "num_black_clips": counts.num_black,
+        "num_truncated": counts.num_truncated,
+        "num_filtered": counts.num_filtered,
+        "num_damaged_frames": counts.num_damaged_frames,
+        "num_joins": counts.num_joins,
+        "num_with_actions": counts.num_with_actions,
+        "num_duplicates": plan.num_duplicates,
+        "exclusions": counts.num_excluded,
+        "versions": [json.loads(versions) for versions in sorted(tally.versions)],
+    }
+
+
+def _summary_of(manifest: Manifest, counts: SplitCounts) -> dict[str, int]:
+    """The counts of a split in the summary of the stage."""
+    return {
+        "videos": counts.num_videos,
+        "clips": manifest.num_samples,
+        "shards": len(manifest.shards),
+        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "short": counts.num_short,
+        "static_clips": counts.num_static,
+        "black_clips": counts.num_black,
+        "truncated": counts.num_truncated,
+        "filtered": counts.num_filtered,
+        "damaged_frames": counts.num_damaged_frames,
+        "joins": counts.num_joins,
+        "with_actions": counts.num_with_actions,
+        "failed": counts.num_excluded,
     }
 
 

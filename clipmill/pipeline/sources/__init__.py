@@ -1,7 +1,8 @@
-"""Where raw videos come from: one streaming listing a source type, in a stable order, no video opened.
+"""Sources of raw videos: one streaming listing per source type, in a stable order, without opening videos.
 
-``docs/sources.md`` shows each type. Some sources name files. Files of others hold many videos, of which the plan knows
-the place: without a codec (`read_array`), as a file in a tar (`extract`), or as a span.
+``docs/sources.md`` shows each type. Some sources list files with one video each. Others have files with many videos;
+the plan then records the place of each video: as raw frames (`read_array`), as a file in a tar (`extract`), or as a
+span of time.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ _WALKS: dict[str, Callable[[SourceConfig, Counter[str]], Iterator[SourceVideo]]]
     "ucf101": ucf101.list_videos,
     "tgif": tgif.list_videos,
 }
-"""Source types that search a folder, and count what else lies there."""
+"""Source types that search a folder, and count its other files."""
 
 _FILES = {"table": "the list of videos (.csv, .tsv, .parquet or .jsonl)", "hdf5": "the HDF5 file"}
-"""Source types whose URL is a file, and which."""
+"""Source types whose URL is a file, with a description of the file."""
 
 _FILES_OR_FOLDERS = {"webdataset": webdataset.SUFFIXES, "arrays": arrays.SUFFIXES}
-"""Source types whose URL is a folder or, with one of these endings, a file."""
+"""Source types whose URL is a folder or, with one of these extensions, a file."""
 
 _ENDINGS_NAMED = 10
 _FILES_LOOKED_THROUGH = 1000
@@ -63,12 +64,12 @@ def list_videos(
     """Lists the videos of a source.
 
     Args:
-        source: to list.
-        others: counts the files of a folder that are no videos, by the ending of their names (``.txt``).
-        after: the ``mark`` of a video of an earlier listing, which goes on behind it. None: from the beginning.
+        source: the source to list.
+        others: counts the files of a folder that are not videos, by extension (``.txt``).
+        after: the ``mark`` of a video of an earlier listing, after which this one continues; None lists all.
 
     Raises:
-        UserError: the source does not exist, may not be read, is not what its type says, or holds no video.
+        UserError: the source does not exist, cannot be read, does not match its type, or holds no video.
     """
     url = _existing_source(source)
     num_videos = 0
@@ -99,11 +100,11 @@ def _listing(source: SourceConfig, others: Counter[str], after: str | None) -> I
 
 
 def describe_files(others: Mapping[str, int]) -> str:
-    """Files by ending, the most frequent first: ``12 .txt, 3 .json, 1 without an ending``."""
+    """Files by extension, the most frequent first: ``12 .txt, 3 .json, 1 without an extension``."""
     ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
-    texts = [f"{count:,} {suffix or 'without an ending'}" for suffix, count in ordered[:_ENDINGS_NAMED]]
+    texts = [f"{count:,} {suffix or 'without an extension'}" for suffix, count in ordered[:_ENDINGS_NAMED]]
     if rest := sum(count for _, count in ordered[_ENDINGS_NAMED:]):
-        texts.append(f"{rest:,} with other endings")
+        texts.append(f"{rest:,} with other extensions")
     return ", ".join(texts)
 
 
@@ -124,10 +125,10 @@ def _kind(source: SourceConfig) -> str:
 
 
 def check_source(source: SourceConfig) -> None:
-    """Raises the `UserError` of `list_videos` as far as a look at the first entries of a local source finds it."""
+    """Raises the `UserError` of `list_videos`, as far as the first entries of a local source show it."""
     if storage.is_local(_existing_source(source)):
         for _ in list_videos(source):
-            if source.type != "ucf101":  # small, and what its lists name in vain shows at the end only
+            if source.type != "ucf101":  # ucf101 is small, and missing files show only at the end of its listing
                 return
 
 
@@ -157,15 +158,15 @@ def _existing_source(source: SourceConfig) -> str:
 
 
 def base_url(source: SourceConfig) -> str:
-    """The folder that the names of a source's files are relative to."""
+    """The folder that the names of a source's files refer to."""
     url = storage.absolute(source.url)
     return storage.split(url)[0] if is_file(source) else url
 
 
 def is_gone(source: SourceConfig) -> bool:
-    """Whether there is nothing at all where the source was: an unmounted disk is no fault of its videos.
+    """Whether the source's folder is empty or missing, as for an unmounted disk. Its videos are then not excluded.
 
-    A bucket that is gone says so itself, whichever of its objects is asked for.
+    A missing bucket needs no check, because every request to it reports that.
     """
     url = storage.absolute(source.url)
     if not storage.is_local(url):
@@ -179,7 +180,7 @@ def is_refused_alone(source: SourceConfig, url: str) -> bool:
     """Whether other files of the source can be read although storage refuses this one.
 
     Raises:
-        UserError: not even a listing can be had.
+        UserError: the source cannot even be listed.
     """
     return any(map(_is_readable, (other for other in _some_files(source) if other != url)))
 
@@ -193,7 +194,7 @@ def _is_readable(url: str) -> bool:
 
 
 def _some_files(source: SourceConfig) -> list[str]:
-    """A few of the files that hold videos, spread over the first of them; none where the source is one file."""
+    """A few video files, spread over the first files of the source; empty if the source is a single file."""
     base = base_url(source)
     if source.type == "table":
         names = table.first_names(source, _FILES_LOOKED_THROUGH)
@@ -207,18 +208,18 @@ def _some_files(source: SourceConfig) -> list[str]:
 def read_array(
     source: SourceConfig, url: str, member: str, num_bytes: int, kept: KeptFiles, limits: Limits
 ) -> ArrayVideo:
-    """Reads one video without a codec out of a file of several.
+    """Reads the raw frames of one video from a file with several.
 
     Args:
-        source: what lists it.
-        url: of the file.
-        member: of the listed video.
-        num_bytes: of the listed video.
+        source: the source of the video.
+        url: URL of the file.
+        member: ``member`` of the listed video.
+        num_bytes: ``bytes`` of the listed video.
         kept: local copies of files that can only be read whole.
-        limits: of the child process that reads HDF5 and TFRecord files.
+        limits: limits of the child process that reads HDF5 and TFRecord files.
 
     Raises:
-        DamagedVideo: that part of the file is damaged, or was changed since the listing.
+        DamagedVideo: this part of the file is damaged, or has changed since the listing.
         FileNotFoundError: the file is missing.
         DecoderLost: the environment ended the child.
     """
@@ -228,31 +229,31 @@ def read_array(
 
 
 def extract(source: SourceConfig, url: str, member: str, num_bytes: int, folder: Path) -> Path | None:
-    """Copies a video that is a file in a file; None: videos of this source are not stored so.
+    """Extracts a video file from an archive. Returns None if this source has no archives.
 
     Args:
-        source: what lists it.
-        url: of the file.
-        member: of the listed video.
-        num_bytes: of the listed video.
-        folder: local, for the copy.
+        source: the source of the video.
+        url: URL of the archive.
+        member: ``member`` of the listed video.
+        num_bytes: ``bytes`` of the listed video.
+        folder: local folder for the copy.
 
     Raises:
-        DamagedVideo: the file was changed since the listing.
+        DamagedVideo: the archive has changed since the listing.
         FileNotFoundError: the file is missing.
     """
     return webdataset.extract(url, member, num_bytes, folder) if source.type == "webdataset" else None
 
 
 def read_rows(source: SourceConfig, actions: str) -> TimedRows | None:
-    """Reads the rows of actions of a video; None: this source keeps those of each video in a file of their own.
+    """Reads the rows of actions of a video from a shared file. Returns None if this source has one file per video.
 
     Args:
-        source: what lists the video.
-        actions: of the listed video.
+        source: the source of the video.
+        actions: ``actions`` of the listed video.
 
     Raises:
-        DamagedVideo: the file is damaged, or has no such rows.
+        DamagedVideo: the file is damaged, or lacks these rows.
         FileNotFoundError: the file is missing.
     """
     return lerobot.read_rows(source, actions) if source.type == "lerobot" else None

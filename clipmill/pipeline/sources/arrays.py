@@ -1,7 +1,7 @@
-"""Videos in NumPy's files: ``.npy`` and ``.npz``, one or many videos a file.
+"""Videos in NumPy files: ``.npy`` and ``.npz``, with one or many videos per file.
 
-Axes by letter: N videos, T frames, H rows, W columns, C channels (1 or 3; without C the videos are grey). Values are
-integers from 0 to 255 of any integer type. Listing reads headers only.
+Axes: N videos, T frames, H rows, W columns, C channels (1 or 3; without C the videos are grey). Values are integers
+from 0 to 255 of any integer type. Listing reads headers only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _DEFAULT_ACTIONS = ("action",)
 
 
 class _Layout(NamedTuple):
-    """Where the videos of an array are.
+    """The layout of an array of videos.
 
-    ``axes``: a letter for each axis. ``key``: the array's name in an ``.npz`` file, empty in an ``.npy`` file.
+    ``axes``: one letter per axis. ``key``: the array's name in an ``.npz`` file; empty for an ``.npy`` file.
     """
 
     key: str
@@ -54,17 +54,17 @@ class _Layout(NamedTuple):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether each video is one range of bytes of its file."""
+        """Whether each video is a contiguous range of bytes in its file."""
         return not self.key and not self.header.is_fortran and "N" not in self.axes[1:]
 
 
 def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
-    """The videos of all files; a file that cannot be read is one video with that fault.
+    """Yields the videos of all files. An unreadable file is listed as one video with a fault.
 
-    ``others`` counts the other files by ending.
+    ``others`` counts the other files by extension.
 
     Raises:
-        UserError: none of the files can be read: says why not the first.
+        UserError: none of the files can be read; the message gives the reason for the first.
     """
     url = storage.absolute(source.url)
     base, files = find_files(url, SUFFIXES, others)
@@ -99,10 +99,10 @@ def _list_file(source: SourceConfig, base: str, entry: storage.Entry) -> Iterato
 
 
 def _read_layout(source: SourceConfig, url: str, file_bytes: int) -> _Layout:
-    """The array of videos in a file.
+    """Finds the array of videos in a file.
 
     Raises:
-        DamagedVideo: the file is damaged, or the configuration does not say which array or which axes.
+        DamagedVideo: the file is damaged, or the config does not determine the array or its axes.
     """
     with storage.open_to_read(url) as file:
         if PurePosixPath(url).suffix.lower() == ".npz":
@@ -155,7 +155,7 @@ def _find_axes(source: SourceConfig, shape: tuple[int, ...]) -> str:
         return "THW"
     if len(shape) in (4, 5) and shape[-1] in _CHANNELS:
         return "NTHWC"[-len(shape) :]
-    text = f"an array {list(shape)} may mean several things"
+    text = f"an array {list(shape)} is ambiguous"
     if len(shape) == 4:
         text += (
             f": {shape[0]} videos of {shape[1]} frames (data.source.axes=NTHW), or {shape[1]} videos of {shape[0]} "
@@ -167,7 +167,7 @@ def _find_axes(source: SourceConfig, shape: tuple[int, ...]) -> str:
 
 
 def read_array(source: SourceConfig, url: str, member: str, num_bytes: int, kept: KeptFiles) -> ArrayVideo:
-    """The frames of one video, and its actions where an ``.npz`` file has them.
+    """Reads the frames of one video, and its actions if an ``.npz`` file has them.
 
     Raises:
         DamagedVideo: the file is damaged, or has changed since the listing.
@@ -197,7 +197,7 @@ def _read_range(layout: _Layout, url: str, number: int) -> np.ndarray:
 
 
 def _local_array(url: str, key: str, kept: KeptFiles) -> Path:
-    """An array as a local ``.npy`` file: the source's own, or a copy."""
+    """Local path of an array as an ``.npy`` file: the source's own file, or a copy."""
 
     def copy(path: Path) -> Path:
         if not key and storage.is_local(url):
@@ -213,7 +213,7 @@ def _local_array(url: str, key: str, kept: KeptFiles) -> Path:
 
 
 def _rgb(video: np.ndarray, axes: str) -> np.ndarray:
-    """uint8 [num_frames, H, W, 3]."""
+    """Converts frames to uint8 [num_frames, H, W, 3]."""
     if video.dtype != np.uint8:
         if video.min() < 0 or video.max() > 255:
             raise DamagedVideo(f"values from {video.min()} to {video.max()}; they must lie between 0 and 255")
@@ -225,7 +225,7 @@ def _rgb(video: np.ndarray, axes: str) -> np.ndarray:
 
 
 def _read_actions(source: SourceConfig, layout: _Layout, url: str, number: int, kept: KeptFiles) -> np.ndarray | None:
-    """float32 [rows, action_dim]: arrays of numbers, each row flattened, side by side; None where there are none."""
+    """Actions float32 [rows, action_dim]: the flattened rows of all action arrays, concatenated; None without any."""
     if not layout.key:
         return None
     with storage.open_to_read(url) as file:

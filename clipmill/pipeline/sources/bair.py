@@ -29,9 +29,9 @@ _FRAME_SHAPE = (64, 64, 3)
 
 
 def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
-    """The records of all files: ``train`` stays train, ``test`` becomes val. Reads the records' headers only.
+    """Yields the records of all files: ``train`` stays train, ``test`` becomes val. Reads record headers only.
 
-    ``others`` counts the other files by ending.
+    ``others`` counts the other files by extension.
     """
     base = storage.absolute(source.url)
     files = (entry for _, entry in walk_files(base, _SUFFIXES, others))
@@ -57,7 +57,7 @@ def _list_file(source: SourceConfig, base: str, entry: storage.Entry) -> Iterato
 
 
 def _split(path: PurePosixPath) -> Literal["train", "val"] | None:
-    """By the folder nearest to the file that says."""
+    """The split by the innermost folder named train or test; None without one."""
     for name in reversed(path.parts[:-1]):
         if name in ("train", "test"):
             return "train" if name == "train" else "val"
@@ -65,10 +65,10 @@ def _split(path: PurePosixPath) -> Literal["train", "val"] | None:
 
 
 def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
-    """One record: the frames of its camera; actions and end effector, side by side, as float32 [num_frames, 7].
+    """Reads one record: the frames of a camera; actions and end effector concatenated, float32 [num_frames, 7].
 
     Raises:
-        DamagedVideo: the record is damaged or holds something else.
+        DamagedVideo: the record is damaged or has another content.
         FileNotFoundError: the file is missing.
     """
     place, camera = member.split("/")
@@ -94,11 +94,11 @@ def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
 def _frame(features: Mapping[str, Any], name: str) -> np.ndarray:
     values = _feature(features, name).bytes_list.value
     if len(values) != 1 or len(values[0]) != np.prod(_FRAME_SHAPE):
-        raise DamagedVideo(f"{name} is no raw frame of {' x '.join(map(str, _FRAME_SHAPE))} bytes")
+        raise DamagedVideo(f"{name} is not a raw frame of {' x '.join(map(str, _FRAME_SHAPE))} bytes")
     return np.frombuffer(values[0], np.uint8).reshape(_FRAME_SHAPE)
 
 
 def _feature(features: Mapping[str, Any], name: str) -> Any:
-    if name not in features:  # a protobuf map would make one up
+    if name not in features:  # a protobuf map would create an empty one
         raise DamagedVideo(f"the record has no {name}")
     return features[name]

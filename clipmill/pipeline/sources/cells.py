@@ -1,4 +1,4 @@
-"""What the cells of a table, or the keys of a JSON file beside a video, may hold, and what becomes of it."""
+"""Parses and checks the cells of tables and the values of JSON sidecars."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 __all__ = ["BadCell", "as_caption", "as_seconds", "as_text", "check_unicode", "metadata_json"]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character, as a JSON escape may name it, or a byte that is not UTF-8, as Python keeps it (from U+DC80 on)."""
+"""A lone surrogate: half a character from a JSON escape, or (from U+DC80 on) Python's mark of a byte that is not UTF-8.
+"""
 
 
 class BadCell(Exception):
-    """A cell does not hold what its column is for: the message says what it is (``is a list``)."""
+    """A cell has an invalid value; the message continues the column's name (``is a list, not one value``)."""
 
 
 def as_text(value: Any) -> str | None:
-    """A cell as text, without white space around it; None where it is empty, null or NaN.
+    """A cell as text, without surrounding white space; None if it is empty, null or NaN.
 
-    A whole number stays one where other rows made its column a floating-point one (``3``, not ``3.0``).
+    A whole number stays whole even if other rows made its column a floating-point one (``3``, not ``3.0``).
 
     Raises:
-        BadCell: a list or object, or no valid Unicode.
+        BadCell: the cell is a list or object, or not valid Unicode.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -40,22 +41,22 @@ def as_text(value: Any) -> str | None:
 
 
 def check_unicode(text: str) -> None:
-    """Raises `BadCell` for a text that is no valid Unicode."""
+    """Raises `BadCell` if a text is not valid Unicode."""
     if half := _SURROGATE.search(text):
         is_byte = "\udc80" <= half[0] <= "\udcff"
         raise BadCell("is not UTF-8; convert it" if is_byte else f"holds half a character ({ascii(half[0])[1:-1]})")
 
 
 def as_caption(value: Any) -> str | None:
-    """A cell as a text; of a list of captions the first."""
+    """A cell as text; a list of captions gives the first one."""
     return as_text(value[0] if isinstance(value, list) and value else value)
 
 
 def as_seconds(value: Any) -> float | None:
-    """A cell as a time in seconds from the first frame; None where it is empty or null.
+    """A cell as a time in seconds from the first frame; None if it is empty or null.
 
     Raises:
-        BadCell: no such time.
+        BadCell: the cell is not such a time.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -64,17 +65,18 @@ def as_seconds(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise BadCell(f"is {str(value)[:40]!r}, no number of seconds from 0 on")
+        raise BadCell(f"is {str(value)[:40]!r}; it must be a number of seconds, at least 0")
     return seconds
 
 
 def metadata_json(values: Mapping[str, Any]) -> str | None:
-    """A JSON object of these values; None where there are none.
+    """A JSON object of these values; None without values.
 
-    What JSON cannot hold: NaN and infinities become null, halves of characters U+FFFD, bytes and dates text.
+    Values that JSON cannot hold are converted: NaN and infinities to null, lone surrogates to U+FFFD, bytes and dates
+    to text.
 
     Raises:
-        BadCell: lists in lists, or digits of a number, beyond what Python handles.
+        BadCell: lists are nested too deeply, or a number has too many digits, for Python.
     """
     try:
         return json.dumps(_plain(values), sort_keys=True, default=str, allow_nan=False) if values else None

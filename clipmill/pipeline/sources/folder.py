@@ -1,9 +1,9 @@
 """A folder or bucket prefix of video files.
 
-Only regular files (or bucket objects) are listed, so a FIFO or a folder named ``x.mp4`` can neither block the listing
-nor a decoder. Names that begin with a dot are skipped, as are all files in folders that do: they are droppings of file
-managers and notebooks. ``x.txt`` and ``x.json`` beside ``x.mp4`` are its sidecars: the listing notes that they are
-there, the worker reads them. What else lies there and is no video is counted by the ending of its name.
+Only regular files (or bucket objects) are listed, so a FIFO or a folder named ``x.mp4`` can block neither the listing
+nor a decoder. Hidden files and folders (``.name``), which file managers and notebooks leave behind, are skipped.
+``x.txt`` and ``x.json`` next to ``x.mp4`` are its sidecars: the listing records them, and the worker reads them. Other
+files are counted by extension.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ File = tuple[PurePosixPath, storage.Entry]
 
 
 def walk_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> Iterator[File]:
-    """The visible files below a folder with one of these endings (any case), sorted within each folder.
+    """Yields the visible files below a folder with one of these extensions, in any case, sorted within each folder.
 
     Args:
-        url: of the folder.
-        suffixes: in lower case.
-        others: counts the other visible files by ending.
+        url: URL of the folder.
+        suffixes: extensions in lower case.
+        others: counts the other visible files by extension.
     """
     for path, entry in _visible_files(url):
         if path.suffix.lower() in suffixes:
@@ -44,16 +44,16 @@ def walk_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> Iter
 
 
 def _classified(url: str, after: str | None) -> Iterator[tuple[File, bool]]:
-    """The visible files below a folder, behind ``after``, and whether each is a video.
+    """Yields the visible files below a folder after ``after``, each with whether it is a video.
 
-    In a bucket, each file that only its first bytes tell costs a request; many are made at once.
+    In a bucket, a file that needs a check of its first bytes costs a request; many run at once.
     """
     files = _visible_files(url, after)
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         while batch := list(islice(files, _ENTRIES_AT_ONCE)):
             known = [_is_video_by_name(*file) for file in batch]
             unknown = [file for file, is_video in zip(batch, known, strict=True) if is_video is None]
-            apply = map if storage.is_local(url) else pool.map  # a disk answers sooner than a thread is woken
+            apply = map if storage.is_local(url) else pool.map  # a disk is faster than waking a thread
             looked_at = iter(apply(lambda file: _is_video(url, file[1]), unknown))
             for file, is_video in zip(batch, known, strict=True):
                 yield file, next(looked_at) if is_video is None else is_video
@@ -67,7 +67,7 @@ def _visible_files(url: str, after: str | None = None) -> Iterator[File]:
 
 
 def _is_video_by_name(path: PurePosixPath, entry: storage.Entry) -> bool | None:
-    """Whether a file is a video; None: its first bytes tell."""
+    """Whether a file is a video by its name; None if its first bytes must decide."""
     suffix = suffix_of(path.name)
     if suffix in VIDEO_SUFFIXES or suffix not in SNIFFED_SUFFIXES or not entry.bytes:
         return suffix in VIDEO_SUFFIXES
@@ -78,16 +78,16 @@ def _is_video(url: str, entry: storage.Entry) -> bool:
     try:
         return is_video_head(storage.read_start(storage.resolve(url, entry.name), HEAD_BYTES))
     except (FileNotFoundError, PermissionError, storage.Unreadable, storage.Refused):
-        return False  # whatever it is, nothing calls it a video
+        return False  # unreadable, and its name is not that of a video
 
 
 def list_videos(source: SourceConfig, others: Counter[str], after: str | None = None) -> Iterator[SourceVideo]:
-    """The videos of a folder, with what its names say about them.
+    """Yields the videos of a folder, with the facts that their paths give.
 
     Args:
-        source: to list.
-        others: counts the files that are neither videos nor describe one, by ending.
-        after: a mark: the name behind which the listing goes on.
+        source: the source to list.
+        others: counts the files that are neither videos nor sidecars, by extension.
+        after: a mark: the name after which the listing continues; None lists all.
     """
     described = frozenset(f".{kind}" for kind in source.sidecars)
     files = _classified(storage.absolute(source.url), after)
@@ -116,15 +116,15 @@ class _StemGroup:
 def _with_sidecars(
     files: Iterable[tuple[File, bool]], suffixes: frozenset[str], others: Counter[str]
 ) -> Iterator[tuple[File, list[str], str | None]]:
-    """The videos, each with the endings of its sidecars, and the name behind which a listing can go on.
+    """Yields the videos, each with the extensions of its sidecars, and the mark after which a listing can continue.
 
-    Names that begin with the same stem and a dot follow each other in the listing, so few files wait for others. Where
-    none does, all files up to the last name have been given or counted: that name is a mark.
+    Names that begin with the same stem and a dot are neighbours in the listing, so few files have to wait for others.
+    If none waits, all files up to the last name have been yielded or counted, and that name is a mark.
 
     Args:
-        files: in the order of a listing, and whether each is a video.
-        suffixes: of sidecars, in lower case.
-        others: counts what is neither a video nor a sidecar of one, by ending.
+        files: files in the order of a listing, each with whether it is a video.
+        suffixes: extensions of sidecars, in lower case.
+        others: counts files that are neither a video nor its sidecar, by extension.
     """
     groups: dict[str, _StemGroup] = {}
     last_name = None

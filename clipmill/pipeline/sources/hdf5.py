@@ -1,6 +1,6 @@
-"""VideoGPT's HDF5 layout: all frames of a split in one array, and the frame at which each video starts.
+"""VideoGPT's HDF5 layout: all frames of a split in one array, and the index of each video's first frame.
 
-``{train,test}_data`` uint8 [frames, H, W, 3], ``{train,test}_idx`` int [videos], and where there are actions
+``{train,test}_data`` uint8 [frames, H, W, 3], ``{train,test}_idx`` int [videos], and optionally
 ``{train,test}_actions`` [frames, action_dim].
 """
 
@@ -24,10 +24,10 @@ _BLOCK_BYTES = 2**20
 
 
 def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
-    """The videos of both parts: ``train`` stays train, ``test`` becomes val. A lone part is split by hash.
+    """Yields the videos of both parts: ``train`` stays train, ``test`` becomes val. A single part is split by hash.
 
     Raises:
-        UserError: not an HDF5 file of this layout.
+        UserError: the file is not an HDF5 file of this layout.
     """
     url = storage.absolute(source.url)
     entry = storage.stat(url)
@@ -37,7 +37,9 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
         try:
             content = h5py.File(file, "r")
         except OSError as error:
-            raise UserError(f"data.source.url {shown} is no readable HDF5 file: {_line(error)}; restore it") from error
+            raise UserError(
+                f"data.source.url {shown} is not a readable HDF5 file: {_line(error)}; restore it"
+            ) from error
         with content:
             parts = [part for part in ("train", "test") if _has_part(shown, content, part)]
             if not parts:
@@ -61,7 +63,7 @@ def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
 
 
 def _has_part(url: str, content: Any, part: str) -> bool:
-    """Whether a part is there and is what the layout says."""
+    """Whether a part is present. Raises `UserError` if it does not match the layout."""
     names = [f"{part}_data", f"{part}_idx"]
     try:
         present = [name for name in names if _dataset(content, name) is not None]
@@ -81,15 +83,17 @@ def _has_part(url: str, content: Any, part: str) -> bool:
         raise UserError(f"{names[1]} of {url} is {starts.dtype} {list(starts.shape)}; it must be integers [videos]")
     values = starts[:].astype(np.int64)
     if len(values) and (values[0] < 0 or values[-1] >= len(frames) or (np.diff(values) <= 0).any()):
-        raise UserError(f"{names[1]} of {url} must rise from video to video, within the {len(frames)} frames")
+        raise UserError(
+            f"{names[1]} of {url} must increase from video to video, and stay within the {len(frames)} frames"
+        )
     return True
 
 
 def _dataset(content: Any, name: str) -> Any | None:
-    """A dataset that lies in this file; None where there is none.
+    """A dataset of this file; None if it does not exist.
 
     Raises:
-        DamagedVideo: its values lie elsewhere: HDF5 would open any file that it names.
+        DamagedVideo: its values are in another file. HDF5 would open any file that the dataset names.
     """
     link = content.get(name, getlink=True)
     if link is None:
@@ -105,10 +109,10 @@ def _dataset(content: Any, name: str) -> Any | None:
 
 
 def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
-    """The frames of one video, and its rows of actions where the file has them.
+    """Reads the frames of one video, and its rows of actions if the file has them.
 
     Raises:
-        DamagedVideo: that part of the file cannot be read, or has changed.
+        DamagedVideo: this part of the file cannot be read, or has changed.
         FileNotFoundError: the file is missing.
     """
     part, number = member.split("/")
@@ -127,7 +131,7 @@ def read_array(url: str, member: str, num_bytes: int) -> ArrayVideo:
 
 @contextmanager
 def _as_damaged_video() -> Iterator[None]:
-    """HDF5 reports damage as OSError without a number; what has one is the disk's or the network's fault."""
+    """Turns HDF5's errors into `DamagedVideo`. OSErrors with a number come from the disk or the network and pass."""
     try:
         yield
     except (OSError, KeyError, IndexError, RuntimeError, ValueError) as error:

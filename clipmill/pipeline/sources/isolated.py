@@ -1,7 +1,7 @@
-"""Reading HDF5 and TFRecord files in a child process: a file that makes their libraries crash, loop or ask for
-terabytes costs its video, and the worker lives on.
+"""Reads HDF5 and TFRecord files in a child process.
 
-Each thread keeps one child, which ends with the thread (`clipmill.video.child`).
+A hostile file can make their libraries crash, loop or request terabytes. Then only its video is lost, and the worker
+survives. Each thread keeps one child, which ends with the thread (`clipmill.video.child`).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ __all__ = ["list_isolated", "read_isolated"]
 LISTING_LIMITS = Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=3600)
 
 _ATTEMPTS = 2
-"""What kills a child counts as the file's fault once it has killed a fresh one as well."""
+"""A file that brings down two children counts as damaged."""
 _RAISED: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (DamagedVideo, FileNotFoundError, Refused, ServerLost, StorageUnavailable, Unreadable, UserError)
 }
-"""What the child's answer may be instead of a result."""
+"""The exceptions that a child may report instead of a result."""
 
 _thread_state = threading.local()
 
 
 def list_isolated(source: SourceConfig) -> Iterator[SourceVideo]:
-    """The listing of a source that is one file.
+    """Lists a source that is one file.
 
     Raises:
-        UserError: the file exceeds the limits, or is not what its type says.
+        UserError: the file exceeds the limits, or does not match the source type.
     """
     name = storage.shown(source.url)
     try:
@@ -54,12 +54,12 @@ def list_isolated(source: SourceConfig) -> Iterator[SourceVideo]:
 
 
 def read_isolated(source: SourceConfig, url: str, member: str, num_bytes: int, limits: Limits) -> ArrayVideo:
-    """One video of a file of several.
+    """Reads one video from a file with several.
 
     Raises:
-        DamagedVideo: that part of the file is damaged, exceeds the limits, or was changed since the listing.
+        DamagedVideo: this part of the file is damaged, exceeds the limits, or has changed since the listing.
         FileNotFoundError: the file is missing.
-        DecoderLost: the environment's fault.
+        DecoderLost: the environment failed.
     """
     asked = {"do": "read", "source": source.model_dump(mode="json"), "url": url, "member": member, "bytes": num_bytes}
     reader = _reader(limits)
@@ -75,7 +75,7 @@ def _reader(limits: Limits) -> _Reader:
 
 
 class _Reader:
-    """A child that is started when it is needed, and replaced after a fault."""
+    """A child that is started on demand, and replaced after a failure."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -83,10 +83,10 @@ class _Reader:
         self._child: Child | None = None
 
     def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """The messages that answer a request.
+        """Sends a request and returns the child's messages.
 
         Raises:
-            DamagedVideo: the file brought down two children; or what the child raised.
+            DamagedVideo: the file brought down two children. Exceptions that the child reports are raised too.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -99,7 +99,7 @@ class _Reader:
                 self._discard()
                 if attempt == _ATTEMPTS:
                     raise DamagedVideo(str(fault)) from fault
-            except BaseException:  # also an interrupt: the child is in the middle of a file
+            except BaseException:  # including interrupts: the child is in the middle of a file
                 self._discard()
                 raise
         if (raised := messages[-1].get("raised")) is not None:
@@ -107,7 +107,7 @@ class _Reader:
         return messages
 
     def result(self, message: dict[str, Any]) -> ArrayVideo:
-        """The arrays that the child wrote, mapped: good until the next request."""
+        """The arrays that the child wrote, as memory maps that are valid until the next request."""
         frames = self._map(np.uint8, message["frames"], 0)
         rows = message["actions"]
         return ArrayVideo(frames, None if rows is None else np.array(self._map(np.float32, rows, frames.nbytes)))

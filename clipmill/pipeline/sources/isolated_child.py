@@ -1,4 +1,4 @@
-"""The child of `clipmill.pipeline.sources.isolated`: reads files with libraries that a hostile file may bring down."""
+"""The child of `clipmill.pipeline.sources.isolated`: reads files with libraries that a hostile file can crash."""
 
 from __future__ import annotations
 

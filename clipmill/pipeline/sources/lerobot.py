@@ -1,9 +1,10 @@
 """LeRobot data sets, versions 2 and 3 (https://huggingface.co/docs/lerobot/lerobot-dataset-v3): robots' episodes.
 
-``meta/info.json`` states rate, features and the templates of file names. Version 2 has a line an episode in
-``meta/episodes.jsonl``, and a parquet file of rows and an mp4 file a camera for each. Version 3 has a row an episode in
-``meta/episodes/*/*.parquet``, and many episodes in each parquet and mp4 file: the row says where. A video is one camera
-of one episode; all cameras of an episode are a group. Rows of states and actions belong to frames by their time.
+``meta/info.json`` states the rate, the features and the templates of file names. Version 2 has one line per episode in
+``meta/episodes.jsonl``; each episode has its own parquet file of rows, and an mp4 file per camera. Version 3 has one
+row per episode in ``meta/episodes/*/*.parquet``; parquet and mp4 files hold many episodes, and the row gives the place.
+A video is one camera of one episode, and all cameras of an episode form a group. Rows of states and actions are
+assigned to frames by time.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _SPLITS: dict[str, Literal["train", "val"]] = {
 
 
 class _Info(NamedTuple):
-    """``meta/info.json``, and what the configuration groups of it."""
+    """The contents of ``meta/info.json``, and the parts of it that the config selects."""
 
     version: int
     chunks_size: int
@@ -56,14 +57,14 @@ class _Episode(NamedTuple):
     number: int
     tasks: tuple[str, ...]
     row: Mapping[str, Any]
-    """As ``meta`` has it."""
+    """The episode's record in ``meta``."""
 
 
 def list_videos(source: SourceConfig) -> Iterator[SourceVideo]:
-    """The cameras of each episode. Reads what is in ``meta`` and the names of the video files.
+    """Yields the cameras of each episode. Reads ``meta`` and the names of the video files.
 
     Raises:
-        UserError: ``meta`` is missing or damaged, is of another version, or lacks what the configuration names.
+        UserError: ``meta`` is missing or damaged, has another version, or lacks features that the config names.
     """
     base = storage.absolute(source.url)
     info = _read_info(source, base)
@@ -123,7 +124,7 @@ def _read_info(source: SourceConfig, base: str) -> _Info:
             "and videos"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{url} is damaged or no LeRobot data set's ({error!r}); restore it") from error
+        raise UserError(f"{url} is damaged or not of a LeRobot data set ({error!r}); restore it") from error
     if not version.startswith(("v2.", "v3.")):
         raise UserError(f"{url} has version {version}; convert the data set to v3.0 with lerobot's own tools")
     for path in paths:
@@ -150,7 +151,7 @@ def _read_info(source: SourceConfig, base: str) -> _Info:
 
 
 def _read_splits(splits: Mapping[str, str]) -> tuple[tuple[range, Literal["train", "val"]], ...]:
-    """The episodes of each split (``{"train": "0:90", "test": "90:100"}``); none where all are in one."""
+    """The episodes of each split (``{"train": "0:90", "test": "90:100"}``); empty for fewer than two splits."""
     if len(splits) < 2:
         return ()
     return tuple(
@@ -170,7 +171,7 @@ def _check_names(key: str, names: tuple[str, ...], present: list[str]) -> None:
 
 
 def _columns(source: SourceConfig, present: list[str]) -> list[str]:
-    """The columns of the actions."""
+    """The columns that hold actions."""
     if source.actions is None:
         return [name for name in _DEFAULT_ACTIONS if name in present]
     return list(source.actions)
@@ -187,7 +188,7 @@ def _episodes_v2(base: str) -> Iterator[_Episode]:
             try:
                 yield _episode(json.loads(line))
             except (BadCell, ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{url}, line {number}: no episode ({error!r}); restore it") from error
+                raise UserError(f"{url}, line {number}: not an episode ({error!r}); restore it") from error
 
 
 def _episodes_v3(base: str, info: _Info) -> Iterator[_Episode]:
@@ -201,7 +202,7 @@ def _episodes_v3(base: str, info: _Info) -> Iterator[_Episode]:
         try:
             with storage.open_to_read(url, _BLOCK_BYTES) as file:
                 table = pq.ParquetFile(file)
-                columns = [name for name in wanted if name in table.schema_arrow.names]  # there are 100 of statistics
+                columns = [name for name in wanted if name in table.schema_arrow.names]  # not 100 of statistics
                 for batch in table.iter_batches(columns=columns):
                     yield from map(_episode, batch.to_pylist())
         except (BadCell, pa.ArrowException, ValueError, TypeError, KeyError) as error:
@@ -215,7 +216,7 @@ def _episode(row: Mapping[str, Any]) -> _Episode:
 
 
 class _Place(NamedTuple):
-    """A file of an episode, and the span of it; or why that is not known."""
+    """A file of an episode, and the episode's span in it; or a fault if these are unknown."""
 
     name: str
     start_seconds: float | None = None
@@ -228,7 +229,7 @@ _BOUNDS = ("from_timestamp", "to_timestamp")
 
 
 def _place(base: str, info: _Info, episode: _Episode, feature: str) -> _Place:
-    """Where an episode's rows (``data``) or frames (``videos/CAMERA``) are."""
+    """The place of an episode's rows (``data``) or frames (``videos/CAMERA``)."""
     camera = feature.removeprefix("videos/")
     template = info.data_path if feature == "data" else info.video_path
     if info.version == 2:
@@ -236,7 +237,7 @@ def _place(base: str, info: _Info, episode: _Episode, feature: str) -> _Place:
         return _Place(_fill(base, template, video_key=camera, episode_chunk=chunk, episode_index=episode.number))
     columns = _INDICES if feature == "data" else _INDICES + _BOUNDS
     values: list[Any] = [episode.row.get(f"{feature}/{column}") for column in columns]
-    if any(value is None or math.isnan(value) for value in values):  # pandas writes NaN for what a recording lacks
+    if any(value is None or math.isnan(value) for value in values):  # pandas writes NaN for missing values
         return _Place(
             f"{feature}/episode_{episode.number:06d}", fault=f"meta/episodes does not say where its {feature} is"
         )
@@ -255,14 +256,14 @@ def _fill(base: str, template: str, **values: Any) -> str:
 
 
 def read_rows(source: SourceConfig, actions: str) -> TimedRows:
-    """The rows of actions of one episode.
+    """Reads the rows of actions of one episode.
 
     Args:
-        source: says which columns.
-        actions: of the listed video: the parquet file, ``#``, and the episode.
+        source: gives the columns.
+        actions: ``actions`` of the listed video: the parquet file, ``#``, and the episode.
 
     Raises:
-        DamagedVideo: the file is damaged, or has no such rows.
+        DamagedVideo: the file is damaged, or lacks these rows.
         FileNotFoundError: the file is missing.
     """
     name, _, number = actions.rpartition("#")
@@ -283,13 +284,13 @@ def read_rows(source: SourceConfig, actions: str) -> TimedRows:
         except (pa.ArrowException, ValueError, TypeError) as error:
             raise DamagedVideo(f"the rows of actions cannot be read: {_line(error)}") from error
     values = np.concatenate(parts, axis=1)
-    if not (np.isfinite(values).all() and np.isfinite(seconds).all()):  # a missing value has become NaN
+    if not (np.isfinite(values).all() and np.isfinite(seconds).all()):  # missing values became NaN
         raise DamagedVideo(f"the rows of actions of episode {episode} lack a value, or hold one that is not finite")
     return TimedRows(values, seconds)
 
 
 def _may_hold(table: pq.ParquetFile, group: int, episode: int) -> bool:
-    """Whether the statistics of a row group allow it to hold rows of an episode: lerobot writes a group an episode."""
+    """Whether a row group may hold rows of an episode by its statistics; lerobot writes one group per episode."""
     described = table.metadata.row_group(group)
     columns = (described.column(number) for number in range(described.num_columns))
     statistics = next(column.statistics for column in columns if column.path_in_schema == "episode_index")

@@ -1,4 +1,4 @@
-"""What sources of files that each hold many videos share: finding the files, listing several at once, keeping one."""
+"""Helpers for sources whose files hold many videos: find the files, list several at once, keep local copies of one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 def find_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> tuple[str, Iterator[storage.Entry]]:
-    """The files with one of these endings (any case) below a folder, or the one file that the URL names.
+    """The files with one of these extensions (any case) below a folder, or the single file that the URL names.
 
     Args:
-        url: absolute.
-        suffixes: in lower case.
-        others: counts the other files of a folder by ending.
+        url: absolute URL.
+        suffixes: extensions in lower case.
+        others: counts the other files of a folder by extension.
 
     Returns:
-        The folder that their names are relative to, and the files.
+        The folder that their names refer to, and the files.
     """
     folder, name = storage.split(url)
     if PurePosixPath(name).suffix.lower() in suffixes:
@@ -42,12 +42,12 @@ def find_files(url: str, suffixes: frozenset[str], others: Counter[str]) -> tupl
 def list_each(
     base: str, files: Iterable[storage.Entry], list_one: Callable[[storage.Entry], Iterable[SourceVideo]]
 ) -> Iterator[SourceVideo]:
-    """The videos of each file, in the order of the files; in a bucket several files are read at once.
+    """Yields the videos of each file, in the order of the files. In a bucket several files are read at once.
 
-    A file that cannot be read is one video with that fault.
+    An unreadable file is listed as one video with a fault.
 
     Raises:
-        Refused: storage refuses them all.
+        Refused: the storage denies access to all files.
     """
     refused, num_files = [], 0
 
@@ -80,10 +80,10 @@ def list_each(
 
 
 class KeptFiles:
-    """Local copies of what one source file holds, kept until another file is asked for.
+    """Local copies of one source file, or of parts of it, kept until another file is requested.
 
-    Videos of one file follow each other in a unit, so that each file is brought here once and the disk holds one.
-    Nothing but time depends on that order.
+    Videos of one file are consecutive in a unit, so each file is fetched once and the disk holds one at a time. Another
+    order would only take longer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,12 +93,13 @@ class KeptFiles:
         self._paths: dict[str, Path] = {}
 
     def get(self, url: str, part: str, make: Callable[[Path], Path]) -> Path:
-        """The local copy of a part of a file.
+        """Returns the local copy of a part of a file.
 
         Args:
-            url: of the file.
-            part: which part; the copy has its suffix.
-            make: writes the copy where it is not here yet, and returns its path, or that of an original that is local.
+            url: URL of the file.
+            part: name of the part; the copy gets its extension.
+            make: called with a path if there is no copy yet; writes the copy and returns its path, or returns the path
+                of a local original.
         """
         if url != self._url:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Numbers in ``.npy`` and ``.npz`` files, read within bounds and never unpickled.
+"""Reads arrays of numbers from ``.npy`` and ``.npz`` files, with checked bounds and without unpickling.
 
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -27,12 +27,12 @@ _COPY_BYTES = 2**22
 
 
 class ArrayHeader(NamedTuple):
-    """What an ``.npy`` file says about its array.
+    """The header of an ``.npy`` file.
 
     Attributes:
-        offset: where the numbers begin.
-        dtype: no object type.
-        shape: without negative sizes.
+        offset: byte at which the numbers begin.
+        dtype: data type; never an object type.
+        shape: shape; sizes are not negative.
         is_fortran: whether the first axis varies fastest.
     """
 
@@ -43,15 +43,15 @@ class ArrayHeader(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the numbers."""
+        """Bytes of the numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(file: BinaryIO, file_bytes: int) -> ArrayHeader:
-    """The header at the start of an ``.npy`` file.
+    """Reads the header at the start of an ``.npy`` file.
 
     Raises:
-        DamagedVideo: no ``.npy`` file, one of Python objects, or one that is shorter than its header says.
+        DamagedVideo: the file is not an ``.npy`` file, holds Python objects, or is shorter than its header states.
     """
     start = io.BytesIO(file.read(_LONGEST_HEADER_BYTES))
     try:
@@ -61,7 +61,7 @@ def read_header(file: BinaryIO, file_bytes: int) -> ArrayHeader:
     except KeyError as error:
         raise DamagedVideo("a .npy file of a version that holds no plain numbers") from error
     except (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError) as error:
-        raise DamagedVideo("no .npy file, or its header is damaged") from error
+        raise DamagedVideo("not an .npy file, or its header is damaged") from error
     if dtype.hasobject:
         raise DamagedVideo("an array of Python objects, which are never unpickled; save numbers")
     header = ArrayHeader(start.tell(), dtype, shape, is_fortran)
@@ -87,10 +87,10 @@ def open_array(path: Path) -> np.ndarray:
 
 
 def read_npz_headers(file: BinaryIO) -> dict[str, ArrayHeader]:
-    """The headers of the arrays of an ``.npz`` file, by name; what is no array is not listed.
+    """The headers of the arrays of an ``.npz`` file, by name. Members that are not arrays are skipped.
 
     Raises:
-        DamagedVideo: no ``.npz`` file, or one of its arrays is damaged.
+        DamagedVideo: the file is not an ``.npz`` file, or one of its arrays is damaged.
     """
     headers = {}
     with _as_damaged_video(), zipfile.ZipFile(file) as archive:
@@ -105,7 +105,7 @@ def copy_member(file: BinaryIO, name: str, path: Path) -> None:
     """Copies one array of an ``.npz`` file into an ``.npy`` file.
 
     Raises:
-        DamagedVideo: it is damaged or not there, or unpacks to more than the disk can hold.
+        DamagedVideo: the array is damaged or missing, or unpacks to more than the disk can hold.
     """
     with (
         _as_damaged_video(),
@@ -122,8 +122,8 @@ def copy_member(file: BinaryIO, name: str, path: Path) -> None:
 
 @contextmanager
 def _as_damaged_video() -> Iterator[None]:
-    """What zipfile raises for damage; an OSError is the disk's or the network's fault."""
+    """Turns zipfile's errors about damage into `DamagedVideo`. OSErrors come from the disk or the network and pass."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise DamagedVideo(f"no .npz file, or it is damaged: {error}") from error
+        raise DamagedVideo(f"not an .npz file, or it is damaged: {error}") from error

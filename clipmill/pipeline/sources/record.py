@@ -1,4 +1,4 @@
-"""What a source says about one video, and what identifies a file without reading all of it."""
+"""The record of a listed video, and the identity of a file that is not read completely."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ class SourceVideo:
 
     Attributes:
         name: path of its file relative to `base_url` of the source, with ``/``, or an absolute path or URL.
-        bytes: size of the file; of its own part where the file holds several videos.
-        etag: the bucket's content tag of the file; none on a local disk.
-        label: name of its class, or none.
-        actions: name of the file with its actions (``lerobot``: of many videos; the episode follows ``#``), or none.
-        text: its caption, or none.
-        split: the split that the source itself gives the video; None: a hash of its group decides.
-        member: which video of the file it is, where a file holds several. Its source type reads it.
-        metadata: JSON object of what else the source knows about it, or none.
-        identity: what tells the file, or its member, from others; None: `file_identity` of its file. A span is added by
-            the listing.
-        start_seconds: where the video begins in its file, counted from the file's first frame; None: at that frame.
-        end_seconds: where it ends; None: with the file.
-        group: its origin. Videos of one group are always in the same split. None: its identity without the span, so
-            that the spans of one file are a group.
-        sidecars: endings of the files beside it that describe it (``.json .txt``), or none.
-        fault: why the source cannot give this video, in one line; None where it can. The stage excludes the video with
-            that cause.
-        together: identity of a file that must be fetched whole for this video, though it holds others: they follow each
-            other in the plan. None: the file, for a span; else any order is as good.
-        mark: where a listing that ended behind this video can go on (`list_videos` groups it); None: not here.
+        bytes: size of its file; if the file holds several videos, size of its own part.
+        etag: the bucket's content tag of the file; None on a local disk.
+        label: name of its class; None without a class.
+        actions: name of the file with its actions; for ``lerobot`` a file of many videos, ``#`` and the episode. None
+            without actions.
+        text: its caption; None without a caption.
+        split: the split that the source gives the video; None lets a hash of its group decide.
+        member: selects the video in a file that holds several, in a form that its source type reads; None for a file
+            with one video.
+        metadata: JSON object with the source's other facts about it; None without any.
+        identity: identifies the file, or its member, by content; None uses `file_identity` of its file. The listing
+            adds the span.
+        start_seconds: start in its file, in seconds from the file's first frame; None means the first frame.
+        end_seconds: end in its file; None means the end of the file.
+        group: its origin. Videos of one group are always in the same split. None uses its identity without the span, so
+            that the spans of one file form a group.
+        sidecars: extensions of the files that describe it (``.json .txt``); None without sidecars.
+        fault: why the source cannot provide this video, in one line; the stage excludes the video with that cause. None
+            if it can.
+        together: identity of a file that must be fetched whole for this and other videos, which then follow each other
+            in the plan. None uses the file for a span, and otherwise any order.
+        mark: position after this video from which `list_videos` can continue; None if it cannot continue here.
     """
 
     name: str
@@ -68,7 +70,7 @@ class ArrayVideo:
 
     Attributes:
         frames: uint8 [num_frames, H, W, 3], RGB.
-        actions: float32 [num_frames, action_dim], or none.
+        actions: float32 [num_frames, action_dim]; None without actions.
     """
 
     frames: np.ndarray
@@ -76,11 +78,11 @@ class ArrayVideo:
 
 
 class TimedRows(NamedTuple):
-    """Rows of actions that were recorded beside a video.
+    """Rows of actions that were recorded with their own times.
 
     Attributes:
         values: float32 [num_rows, action_dim].
-        seconds: float64 [num_rows], from the start of the video.
+        seconds: float64 [num_rows], time of each row from the start of the video.
     """
 
     values: np.ndarray
@@ -88,14 +90,14 @@ class TimedRows(NamedTuple):
 
 
 class DamagedVideo(Exception):
-    """A video of a file of several cannot be read: the message says why, in one line."""
+    """A video in a file with several cannot be read; the message gives the reason in one line."""
 
 
 def file_identity(url: str, num_bytes: int, etag: str | None) -> str:
-    """What storage says about a file's content without reading all of it.
+    """Identifies a file's content without reading all of it.
 
-    The form is ``kind:bytes:tag``, without further colons. Where there is no content tag, the first and last bytes
-    stand for the content.
+    The form is ``kind:bytes:tag``, without further colons. Without a content tag, a hash of the first and last bytes is
+    used.
 
     Raises:
         FileNotFoundError: the file has vanished.

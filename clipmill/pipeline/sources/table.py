@@ -1,8 +1,8 @@
 """A list of videos: CSV, TSV, Parquet or JSON lines with a column of URLs, read row by row.
 
-Storage is asked for the size and content tag of each file, several at a time in a bucket. A row that names no video,
-or one that cannot be had, is listed all the same, with its fault: the stage then excludes it with that cause, instead
-of dropping it in silence or ending for it.
+Size and content tag of each file are requested from its storage, several at a time in a bucket. A row without a video,
+or with one that cannot be read, is listed with a fault. The stage then excludes it with that cause, instead of dropping
+it silently or stopping.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BLOCK_BYTES = 2**22
 _REQUESTS_AT_ONCE = 32
 _ROWS_AT_ONCE = 1024
 _MOST_REFUSALS = 1000
-"""Rows that a server may refuse before it gives one: wrong credentials refuse all."""
+"""Rows that a server may refuse before the first success; after that it is given up, as with wrong credentials."""
 _SPLITS: dict[str, Literal["train", "val"]] = {
     "train": "train",
     "val": "val",
@@ -40,14 +40,15 @@ _SPLITS: dict[str, Literal["train", "val"]] = {
 
 
 def list_videos(source: SourceConfig, after: str | None = None) -> Iterator[SourceVideo]:
-    """The rows of a table.
+    """Yields the rows of a table.
 
     Args:
-        source: to list.
-        after: a mark, ``rows:faults``: the numbers of rows that were read and of those with a fault.
+        source: the source to list.
+        after: a mark, ``rows:faults``: the number of rows that were read, and of those with a fault. None reads all
+            rows.
 
     Raises:
-        UserError: another kind of file, a column that is not there, or no row that gives a video.
+        UserError: the file is not a table, lacks a configured column, or no row gives a video.
     """
     url = storage.absolute(source.url)
     base, table_name = storage.split(url)
@@ -75,13 +76,13 @@ def list_videos(source: SourceConfig, after: str | None = None) -> Iterator[Sour
             raise UserError(f"data.source.url {storage.shown(url)} cannot be read as {suffix}: {error}") from error
     if num_rows and num_rows == num_faults:
         raise UserError(
-            f"none of the {num_rows} rows of {storage.shown(url)} gives a video; of the first: {fault} "
-            f"(relative names are sought in {storage.shown(base)})"
+            f"none of the {num_rows} rows of {storage.shown(url)} gives a video; the first has this fault: {fault} "
+            f"(relative names refer to {storage.shown(base)})"
         )
 
 
 def first_names(source: SourceConfig, num_rows: int) -> list[str]:
-    """The names or URLs in the first rows, as far as they hold any."""
+    """The names or URLs in the first rows; rows without one are skipped."""
     url = storage.absolute(source.url)
     with storage.open_to_read(url, _BLOCK_BYTES) as file:
         names = []
@@ -101,10 +102,10 @@ def _suffix(url: str) -> str:
 
 
 def _check_columns(url: str, columns: dict[str, str], rows: list[Row]) -> bool:
-    """A JSON line may leave out what it has no value for: a column that none of the first rows has is misspelt.
+    """Raises `UserError` for a column that none of the first rows has. A single JSON line may omit a column.
 
     Returns:
-        Whether there was a row to tell by.
+        Whether there was a row to check.
     """
     found = dict.fromkeys(name for row in rows for name in row.cells)
     for key, column in columns.items() if found else ():
@@ -117,7 +118,7 @@ def _check_columns(url: str, columns: dict[str, str], rows: list[Row]) -> bool:
 
 
 def _video_of(columns: dict[str, str], row: Row, table_name: str) -> SourceVideo:
-    """What a row says; its file has not been looked at. Whatever is wrong with a row is its fault alone."""
+    """The video of a row, before its file is checked. An invalid row gives a video with a fault."""
     place = f"{table_name}#{row.place.replace(' ', '=')}"
     try:
         return _described(columns, row, place)
@@ -166,7 +167,7 @@ def _described(columns: dict[str, str], row: Row, place: str) -> SourceVideo:
 
 
 def _name(row: Row, column: str) -> str:
-    """A file's name or URL. It may be any bytes: they are those of the name on the disk."""
+    """A file's name or URL. It may contain any bytes, which are those of the name on the disk."""
     value = row.cells.get(column)
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
@@ -201,26 +202,26 @@ _READ = {
     "start": lambda row, column: as_seconds(row.cells.get(column)),
     "end": lambda row, column: as_seconds(row.cells.get(column)),
 }
-"""How the cell of a column is read; all others are plain text."""
+"""Readers of the cells of special columns; all other columns are plain text."""
 
 
 def _faulty(video: SourceVideo, fault: str, row: Row) -> SourceVideo:
-    """A row without a video. Its identity is its content, so that it stays the same one wherever it stands."""
+    """Adds a fault. The identity is the row's content, so it does not depend on the row's position in the table."""
     return replace(video, fault=fault, identity=f"fault:{row.raw or row.cells!a}")
 
 
 class _Finder:
-    """Asks storage for the files of rows, several at a time."""
+    """Looks up the files of rows in storage, several at a time."""
 
     def __init__(self, base: str, pool: ThreadPoolExecutor) -> None:
         self._base, self._pool = base, pool
-        self._lost: dict[str, str] = {}  # servers that are not asked again, and why: a dead one groups seconds a row
+        self._lost: dict[str, str] = {}  # servers that are given up, with the reason: a dead one costs seconds per row
         self._answered: set[str] = set()
         self._refused: Counter[str] = Counter()
 
     def __call__(self, videos: list[SourceVideo]) -> Iterator[SourceVideo]:
         """The same videos with size and content tag, or a fault."""
-        # A disk answers sooner than a thread is woken.
+        # A disk is faster than waking a thread.
         is_near = storage.is_local(self._base) and not any("://" in video.name for video in videos)
         return map(self._find, videos) if is_near else self._pool.map(self._find, videos)
 
@@ -256,9 +257,9 @@ class _Finder:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    r"""What a cell may mean: the name as it stands; without the spaces around it; with a backslash that is one.
+    r"""The names that a cell may mean: unchanged, without surrounding spaces, or with its backslashes taken literally.
 
-    A name on a disk may end in a space, and hold what looks like our way to write a byte (``caf\xe9``).
+    A name on a disk may end in a space, and may contain text that looks like an escaped byte (``caf\xe9``).
     """
     if storage.is_web(name.strip()):
         yield name.strip()

@@ -1,8 +1,8 @@
-"""Where the members of a tar lie: a reader of headers that believes none of them.
+"""Finds the members of an untrusted tar by reading its headers.
 
-Formats: ustar, GNU (long names, sizes in base 256) and PAX (POSIX.1-2001). Every number of a header is checked against
-the file before it is used, so that no header makes the reader loop, wait or leave the file. Links, folders, devices and
-sparse files are passed over. Python's `tarfile` reads such headers too, but seeks wherever they say.
+Formats: ustar, GNU (long names, sizes in base 256) and PAX (POSIX.1-2001). Every number in a header is checked against
+the file before use, so that no header can make the reader loop, wait or leave the file. Links, folders, devices and
+sparse files are skipped. Python's `tarfile` reads the same formats, but seeks to any offset that a header states.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ __all__ = ["DamagedTar", "Member", "index_members", "is_header_of"]
 
 BLOCK_BYTES = 512
 _EXTENSION_BYTES = 2**20
-"""Longest long name or PAX record that is read: names of files are shorter than 64 KiB everywhere."""
+"""Longest long name or PAX record that is read. File names are shorter than 64 KiB on all systems."""
 _PADDING_BYTES = 2**20
-"""Zeros behind an end mark that are read to see whether another tar follows; tar pads to 10 KiB by default."""
+"""Zeros after an end mark that are searched for another tar. tar pads to 10 KiB by default."""
 _SIZE_DIGITS = 19
-"""Of the largest size that a file system could have."""
+"""Most digits of a size, more than any file system allows."""
 
 _REGULAR = b"0\x007"
 _EXTENSIONS = b"LKxg"
 """Long name, long link, PAX records of the next member, PAX records of all that follow."""
 _WITHOUT_DATA = b"123456"
-"""Links, devices, folders and FIFOs; some writers state a size for them, and write no data."""
+"""Links, devices, folders and FIFOs. Some writers state a size for them, but write no data."""
 
 
 class Member(NamedTuple):
     """A regular file in a tar.
 
     Attributes:
-        name: in the tar, with ``/``.
-        offset: of its header, which lies right before the data.
-        bytes: of the data.
-        stated_bytes: by that header; a PAX record before it may state another size, which holds.
+        name: name in the tar, with ``/``.
+        offset: byte offset of its header, which directly precedes the data.
+        bytes: size of the data.
+        stated_bytes: size by that header. A PAX record may state another size, which takes precedence.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Member(NamedTuple):
 
 
 class DamagedTar(Exception):
-    """The members from a byte on cannot be found: the message says why, in one line.
+    """The members after an offset cannot be found; the message gives the reason in one line.
 
     Attributes:
-        offset: of that byte.
-        name: of the member that is cut there; empty where it is not known.
+        offset: the byte offset.
+        name: name of the member that is cut there; empty if unknown.
     """
 
     def __init__(self, offset: int, cause: str, name: str = "") -> None:
@@ -70,9 +70,9 @@ class _Header(NamedTuple):
 
 
 def index_members(file: BinaryIO, file_bytes: int) -> Iterator[Member]:
-    """The regular files of a tar, in order; reads headers only.
+    """Yields the regular files of a tar, in order; reads headers only.
 
-    Reading goes on behind an end mark where another tar follows, as ``cat a.tar b.tar`` makes them.
+    If another tar follows an end mark (``cat a.tar b.tar``), its files are included.
 
     Raises:
         DamagedTar: a header is damaged, or the tar ends before its last member or without an end mark.
@@ -115,7 +115,7 @@ def is_header_of(block: bytes, stated_bytes: int) -> bool:
 
 
 class _Names:
-    """What the extension headers before a member say about it."""
+    """The facts about a member in the extension headers before it."""
 
     def __init__(self) -> None:
         self._defaults: dict[str, bytes] = {}
@@ -125,7 +125,7 @@ class _Names:
         """Reads the data of an extension header.
 
         Raises:
-            DamagedTar: it is too long, or no list of records.
+            DamagedTar: the data is too long, or not a list of records.
         """
         if size > _EXTENSION_BYTES:
             raise DamagedTar(offset, f"the extended header at byte {offset} has {size} bytes")
@@ -140,7 +140,7 @@ class _Names:
             (self._records if kind == b"x" else self._defaults).update(found)
 
     def forget(self) -> None:
-        """Forgets what belongs to one member alone."""
+        """Forgets the facts that apply to one member only."""
         self._records.clear()
 
     def _value(self, key: str) -> bytes | None:
@@ -162,7 +162,7 @@ class _Names:
 
 
 def _pax_records(data: bytes) -> dict[str, bytes] | None:
-    """Values by keyword of lines ``LENGTH KEYWORD=VALUE``; None where a length is wrong."""
+    """Values by keyword, from lines ``LENGTH KEYWORD=VALUE``; None if a length is wrong."""
     records = {}
     while data.strip(b"\0"):
         digits, space, _ = data[:10].partition(b" ")
@@ -188,13 +188,13 @@ def _read_header(file: BinaryIO, offset: int, file_bytes: int) -> _Header | None
         raise DamagedTar(offset, f"the tar ends within the header at byte {offset}")
     header = _parse_header(block)
     if header is None:
-        problem = "is no tar, or is a compressed one" if not offset else f"is damaged at byte {offset}"
+        problem = "is not a tar, or is compressed" if not offset else f"is damaged at byte {offset}"
         raise DamagedTar(offset, f"the file {problem}; what follows cannot be read")
     return header
 
 
 def _after_end_mark(file: BinaryIO, offset: int, file_bytes: int) -> int | None:
-    """Where another tar begins behind an end mark at ``offset``; None if only padding follows."""
+    """Offset of another tar after an end mark at ``offset``; None if only padding follows."""
     end = min(file_bytes, offset + _PADDING_BYTES)
     while offset + BLOCK_BYTES <= end:
         file.seek(offset)
@@ -206,12 +206,12 @@ def _after_end_mark(file: BinaryIO, offset: int, file_bytes: int) -> int | None:
 
 
 def _parse_header(block: bytes) -> _Header | None:
-    """None where the checksum differs or a number is none."""
+    """Parses a header; None if the checksum differs or a number is invalid."""
     if len(block) < BLOCK_BYTES:
         return None
     stated = _number(block[148:156])
     rest = block[:148] + b" " * 8 + block[156:]
-    signed = sum(byte - 256 if byte > 127 else byte for byte in rest)  # as some old writers summed
+    signed = sum(byte - 256 if byte > 127 else byte for byte in rest)  # some old writers sum signed bytes
     size = _number(block[124:136])
     if stated not in (sum(rest), signed) or size is None:
         return None
@@ -222,7 +222,7 @@ def _parse_header(block: bytes) -> _Header | None:
 
 
 def _number(field: bytes) -> int | None:
-    """An unsigned number in octal digits or, where it is too large for them, in base 256."""
+    """An unsigned number in octal digits, or for larger ones in base 256; None if it is invalid."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.replace(b"\0", b" ").strip()

@@ -33,9 +33,9 @@ def masked_crc32c(data: bytes) -> int:
 
 
 def index_records(file: BinaryIO, file_bytes: int) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of each record of a file, framing included; reads the headers only.
+    """Yields (offset, bytes) of each record of a file, framing included; reads the headers only.
 
-    Where the file is cut or a length is damaged, the rest of the file is one last item: `read_record` says why.
+    If the file is cut or a length is damaged, the rest of the file is one last item; `read_record` reports the reason.
     """
     offset = 0
     while offset < file_bytes:
@@ -49,7 +49,7 @@ def index_records(file: BinaryIO, file_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _record_bytes(header: bytes) -> int | None:
-    """Length of a record with its framing; none where the header is cut or damaged."""
+    """Bytes of a record with its framing; None if the header is cut or damaged."""
     if len(header) < _HEADER_BYTES or masked_crc32c(header[: _LENGTH.size]) != _checksum(header[_LENGTH.size :]):
         return None
     return _LENGTH.unpack_from(header)[0] + _FRAME_BYTES
@@ -60,7 +60,7 @@ def _checksum(data: bytes) -> int:
 
 
 def read_record(file: BinaryIO, offset: int, num_bytes: int) -> bytes:
-    """The data of one record of `index_records`.
+    """Reads the data of one record from `index_records`.
 
     Raises:
         DamagedVideo: a checksum differs, or the file ends within the record.
@@ -85,16 +85,18 @@ def read_features(data: bytes) -> Mapping[str, Any]:
     """Features by name; each has ``bytes_list.value``, ``float_list.value`` and ``int64_list.value``.
 
     Raises:
-        DamagedVideo: not a serialised Example.
+        DamagedVideo: the data is not a serialised Example.
     """
     try:
         return _EXAMPLE.FromString(data).features.feature
     except DecodeError as error:
-        raise DamagedVideo("the record is no tf.train.Example") from error
+        raise DamagedVideo("the record is not a tf.train.Example") from error
 
 
 def _example_type() -> Any:
-    """The message types of tensorflow/core/example/feature.proto, declared here: no package of them is small."""
+    """The message types of tensorflow/core/example/feature.proto, declared here because every package with them is
+    large.
+    """
     file = descriptor_pb2.FileDescriptorProto(name="clipmill_example.proto", package="clipmill", syntax="proto3")
     field = descriptor_pb2.FieldDescriptorProto
 
@@ -128,7 +130,7 @@ def _example_type() -> Any:
         label=field.LABEL_OPTIONAL,
     )
     message("Example", ("features", field.TYPE_MESSAGE, "Features", False))
-    pool = descriptor_pool.DescriptorPool()  # our own: the default one may hold TensorFlow's
+    pool = descriptor_pool.DescriptorPool()  # separate from the default pool, which may hold TensorFlow's types
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("clipmill.Example"))
 

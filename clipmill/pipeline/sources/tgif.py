@@ -1,8 +1,8 @@
 """TGIF (Li et al., arXiv 1604.02748): a list of URLs and captions, and a folder of the GIF files.
 
-``tgif-v1.0.tsv`` holds a URL, a tab and a caption in each line; a GIF with several captions has several lines. The file
-of a URL is the one of the same name, wherever below ``data.source.url`` it lies. ``train.txt``, ``val.txt`` and
-``test.txt`` hold a URL in each line.
+Each line of ``tgif-v1.0.tsv`` holds a URL, a tab and a caption; a GIF with several captions has several lines. The file
+of a URL is found by its name, in any folder below ``data.source.url``. ``train.txt``, ``val.txt`` and ``test.txt`` hold
+a URL in each line.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
-    """The GIFs that have a caption: the first is the text, all are in the metadata.
+    """Yields the GIFs that have a caption. The first caption is the text; all captions are in the metadata.
 
-    ``others`` counts the other files by ending.
+    ``others`` counts the other files by extension.
 
     Raises:
-        UserError: a list is missing or holds something else, or none of its GIFs is there.
+        UserError: a list is missing or invalid, or none of its GIFs exists.
     """
     base = storage.absolute(source.url)
     captions = _read_captions(storage.resolve(base, source.captions))
@@ -54,8 +54,8 @@ def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVi
         )
     if len(captions) == num_listed:
         raise UserError(f"none of the {num_listed} GIFs of {source.captions} lies below {base}; download them there")
-    if captions:  # GIFs vanish from the internet: a partial download is the rule
-        logger.warning("%d of the %d GIFs of %s are not there", len(captions), num_listed, source.captions)
+    if captions:  # GIFs vanish from the internet, so most downloads are partial
+        logger.warning("%d of the %d GIFs of %s are missing", len(captions), num_listed, source.captions)
     if num_skipped:
         logger.warning("skipped %d GIFs that %s or the split files do not name", num_skipped, source.captions)
 

@@ -1,7 +1,7 @@
 """UCF-101: a folder of class folders, and the official lists of training and test videos.
 
 ``trainlist01.txt`` holds ``Class/v_Class_g08_c01.avi 1`` in each line, ``testlist01.txt`` the same without a number.
-Files are matched by class folder and name, wherever below ``data.source.url`` the class folders lie.
+Files are matched by class folder and name; the class folders may be anywhere below ``data.source.url``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
-    """The videos of one official split, labelled with their class folder; ``test`` becomes val.
+    """Yields the videos of one official split, labelled with their class folder; ``test`` becomes val.
 
-    ``others`` counts the other files by ending.
+    ``others`` counts the other files by extension.
 
     Raises:
-        UserError: a list is missing, or names a video that is not there.
+        UserError: a list is missing, or names a video that does not exist.
     """
     base = storage.absolute(source.url)
     folder = storage.resolve(base, source.split_files or "ucfTrainTestlist")

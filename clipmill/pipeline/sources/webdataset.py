@@ -1,8 +1,8 @@
 """WebDataset tars of raw videos, as downloaders write them (img2dataset, video2dataset).
 
-A sample is the members that follow each other with one key: the name up to the first dot of its last part
-(``00012.mp4``, ``00012.json``, ``00012.txt``). Its ``txt`` is the text, its ``json`` the metadata. A sample may hold
-several videos (``00012.left.mp4``, ``00012.right.mp4``): they are one group. Listing reads headers and small members.
+A sample consists of consecutive members with the same key, which is the path up to the first dot of the file name
+(``00012.mp4``, ``00012.json``, ``00012.txt``). Its ``txt`` is the text, its ``json`` the metadata. The videos of a
+sample (``00012.left.mp4``, ``00012.right.mp4``) form a group. Listing reads headers and small members.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ __all__ = ["SUFFIXES", "extract", "list_videos"]
 
 SUFFIXES = frozenset((".tar",))
 _SMALL_BYTES = 2**20
-"""A longer ``txt`` or ``json`` is not read: it is no caption."""
+"""A longer ``txt`` or ``json`` is not read, because no caption is that long."""
 _COPY_BYTES = 2**23
 _TEXT_KEYS = ("caption", "text")
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-"""Key and suffix of a member's name. Other names, such as hidden files, belong to no sample."""
+"""Key and extension of a member's name. Other names, such as hidden files, belong to no sample."""
 
 logger = logging.getLogger(__name__)
 
 
 def list_videos(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]:
-    """The videos of all tars below a folder, or of one tar.
+    """Yields the videos of all tars below a folder, or of one tar.
 
-    What a damaged tar has lost is one last video with that fault. ``others`` counts the other files by ending.
+    The unreadable rest of a damaged tar is listed as one video with a fault. ``others`` counts the other files by
+    extension.
     """
     base, tars = find_files(storage.absolute(source.url), SUFFIXES, others)
     return list_each(base, tars, partial(_list_tar, source, base))
@@ -75,13 +76,13 @@ def _list_tar(source: SourceConfig, base: str, tar: storage.Entry) -> Iterator[S
 
 
 def _written(member: Member) -> str:
-    """A member as the plan names it; `extract` reads it."""
+    """The member as a text for the plan, which `extract` parses."""
     stated = "" if member.stated_bytes == member.bytes else f"/{member.stated_bytes}"
     return f"{member.name}@{member.offset}{stated}"
 
 
 def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]:
-    """The samples that hold videos; what cannot be read is one last sample of one video, with its fault."""
+    """Yields the samples with videos. The unreadable rest is a last sample with one video and a fault."""
     sample = _Sample("")
     try:
         for member in index_members(file, tar_bytes):
@@ -89,7 +90,7 @@ def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]
             if found is None:
                 continue
             key, suffix = found[1], found[2].lower()
-            if key != sample.key or suffix in sample.suffixes:  # a name that comes again is another sample's
+            if key != sample.key or suffix in sample.suffixes:  # a repeated name starts another sample
                 if sample.videos:
                     yield sample
                 sample = _Sample(key)
@@ -100,12 +101,12 @@ def _read_samples(file: BinaryIO, url: str, tar_bytes: int) -> Iterator[_Sample]
                 _read_small(file, member, suffix, sample)
     except DamagedTar as damaged:
         found = _NAME.fullmatch(damaged.name)
-        if found is not None and found[1] == sample.key and sample.videos:  # the sample lacks what is cut
+        if found is not None and found[1] == sample.key and sample.videos:  # the cut member belongs to this sample
             yield replace(sample, fault=str(damaged))
             return
         if sample.videos:
             yield sample
-        if damaged.offset == tar_bytes:  # between two members: whether any is missing is not known
+        if damaged.offset == tar_bytes:  # cut between two members: it is not known whether any is missing
             logger.warning("%s: %s", storage.shown(url), damaged)
             return
         num_lost = tar_bytes - damaged.offset
@@ -125,7 +126,7 @@ def _read_small(file: BinaryIO, member: Member, suffix: str, sample: _Sample) ->
 
 
 def _describe(source: SourceConfig, sample: _Sample) -> SourceVideo:
-    """What the members of a sample say about each of its videos, without what is a video's own."""
+    """The facts that all videos of a sample share, from its ``txt`` and ``json``."""
     nothing = SourceVideo(name="", bytes=0, etag=None, fault=sample.fault)
     try:
         text = sample.members.get("txt", b"").decode("utf-8-sig").strip() or None
@@ -133,7 +134,7 @@ def _describe(source: SourceConfig, sample: _Sample) -> SourceVideo:
     except (ValueError, RecursionError) as error:
         return replace(nothing, fault=sample.fault or f"the txt or json of {sample.key} cannot be read: {error}")
     if not isinstance(values, dict):
-        return replace(nothing, fault=sample.fault or f"{sample.key}.json is no JSON object")
+        return replace(nothing, fault=sample.fault or f"{sample.key}.json is not a JSON object")
     columns = source.columns
     try:
         label, group = (as_text(values.pop(key, None)) if key else None for key in (columns.label, columns.group))

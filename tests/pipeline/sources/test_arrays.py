@@ -184,8 +184,8 @@ class Boom:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.npy", b"no array", "no .npy file"),
-        ("x.npy", b"", "no .npy file"),
+        ("x.npy", b"no array", "not an .npy file"),
+        ("x.npy", b"", "not an .npy file"),
         (
             "x.npy",
             npy("'|u1'", "(1000000000000, 64, 64)", b"x"),
@@ -196,13 +196,13 @@ class Boom:
         ("x.npy", npy("'|u1'", "(4, 64", b"x" * 20000), "header is damaged"),
         ("x.npy", npy("'|u1'", "(" * 5000, b"x" * 20000), "header is damaged"),
         ("x.npy", npy("'|O'", "(4, 64, 64)", b"x" * 200000), "Python objects, which are never unpickled"),
-        ("x.npy", npy("'|u1'", "(4, 64, 64)", b"x" * 20000, b"\x07\x00"), "no .npy file|of a version"),
+        ("x.npy", npy("'|u1'", "(4, 64, 64)", b"x" * 20000, b"\x07\x00"), "not an .npy file|of a version"),
         ("x.npy", npy("'|u1'", "(0, 64, 64)"), "videos without pixels"),
         ("x.npy", npy("'<f4'", "(4, 8, 8)", bytes(1024)), "an array of float32; save integers"),
-        ("x.npy", npy("'|u1'", "(9, 9)", bytes(81)), "may mean several things; set data.source.axes"),
+        ("x.npy", npy("'|u1'", "(9, 9)", bytes(81)), "is ambiguous; set data.source.axes"),
         ("x.npy", npy("'|u1'", "(4, 3, 8, 8)", bytes(768)), "or 4 frames .TCHW.; set data.source.axes"),
-        ("x.npz", b"no zip", "no .npz file, or it is damaged"),
-        ("x.npz", npz(a=npy("'|u1'", "(4, 8, 8)", bytes(256)))[:-30], "no .npz file, or it is damaged"),
+        ("x.npz", b"no zip", "not an .npz file, or it is damaged"),
+        ("x.npz", npz(a=npy("'|u1'", "(4, 8, 8)", bytes(256)))[:-30], "not an .npz file, or it is damaged"),
         ("x.npz", npz(a=npy("'|u1'", "(4, 8, 8)", bytes(200))), "256 bytes; 200 are there"),
         (
             "x.npz",
@@ -254,7 +254,7 @@ def test_axes_are_letters(axes: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [
-        (lambda path: path.write_bytes(b"PK no zip"), "no .npz file"),
+        (lambda path: path.write_bytes(b"PK no zip"), "not an .npz file"),
         (lambda path: save(path, image=random_frames(1, 4) / 255), "an array of float64"),
         (lambda path: save(path, image=random_frames(1, 4), action=np.zeros((4, 1), complex)), "action is complex128"),
     ],

@@ -61,7 +61,7 @@ def test_folders_and_fifos_are_not_videos(tmp_path):
         (lambda path: path.mkdir(), "holds no video; name another folder"),
         (
             lambda path: [touch(path / name) for name in ("a.txt", "b.TXT", "c.json", "README", ".git/config")],
-            r"holds no video; it holds 2 \.txt, 1 without an ending, 1 \.json; name another folder",
+            r"holds no video; it holds 2 \.txt, 1 without an extension, 1 \.json; name another folder",
         ),
     ],
 )
@@ -89,7 +89,7 @@ def test_the_other_files_of_a_folder_are_counted_and_no_video(tmp_path, caplog):
     found = shard_in_process(config)
     assert found.excluded() == {}
     assert {described["source"] for described in found.described("train")} == {"one.MP4", "noending", "take.0001"}
-    assert "skipped files that are not videos: 2 .txt, 1 without an ending, 1 .npy, 1 .png" in caplog.text
+    assert "skipped files that are not videos: 2 .txt, 1 without an extension, 1 .npy, 1 .png" in caplog.text
     assert load_plan(config).other_files == {".txt": 2, ".npy": 1, ".png": 1, "": 1}
 
 

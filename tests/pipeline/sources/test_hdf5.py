@@ -94,12 +94,12 @@ FRAMES = np.zeros((6, 8, 8, 3), np.uint8)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b"no HDF5"), "is no readable HDF5 file"),
+        (lambda path: path.write_bytes(b"no HDF5"), "is not a readable HDF5 file"),
         (lambda path: write(path, images=FRAMES), r"holds neither train_data .* \(found: images\)"),
         (lambda path: write(path, train_data=FRAMES), "holds train_data but no dataset train_idx"),
         (lambda path: write(path, train_data=FRAMES / 2, train_idx=np.arange(2)), r"is float64 \[6, 8, 8, 3\]"),
         (lambda path: write(path, train_data=FRAMES, train_idx=np.array([0, 6])), "within the 6 frames"),
-        (lambda path: write(path, train_data=FRAMES, train_idx=np.array([3, 0])), "must rise"),
+        (lambda path: write(path, train_data=FRAMES, train_idx=np.array([3, 0])), "must increase"),
         (lambda path: write(path, train_data=FRAMES, train_idx=np.zeros(0, int)), "holds no video"),
         (lambda path: path.mkdir(), "is a folder, not a file"),
     ],

@@ -263,8 +263,8 @@ def test_an_episode_whose_recording_was_not_finished_is_excluded(tmp_path: Path)
     ("damage", "message"),
     [
         (lambda folder: (folder / "meta/info.json").unlink(), "info.json does not exist; set data.source.url to the"),
-        (lambda folder: (folder / "meta/info.json").write_text("{"), "is damaged or no LeRobot data set's"),
-        (lambda folder: (folder / "meta/info.json").write_text("[]"), "is damaged or no LeRobot data set's"),
+        (lambda folder: (folder / "meta/info.json").write_text("{"), "is damaged or not of a LeRobot data set"),
+        (lambda folder: (folder / "meta/info.json").write_text("[]"), "is damaged or not of a LeRobot data set"),
         (lambda folder: edit_info(folder, lambda info: info.pop("features")), "'features'"),
         (lambda folder: edit_info(folder, lambda info: info.update(codebase_version="v1.6")), "version v1.6; convert"),
         (lambda folder: edit_info(folder, lambda info: info.update(video_path="/etc/{video_key}")), "outside the data"),
@@ -280,7 +280,7 @@ def test_an_episode_whose_recording_was_not_finished_is_excluded(tmp_path: Path)
             "keeps observation.images.top, observation.images.wrist as single images: convert",
         ),
         (lambda folder: (folder / "meta/episodes.jsonl").unlink(), "episodes.jsonl does not exist"),
-        (lambda folder: (folder / "meta/episodes.jsonl").write_text('{"length": 3}\n'), "line 1: no episode"),
+        (lambda folder: (folder / "meta/episodes.jsonl").write_text('{"length": 3}\n'), "line 1: not an episode"),
         (lambda folder: (folder / "meta/episodes.jsonl").write_text(""), "holds no video"),
     ],
 )

@@ -107,9 +107,14 @@ def parquet_of_two_columns(name: str) -> bytes:
             "a.csv",
             "url,part\n0.mp4,exam\n",
             {"split": "part"},
-            "of the first: line 2: part is 'exam'; it must be one of train",
+            "the first has this fault: line 2: part is 'exam'; it must be one of train",
         ),
-        ("a.csv", "url,text\n,x\n", {}, "none of the 1 rows .* gives a video; of the first: line 2: url is empty"),
+        (
+            "a.csv",
+            "url,text\n,x\n",
+            {},
+            "none of the 1 rows .* gives a video; the first has this fault: line 2: url is empty",
+        ),
         ("a.jsonl", "[1]\n", {}, "line 1: no JSON object"),
         ("a.parquet", "no parquet", {}, "cannot be read as .parquet"),
         ("a.txt", "0.mp4\n", {}, "must end in .csv, .tsv, .jsonl, .parquet"),
@@ -352,12 +357,12 @@ def test_rows_can_be_spans_of_one_file_each_with_its_text(tmp_path: Path) -> Non
         video["cause"] for records in found.records.values() for record in records for video in record["exclusions"]
     ]
     assert sorted(causes) == [
-        "line 10: to is 'inf', no number of seconds from 0 on",
-        "line 11: from is '0:01', no number of seconds from 0 on",
+        "line 10: to is 'inf'; it must be a number of seconds, at least 0",
+        "line 11: from is '0:01'; it must be a number of seconds, at least 0",
         "line 6: the span ends at 1 s, before it begins at 2 s",
         "line 7: the span ends at 2 s, before it begins at 2 s",
-        "line 8: from is '-1', no number of seconds from 0 on",
-        "line 9: from is 'nan', no number of seconds from 0 on",
+        "line 8: from is '-1'; it must be a number of seconds, at least 0",
+        "line 9: from is 'nan'; it must be a number of seconds, at least 0",
     ]
 
 
@@ -369,7 +374,7 @@ def test_numbers_of_any_kind_bound_a_span(tmp_path: Path) -> None:
     source = SourceConfig.model_validate({"type": "table", "url": str(tmp_path / "a.parquet"), "columns": columns})
     videos = list(list_videos(source))
     assert [(video.start_seconds, video.end_seconds) for video in videos] == [(0.0, 1.5), (1.0, 2.0), (None, None)]
-    assert videos[2].fault == "row 3: e is 'nan', no number of seconds from 0 on"
+    assert videos[2].fault == "row 3: e is 'nan'; it must be a number of seconds, at least 0"
 
 
 def test_a_column_of_origins_keeps_them_in_one_split(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_clips_carry_their_captions(tmp_path: Path, caplog: pytest.LogCaptureFix
     config = source_config(tmp_path, {"type": "tgif", "url": str(folder), "split_files": "splits"})
     with caplog.at_level(logging.WARNING):
         found = shard_in_process(config)
-    assert "1 of the 6 GIFs of tgif-v1.0.tsv are not there" in caplog.text
+    assert "1 of the 6 GIFs of tgif-v1.0.tsv are missing" in caplog.text
     assert "skipped 1 GIFs" in caplog.text
     texts = {split: {described["text"] for described in found.described(split)} for split in ("train", "val")}
     assert texts == {"train": {"caption 0", "caption 2", "caption 3"}, "val": {"caption 4", "caption 5"}}

@@ -290,7 +290,7 @@ def in_tar(data: bytearray, offset: int, new: bytes) -> None:
         (
             lambda data, at: in_tar(data, at["1.json"] + BLOCK, b'["a", "b", "c"]\n'),
             "023",
-            {"1.mp4": "1.json is no JSON object"},
+            {"1.mp4": "1.json is not a JSON object"},
         ),
         (lambda data, at: in_tar(data, at["2.mp4"], b"x"), "01", {"": "is damaged at byte"}),
         (
@@ -347,7 +347,7 @@ def test_a_compressed_tar_and_a_folder_without_tars_are_one_clear_line(tmp_path:
     with tarfile.open(tmp_path / "in" / "a.tar", "w:gz") as tar:
         add(tar, "a.mp4", b"x" * 2000)
     (video,) = listed(tmp_path / "in")
-    assert "is no tar, or is a compressed one" in video.fault
+    assert "is not a tar, or is compressed" in video.fault
     (tmp_path / "in" / "a.tar").rename(tmp_path / "in" / "a.tar.gz")
     with pytest.raises(
         UserError, match=r"holds no video \(in files ending in tar\); it holds 1 .gz; name another folder"
