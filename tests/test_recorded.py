@@ -67,7 +67,7 @@ def test_a_key_must_be_that_of_each_data_set_of_a_mixture() -> None:
 
 
 def test_settings_of_a_foreign_manifest_that_are_none_are_refused() -> None:
-    with pytest.raises(UserError, match=r"settings that this clipmill does not take .*num_frames"):
+    with pytest.raises(UserError, match=r"settings that this clipmill does not support .*num_frames"):
         recorded(recipes={"clips": {"clip": {"num_frames": "../.."}}})
 
 

@@ -1,1 +1,1 @@
-"""The tokenizer (VQ-VAE) and the prior, and their exports."""
+"""The tokenizer (VQ-VAE), the prior, and their exports."""

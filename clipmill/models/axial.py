@@ -1,4 +1,4 @@
-"""Attention along the axes of a video's features, of the tokenizer.
+"""The tokenizer's attention along the axes of a video's features.
 
 B: batch   T, H, W: frames, height, width of the features   L: length of an axis   C: channels
 N: heads   D: channels of a head, C // N
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 __all__ = ["AxialAttention"]
 
 REACH = 16
-"""Distances beyond share one learned bias."""
+"""Larger distances share one learned bias."""
 
 
 class AxialAttention(nn.Module):
@@ -21,10 +21,10 @@ class AxialAttention(nn.Module):
 
     Args:
         dim: channels C.
-        num_heads: heads N of each of the three. Channels beyond a multiple of it have no head.
-        causal: a frame sees no later one.
-        modern: learn a bias for each distance along an axis (arXiv 1910.10683, section 2.1), and begin with an output
-            of zero.
+        num_heads: heads N of each of the three. Channels beyond a multiple of N are not used.
+        causal: whether a frame attends to itself and earlier frames only.
+        modern: learn a bias per distance along an axis (arXiv 1910.10683, section 2.1), and start with an output of
+            zero.
     """
 
     def __init__(self, dim: int, num_heads: int, causal: bool = False, modern: bool = False) -> None:
@@ -39,12 +39,12 @@ class AxialAttention(nn.Module):
         if modern:
             nn.init.zeros_(self.out.weight)
         else:
-            # As of three layers side by side, each with torch's own start. The standard deviation of the published
-            # code, width ** -0.5, makes this branch 45 times as large as the shortcut that it is added to.
+            # As three parallel layers with torch's default initialisation. With the published code's standard
+            # deviation, width ** -0.5, this branch would be 45 times as large as the shortcut that it is added to.
             nn.init.uniform_(self.out.weight, -(width**-0.5), width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mixes x [B, C, T, H, W] along each axis; channels-last memory in and out."""
+        """Attention of x [B, C, T, H, W] along each axis. Input and output have channels-last memory."""
         x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C]
         weights = zip(self.qkv.weight.chunk(3), self.out.weight.chunk(3, 1), strict=True)
         mixed: Tensor = self.out.bias
@@ -58,14 +58,15 @@ class AxialAttention(nn.Module):
         Args:
             x: [B, T, H, W, C].
             qkv: weights of queries, keys and values, [3 * N * D, C].
-            number: of the axis.
+            number: number of the axis.
         """
         axis = 3 - number
         length, later = x.shape[axis], x.shape[axis + 1 : -1].numel()
         heads = F.linear(x, qkv).view(-1, length, later, 3, self.num_heads, x.shape[-1] // self.num_heads)
         q, k, v = heads.permute(3, 0, 2, 4, 1, 5)  # [axes before, axes after, N, L, D]
-        # An axis is short: while L < D (published: 120) its scores are fewer than its queries, and writing them out
-        # beats every kernel made for long sequences: 3 times with bfloat16 on a CPU, and on an H100 once compiled.
+        # Axes are short: while L < D (published: 120) there are fewer scores than query values, and writing them out
+        # beats every kernel for long sequences: 3 times faster with bfloat16 on a CPU, and faster on an H100 once
+        # compiled.
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if self.bias is not None:
             scores = scores + self._distance_bias(self.bias[number], length).to(scores.dtype)
@@ -74,7 +75,7 @@ class AxialAttention(nn.Module):
         return (scores.softmax(-1) @ v).permute(0, 3, 1, 2, 4).reshape(*x.shape[:-1], -1)
 
     def _distance_bias(self, table: Tensor, length: int) -> Tensor:
-        """What scores of an axis get by their distance, [N, L, L], of a table [N, 2 * REACH + 1]."""
+        """The bias [N, L, L] of an axis' scores by distance, from a table [N, 2 * REACH + 1]."""
         places = torch.arange(length, device=table.device)
         distances = (places - places[:, None]).clamp(-REACH, REACH) + REACH
         return table[:, distances]

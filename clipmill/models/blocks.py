@@ -25,8 +25,8 @@ class Block(nn.Module):
     """One layer of the transformer, in the style that the config names.
 
     Args:
-        config: of the prior.
-        memory_dim: M; none: there is nothing to attend to.
+        config: config of the prior.
+        memory_dim: M; None without cross-attention.
     """
 
     def __init__(self, config: PriorModelConfig, memory_dim: int | None) -> None:
@@ -55,10 +55,10 @@ class Block(nn.Module):
         """Transforms x [B, L, C].
 
         Args:
-            x: of the positions from the first on.
-            norms: this block's.
+            x: input of the positions from the first on.
+            norms: the norms of this block.
             rotation: see `CausalAttention.forward`.
-            memory: what the prior is conditioned on, float [B, S, M].
+            memory: the condition that the block attends to, float [B, S, M]; None without cross-attention.
             mask: see `CausalAttention.forward`.
         """
         x = x + self._drop(self.attention(self.normalise(x, norms[0]), rotation, mask))

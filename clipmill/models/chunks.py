@@ -1,10 +1,10 @@
-"""Decoding of more codes than a tokenizer was trained on: overlapping chunks along time, overlapping tiles of a frame.
+"""Decodes more codes than a tokenizer was trained on, in overlapping chunks of time and tiles of a frame.
 
-Where the decoder is convolutional along an axis, a pixel depends on the latents of a bounded neighbourhood. A piece
-that brings this neighbourhood along decodes to the pixels of the whole. Where every pixel depends on every latent
-(axial attention, group norm), pieces have the length of the training, and neighbours fade into each other.
-So do chunks of a convolutional decoder that is not causal: its few latent frames have always been near an end of the
-clip, and in the middle of a long one it would meet what it never saw. Memory does not grow with the number of frames.
+If the decoder is convolutional along an axis, a pixel depends on a bounded neighbourhood of latents. A piece that
+includes this neighbourhood decodes to exactly the pixels of the whole. If every pixel depends on every latent (axial
+attention, group norm), pieces have the training length and are cross-faded. Chunks along time are also cross-faded if a
+convolutional decoder is not causal: in training, all of its few latent frames were near an end of the clip, so it has
+never seen the middle of a long one. Memory does not grow with the number of frames.
 
 B: batch   T, H, W: frames, height, width   L: latents of an axis   t, h, w: latents of a whole clip along each axis
 """
@@ -26,13 +26,13 @@ from clipmill.models.vqvae import VQVAE, num_frames_of, to_pixels
 __all__ = ["Reach", "decode_in_chunks", "decode_to_pixels", "reaches"]
 
 TIME = 0
-"""Of the axes (t, h, w) the one that may be causal."""
+"""Index of the time axis in (t, h, w), the only one that may be causal."""
 CONTEXT_SHARE = 0.5
-"""Latents of a convolutional piece that are only context, over those that it is for, at most (if the reach allows)."""
+"""Most latents of context per decoded latent of a convolutional piece; pieces are made long enough for this."""
 
 
 class Reach(NamedTuple):
-    """How many latents before and after its own a pixel depends on, along one axis."""
+    """Number of latents before and after its own latent that a pixel depends on, along one axis."""
 
     before: int
     after: int
@@ -40,14 +40,14 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive latents of an axis, and what is kept of the pixels that they decode to.
+    """Consecutive latents of an axis, and the pixels to keep of what they decode to.
 
     Attributes:
         start: first latent.
-        stop: one after the last.
-        first: place of its first kept pixel in the whole.
-        skipped: decoded pixels before that one.
-        weights: float32 [pixels kept]; over all pieces, those of a pixel sum to 1.
+        stop: one after the last latent.
+        first: position of the first kept pixel in the whole.
+        skipped: decoded pixels before the first kept one.
+        weights: float32 [pixels kept]; the weights of a pixel sum to 1 over all pieces.
     """
 
     start: int
@@ -58,7 +58,7 @@ class Piece:
 
     @property
     def last(self) -> int:
-        """One after the place of its last kept pixel in the whole."""
+        """One after the position of the last kept pixel in the whole."""
         return self.first + len(self.weights)
 
     def keep(self, decoded: Tensor, dim: int) -> Tensor:
@@ -70,13 +70,13 @@ class Piece:
 
 
 def reaches(model: VQVAE) -> list[Reach | None]:
-    """The reach along time, height and width; None where every pixel depends on every latent.
+    """The reach along time, height and width; None for an axis on which every pixel depends on every latent.
 
-    Found by decoding a single latent that is not a number: whatever depends on it comes out as none either.
+    It is found by decoding latents of which one is NaN: the pixels that depend on it become NaN.
     """
-    decoder = copy.deepcopy(model.decoder).cpu()  # GPUs have algorithms that spread it further
+    decoder = copy.deepcopy(model.decoder).cpu()  # some GPU algorithms spread NaN further
     kernels = [max(m.kernel_size) for m in decoder.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)]
-    middle = sum(kernels)  # further than convolutions can reach
+    middle = sum(kernels)  # more than the convolutions can reach
     return [_reach(model, decoder, axis, middle) for axis in range(3)]
 
 
@@ -96,12 +96,12 @@ def _reach(model: VQVAE, decoder: nn.Module, axis: int, middle: int) -> Reach | 
 
 
 def _first_pixel(model: VQVAE, axis: int, latent: int) -> int:
-    """Place of the first pixel of a latent; equally, how many pixels the latents before it decode to."""
+    """Position of a latent's first pixel, which is the number of pixels of all latents before it."""
     return num_frames_of(model.config, latent) if axis == TIME else latent * model.config.downsample[axis]
 
 
 def decode_to_pixels(model: VQVAE, codes: Tensor, trained: Sequence[int]) -> Tensor:
-    """The whole video uint8 [B, T, H, W, 3] in the memory of the host; arguments as of `decode_in_chunks`."""
+    """The whole video uint8 [B, T, H, W, 3] in host memory; arguments as for `decode_in_chunks`."""
     return torch.cat([to_pixels(frames).cpu() for frames in decode_in_chunks(model, codes, trained)], 1)
 
 
@@ -109,22 +109,22 @@ def decode_to_pixels(model: VQVAE, codes: Tensor, trained: Sequence[int]) -> Ten
 def decode_in_chunks(model: VQVAE, codes: Tensor, trained: Sequence[int]) -> Iterator[Tensor]:
     """Decodes codes of any length and size, piece by piece along time.
 
-    Codes of at most the trained shape are one piece, which decodes as `VQVAE.decode` does.
+    Codes of at most the trained shape form one piece, decoded as by `VQVAE.decode`.
 
     Args:
-        model: in eval mode.
+        model: tokenizer in eval mode.
         codes: int64 [B, t, h, w] or [B, t, h, w, M].
         trained: t, h, w of the clips that the tokenizer was trained on.
 
     Yields:
-        Float [B, 3, n, H, W] on the device of the model: the next frames.
+        The next frames, float [B, 3, n, H, W], on the model's device.
     """
     lengths = list(zip(codes.shape[1:4], trained[:3], strict=True))
     bounds = reaches(model) if any(length > known for length, known in lengths) else [None] * 3
     chunks, rows, columns = (
         _pieces(model, axis, *both, bound) for axis, (both, bound) in enumerate(zip(lengths, bounds, strict=True))
     )
-    held = None  # frames that the next chunk adds to
+    held = None  # frames that the next chunk is added to
     for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
         frames = _decode_tiles(model, codes[:, chunk.start : chunk.stop], rows, columns)
         frames = chunk.keep(frames, 2)
@@ -151,7 +151,7 @@ def _decode_tiles(model: VQVAE, codes: Tensor, rows: list[Piece], columns: list[
 
 
 def _pieces(model: VQVAE, axis: int, length: int, trained: int, reach: Reach | None) -> list[Piece]:
-    """Pieces of an axis of ``length`` latents."""
+    """The pieces of an axis with ``length`` latents."""
     if length <= trained:
         return [Piece(0, length, 0, 0, torch.ones(_first_pixel(model, axis, length)))]
     if reach is None or (axis == TIME and not model.config.causal):
@@ -160,7 +160,7 @@ def _pieces(model: VQVAE, axis: int, length: int, trained: int, reach: Reach | N
 
 
 def _with_context(model: VQVAE, axis: int, length: int, trained: int, reach: Reach) -> list[Piece]:
-    """Pieces that bring all latents along on which their pixels depend."""
+    """Pieces that include all latents on which their pixels depend."""
     step = max(trained, int(sum(reach) / CONTEXT_SHARE))
     pieces = []
     for begin in range(0, length, step):
@@ -173,14 +173,14 @@ def _with_context(model: VQVAE, axis: int, length: int, trained: int, reach: Rea
 
 
 def _faded(model: VQVAE, axis: int, length: int, trained: int) -> list[Piece]:
-    """Pieces of the trained length, half of which overlaps with the next; the last ends with the axis."""
+    """Cross-faded pieces of the trained length, which overlap by half; the last one ends at the axis' end."""
     factor = model.config.downsample[axis]
     step = trained - trained // 2
     starts = [*range(0, length - trained, step), length - trained]
-    # A causal chunk decodes its first latent to one frame: the last of those that the latent stands for.
+    # A causal chunk decodes its first latent to one frame only: the last of the frames that the latent represents.
     firsts = [start * factor for start in starts]
     lasts = [_first_pixel(model, axis, start + trained) for start in starts]
-    # Only two pieces share a pixel: the last one may begin before the last but two has ended.
+    # At most two pieces may share a pixel, but the last piece can overlap its last two predecessors.
     begins = [0, *(max(first, last) for first, last in zip(firsts[1:], [0, *lasts[:-2]], strict=True))]
     pieces = []
     for number, (start, first, begin, last) in enumerate(zip(starts, firsts, begins, lasts, strict=True)):
@@ -196,6 +196,6 @@ def _faded(model: VQVAE, axis: int, length: int, trained: int) -> list[Piece]:
 
 
 def _ramp(num_pixels: int) -> Tensor:
-    """Weights of the later piece over shared pixels: a raised cosine, flat where a piece begins and ends."""
+    """Weights of the later piece over the shared pixels: a raised cosine, flat at both ends."""
     places = (torch.arange(num_pixels) + 0.5) / num_pixels
     return (places * (math.pi / 2)).sin().square()

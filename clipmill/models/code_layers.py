@@ -1,7 +1,8 @@
-"""The ends of a prior: codes become its input, its output becomes logits of codes.
+"""The input and output layers of a prior: embedding of codes, and logits of codes.
 
-A latent has one code of each codebook. They are drawn one after the other, as if the codebooks were a last axis of the
-raster; each has embeddings and a matrix of logits of its own, row m * K + k of a table those of code k of codebook m.
+A latent has one code per codebook. They are drawn one after the other, as if the codebooks were the last axis of the
+raster. Each codebook has its own embeddings and output matrix: row m * K + k of a table belongs to code k of
+codebook m.
 
 B: batch   M: codebooks   K: codes of one   L: positions, of which p is a code of codebook p mod M   C: hidden channels
 """
@@ -19,13 +20,14 @@ __all__ = ["CodeHead", "CodeInput"]
 
 
 class CodeInput(nn.Module):
-    """Embeds the codes before each position, shifted right by a learned start.
+    """Embeds the codes, shifted right by one position; the first input is a learned vector.
 
     Args:
-        config: of the prior.
+        config: config of the prior.
         latent_shape: (t, h, w) or (t, h, w, M).
         num_codes: K.
-        codebook: float [M * K, D]; state of the videogpt style, since without it such a prior cannot be used.
+        codebook: the tokenizer's embeddings, float [M * K, D]. The videogpt style stores them, because it cannot work
+            without; the modern style does not need them.
     """
 
     codebook: Tensor
@@ -53,7 +55,7 @@ class CodeInput(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Embeds codes int64 [B, L] as float [B, L, C]; position p holds the code at p - 1."""
-        # M * K projected codebook rows, not B * L: the look-up comes after the product.
+        # Projecting before the look-up takes M * K rows instead of B * L.
         places = torch.arange(codes.shape[1] - 1, device=codes.device)
         before = F.embedding(self.rows(codes[:, :-1], places), self.table())
         start = self.start.to(before.dtype).expand(len(codes), 1, -1)
@@ -61,22 +63,22 @@ class CodeInput(nn.Module):
         return x if self.modern else x + raster(self.axes)
 
     def rows(self, codes: Tensor, position: Tensor) -> Tensor:
-        """Rows of `table` that codes at these positions mean."""
+        """The rows of `table` for codes at these positions."""
         return codes if self.num_codebooks == 1 else codes + position % self.num_codebooks * self.num_codes
 
     def table(self) -> Tensor:
-        """What each code adds to the next position, float [M * K, C]."""
+        """The input vector for each code, float [M * K, C]."""
         return self.embedding if self.modern else self.project(self.codebook)
 
     def first_and_offsets(self, num_positions: int) -> Tensor:
-        """What each position adds by itself, float [L, C]; the first includes the start."""
+        """The input's position-dependent part, float [L, C]; the first row includes the start vector."""
         offsets = self.start.new_zeros(num_positions, len(self.start)) if self.modern else raster(self.axes)
         offsets[0] += self.start
         return offsets
 
 
 class CodeHead(nn.Module):
-    """Logits of codes; at the start those of a uniform guess.
+    """Logits of codes; initialised to a uniform distribution.
 
     Args:
         dim: C.
@@ -90,7 +92,7 @@ class CodeHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_codebooks * num_codes, dim))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits float [N, K] of hidden [N, C], of positions in raster order, N a multiple of M."""
+        """Logits float [N, K] of hidden [N, C]; rows are positions in raster order, and N is a multiple of M."""
         if self.shape[0] == 1:
             return F.linear(hidden, self.weight)
         weights = self.weight.view(self.shape)

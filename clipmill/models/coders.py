@@ -1,6 +1,6 @@
-"""Encoder and decoder of the published tokenizer (VideoGPT, arXiv 2104.10157, section 3.1), in the layout of its code.
+"""Encoder and decoder of the published tokenizer (VideoGPT, arXiv 2104.10157, section 3.1), laid out as in its code.
 
-B: batch   T, H, W: frames, height, width   t, h, w: the same of the latents   C: hidden channels
+B: batch   T, H, W: frames, height, width   t, h, w: those of the latents   C: hidden channels
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def halvings(downsample: tuple[int, int, int]) -> list[tuple[int, int, int]]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu & He, arXiv 1803.08494) with the statistics of each clip, or of each of its frames."""
+    """GroupNorm (Wu & He, arXiv 1803.08494) with statistics per clip, or per frame."""
 
     def __init__(self, dim: int, each_frame: bool) -> None:
         super().__init__(math.gcd(dim, MOST_GROUPS), dim)
@@ -45,7 +45,7 @@ class GroupNorm(nn.GroupNorm):
         return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
 
     def _by_channels(self, x: Tensor) -> Tensor:
-        """The same without leaving channels-last memory, as torch's own does on CUDA; one kernel once compiled."""
+        """Group norm in channels-last memory, which torch's own leaves on CUDA. It compiles to one kernel."""
         rows = x.permute(0, 2, 3, 4, 1).unflatten(-1, (self.num_groups, -1))  # [B, T, H, W, groups, channels of one]
         axes = (2, 3, 5) if self.each_frame else (1, 2, 3, 5)
         var, mean = torch.var_mean(rows.float(), axes, correction=0, keepdim=True)

@@ -1,10 +1,10 @@
-"""What a prior may be told beside the class: frames, actions, or a text's embedding; and by which way.
+"""Conditioning beyond the class (frames, actions or a text embedding), and how it enters.
 
-    frames    uint8 [B, n, H, W, 3]   the first of the clip; a 3D ResNet, then cross-attention (as published)
-    actions   float [B, T, A]         one for each frame of the clip; cross-attention, conditional norms, or an addition
-    text      float [B, S, E]         embeddings made elsewhere; cross-attention
+    frames    uint8 [B, n, H, W, 3]   the first frames of the clip; a 3D ResNet, then cross-attention (as published)
+    actions   float [B, T, A]         one per frame of the clip; cross-attention, conditional norms, or added to inputs
+    text      float [B, S, E]         embeddings from another program; cross-attention
 
-B: batch   T: frames of the clip   t: latent frames   C: channels of the prior   S: length of what is attended to
+B: batch   T: frames of the clip   t: latent frames   C: channels of the prior   S: length of the memory
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ FRAME_DIM = 240
 
 
 class Conditioning(NamedTuple):
-    """A condition in the form in which blocks take it; at most one is not none."""
+    """A condition in the form that blocks use. At most one field is set."""
 
     memory: Tensor | None = None
-    """To attend to, float [B, S, M]."""
+    """Memory for cross-attention, float [B, S, M]."""
     offsets: Tensor | None = None
-    """To add to gains and biases of each norm, float [B, t, norms, 2, C]."""
+    """Offsets of the gains and biases of each norm, float [B, t, norms, 2, C]."""
     added: Tensor | None = None
-    """To add to the input of each latent frame's positions, float [B, t, C]."""
+    """Vector added to the input of each latent frame's positions, float [B, t, C]."""
 
 
 class Condition(nn.Module):
-    """Turns what a clip comes with into what the blocks of a prior take.
+    """Encodes the condition of a clip for the blocks of a prior.
 
     Args:
-        config: of the prior; ``condition`` is not none.
-        shape: of the condition of one clip: [n, H, W, 3], [T, A] or [S, E].
+        config: config of the prior; ``condition`` is set.
+        shape: shape of one clip's condition: [n, H, W, 3], [T, A] or [S, E].
         num_latent_frames: t.
         num_norms: norms in the prior.
     """
@@ -71,28 +71,29 @@ class Condition(nn.Module):
                 self.memory_dim = dim
                 self.project = nn.Linear(per_frame, dim)
                 self.axes = axial_tables((num_latent_frames,), dim)
-            else:  # at the start a prior that was not told anything
+            else:  # zero: training starts with an unconditional prior
                 self.project = nn.Linear(per_frame, dim * (2 * num_norms if self.way == "norm" else 1))
                 nn.init.zeros_(self.project.weight)
                 nn.init.zeros_(self.project.bias)
         self.null = None
-        """What stands for a hidden condition in each latent frame or place of the memory; zero at the start."""
+        """Replaces a hidden condition in each latent frame or row of the memory; initialised to zero."""
         if config.condition_dropout:
             self.null = nn.Parameter(torch.zeros(self.memory_dim or self.project.out_features))
 
     def forward(self, condition: Tensor, hidden: Tensor | None = None) -> Conditioning:
-        """The condition as blocks take it.
+        """Encodes a condition.
 
         Args:
             condition: see the module's docstring for the shapes.
-            hidden: clips whose condition the null replaces, bool [B]; needs ``condition_dropout``. None hides none.
+            hidden: clips whose condition is replaced by the null, bool [B]; needs ``condition_dropout``. None hides no
+                condition.
         """
         if condition.shape[1:] != self.shape:
             raise ValueError(f"a condition of shape {tuple(condition.shape[1:])} for a prior that takes {self.shape}")
         if self.kind == "frames":
             features = self.encoder(to_input(condition)).flatten(1, 3)
             return Conditioning(memory=self._hide(features + raster(self.axes), hidden))
-        if self.kind == "text":  # whatever scale the encoder of the text has
+        if self.kind == "text":  # removes the scale of the text encoder
             return Conditioning(memory=self._hide(F.layer_norm(condition.float(), self.shape[1:]), hidden))
         projected = self.project(per_latent_frame(condition.float(), self.num_latent_frames))
         if self.way == "cross_attention":
@@ -103,18 +104,19 @@ class Condition(nn.Module):
         return Conditioning(added=projected)
 
     def _hide(self, features: Tensor, hidden: Tensor | None) -> Tensor:
-        """Features [B, S, M] with the null in the rows that are hidden."""
+        """Features [B, S, M], replaced by the null in the hidden clips."""
         if hidden is None:
             return features
         if self.null is None:
-            raise ValueError("a prior that was trained without condition_dropout knows no hidden condition")
+            raise ValueError("a prior that was trained without condition_dropout cannot hide its condition")
         return torch.where(hidden[:, None, None], self.null, features)
 
 
 def per_latent_frame(actions: Tensor, num_latent_frames: int) -> Tensor:
     """Actions [B, T, A] -> [B, t, ceil(T / t) * A], those of each latent frame side by side.
 
-    Where t does not divide T (a causal tokenizer, whose first latent is one frame), the first action is repeated.
+    If t does not divide T, the first action is repeated in front. That is so for a causal tokenizer, whose first latent
+    frame is a single frame.
     """
     missing = -actions.shape[1] % num_latent_frames
     padded = torch.cat((actions[:, :1].expand(-1, missing, -1), actions), 1)
@@ -122,16 +124,16 @@ def per_latent_frame(actions: Tensor, num_latent_frames: int) -> Tensor:
 
 
 def condition_of(batch: Mapping[str, Any], config: PriorModelConfig) -> Any:
-    """The field of a batch of token samples that a prior wants to be conditioning, none if it wants none.
+    """The field of a batch of token samples that the prior is conditioned on; None for an unconditional prior.
 
     Raises:
-        UserError: the clips come without.
+        UserError: not all clips have the condition.
     """
     if config.condition is None:
         return None
     if config.condition not in batch:
         raise UserError(
-            f"the prior is conditioned on {config.condition}, which not all clips come with; give every video its "
+            f"the prior is conditioned on {config.condition}, which not all clips have; give every video its "
             f"{config.condition} and shard and tokenize again, or train with prior.model.condition=null"
         )
     return batch[config.condition]

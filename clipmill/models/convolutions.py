@@ -1,7 +1,7 @@
-"""The tokenizer's convolutions: SAME zero padding for kernels 3 and 4, their mirror, and channel mixing as a product.
+"""The tokenizer's convolutions: kernels 3 and 4 with SAME zero padding, their transposes, and kernel 1 as a product.
 
-All keep channels-last memory: features [B, C, T, H, W] whose channels are contiguous. The causal ones see no later
-frame: frame 0 has a latent frame of its own, latent frame j > 0 follows frames up to s * j (s: stride).
+All keep channels-last memory: features [B, C, T, H, W] whose channels are contiguous. Causal convolutions depend on no
+later frame: frame 0 has its own latent frame, and latent frame j > 0 depends on frames up to s * j (s: stride).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 
 KERNEL = 4
 COLOURS = 3
-"""Outputs of the last convolution, which takes a detour on a CPU: `_UpsampleToColours`."""
+"""Output channels of the last convolution, which has a special implementation on a CPU: `_UpsampleToColours`."""
 
 
 class Pointwise(nn.Linear):
@@ -37,32 +37,33 @@ class Pointwise(nn.Linear):
 
 
 class SameConv3d(nn.Conv3d):
-    """Convolution with kernel 3 and SAME zero padding; if causal, all of the time's padding is in front."""
+    """Convolution with kernel 3 and SAME zero padding. If causal, all padding along time is in front."""
 
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True, causal: bool = False) -> None:
         super().__init__(in_dim, out_dim, kernel_size=3, padding=(0 if causal else 1, 1, 1), bias=bias)
         self.causal = causal
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mixes neighbours of x [B, C, T, H, W]."""
+        """Convolves x [B, C, T, H, W]."""
         return super().forward(F.pad(x, (0, 0, 0, 0, 2, 0)) if self.causal else x)
 
 
 class Downsample(nn.Conv3d):
-    """Convolution with kernel 4 and SAME zero padding; of an odd padding more is in front, of a causal one all."""
+    """Convolution with kernel 4 and SAME zero padding. Odd padding has more in front, causal all."""
 
     stride: tuple[int, int, int]
 
     def __init__(self, in_dim: int, out_dim: int, stride: tuple[int, int, int], causal: bool = False) -> None:
         super().__init__(in_dim, out_dim, kernel_size=KERNEL, stride=stride, padding=(0 if causal else 1, 1, 1))
         self.causal = causal
-        # Stride 2 pads (1, 1), stride 1 pads (2, 1): the convolution pads 1, this the rest (last axis first).
+        # Stride 2 needs padding (1, 1), stride 1 (2, 1). The convolution pads 1; ``front`` is the rest (last axis
+        # first).
         self.front = [pad for s in reversed(stride) for pad in (2 - s, 0)]
         if causal:
             self.front[-2] = KERNEL - 1
         in_convolution = (1, 1, 1, 1, *((0, 0) if causal else (1, 1)))
         self.around = [sum(pads) for pads in zip(self.front, in_convolution, strict=True)]
-        """All of the padding, last axis first."""
+        """The total padding, last axis first."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Divides each axis of x [B, C, T, H, W] by its stride; causal frames 1 + n * s become 1 + n."""
@@ -72,7 +73,7 @@ class Downsample(nn.Conv3d):
 
 
 class Upsample(nn.ConvTranspose3d):
-    """Transposed convolution with kernel 4, the mirror of ``Downsample``."""
+    """Transposed convolution with kernel 4, the counterpart of ``Downsample``."""
 
     stride: tuple[int, int, int]
 
@@ -90,13 +91,13 @@ class Upsample(nn.ConvTranspose3d):
             return _cropped(upsample_by_phases(x, self.weight, self.bias, self.stride), starts, sizes)
         if self.out_channels == COLOURS and not self.causal:
             return _UpsampleToColours.apply(x, self.weight, self.bias, self.stride)
-        # The convolution crops its padding by itself: 1, of a causal time axis 0. An axis of stride 1 comes out one too
-        # long at its end.
+        # The convolution itself crops the padding: 1, or 0 on a causal time axis. An axis of stride 1 comes out one too
+        # long at its end, which is cropped here.
         return _cropped(super().forward(x), [starts[0] if self.causal else 0, 0, 0], sizes)
 
 
 def is_on_gpu(x: Tensor) -> bool:
-    """Whether x is computed on by a GPU, whose forms of convolutions are 1.5 to 2 times slower on a CPU."""
+    """Whether x is on a GPU. The GPU forms of the convolutions are 1.5 to 2 times slower on a CPU."""
     return x.is_cuda
 
 
@@ -107,16 +108,17 @@ def _cropped(x: Tensor, starts: list[int], sizes: list[int]) -> Tensor:
 
 
 def downsample_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    """The convolution of `Downsample` as one of stride 1 over space-to-depth: matrix units of a GPU do it whole.
+    """The convolution of `Downsample` as a convolution of stride 1 over space-to-depth, which uses a GPU's matrix
+    units.
 
-    cuDNN computes kernel 4 with stride 2 without them, and 3 input channels fill none. With kernel index k = s * a + p,
-    output o of an axis takes input s * (o + a) + p: tap a of phase p.
+    cuDNN computes kernel 4 with stride 2 without matrix units, and 3 input channels do not fill one. With kernel index
+    k = s * a + p, output o of an axis takes input s * (o + a) + p: tap a of phase p.
 
     Args:
-        x: padded, float [B, C, T, H, W]; what does not fill a stride at an axis' end is dropped.
+        x: padded input, float [B, C, T, H, W]; a rest shorter than the stride at an axis' end is dropped.
         weight: float [O, C, 4, 4, 4].
         bias: float [O].
-        stride: of each axis, 1 or 2.
+        stride: stride of each axis, 1 or 2.
     """
     phases = _channels_of_phases(x, stride)
     kernel = _split_kernel(weight, stride).permute(0, 3, 5, 7, 1, 2, 4, 6)  # [O, phases, C, taps]
@@ -124,7 +126,7 @@ def downsample_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride:
 
 
 def upsample_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int]) -> Tensor:
-    """The transposed convolution of `Upsample`, uncropped, as one convolution of stride 1 and depth-to-space.
+    """The transposed convolution of `Upsample`, uncropped, as a convolution of stride 1 and depth-to-space.
 
     With output index s * i + k and kernel index k = s * a + p, every phase p of the outputs is a convolution of 4 / s
     taps a over the inputs i.
@@ -133,10 +135,10 @@ def upsample_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: t
         x: float [B, C, T, H, W].
         weight: float [C, O, 4, 4, 4].
         bias: float [O].
-        stride: of each axis, 1 or 2.
+        stride: stride of each axis, 1 or 2.
 
     Returns:
-        float [B, O, ...]: of each axis (length - 1) * stride + 4 values, as without padding.
+        float [B, O, ...], with (length - 1) * stride + 4 values on each axis, as without padding.
     """
     split = _split_kernel(weight, stride)  # [C, O, taps and phases in turns]
     kernel = split.permute(3, 5, 7, 1, 0, 2, 4, 6).flip(5, 6, 7)  # [phases, O, C, taps]
@@ -151,7 +153,7 @@ def upsample_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, stride: t
 
 
 def _split_kernel(weight: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """A kernel [A, B, 4, 4, 4] as [A, B, taps, phases, taps, phases, taps, phases], 4 / s taps of s phases an axis."""
+    """A kernel [A, B, 4, 4, 4] as [A, B, taps, phases, taps, phases, taps, phases]: 4 / s taps, s phases per axis."""
     return weight.reshape(*weight.shape[:2], *(size for s in stride for size in (KERNEL // s, s)))
 
 
@@ -165,7 +167,7 @@ def _channels_of_phases(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
 
 
 class _UpsampleToColours(torch.autograd.Function):
-    """``Upsample`` whose forward pass is an ordinary convolution: 3 times as fast with 3 outputs on a CPU."""
+    """``Upsample`` with an ordinary convolution as forward pass: 3 times as fast for 3 output channels on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int, int]) -> Tensor:
@@ -177,7 +179,7 @@ class _UpsampleToColours(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        extra = [2 - s for s in ctx.stride]  # what `Upsample` crops off an axis of stride 1 has no gradient
+        extra = [2 - s for s in ctx.stride]  # values that `Upsample` crops from an axis of stride 1 have no gradient
         if any(extra):
             grad = F.pad(grad, [pad for size in reversed(extra) for pad in (0, size)])
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)

@@ -1,8 +1,9 @@
-"""A prior made ready to draw one batch: weights in the compute dtype, and a static cache of keys and values.
+"""A prior prepared to draw one batch: weights in the compute dtype, and a static cache of keys and values.
 
-The same arithmetic as `Prior.forward`, arranged for few positions at a time: weights stand as matrix products read
-them, gains and biases of norms that all samples share are part of the weights behind them, and a code enters as a row
-of a table. Callers compute one position (sequential decoding), a window of them (parallel decoding), or a prefix.
+It computes the same as `Prior.forward`, arranged for few positions at a time. Weights are stored in the layout that
+matrix products read fastest. Gains and biases of norms that all samples share are folded into the following weights. A
+code enters as a row of a table. Callers compute one position (sequential decoding), a window of positions (parallel
+decoding), or a prefix.
 
 R: rows of the batch   n: positions computed at once   S: context, the first positions of the cache   L: all positions
 C: channels   N, M: heads of queries, of keys and values   D: channels of a head   K: codes   Q: codebooks
@@ -27,9 +28,9 @@ from clipmill.models.prior import Prior
 __all__ = ["CachedPrior"]
 
 _PREFILL_POSITIONS = 256
-"""Positions of a prefix computed at once: bounds their mask."""
+"""Positions of a prefix that are computed at once; bounds the size of their mask."""
 _ELEMENTS_OF_A_THREAD = 2**16
-"""Weights up to this size stay with one thread: waking another takes as long as their product."""
+"""Products of weights up to this size use one thread, because waking another takes as long as the product."""
 
 
 class _Linear(NamedTuple):
@@ -78,32 +79,32 @@ class _Layer(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What label and condition of the rows turn into."""
+    """The encoded labels and conditions of the rows."""
 
     modulations: Tensor | None
-    """Gains and biases of all norms, float32 [2, norms, R, t or 1, C]; None where all rows share them."""
+    """Gains and biases of all norms, float32 [2, norms, R, t or 1, C]; None if all rows share them."""
     added: Tensor | None
-    """To the input of each latent frame, [R, t, C]."""
+    """Vector added to the input of each latent frame, [R, t, C]; None without one."""
     memories: list[KeysValues]
-    """Of each layer, if layers attend to the condition."""
+    """Keys and values of the condition for each layer; empty without cross-attention."""
 
     def tensors(self) -> list[Tensor]:
-        """Those that are there, in one order."""
+        """The tensors that are set, in a fixed order."""
         parts = (self.modulations, self.added, *(part for memory in self.memories for part in memory))
         return [part for part in parts if part is not None]
 
 
 class CachedPrior:
-    """Logits of some positions after the codes so far; use without gradients.
+    """Computes the logits of positions, given the codes before them; use without gradients.
 
     Args:
-        prior: in eval mode.
+        prior: prior in eval mode.
         num_rows: R.
         label: int64 [R]; None for an unconditional prior.
-        condition: as of ``Prior.forward``.
-        dtype: of weights, activations and, on a GPU, the cache, which is float32 on a CPU. Norms compute in float32
-            inside, and logits are float32.
-        hidden: rows whose condition is hidden, bool [R]; None hides none.
+        condition: as for ``Prior.forward``.
+        dtype: dtype of weights, activations and, on a GPU, the cache (float32 on a CPU). Norms are computed in float32,
+            and logits are float32.
+        hidden: rows whose condition is hidden, bool [R]; None hides no condition.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class CachedPrior:
         weights = prior.head.weight.unflatten(0, (self.num_codebooks, self.num_codes))
         self.heads = [_linear(weight, None, dtype, norms[-1]) for weight in weights]
         table = prior.input.table()
-        # The row behind those of the codes stands before the first position and adds nothing.
+        # An additional zero row is the input before the first position.
         self.table = torch.cat((table, torch.zeros_like(table[:1]))).to(dtype)
         self.offsets = prior.input.first_and_offsets(prior.num_positions).to(dtype)  # [L, C]
         self.rotation = (
@@ -141,17 +142,17 @@ class CachedPrior:
         cache_dtype = torch.float32 if table.device.type == "cpu" else dtype
         self.cache = torch.zeros(shape, dtype=cache_dtype, device=table.device)
         self.rows = torch.full((num_rows, prior.num_positions + 1), len(table), device=table.device)
-        """Row of the table that enters at each position: that of the code before it."""
+        """Row of the table that is the input at each position: that of the code before it."""
 
     def begin(self, label: Tensor | None, condition: Tensor | None, hidden: Tensor | None = None) -> None:
-        """Goes on to other rows, with arguments of the same shapes; every tensor stays where it is."""
+        """Starts other rows, with arguments of the same shapes. All tensors keep their memory."""
         for kept, new in zip(self.given.tensors(), self._take(label, condition, hidden)[0].tensors(), strict=True):
             kept.copy_(new)
         self.rows.fill_(len(self.table) - 1)
-        self.cache.zero_()  # attention reads zero times what lies behind a position, which must be finite
+        self.cache.zero_()  # attention multiplies later positions by zero, so they must be finite
 
     def _take(self, label: Tensor | None, condition: Tensor | None, hidden: Tensor | None) -> tuple[_Given, list[Norm]]:
-        """What label and condition turn into, and the norms that they decide on."""
+        """Encodes labels and conditions. Returns them, and the norms that depend on them."""
         prior, dtype = self._prior, self.dtype
         conditioning = prior.conditioning(condition, hidden)
         norms = prior.norms(label, conditioning.offsets)
@@ -167,22 +168,22 @@ class CachedPrior:
         ), norms
 
     def put(self, places: Places, codes: Tensor) -> None:
-        """Notes the codes int64 [R, n] at some positions, which later positions follow."""
+        """Stores the codes int64 [R, n] of some positions, as input of the positions after them."""
         if self.num_codebooks > 1:
             codebooks = torch.arange(places.count, device=codes.device) + places.codebook(self.num_codebooks)
             codes = codes + codebooks % self.num_codebooks * self.num_codes
         places.put(self.rows[:, 1:], 1, codes)
 
     def prefill(self, codes: Tensor) -> None:
-        """Takes codes int64 [R, P] as those of the first positions."""
+        """Stores codes int64 [R, P] of the first positions, and fills the cache with them."""
         self.put(HostPlaces(0, codes.shape[1]), codes)
         for first in range(0, codes.shape[1], _PREFILL_POSITIONS):
             self._hidden(HostPlaces(first, min(_PREFILL_POSITIONS, codes.shape[1] - first)))
 
     def logits(self, places: Places) -> Tensor:
-        """Of the codes at some positions, float32 [R, n, K]; writes their keys and values into the cache.
+        """Logits of the codes at some positions, float32 [R, n, K]. Writes their keys and values into the cache.
 
-        All positions before them have been computed with the codes that `put` last noted.
+        All earlier positions must have been computed with the codes that `put` stored last.
         """
         hidden = self._hidden(places)
         if self.num_codebooks == 1:
@@ -196,7 +197,7 @@ class CachedPrior:
         return logits
 
     def _hidden(self, places: Places) -> Tensor:
-        """What the heads read, [R * n, C]."""
+        """The input of the output heads, [R * n, C]."""
         x = F.embedding(places.take(self.rows, 1), self.table).add_(places.take(self.offsets, 0))  # [R, n, C]
         modulations, added, memories = self.given
         if added is not None:
@@ -217,7 +218,7 @@ class CachedPrior:
         return self._norm(x, self.norms_per_block * len(self.layers), modulations)
 
     def _norm(self, x: Tensor, norm: int, modulations: Tensor | None) -> Tensor:
-        """Normalises x [R * n, C]; then gains and biases [2, norms, R, n or 1, C] where samples have their own."""
+        """Normalises x [R * n, C], then applies gains and biases [2, norms, R, n or 1, C] if samples have their own."""
         y = self.normalise(x)
         if modulations is None:
             return y
@@ -239,7 +240,9 @@ class CachedPrior:
         seen: tuple[Tensor | None, Tensor | None],
         places: Places,
     ) -> Tensor:
-        """Mixes x [R * n, C] over what is ``seen`` of the context (see `HostPlaces.seen`), -> [R * n, N * D]."""
+        """Self-attention of x [R * n, C] over the ``seen`` positions of the context (`HostPlaces.seen`) -> [R * n, N *
+        D].
+        """
         num_heads, kv_heads, head_dim = self.heads_shape
         cache = self.cache[index]
         heads = layer.qkv(x).view(self.num_rows, places.count, -1, head_dim).to(cache.dtype)
@@ -255,7 +258,7 @@ class CachedPrior:
             places.put(cache, 3, kv)
         reads, mask = seen
         keys, values = cache[:, :, :, : places.context] if reads is None else cache.index_select(3, reads)
-        # Heads that share keys stand as several queries of one head, n times.
+        # Heads that share keys become several queries of one head.
         q = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N / M * n, D]
         if mask is not None:
             mask = mask.repeat(num_heads // kv_heads, 1)
@@ -264,7 +267,7 @@ class CachedPrior:
         return mixed.reshape(len(x), -1).to(self.dtype)
 
     def _cross(self, queries: Tensor, memory: KeysValues) -> Tensor:
-        """Mixes the memory for queries [R * n, C], -> [R * n, channels of all values]."""
+        """Cross-attention of queries [R * n, C] to the memory -> [R * n, channels of all values]."""
         num_heads, _, head_dim = self.heads_shape
         q = queries.view(self.num_rows, -1, num_heads, head_dim).transpose(1, 2)
         return F.scaled_dot_product_attention(q, *memory).transpose(1, 2).reshape(len(queries), -1)
@@ -281,7 +284,7 @@ def _layer(block: Block, norms: list[Norm], dtype: torch.dtype) -> _Layer:
     attention, cross = block.attention, block.cross
     qkv, head_gains = attention.qkv.weight, None
     up_scale = 1.0 if block.modern else 1.702
-    if attention.qk_gain is not None:  # pairs that turn together become neighbours: real and imaginary parts
+    if attention.qk_gain is not None:  # pairs that are rotated together become neighbours, as real and imaginary parts
         num_turning, head_dim = attention.num_heads + attention.num_kv_heads, attention.qk_gain.shape[1]
         neighbours = torch.arange(head_dim, device=qkv.device).view(2, -1).t().flatten()
         turning, values = qkv.unflatten(0, (-1, head_dim)).split((num_turning, attention.num_kv_heads))
@@ -306,7 +309,7 @@ def _memory(cross: CrossAttention, memory: Tensor, dtype: torch.dtype) -> KeysVa
 def _linear(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype, norm: Norm | None = None, scale: float = 1.0
 ) -> _Linear:
-    """The layer of weight [out, in], times ``scale``, behind a norm that it includes if all samples share it."""
+    """The layer of weight [out, in] times ``scale``. A preceding norm that all samples share is folded into it."""
     if norm is not None and norm.gain.dim() == 1:
         if norm.bias is not None:
             bias = weight @ norm.bias + (0 if bias is None else bias)
@@ -343,6 +346,6 @@ def _unit(x: Tensor) -> Tensor:
     """Scales x [..., D] to a mean square of one, in float32 inside."""
     if x.device.type != "cpu":
         return F.rms_norm(x, x.shape[-1:], eps=EPS)
-    # torch makes an RMS norm on a CPU of parts; the norm of a vector is one operation there.
+    # On a CPU, torch composes RMS norm of several operations; the norm of a vector is a single one.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return (x * length.square_().mul_(1 / x.shape[-1]).add_(EPS).rsqrt_()).to(x.dtype)

@@ -1,7 +1,7 @@
-"""A discriminator of patches of videos, and its losses.
+"""A patch discriminator for videos, and its losses.
 
-Patches: Isola et al., arXiv 1611.07004; against a VQ-VAE's reconstructions: Esser et al., arXiv 2012.09841; in 3D and
-with the LeCam regularisation (Tseng et al., arXiv 2104.03310): Yu et al., arXiv 2212.05199.
+Patches: Isola et al., arXiv 1611.07004. For a VQ-VAE's reconstructions: Esser et al., arXiv 2012.09841. In 3D with
+LeCam regularisation (Tseng et al., arXiv 2104.03310): Yu et al., arXiv 2212.05199.
 
 B: batch   T, H, W: frames, height, width   C: channels
 """
@@ -20,28 +20,29 @@ __all__ = ["Judgement", "PatchDiscriminator"]
 
 GROUPS = 8
 SLOPE = 0.2
-"""Of the leaky ReLUs."""
+"""Negative slope of the leaky ReLUs."""
 ANCHOR_DECAY = 0.99
-"""Of the moving averages that the LeCam term pulls towards."""
+"""Decay of the moving averages in the LeCam term."""
 
 
 class Judgement(NamedTuple):
-    """What a discriminator makes of reconstructions."""
+    """Result of comparing reconstructions with their originals."""
 
     realism: Tensor
     """Mean logit of the reconstructions, 0-d; its gradient reaches reconstructions and discriminator."""
     loss: Tensor
     """Hinge loss of the discriminator, 0-d."""
     lecam: Tensor
-    """Distance of the logits to the averages of the other side, 0-d; it keeps a discriminator that sees few clips from
-    growing certain."""
+    """LeCam term, 0-d: squared distance of the logits to the moving average of the other side. It prevents
+    overconfidence on small data sets.
+    """
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch of a video whether it is real.
+    """Classifies each patch of a video as real or reconstructed.
 
     Args:
-        dim: channels after the first convolution, which each later one doubles; a multiple of 8.
+        dim: channels after the first convolution; each later one doubles them. A multiple of 8.
         num_layers: convolutions with stride 2. A patch is about 2 ** (num_layers + 2) pixels wide.
     """
 
@@ -57,18 +58,18 @@ class PatchDiscriminator(nn.Module):
                 layers.append(nn.GroupNorm(GROUPS, width))
             layers.append(nn.LeakyReLU(SLOPE))
         self.layers = nn.Sequential(*layers, nn.Conv3d(widths[-1], 1, 3, padding=1))
-        self.register_buffer("anchors", torch.zeros(2))  # averaged logits of real videos, and of reconstructions
+        self.register_buffer("anchors", torch.zeros(2))  # mean logits of real videos, of reconstructions
 
     def forward(self, video: Tensor) -> Tensor:
         """Logits [B, 1, t, h, w] of a video [B, 3, T, H, W] in [-0.5, 0.5]: positive means real."""
         return self.layers(2 * video.contiguous(memory_format=torch.channels_last_3d))
 
     def judge(self, reconstruction: Tensor, video: Tensor) -> Judgement:
-        """Compares reconstructions with their originals, and moves the averages.
+        """Compares reconstructions with their originals, and updates the moving averages.
 
         Args:
             reconstruction: float [B, 3, T, H, W]; the same B on every rank.
-            video: of the same shape.
+            video: originals of the same shape.
         """
         fake, real = self(torch.cat((reconstruction, video))).float().chunk(2)
         with torch.no_grad():

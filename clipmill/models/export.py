@@ -1,12 +1,12 @@
 """Exports: a model as an immutable folder that needs nothing else to be used.
 
     <training folder>/exports/<sha8>/model.safetensors    weights (float32, or bfloat16 on request) and float32 state
-                                     model.json           what the model is (schema 1), and the hash of the weights
+                                     model.json           description of the model (schema 1), hash of the weights
                       exports/latest.json                 names the newest sha8; written last
 
-``sha8`` begins the hash of weights and body, so the same content has the same name and saving it twice
-changes nothing. A prior's export holds its whole tokenizer: the weights under ``tokenizer.``, the
-tokenizer's model.json under ``tokenizer`` in the body.
+``sha8`` is the start of a hash over weights and body, so equal content has the same name and saving it twice changes
+nothing. A prior's export holds its whole tokenizer: the weights under ``tokenizer.``, the tokenizer's model.json under
+``tokenizer`` in the body.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ _SHA8 = re.compile("[0-9a-f]{8}")
 NAMES = {"vqvae": "tokenizer", "prior": "prior"}
 TRAINING_COMMAND = {"vqvae": "train-vqvae", "prior": "train-prior"}
 Dtype = Literal["float32", "bfloat16"]
-"""Of the weights in an export. Whatever it is, they are loaded as float32, and buffers (codebook, statistics) and a
-prior's tokenizer are float32: codes mean the same pixels."""
+"""Dtype of the weights in an export. Weights are always loaded as float32. Buffers (codebook, statistics) and a prior's
+tokenizer are always stored as float32, so that codes decode to the same pixels.
+"""
 ModelConfig = TypeVar("ModelConfig", bound=Section)
 
 
@@ -68,11 +69,11 @@ def save_export(
     Args:
         folder_url: the training folder.
         model: its float32 state dict becomes ``model.safetensors``.
-        body: plain JSON for ``model.json``: ``kind`` ("vqvae" or "prior"), ``model`` (identity of the model's
-            config) and what the loader of that kind reads (see `load_vqvae`, `load_prior`).
-        tokenizer: of a prior; its weights go into the same file.
-        dtype: of the weights in the file; recorded in the body if it is not float32.
-        weights: the state dict, if the model is on the meta device and has none of its own.
+        body: plain JSON for ``model.json``: ``kind`` ("vqvae" or "prior"), ``model`` (identity of the model's config)
+            and the fields that the loader of that kind reads (see `load_vqvae`, `load_prior`).
+        tokenizer: the tokenizer of a prior, whose weights go into the same file; None for a tokenizer.
+        dtype: dtype of the weights in the file; recorded in the body if it is not float32.
+        weights: the state dict for a model on the meta device; None takes the model's own.
 
     Returns:
         The export's sha8.
@@ -80,7 +81,7 @@ def save_export(
     tensors = deferred(model)
     if weights is not None:
         if wrong := {name for name, own in tensors.items() if name not in weights or weights[name].shape != own.shape}:
-            raise ValueError(f"no weights, or some of another shape, for {', '.join(sorted(wrong))}")
+            raise ValueError(f"missing weights, or weights of another shape, for {', '.join(sorted(wrong))}")
         tensors = {name: weights[name] for name in tensors}
     if dtype != "float32":
         tensors |= {name: tensors[name].to(getattr(torch, dtype)) for name, _ in model.named_parameters()}
@@ -102,7 +103,7 @@ def save_export(
 
 
 def export_body(model: nn.Module, body: dict[str, Any]) -> dict[str, Any]:
-    """The body with the hash and the name that an export of this model would have, without writing one."""
+    """The body with the hash and the name that an export of this model would have; nothing is written."""
     with open(os.devnull, "wb") as nowhere:
         return _named(body, write_tensors(deferred(model), nowhere))
 
@@ -113,7 +114,7 @@ def _named(body: dict[str, Any], weights_sha256: str) -> dict[str, Any]:
 
 
 def read_latest(url: str) -> tuple[dict[str, Any], str] | None:
-    """Body and sha8 of an export, without its weights; none when there is no export.
+    """Body and sha8 of an export, without its weights; None if there is no export.
 
     Args:
         url: a training folder (its latest export), or one export folder.
@@ -129,10 +130,10 @@ def read_latest(url: str) -> tuple[dict[str, Any], str] | None:
 
 
 def exported_steps(folder_url: str) -> list[int]:
-    """Steps that the exports of a training folder had behind them, in no order.
+    """The training steps of the exports in a training folder, unordered.
 
     Raises:
-        UserError: one is damaged or was written by a newer clipmill.
+        UserError: an export is damaged or was written by a newer clipmill.
     """
     exports_url = storage.join(folder_url, "exports")
     names = storage.list_folders(exports_url)
@@ -144,30 +145,30 @@ def require_prior(url: str) -> tuple[dict[str, Any], str]:
     """Body and sha8 of the newest prior of a training folder, without its weights.
 
     Raises:
-        UserError: there is none, it is an export of another kind, damaged, or written by a newer clipmill.
+        UserError: there is no export, or it is of another kind, damaged, or written by a newer clipmill.
     """
     _, body = _require_export(url, "prior")
     return body, body["sha8"]
 
 
 def require_vqvae(url: str) -> tuple[dict[str, Any], str]:
-    """Body and sha8 of the tokenizer that ``tokenize.tokenizer`` means, without its weights.
+    """Body and sha8 of the tokenizer that ``tokenize.tokenizer`` names, without its weights.
 
     Args:
         url: a training folder (its latest export), or one export folder.
 
     Raises:
-        UserError: there is none, it is an export of another kind, damaged, or written by a newer clipmill.
+        UserError: there is no export, or it is of another kind, damaged, or written by a newer clipmill.
     """
     _, body = _require_export(url, "vqvae")
     return body, body["sha8"]
 
 
 def require_vqvae_for(url: str, clips_url: str, recipe: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """As `require_vqvae`, of one that was trained on clips of the size that those of this recipe have.
+    """Like `require_vqvae`, for a tokenizer that was trained on clips of the recipe's size.
 
     Raises:
-        UserError: beside the errors of `require_vqvae`, it was trained on clips of another size.
+        UserError: as for `require_vqvae`, or it was trained on clips of another size.
     """
     body, sha8 = require_vqvae(url)
     for key in ("num_frames", "resolution"):
@@ -184,18 +185,18 @@ def model_config(body: Mapping[str, Any], section: type[ModelConfig]) -> ModelCo
     """The settings of an exported model.
 
     Args:
-        body: of the export.
-        section: what they are: `VQVAEModelConfig` or `PriorModelConfig`.
+        body: body of the export.
+        section: type of the settings: `VQVAEModelConfig` or `PriorModelConfig`.
 
     Raises:
-        UserError: they are none that this clipmill knows.
+        UserError: this clipmill does not support the settings.
     """
     try:
         return section.model_validate(body["model"])
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, ('model', *each['loc'])))}: {each['msg']}" for each in error.errors()]
         raise UserError(
-            f"the {NAMES[body['kind']]} of exports/{body['sha8']} has settings that this clipmill does not take "
+            f"the {NAMES[body['kind']]} of exports/{body['sha8']} has settings that this clipmill does not support "
             f"({'; '.join(problems)}); use the clipmill that wrote it, or train or import it again with this one"
         ) from error
 
@@ -203,17 +204,17 @@ def model_config(body: Mapping[str, Any], section: type[ModelConfig]) -> ModelCo
 def require_condition(
     body: Mapping[str, Any], tokens_url: str, num_clips: int, facts: Mapping[str, Any], advice: str
 ) -> None:
-    """Refuses token samples that come without what a prior is to be told of each, or with it in another shape.
+    """Refuses token samples that lack a prior's condition, or have it in another shape.
 
     Args:
-        body: of the prior's export.
-        tokens_url: where the samples are.
-        num_clips: how many there are.
-        facts: of their manifest.
-        advice: what to do where they do not fit.
+        body: body of the prior's export.
+        tokens_url: folder of the samples.
+        num_clips: number of samples.
+        facts: facts of their manifest.
+        advice: what the user should do if they do not fit.
 
     Raises:
-        UserError: they do not fit, or the prior has settings that this clipmill does not know.
+        UserError: they do not fit, or this clipmill does not support the prior's settings.
     """
     condition = model_config(body, PriorModelConfig).condition
     if condition is None:
@@ -221,8 +222,8 @@ def require_condition(
     found = facts.get("fields", {}).get(condition, {"clips": 0, "shapes": []})
     if found["clips"] < num_clips or found["shapes"] != [list(body["condition_shape"])]:
         raise UserError(
-            f"the prior wants {condition} of shape {body['condition_shape']}; of the {num_clips} clips at {tokens_url} "
-            f"{found['clips']} have some, of shapes {found['shapes']}; {advice}"
+            f"the prior needs {condition} of shape {body['condition_shape']}; of the {num_clips} clips at {tokens_url} "
+            f"{found['clips']} have it, with shapes {found['shapes']}; {advice}"
         )
 
 
@@ -236,7 +237,7 @@ def load_vqvae(url: str) -> tuple[VQVAE, dict[str, Any], str]:
         The model, the body, the sha8.
 
     Raises:
-        UserError: no export there, of another kind, damaged, or of a clipmill that this one cannot read.
+        UserError: there is no export, or it is of another kind, damaged, or not supported by this clipmill.
     """
     body, tensors = _read(url, "vqvae")
     return _build_vqvae(body, tensors), body, body["sha8"]
@@ -255,7 +256,7 @@ def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
         The prior, the tokenizer, the body, the sha8.
 
     Raises:
-        UserError: no export there, of another kind, damaged, or of a clipmill that this one cannot read.
+        UserError: there is no export, or it is of another kind, damaged, or not supported by this clipmill.
     """
     body, tensors = _read(url, "prior")
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith("tokenizer.")}
@@ -277,7 +278,7 @@ def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
 def _build_vqvae(body: dict[str, Any], tensors: dict[str, Tensor]) -> VQVAE:
     model = VQVAE(model_config(body, VQVAEModelConfig), body["pixel_variance"])
     model.load_state_dict(tensors)
-    # Kernels lie as the features do, or every call would copy them: 4 % of an encoding on a CPU.
+    # Store kernels in the features' memory format. Otherwise every call would copy them: 4 % of an encoding on a CPU.
     nn.utils.convert_conv3d_weight_memory_format(model, torch.channels_last_3d)
     return model.eval()
 
@@ -294,7 +295,7 @@ def _latest_sha8(folder_url: str) -> str | None:
 
 
 def _export_url(url: str) -> str | None:
-    """The export folder that ``url`` means."""
+    """The export folder that ``url`` names; None if there is no export."""
     sha8 = _latest_sha8(url)
     if sha8 is not None:
         return storage.join(url, "exports", sha8)
@@ -316,7 +317,7 @@ def _read_body(export_url: str) -> dict[str, Any]:
 
 
 def _require_export(url: str, kind: str) -> tuple[str, dict[str, Any]]:
-    """Folder and body of the export of one kind that ``url`` means."""
+    """Folder and body of the export that ``url`` names, which must be of this kind."""
     export_url = _export_url(url)
     if export_url is None:
         raise UserError(f"no {NAMES[kind]} at {url}; run `clipmill {TRAINING_COMMAND[kind]}` with this config first")

@@ -1,7 +1,7 @@
-"""Quantizers whose codebook is a fixed grid: nothing to learn, initialise, restart or keep the same on all ranks.
+"""Quantizers with a fixed grid as codebook, which need no learning, initialisation, restarts or synchronisation.
 
 `FiniteScalar` (FSQ): Mentzer et al., arXiv 2309.15505, section 3.1. `LookupFree` (LFQ): Yu et al., arXiv 2310.05737,
-section 3.1; on a sphere it is BSQ: Zhao et al., arXiv 2406.07548, section 4.1. Interface and shapes are those of
+section 3.1; on a sphere it is BSQ: Zhao et al., arXiv 2406.07548, section 4.1. Interface and shapes are as in
 ``quantizers.py``: N rows, M codebooks, K codes, D channels.
 """
 
@@ -19,11 +19,12 @@ from clipmill.models.ranks import sum_over_ranks, world_size
 __all__ = ["FiniteScalar", "LookupFree"]
 
 BOUND_MARGIN = 1e-3
-"""The outermost levels of `FiniteScalar` lie this share inside the bound, so that rounding can reach them."""
+"""Relative margin of the bound of `FiniteScalar` beyond the outermost levels, so that rounding can reach them."""
 
 
 class _Grid(nn.Module):
-    """A code is a place on a grid: the mixed-radix number of its channels' levels, the first channel counting ones.
+    """A codebook that is a grid. A code is the mixed-radix number of its channels' levels; the first channel is the
+    lowest digit.
 
     Args:
         levels: number of levels of each channel of one codebook.
@@ -56,7 +57,7 @@ class _Grid(nn.Module):
         return latents.float().unflatten(1, (self.num_codebooks, -1))
 
     def _value(self, digits: Tensor) -> Tensor:
-        """Channel values, float32, of level numbers int64 [..., D / M]."""
+        """Channel values, float32 [..., D / M], of level numbers int64 [..., D / M]."""
         raise NotImplementedError
 
     def _finish(
@@ -68,7 +69,7 @@ class _Grid(nn.Module):
         entropy: Tensor | None,
         weight: Tensor | None,
     ) -> Quantized:
-        """Codes, counts and metrics of level numbers int64 [N, M, D / M] whose values carry the gradient."""
+        """The result for level numbers int64 [N, M, D / M]; ``values`` carry the gradient."""
         with torch.no_grad():
             codes = (digits * self.bases).sum(-1)
             table = latents.new_empty(self.num_codes * self.num_codebooks, dtype=torch.float32)
@@ -81,13 +82,16 @@ class _Grid(nn.Module):
 
 
 class FiniteScalar(_Grid):
-    """FSQ: every channel is bounded by a tanh and rounded to one of a few levels; there is no auxiliary loss."""
+    """FSQ: each channel is bounded by a tanh and rounded to one of a few levels. There is no auxiliary loss."""
 
     def forward(self, latents: Tensor, weight: Tensor | None = None) -> Quantized:
-        """Quantises latents [N, D]; see `EMACodebook.forward`. The commitment is zero: no row can run away."""
+        """Quantises latents [N, D]; see `EMACodebook.forward`. The commitment is zero, because the tanh bounds all
+        rows.
+        """
         with torch.autocast(latents.device.type, enabled=False):
             half = (self.levels - 1) * (1 + BOUND_MARGIN) / 2
-            # An even number of levels has none at 0: the tanh is shifted by half a level, 0 still maps to the middle.
+            # An even number of levels has no level at 0, so the tanh is shifted by half a level; 0 still maps to the
+            # middle.
             offset = (self.levels % 2 == 0) / 2
             bounded = (self._split(latents) + (offset / half).atanh()).tanh() * half - offset
             rounded = straight_through(bounded, bounded.round())
@@ -101,13 +105,14 @@ class FiniteScalar(_Grid):
 
 
 class LookupFree(_Grid):
-    """LFQ: every channel becomes its sign; an entropy loss makes single choices certain and all codes used.
+    """LFQ: each channel is replaced by its sign. An entropy loss makes each choice confident and the use of codes
+    uniform.
 
     Args:
         num_bits: log2 K, and the channels of one codebook.
         num_codebooks: M.
-        temperature: of the probabilities p(c | z) in the entropies; see `_entropy`.
-        spherical: scale each row of a codebook to the length of its codes first (BSQ), so that no row can run away.
+        temperature: temperature of the probabilities p(c | z) in the entropies; see `_entropy`.
+        spherical: first scale each row to the length of the codes (BSQ), which bounds the rows.
     """
 
     def __init__(self, num_bits: int, num_codebooks: int, temperature: float, spherical: bool = False) -> None:
@@ -141,11 +146,11 @@ class LookupFree(_Grid):
         num_rows = sum_over_ranks(weight.sum())
         logits = 4 * parts / self.temperature  # [N, M, bits]
         ones = logits.sigmoid()
-        # The entropy of a bit by its logit, and no share below the smallest float: entr has no finite gradient at 0,
-        # which shares of rows far from 0 round to.
+        # The entropy of a bit is computed from its logit, because the gradient of entr is infinite at 0, to which the
+        # probabilities of rows far from 0 round. For the same reason shares are clamped below.
         far = logits.abs()
         single = (F.softplus(-far) + far * (-far).sigmoid()).sum(-1)  # [N, M]
-        # Of the ranks' mean gradient, which the optimizer steps by, this is the whole batch's.
+        # Scaled by the number of ranks, because the optimizer uses the mean of the ranks' gradients.
         ranks = world_size()
         certainty = _over_ranks((single * weight[:, None]).sum(0) * ranks / num_rows)
         low, high = (_joint(half) for half in ones.tensor_split([ones.shape[-1] // 2], -1))
@@ -164,6 +169,8 @@ def _joint(ones: Tensor) -> Tensor:
 
 
 def _over_ranks(value: Tensor) -> Tensor:
-    """Mean over ranks whose gradient is this rank's own: with gradients averaged over ranks that is the mean's."""
+    """Mean over ranks with this rank's own gradient. Averaging gradients over ranks then gives the gradient of the
+    mean.
+    """
     everybodys = sum_over_ranks(value.detach().clone()) / world_size()
     return value + (everybodys - value).detach()

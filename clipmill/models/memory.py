@@ -1,4 +1,4 @@
-"""How much fits a device."""
+"""Batch sizes that fit the memory of a device."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ __all__ = ["MAX_BATCH", "largest_batch"]
 
 MAX_BATCH = 256
 MEMORY_SHARE = 0.8
-"""Of a GPU's memory; the rest is for workspaces that grow with shapes."""
+"""Share of a GPU's memory that is used; the rest is for workspaces that grow with shapes."""
 
 
 def largest_batch(total_bytes: int, bytes_of_one: int, bytes_of_two: int) -> int:
-    """The largest power of two of items, up to `MAX_BATCH`, that a device's memory holds.
+    """The largest power of two of items, up to `MAX_BATCH`, that fits a device's memory.
 
     Args:
-        total_bytes: of the device. Not of what is free now: a worker on the same kind of GPU finds the same number.
-        bytes_of_one: peak while one item is computed, with the weights.
-        bytes_of_two: the same of two items.
+        total_bytes: total memory of the device, not the free memory, so that all workers with the same GPU get the same
+            result.
+        bytes_of_one: peak memory while one item is computed, weights included.
+        bytes_of_two: peak memory while two items are computed, weights included.
     """
     room = MEMORY_SHARE * total_bytes - bytes_of_one
     items = 1 + max(0, int(room // max(1, bytes_of_two - bytes_of_one)))

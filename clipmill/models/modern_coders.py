@@ -1,10 +1,10 @@
-"""Encoder and decoder of the style ``modern``: signals reach every layer from the first step on.
+"""Encoder and decoder of the style ``modern``: the signal reaches every layer from the first step.
 
-Resolution changes beside a shortcut without parameters (DC-AE: Chen et al., arXiv 2410.10733, section 3.1), attention
-has a branch of its own, and the branches of a block begin at zero. The published layout has no path around its strided
-convolutions, and learns for hundreds of steps until a signal passes them.
+Every change of resolution has a shortcut without parameters (DC-AE: Chen et al., arXiv 2410.10733, section 3.1),
+attention has its own residual branch, and all branches start at zero. The published layout has no shortcut around its
+strided convolutions, and needs hundreds of steps until a signal passes them.
 
-B: batch   T, H, W: frames, height, width   t, h, w: the same of the latents   C: channels
+B: batch   T, H, W: frames, height, width   t, h, w: those of the latents   C: channels
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ModernDecoder(nn.Module):
 
 
 def _averaged(x: Tensor, conv: nn.Module) -> Tensor:
-    """Means over what each output of ``conv`` stands for, [B, C, t, h, w]; if causal, frame 0 stands alone."""
+    """Means over the inputs of each output of ``conv``, [B, C, t, h, w]; if causal, frame 0 is its own mean."""
     assert isinstance(conv, Downsample)
     if conv.causal:
         x = torch.cat((x[:, :, :1].expand(-1, -1, conv.stride[0] - 1, -1, -1), x), 2)
@@ -98,7 +98,7 @@ def _averaged(x: Tensor, conv: nn.Module) -> Tensor:
 
 
 def _repeated(x: Tensor, conv: nn.Module) -> Tensor:
-    """The mirror of `_averaged`: each value at all outputs of ``conv`` that it stands for."""
+    """The counterpart of `_averaged`: repeats each value at all outputs of ``conv`` that belong to it."""
     assert isinstance(conv, Upsample)
     grown = F.interpolate(x, scale_factor=tuple(map(float, conv.stride)), mode="nearest")
     return grown[:, :, conv.stride[0] - 1 :] if conv.causal else grown

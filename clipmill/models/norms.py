@@ -1,7 +1,7 @@
-"""The norms of a prior, whose gain and bias may depend on the class of the clip and on what happens in a latent frame.
+"""The norms of a prior. Gain and bias may depend on the class of the clip, and on the condition of a latent frame.
 
-One table holds the gains and biases of every norm of the model, so conditioning costs one look-up a step
-and one parameter tensor, however many layers (optimizers that shard by tensor pay for each).
+One table holds the gains and biases of all norms of the model. So conditioning costs one look-up per step and one
+parameter tensor for any number of layers; optimizers that shard by tensor have a cost per tensor.
 
 B: batch   C: channels   L: positions   t: latent frames
 """
@@ -18,17 +18,19 @@ from torch.autograd.function import once_differentiable
 __all__ = ["Norm", "Norms", "layer_norm", "rms_norm", "scaled_to_unit", "standardised"]
 
 EPS = 1e-8
-"""Added to the variance. Embeddings start so small (variance 1e-4) that 1e-6 would change the logits of imported
-weights by 2e-4."""
+"""Added to the variance. Embeddings start with variance 1e-4, so 1e-6 would change the logits of imported weights by
+2e-4.
+"""
 PUBLISHED_EPS = 1e-5
-"""The published norm adds this to 1 / std. Without it, logits of imported weights change by 1e-5 times the standard
-deviation of what is normalised."""
+"""The published norm adds this to 1 / std. Without it, logits of imported weights would change by 1e-5 times the
+standard deviation of the norm's input.
+"""
 
 
 class Norm(NamedTuple):
-    """Gain and bias of one norm; no bias: none is added.
+    """Gain and bias of one norm; a bias of None adds nothing.
 
-    [C] for every sample alike, [B, C] for a class each, or [B, t, C] where latent frames differ.
+    [C] if all samples share them, [B, C] if they depend on the class, [B, t, C] if latent frames differ.
     """
 
     gain: Tensor
@@ -38,15 +40,15 @@ class Norm(NamedTuple):
 class Norms(nn.Module):
     """Gains and biases of all norms of a model (VideoGPT, arXiv 2104.10157, appendix).
 
-    Unconditional, ``gain = 1 + table[0]``; for classes, ``gain = 1 + W.onehot``, ``bias = Wb.onehot``, which
-    are rows of the table. A further row, if asked for, stands for no class.
+    Unconditional: ``gain = 1 + table[0]``. With classes: ``gain = 1 + W.onehot`` and ``bias = Wb.onehot``, which are
+    rows of the table. With ``null_class``, a further row means no class.
 
     Args:
         num_norms: norms in the model.
         dim: channels C.
         num_classes: 0 for an unconditional model.
-        null_class: whether label ``num_classes`` is known, and means none.
-        with_bias: whether norms have a bias; those that depend on a class always do.
+        null_class: whether label ``num_classes`` is allowed, and means no class.
+        with_bias: whether norms have a bias; norms that depend on a class always have one.
     """
 
     def __init__(self, num_norms: int, dim: int, num_classes: int, *, null_class: bool, with_bias: bool) -> None:
@@ -59,8 +61,8 @@ class Norms(nn.Module):
         """The norms in the order of their use.
 
         Args:
-            label: class of each sample, int64 [B]; none for an unconditional model.
-            frame_offsets: added to gains and biases of each latent frame, float [B, t, num_norms, 2, C].
+            label: class of each sample, int64 [B]; None for an unconditional model.
+            frame_offsets: offsets of gains and biases per latent frame, float [B, t, num_norms, 2, C]; None without.
         """
         if (label is None) == bool(self.num_classes):
             raise ValueError(f"a prior of {self.num_classes} classes got {'no' if label is None else 'a'} label")
@@ -74,7 +76,7 @@ class Norms(nn.Module):
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     """The published layer norm (see `standardised`) of x [B, L, C] or [B, C], then gain and bias.
 
-    L is a multiple of the norm's latent frames, if it has any; [B, C] takes a norm of one frame.
+    L is a multiple of the norm's number of latent frames, if it has any. For x [B, C] that number is one.
     """
     if norm.gain.dim() == 1 and norm.bias is not None:
         return standardised(x, norm.gain) + norm.bias
@@ -84,29 +86,29 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 def standardised(x: Tensor, gain: Tensor | None = None) -> Tensor:
     """``(x - mean) * (1 / std + 1e-5)`` over the channels of x [..., C], then ``gain`` [C] (VideoGPT's published code).
 
-    The gradient takes 1e-5 * std for a constant, and so is off by that share of one direction, the one along x.
+    The gradient treats 1e-5 * std as a constant, so its component along x has a relative error of that size.
     """
     y, _, inverse_std = torch.native_layer_norm(x, x.shape[-1:], gain, None, EPS)
     return torch.addcdiv(y, y, inverse_std.to(y.dtype), value=PUBLISHED_EPS)
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """RMS norm (arXiv 1910.07467), then gain and, if there is one, bias; shapes as of `layer_norm`."""
+    """RMS norm (arXiv 1910.07467), then gain and, if set, bias; shapes as for `layer_norm`."""
     if norm.bias is None:
         return scaled_to_unit(x, norm.gain)
     return _modulated(scaled_to_unit(x, None), norm)
 
 
 def scaled_to_unit(x: Tensor, gain: Tensor | None) -> Tensor:
-    """Scales x [..., D] to a mean square of one, then by gain [D]; in float32 inside, in the dtype of x outside."""
+    """Scales x [..., D] to a mean square of one, then by gain [D]. Computes in float32; returns the dtype of x."""
     if x.device.type == "cpu":
         return _ScaledToUnit.apply(x, gain)
     y = F.rms_norm(x, x.shape[-1:], eps=EPS)
-    return y if gain is None else (y * gain).to(x.dtype)  # a gain in bfloat16 would move by steps of 1/128
+    return y if gain is None else (y * gain).to(x.dtype)  # a gain in bfloat16 would change in steps of 1/128
 
 
 class _ScaledToUnit(torch.autograd.Function):
-    """`scaled_to_unit` on a CPU, where torch makes it of parts that keep several float32 copies of x."""
+    """`scaled_to_unit` on a CPU, where torch's composition would keep several float32 copies of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor | None) -> Tensor:

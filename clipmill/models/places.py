@@ -1,4 +1,4 @@
-"""The positions that a decoder computes at once, known to the host or to the device alone.
+"""The positions that a decoder computes at once, known to the host or only to the device.
 
 R: rows   n: positions   S: context, the first positions of the cache   M: heads of keys and values   D: channels of one
 """
@@ -16,18 +16,20 @@ from clipmill.models.strided import StridedMask
 __all__ = ["CONTEXT_MULTIPLE", "DevicePlaces", "HostPlaces", "Places"]
 
 CONTEXT_MULTIPLE = 64
-"""Contexts of `DevicePlaces` are multiples of this, and so is the length of a cache."""
+"""The context of `DevicePlaces`, and the length of a cache, are multiples of this."""
 _SPLITS = 8
-"""Parts in which one position reads its context on a GPU: a few heads alone would keep as few multiprocessors busy."""
+"""Parts in which one position reads its context on a GPU. Without the split, a few heads would occupy few
+multiprocessors.
+"""
 
 
 @dataclass(frozen=True)
 class HostPlaces:
-    """Positions that the host knows: tables and caches are sliced."""
+    """Positions known to the host; tables and caches are sliced."""
 
     first: int
     count: int
-    """n."""
+    """N, the number of positions."""
 
     @property
     def context(self) -> int:
@@ -51,24 +53,24 @@ class HostPlaces:
         table.narrow(dim, self.first, self.count).copy_(entries)
 
     def frames(self, per_frame: int, device: torch.device) -> Places:
-        """The latent frame of each position, of which there are ``per_frame`` in one."""
+        """The latent frame of each position; a frame has ``per_frame`` positions."""
         frame = self.first // per_frame
         if (self.context - 1) // per_frame == frame:
             return HostPlaces(frame, 1)
         return DevicePlaces(self.indices(device) // per_frame, 0, 0)
 
     def mask(self, device: torch.device) -> Tensor | None:
-        """What each position sees of the context, bool [n, S]; None where it sees all."""
+        """The positions of the context that each position may attend to, bool [n, S]; None for all."""
         if self.count == 1:
             return None
         return torch.ones(self.count, self.context, dtype=torch.bool, device=device).tril_(self.first)
 
     def seen(self, strided: StridedMask) -> tuple[Tensor | None, Tensor | None]:
-        """What positions see under a strided mask.
+        """The positions that may be attended to under a strided mask.
 
         Returns:
-            The positions of the cache that any of them sees, int64 [S]; None for the whole context. And what each sees
-            of these, bool [n, S]; None where it sees all.
+            The positions of the cache that any of the positions may attend to, int64 [S], None for the whole context;
+            and for each position a mask over these, bool [n, S], None for all.
         """
         reads = strided.reads(self.first, self.context)
         return reads, None if self.count == 1 else strided.mask(self.indices(reads.device), reads)
@@ -80,7 +82,7 @@ class HostPlaces:
 
 @dataclass(frozen=True)
 class DevicePlaces:
-    """Positions that only the device knows, so that one CUDA graph serves many."""
+    """Positions known only to the device, so that one CUDA graph serves many positions."""
 
     positions: Tensor
     """Int64 [n], consecutive, below ``context``."""
@@ -90,7 +92,7 @@ class DevicePlaces:
 
     @property
     def count(self) -> int:
-        """N."""
+        """N, the number of positions."""
         return len(self.positions)
 
     def codebook(self, num_codebooks: int) -> int:

@@ -1,6 +1,6 @@
-"""Where a code is: learned positions for each axis, or rotations of queries and keys.
+"""Positions of codes: learned embeddings for each axis, or rotations of queries and keys.
 
-t, h, w: latent frames, height, width   L: places of a grid of these, or of one axis more, in raster order
+t, h, w: latent frames, height, width   L: points of the grid (with a codebook axis if there are several), raster order
 C: channels   D: channels of a head
 """
 
@@ -15,10 +15,10 @@ __all__ = ["axial_tables", "raster", "rotate", "rotations"]
 
 
 def axial_tables(shape: tuple[int, ...], dim: int) -> nn.ParameterList:
-    """Learned positions of a grid, an embedding [length, about C / axes] for each axis (VideoGPT, section 3.2).
+    """Learned positions of a grid: one embedding [length, about C / axes] per axis (VideoGPT, section 3.2).
 
-    The channels that the number of axes leaves over (the paper's 512 and 1024 are no multiples of three) go to the
-    first axes.
+    If the number of axes does not divide C (as for the paper's 512 and 1024 with three axes), the first axes get one
+    channel more.
     """
     num_axes = len(shape)
     widths = [dim // num_axes + (axis < dim % num_axes) for axis in range(num_axes)]
@@ -26,7 +26,7 @@ def axial_tables(shape: tuple[int, ...], dim: int) -> nn.ParameterList:
 
 
 def raster(tables: nn.ParameterList) -> Tensor:
-    """Concatenates the axes' embeddings for each place of the grid, float [L, C]."""
+    """Concatenates the axes' embeddings for each point of the grid, float [L, C]."""
     shape = [len(table) for table in tables]
     spread = []
     for axis, table in enumerate(tables):
@@ -39,13 +39,13 @@ def raster(tables: nn.ParameterList) -> Tensor:
 def rotations(shape: tuple[int, ...], head_dim: int, base: float) -> Tensor:
     """Cosines and sines of rotary positions (arXiv 2104.09864) on a grid, float32 [2, L, D / 2].
 
-    Pair i of a head's channels turns by the place on axis i mod (number of axes) times base ** (-2 i / D): axes are
-    interleaved over the frequencies, so each of them has the whole range.
+    Pair i of a head's channels is rotated by the position on axis i mod (number of axes) times base ** (-2 i / D). Axes
+    are interleaved over the frequencies, so each of them has the whole range.
 
     Args:
-        shape: (t, h, w), or with one axis more for codebooks.
+        shape: (t, h, w), or (t, h, w, M) with several codebooks.
         head_dim: D, even.
-        base: wavelengths run from 2 pi to 2 pi * base.
+        base: wavelengths range from 2 pi to 2 pi * base.
     """
     pairs = torch.arange(head_dim // 2)
     frequencies = base ** (-2 * pairs.double() / head_dim)
@@ -55,7 +55,7 @@ def rotations(shape: tuple[int, ...], head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D / 2) of x [..., D] by ``rotation`` [2, ..., D / 2], whose axes broadcast to x's."""
+    """Rotates the pairs (i, i + D / 2) of x [..., D] by ``rotation`` [2, ..., D / 2], which broadcasts to x."""
     cos, sin = rotation
     left, right = x.float().chunk(2, -1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)

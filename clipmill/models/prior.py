@@ -1,8 +1,8 @@
-"""The prior: a transformer that draws the codes of a clip one after another.
+"""The prior: a transformer over the codes of a clip, one position after another.
 
-Position p sees the codes before p and predicts its own. Two styles: VideoGPT's (arXiv 2104.10157, section 3.2, in the
-layout of its published code), where a code enters as its codebook vector and positions are learned for each axis; and a
-modern one, where codes have embeddings of their own and positions turn queries and keys.
+Position p is predicted from the codes before it. There are two styles. VideoGPT's (arXiv 2104.10157, section 3.2, laid
+out as in its published code) takes a code's codebook vector as input and learns positions for each axis. The modern one
+learns its own embeddings of codes and rotates queries and keys by position.
 
 B: batch   t, h, w: latent frames, height, width   M: codes of a latent, one of each codebook   K: codes of a codebook
 L = t * h * w * M, raster order   C: hidden channels
@@ -33,21 +33,21 @@ CHUNK_LOGITS = 2**26
 
 
 class Prior(nn.Module):
-    """Distribution over the codes of a clip, one position after another.
+    """An autoregressive distribution over the codes of a clip.
 
     Args:
-        config: sizes and dropout.
-        latent_shape: (t, h, w) of the codes, or (t, h, w, M) of several codebooks.
+        config: sizes, dropout, style and conditioning.
+        latent_shape: (t, h, w) of the codes, or (t, h, w, M) with several codebooks.
         num_codes: K.
-        codebook: the tokenizer's embeddings, float [M * K, D]; the modern style does without.
-        num_classes: classes of the data; used when ``config.class_conditional``.
-        condition_shape: of the ``config.condition`` of one clip (see `Condition`).
+        codebook: the tokenizer's embeddings, float [M * K, D]; None in the modern style, which does not use them.
+        num_classes: classes of the data; used if ``config.class_conditional``.
+        condition_shape: shape of ``config.condition`` for one clip (see `Condition`); None without a condition.
 
     Attributes:
-        null_label: the label that stands for no class, if the prior knows one.
+        null_label: the label that means no class; None if the prior has none.
 
     Raises:
-        UserError: there are no classes, or not the condition, that the config asks for, or its attention does not fit
+        UserError: the config needs classes or a condition that the data does not have, or its attention does not fit
             the latents.
     """
 
@@ -69,7 +69,7 @@ class Prior(nn.Module):
                 "set data.source.label=parent_folder and shard again, or class_conditional=false"
             )
         if config.condition is not None and condition_shape is None:
-            raise UserError(f"prior.model.condition={config.condition} needs clips that come with {config.condition}")
+            raise UserError(f"prior.model.condition={config.condition} needs clips with {config.condition}")
         self.config = config
         self.latent_shape = latent_shape
         self.num_codes = num_codes
@@ -103,7 +103,7 @@ class Prior(nn.Module):
 
         Args:
             codes: int64 [B, t, h, w] or [B, t, h, w, M].
-            label: class of each clip, int64 [B]; none for an unconditional prior.
+            label: class of each clip, int64 [B]; None for an unconditional prior.
             condition: conditioning beyond the class (see `Condition`); None for a prior without a condition.
 
         Returns:
@@ -113,17 +113,19 @@ class Prior(nn.Module):
 
     @property
     def guidable(self) -> bool:
-        """Whether training hid the class or the condition, so that guidance has something to go away from."""
+        """Whether training hides the class or the condition at random, which guidance needs."""
         return self.null_label is not None or self.config.condition_dropout > 0
 
     def loss(self, codes: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of each clip's codes in nats per code, float32 [B]; arguments as of ``forward``.
+        """Mean cross-entropy of each clip's codes in nats per code, float32 [B]; arguments as for ``forward``.
 
-        In training, classes and conditions are hidden at the config's ``label_dropout`` and ``condition_dropout``.
+        In training, classes and conditions are hidden with the probabilities ``label_dropout`` and
+        ``condition_dropout``.
         """
         hide = None
         if self.training and self.guidable:
-            # One number for both: guidance goes away from the prior that knows neither, which must have been trained.
+            # One random number for both, so that the prior without class and condition, which guidance needs, is
+            # trained too.
             chance = torch.rand(len(codes), device=codes.device)
             if label is not None and self.null_label is not None:
                 label = label.masked_fill(chance < self.config.label_dropout, self.null_label)
@@ -147,13 +149,13 @@ class Prior(nn.Module):
     def _hidden(
         self, codes: Tensor, label: Tensor | None, condition: Tensor | None, hide: Tensor | None = None
     ) -> Tensor:
-        """What the head reads, float [B, L, C]."""
+        """The input of the output head, float [B, L, C]."""
         conditioning = self.conditioning(condition, hide)
         norms = self.norms(label, conditioning.offsets)
         return self.normalise(self._through_blocks(codes, norms, conditioning), norms[-1])
 
     def conditioning(self, condition: Tensor | None, hide: Tensor | None = None) -> Conditioning:
-        """The condition in the form in which blocks take it; see `Condition`."""
+        """The condition in the form that blocks use; see `Condition`."""
         if (condition is None) != (self.condition is None):
             kind = self.config.condition or "no condition"
             raise ValueError(f"a prior of {kind} got {'no' if condition is None else 'a'} condition")
@@ -165,8 +167,8 @@ class Prior(nn.Module):
         if conditioning.added is not None:
             x = (x.unflatten(1, (codes.shape[1], -1)) + conditioning.added[:, :, None]).flatten(1, 2)
         if self.config.style == "modern" and torch.is_autocast_enabled(x.device.type):
-            # What blocks add to is half as many bytes to move, for a twentieth of a step on a GPU; norms, attention and
-            # the loss compute in float32 inside. The published style keeps it float32, as published.
+            # A residual stream in half precision halves its memory traffic, which saves a twentieth of a step on a GPU.
+            # Norms, attention and the loss still compute in float32. The published style keeps a float32 stream.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for index, block in enumerate(self.blocks):
             arguments = (x, self.norms_of(norms, index), self.rotation, conditioning.memory, self.mask)
@@ -177,5 +179,5 @@ class Prior(nn.Module):
         return x
 
     def norms_of(self, norms: list[Norm], block: int) -> list[Norm]:
-        """Those of one block, among those of the whole model."""
+        """The norms of one block, from those of the whole model."""
         return norms[self.norms_per_block * block : self.norms_per_block * (block + 1)]

@@ -1,4 +1,4 @@
-"""What the output of a model depends on beside its weights and its input."""
+"""Records, and fixes, what a model's output depends on besides weights and input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["computed_with", "make_process_deterministic"]
 
 
 def computed_with(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware class and number of threads, for the record beside what was computed on ``device``."""
+    """Versions, hardware class and number of threads, to record with results computed on ``device``."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
@@ -29,19 +29,19 @@ def computed_with(device: torch.device) -> dict[str, Any]:
 
 
 def make_process_deterministic(config: ClusterConfig) -> torch.device:
-    """Sets this process up so that a model gives the same bytes again, and names the device to compute on.
+    """Configures this process so that a model gives reproducible bytes. Returns the device to compute on.
 
     Raises:
-        UserError: ``cluster.use_gpu`` is set, and there is no GPU here.
+        UserError: ``cluster.use_gpu`` is set, but this machine has no GPU.
     """
     if config.use_gpu and not torch.cuda.is_available():
         raise UserError(
             f"cluster.use_gpu=true, but torch {torch.__version__} finds no GPU on {platform.node()}; run on a machine "
             "with a GPU, install a torch for CUDA, or set cluster.use_gpu=false"
         )
-    torch.set_num_threads(config.fanout_cpus)  # sums are split over threads: their number is part of the bytes
+    torch.set_num_threads(config.fanout_cpus)  # sums are split over threads, so the result depends on their number
     torch.backends.cudnn.deterministic = True
-    # A training in the same process may have set these otherwise.
+    # Training in the same process may have changed these.
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda" if config.use_gpu else "cpu")

@@ -1,9 +1,9 @@
-"""Checkpoints of the published VideoGPT code as files: read without running their code, and checked by their own names.
+"""Reads and checks checkpoint files of the published VideoGPT code, without running code from them.
 
-A checkpoint is untrusted input. It is a zip archive whose checksums must hold; only tensors, plain containers and
-``argparse.Namespace`` are unpickled (classes of Lightning, which its trainer leaves beside them, by name alone). Its
-settings must be ones that the published code takes, and its weights exactly those that these settings make, of their
-sizes and finite.
+A checkpoint is untrusted input. It is a zip archive whose checksums must be right. Only tensors, plain containers and
+``argparse.Namespace`` are unpickled; classes of Lightning, which its trainer stores too, are replaced by stubs. The
+settings must be ones that the published code accepts. The weights must be exactly those that the settings imply, with
+the right sizes and finite values.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ class Published(NamedTuple):
     """A checkpoint of the published code, read and checked."""
 
     vqvae: VQVAESettings
-    """Of the VQ-VAE, which a prior's checkpoint holds too."""
+    """Settings of the VQ-VAE, which a prior's checkpoint includes."""
     prior: PriorSettings | None
-    """None for the checkpoint of a VQ-VAE."""
+    """Settings of the prior; None for the checkpoint of a VQ-VAE."""
     weights: dict[str, Tensor]
     """All weights by their published names, float32; those of a prior's VQ-VAE begin with ``vqvae.``."""
 
 
 class _CheckpointError(Exception):
-    """What is wrong with a file."""
+    """A file is not a valid checkpoint; the message gives the reason."""
 
 
 def read_published(path: Path) -> Published:
-    """Reads a checkpoint and checks all of it.
+    """Reads and checks a checkpoint.
 
     Raises:
-        UserError: the file is damaged, is no such checkpoint, or is not whole. The message names what is wrong by the
-            names of the checkpoint.
+        UserError: the file is damaged, incomplete, or not such a checkpoint. The message uses the names in the
+            checkpoint.
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist; name a file that the published VideoGPT code wrote")
@@ -62,7 +62,7 @@ def read_published(path: Path) -> Published:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    """Weights and settings, whatever they are."""
+    """The weights and settings in a file, before they are checked."""
     archive = _whole_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -70,8 +70,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
         lightning = {name for name in foreign if name.startswith(("pytorch_lightning.", "lightning."))}
         if refused := sorted(foreign - lightning):
             raise _CheckpointError(
-                f"it holds {', '.join(refused)}; files with anything but tensors and settings inside are refused, for "
-                "loading them would run their code"
+                f"it holds {', '.join(refused)}; files that hold anything but tensors and settings are refused, "
+                "because loading them would run their code"
             )
         inert = [(OrderedDict if name.endswith(".AttributeDict") else _Inert, name) for name in lightning]
         with torch.serialization.safe_globals([argparse.Namespace, *inert]):
@@ -92,17 +92,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
 
 
 def _whole_archive(path: Path) -> io.BytesIO:
-    """A copy of the archive made of its members, whose checksums hold.
+    """A copy of the archive with verified checksums and new headers.
 
-    torch looks at no checksum, and reads headers otherwise than zipfile: it takes a member that one flipped bit calls a
-    folder for zeros. In the copy all headers are new.
+    torch checks no checksum, and reads headers differently from zipfile: a member that one flipped bit marks as a
+    folder would be read as zeros.
     """
     copy = io.BytesIO()
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as clean:
             members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                raise _CheckpointError("its members are compressed, as torch writes none")
+                raise _CheckpointError("its members are compressed, which torch never writes")
             if sum(member.file_size for member in members) > path.stat().st_size:
                 raise _CheckpointError("its members are larger than the file; download it again")
             if len({member.filename for member in members}) < len(members):
@@ -110,7 +110,9 @@ def _whole_archive(path: Path) -> io.BytesIO:
             for member in members:
                 clean.writestr(member.filename, archive.read(member))
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error) as error:
-        raise _CheckpointError(f"it is no whole zip archive, as torch writes ({error}); download it again") from error
+        raise _CheckpointError(
+            f"it is not a complete zip archive as torch writes ({error}); download it again"
+        ) from error
     copy.seek(0)
     return copy
 
@@ -119,14 +121,14 @@ def _require_plain(name: Any, tensor: Any) -> None:
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise _CheckpointError(f"{name} in its state_dict is of type {type(tensor).__name__}, not a tensor")
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-        raise _CheckpointError(f"{name} is no plain tensor of real numbers")
-    # A view of one number can claim any shape.
+        raise _CheckpointError(f"{name} is not a plain tensor of real numbers")
+    # An expanded view of one number can have any shape.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise _CheckpointError(f"{name} has fewer numbers than its shape {tuple(tensor.shape)} says")
+        raise _CheckpointError(f"{name} has fewer numbers than its shape {tuple(tensor.shape)} states")
 
 
 class _Inert:
-    """Stands for a class of Lightning: its trainer saves the state of callbacks under their classes."""
+    """Stub for a class of Lightning, whose trainer stores the state of callbacks under their classes."""
 
     def __new__(cls, *_: Any) -> _Inert:
         return super().__new__(cls)
@@ -172,11 +174,11 @@ def _settings(kind: type[SettingsOf], args: argparse.Namespace) -> SettingsOf:
             name = ".".join(map(str, each["loc"]))
             given = f"={each['input']!r:.40}" if each["type"] != "missing" else ""
             problems.append(f"{name}{given}: {each['msg']}" if name else each["msg"].removeprefix("Value error, "))
-        raise _CheckpointError(f"its settings are none that the published code takes: {'; '.join(problems)}") from error
+        raise _CheckpointError(f"its settings are not accepted by the published code: {'; '.join(problems)}") from error
 
 
 def _embedded(state: dict[str, Tensor], prior: PriorSettings, latent_shape: tuple[int, ...]) -> VQVAESettings:
-    """Settings of a prior's VQ-VAE, out of its shapes: the checkpoint names a file of its author's machine for them."""
+    """Settings of a prior's VQ-VAE, from the shapes of its weights; the checkpoint only names a file of its author."""
     lengths = (prior.sequence_length, prior.resolution, prior.resolution)
     if not all(latents and length % latents == 0 for length, latents in zip(lengths, latent_shape, strict=True)):
         raise _CheckpointError(
@@ -196,21 +198,21 @@ def _embedded(state: dict[str, Tensor], prior: PriorSettings, latent_shape: tupl
 
 
 def _size(state: dict[str, Tensor], name: str, num_axes: int) -> tuple[int, ...]:
-    """Shape of a weight from which others follow."""
+    """Shape of a weight that determines other shapes."""
     if name not in state:
         raise _CheckpointError(f"it lacks {name}")
     if state[name].dim() != num_axes:
-        raise _CheckpointError(f"{name} is of another size: {tuple(state[name].shape)} has not {num_axes} axes")
+        raise _CheckpointError(f"{name} is of another size: {tuple(state[name].shape)} does not have {num_axes} axes")
     return tuple(state[name].shape)
 
 
 def _modules(state: dict[str, Tensor], prefix: str) -> set[str]:
-    """Numbers of the modules of a list."""
+    """The numbers of the modules in a module list."""
     return {name.removeprefix(f"{prefix}.").split(".")[0] for name in state if name.startswith(f"{prefix}.")}
 
 
 def _require_modules(state: dict[str, Tensor], prefix: str, count: int) -> None:
-    """Checked before names are made of a count that may be absurd."""
+    """Checks the number of modules, before names are generated from a count that may be absurd."""
     found = len(_modules(state, prefix))
     if found != count:
         raise _CheckpointError(f"{prefix} has {found} modules, its settings ask for {count}")
@@ -231,10 +233,12 @@ def _require_sizes(state: dict[str, Tensor], expected: Sizes, optional: Sizes) -
 
 
 def _require_causal(name: str, mask: Tensor) -> None:
-    """A stored mask decides nothing as long as it is the one that is computed here."""
+    """Checks that a stored mask is causal. It can then be ignored, because clipmill computes the same one."""
     for row, seen in enumerate(mask):
         if not (seen[: row + 1] == 1).all() or seen[row + 1 :].any():
-            raise _CheckpointError(f"{name} is no causal mask: position {row} sees others than those before it")
+            raise _CheckpointError(
+                f"{name} is not a causal mask: position {row} attends to later positions, or not to all earlier ones"
+            )
 
 
 def _listed(names: list[str]) -> str:

@@ -1,6 +1,6 @@
-"""What the published VideoGPT code saves of a model: its settings, and the weights that they make by name and size.
+"""Settings and weights in a checkpoint of the published VideoGPT code: the names and shapes that settings imply.
 
-Facts of the public code (MIT licence); settings that it takes, but no checkpoint of sense has, are refused.
+These are facts of the public code (MIT licence). Settings that it accepts but no sensible checkpoint has are refused.
 
 K: codes   D: channels of a latent   L: codes of a clip
 """
@@ -19,28 +19,28 @@ Sizes = dict[str, tuple[int, ...]]
 """Shapes of weights by name."""
 
 AXES = "wht"
-"""Of the tokenizer's attention."""
+"""Axes of the tokenizer's attention."""
 _FRAME_DIM = 240
-"""Channels of the features of frames."""
+"""Channels of the features of conditioning frames."""
 _MOST = 2**16
-"""Frames, pixels or channels; no checkpoint comes near it."""
+"""Limit for frames, pixels or channels, far above any real checkpoint."""
 
 Count = Annotated[int, Field(ge=1, le=_MOST), Strict()]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), Strict()]
 
 
 class Settings(BaseModel):
-    """Settings that the published code saves with a model; it saves many more, which say nothing about the model."""
+    """Settings that the published code saves with a model. It saves many others, which do not describe the model."""
 
     model_config = ConfigDict(frozen=True)
 
     resolution: Count
-    """Height and width; the published code knows squares alone."""
+    """Height and width; the published code supports squares only."""
     sequence_length: Count
 
 
 class VQVAESettings(Settings):
-    """Of a VQ-VAE."""
+    """Settings of a VQ-VAE."""
 
     n_hiddens: Count
     n_res_layers: Annotated[int, Field(ge=0, le=_MOST), Strict()]
@@ -51,7 +51,7 @@ class VQVAESettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> VQVAESettings:
         if any(factor & (factor - 1) for factor in self.downsample) or max(self.downsample) == 1:
-            raise ValueError(f"downsample {self.downsample}: its numbers must be powers of two, one at least above 1")
+            raise ValueError(f"downsample {self.downsample}: needs powers of two, at least one above 1")
         lengths = (self.sequence_length, self.resolution, self.resolution)
         if any(length % factor for length, factor in zip(lengths, self.downsample, strict=True)):
             raise ValueError(f"downsample {self.downsample} does not divide clips of {lengths}")
@@ -59,11 +59,11 @@ class VQVAESettings(Settings):
 
     @property
     def num_halvings(self) -> int:
-        """Convolutions with a stride."""
+        """Number of convolutions with a stride."""
         return max(self.downsample).bit_length() - 1
 
     def sizes(self, prefix: str = "") -> Sizes:
-        """Shapes of all weights, each name behind a prefix."""
+        """Shapes of all weights; each name starts with ``prefix``."""
         dim, half, last = self.n_hiddens, self.n_hiddens // 2, self.num_halvings - 1
         sizes: Sizes = {
             "encoder.conv_last.conv.weight": (dim, dim, 3, 3, 3),
@@ -95,7 +95,7 @@ class VQVAESettings(Settings):
 
 
 class PriorSettings(Settings):
-    """Of a prior."""
+    """Settings of a prior."""
 
     hidden_dim: Count
     heads: Count
@@ -110,22 +110,22 @@ class PriorSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> PriorSettings:
         if self.hidden_dim % self.heads:
-            raise ValueError(f"hidden_dim {self.hidden_dim} is no multiple of heads {self.heads}")
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not a multiple of heads {self.heads}")
         if self.class_cond != (self.class_cond_dim is not None):
-            raise ValueError(f"class_cond={self.class_cond} beside class_cond_dim={self.class_cond_dim}")
+            raise ValueError(f"class_cond={self.class_cond} does not fit class_cond_dim={self.class_cond_dim}")
         if self.n_cond_frames > self.sequence_length:
             raise ValueError(f"n_cond_frames {self.n_cond_frames} exceeds sequence_length {self.sequence_length}")
         if self.n_cond_frames and self.resolution % 4:
-            raise ValueError(f"n_cond_frames {self.n_cond_frames} needs a resolution that 4 divides")
+            raise ValueError(f"n_cond_frames {self.n_cond_frames} needs a resolution divisible by 4")
         return self
 
     @property
     def condition_shape(self) -> tuple[int, ...] | None:
-        """Shape (n, H, W, 3) of the frames that it is conditioned on; None if it takes none."""
+        """Shape (n, H, W, 3) of the frames that it is conditioned on; None without a condition."""
         return (self.n_cond_frames, self.resolution, self.resolution, 3) if self.n_cond_frames else None
 
     def sizes(self, latent_shape: tuple[int, ...], vqvae: VQVAESettings) -> Sizes:
-        """Shapes of all weights but those of the VQ-VAE."""
+        """Shapes of all weights except those of the VQ-VAE."""
         dim, stack = self.hidden_dim, "attn_stack"
         sizes: Sizes = {
             "fc_in.weight": (dim, vqvae.embedding_dim),
@@ -148,7 +148,7 @@ class PriorSettings(Settings):
         return sizes | self._norm("norm")
 
     def masks(self, length: int) -> Sizes:
-        """Shapes of the causal masks that full attention keeps as if they were weights."""
+        """Shapes of the causal masks that full attention stores like weights."""
         if self.attn_type != "full":
             return {}
         return {f"attn_stack.attn_nets.{i}.attn.attn.mask": (length, length) for i in range(self.layers)}
@@ -180,7 +180,7 @@ def _positions(name: str, shape: tuple[int, ...], dim: int) -> Sizes:
 
 
 def _resnet() -> Sizes:
-    """Of the network over the first frames."""
+    """Sizes of the network over the first frames."""
 
     def norm(name: str, width: int) -> Sizes:
         return {f"{name}.norm.norm.{part}": (width,) for part in ("weight", "bias")}

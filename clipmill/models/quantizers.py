@@ -1,10 +1,9 @@
-"""Vector quantisation: what all quantizers share, and the two learned codebooks.
+"""Vector quantisation: shared functions, and the two learned codebooks.
 
-`EMACodebook` follows the data by moving averages: van den Oord et al., arXiv 1711.00937, appendix A.1; as in VideoGPT a
-code that almost nothing maps to restarts from an encoder output. Everything it learns from is summed over all ranks, so
-every rank holds the same codebook, and no decision waits for the device: no host sync, no N x K one-hot.
-`LinearCodebook` learns a linear map of fixed codes by gradient (SimVQ: Zhu et al., arXiv 2411.02038). Quantizers
-without a learned codebook are in ``lookup_free.py``.
+`EMACodebook` learns by moving averages (van den Oord et al., arXiv 1711.00937, appendix A.1). As in VideoGPT, a code
+that is almost never used restarts from an encoder output. All statistics are summed over all ranks, so every rank holds
+the same codebook. There is no host sync and no N x K one-hot. `LinearCodebook` learns a linear map of fixed codes by
+gradient (SimVQ: Zhu et al., arXiv 2411.02038). Quantizers without a learned codebook are in ``lookup_free.py``.
 
 A quantizer is a module with ``codebook``, float32 [M * K, D / M]; ``forward(latents, weight) -> Quantized``; and
 ``embed(codes) -> latents``. With several codebooks each quantises its own slice of the channels.
@@ -36,48 +35,51 @@ __all__ = [
 ]
 
 CodeGradient = Literal["straight_through", "rotation"]
-"""How the gradient passes a code: see the functions of these names."""
+"""How the gradient passes the quantisation: by `straight_through` or by `rotated`."""
 
 CHUNK_SCORES = 2**22
 """Distances held at once (float32: 16 MiB)."""
 KMEANS_ROUNDS = 10
 _SALT = 0x636C6970
-"""Keeps the draws of restart rows apart from every other keyed draw."""
+"""Separates the random draws of restart rows from all other keyed draws."""
 _START_THRESHOLDS = 2.0
-"""Count of a fresh code in restart thresholds: data soon outweighs its first row, and a code that finds no data
-restarts after ln(2) / -ln(decay) = 69 steps."""
+"""Initial count of a restarted code, in units of the restart threshold. It is small, so that data soon outweighs the
+initial row; an unused code restarts again after ln(2) / -ln(decay) = 69 steps.
+"""
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of latents [N, D]."""
+    """The result of quantising latents [N, D]."""
 
     latents: Tensor
-    """float [N, D]: the chosen embeddings; the gradient passes them to the input."""
+    """float [N, D]: the chosen embeddings; their gradient is passed on to the input."""
     codes: Tensor
     """int64 [N, M]."""
     commitment: Tensor
     """float32 [N]: mean square distance of a row to its embedding (gradient to the row alone)."""
     entropy: Tensor | None
-    """float32 0-d, over all ranks' rows: what `LookupFree` minimises beside; None for the others."""
+    """float32 0-d, over the rows of all ranks: the entropy loss of `LookupFree`; None for other quantizers."""
     counts: Tensor
-    """float32 [M * K]: rows of each code, of all ranks in training mode, else of this rank alone."""
+    """float32 [M * K]: rows per code, over all ranks in training mode, otherwise over this rank."""
     metrics: dict[str, Tensor]
-    """0-d, of training mode alone: see `codebook_metrics`, and ``codebook_restarts`` where codes restart."""
+    """0-d, in training mode only: those of `codebook_metrics`, and ``codebook_restarts`` if codes restart."""
     codebook_loss: Tensor | None = None
-    """float32 [N]: the same distance as ``commitment`` with its gradient to the codebook alone; None for codebooks that
-    no gradient reaches."""
+    """float32 [N]: the distance of ``commitment``, with gradient to the codebook only; None for codebooks without
+    gradient.
+    """
 
 
 def straight_through(rows: Tensor, chosen: Tensor) -> Tensor:
-    """The embeddings ``chosen`` with the gradient of ``rows`` as if both were one (arXiv 1711.00937); same shapes."""
+    """The embeddings ``chosen``; their gradient is passed to ``rows`` unchanged (arXiv 1711.00937). Same shapes."""
     return rows + (chosen - rows).detach()
 
 
 def rotated(rows: Tensor, chosen: Tensor) -> Tensor:
-    """The embeddings ``chosen`` as rows turned and scaled onto them, which are constants for the gradient.
+    """The embeddings ``chosen``, expressed as rotated and scaled ``rows``; rotation and scale are constants for the
+    gradient.
 
-    The rotation trick: Fifty et al., arXiv 2410.06424, equation 4. The rotation in the plane of a row's direction u and
-    its embedding's q is x - 2 (x . s) s + 2 (x . u) q, with s the direction of u + q.
+    The rotation trick: Fifty et al., arXiv 2410.06424, equation 4. The rotation from a row's direction u to its
+    embedding's direction q is x - 2 (x . s) s + 2 (x . u) q, where s is the direction of u + q.
 
     Args:
         rows: float32 [..., D].
@@ -91,25 +93,25 @@ def rotated(rows: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _length(rows: Tensor) -> Tensor:
-    """Lengths [..., 1] of rows [..., D], at least a tiny number."""
+    """Lengths [..., 1] of rows [..., D], clamped to at least 1e-12."""
     return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def nearest_codes(rows: Tensor, embeddings: Tensor) -> Tensor:
     """Index of the nearest embedding to each row, int64 [N], from float32 [N, D] and [K, D]; memory O(N + K)."""
-    # |z|^2 is the same for all codes of a row, so |e|^2 - 2 z.e orders them alike.
+    # |z|^2 is the same for all codes of a row, so comparing |e|^2 - 2 z.e is enough.
     norms = embeddings.square().sum(1)
     chunks = rows.split(max(1, CHUNK_SCORES // len(embeddings)))
     return torch.cat([torch.addmm(norms, chunk, embeddings.t(), alpha=-2).argmin(1) for chunk in chunks])
 
 
 def table_rows(codes: Tensor, num_codes: int) -> Tensor:
-    """Rows of a table [M * K, ...] that codes int64 [..., M] mean."""
+    """The rows of a table [M * K, ...] for codes int64 [..., M]."""
     return codes + torch.arange(codes.shape[-1], device=codes.device) * num_codes
 
 
 def count_codes(rows: Tensor, weight: Tensor | None, table: Tensor) -> Tensor:
-    """How often each row of a table [M * K, ...] is meant by rows int64 [N, M], float32 [M * K].
+    """Weighted count of each row of a table [M * K, ...] in rows int64 [N, M], float32 [M * K].
 
     Args:
         rows: see `table_rows`.
@@ -123,7 +125,7 @@ def count_codes(rows: Tensor, weight: Tensor | None, table: Tensor) -> Tensor:
 def codebook_metrics(counts: Tensor, num_codebooks: int = 1) -> dict[str, Tensor]:
     """``codebook_usage`` (share of codes that occur) and ``codebook_perplexity`` from counts float [M * K].
 
-    Perplexity is the exponential of the entropy of the codes' frequencies; of several codebooks the mean.
+    Perplexity is the exponential of the entropy of the code frequencies, averaged over codebooks.
     """
     counts = counts.view(num_codebooks, -1)
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -132,17 +134,17 @@ def codebook_metrics(counts: Tensor, num_codebooks: int = 1) -> dict[str, Tensor
 
 
 class EMACodebook(nn.Module):
-    """The codebook and its moving averages; all of it is state that a checkpoint carries.
+    """A codebook that is learned by moving averages. All of its state is stored in checkpoints.
 
     Args:
         num_codes: K.
         dim: D.
-        decay: of counts and sums, per update.
-        restart_share: a code whose averaged count falls below this share of rows per step / K restarts.
+        decay: decay of counts and sums per update.
+        restart_share: a code restarts if its averaged count falls below this share of (rows per step) / K.
         num_codebooks: M; each quantises D / M channels.
-        cosine: compare directions: rows and embeddings have length sqrt(D / M), like rows of unit variance.
-        start: the first codes are ``rows`` of the first batch, or the centres of its clusters (``kmeans``).
-        gradient: how it passes the codes.
+        cosine: compare directions: rows and embeddings are scaled to length sqrt(D / M), like rows of unit variance.
+        start: initial codes: ``rows`` of the first batch, or the centres of its clusters (``kmeans``).
+        gradient: how the gradient passes the quantisation.
     """
 
     codebook: Tensor
@@ -210,11 +212,11 @@ class EMACodebook(nn.Module):
         return F.embedding(table_rows(codes, self.num_codes), self._table()).flatten(-2)
 
     def _table(self) -> Tensor:
-        """The embeddings of all codes [M * K, D / M]; averages of several steps get their length back."""
+        """The embeddings of all codes [M * K, D / M]; with cosine distance, averages are scaled back to full length."""
         return self._normalised(self.codebook)
 
     def _normalised(self, rows: Tensor) -> Tensor:
-        """Rows [..., D / M] at the length that cosine distance wants; unchanged without it."""
+        """Rows [..., D / M], scaled to the fixed length if the distance is cosine."""
         return F.normalize(rows, dim=-1) * rows.shape[-1] ** 0.5 if self.cosine else rows
 
     def _nearest(self, parts: Tensor) -> Tensor:
@@ -228,15 +230,15 @@ class EMACodebook(nn.Module):
         return counts[:, 0], sums
 
     def _initialise(self, candidates: Tensor, parts: Tensor) -> None:
-        """Takes the first batch's rows, or the centres of its clusters, as codes; a no-op on the device ever after.
+        """In the first step, takes rows or cluster centres of the batch as codes; afterwards a no-op on the device.
 
         Args:
             candidates: a row for each code, float32 [M * K, D / M].
             parts: this rank's rows, float32 [N, M, D / M].
         """
         if self._may_cluster:
-            # Reads the device in the first two steps alone. The second sees that the first was not undone: a skipped
-            # step puts the buffers back.
+            # Reads from the device in the first two steps only. The second read confirms the first step: a skipped step
+            # would have restored the buffers.
             self._may_cluster = not self.initialised
             if self._may_cluster:
                 self._cluster(candidates, parts)
@@ -244,7 +246,7 @@ class EMACodebook(nn.Module):
         self.codebook.copy_(torch.where(self.initialised, self.codebook, candidates))
 
     def _cluster(self, centres: Tensor, parts: Tensor) -> None:
-        """k-means of all ranks' rows from the given centres."""
+        """k-means over the rows of all ranks, from the given centres."""
         self.codebook.copy_(centres)
         for _ in range(KMEANS_ROUNDS):
             rows = table_rows(self._nearest(parts), self.num_codes)
@@ -253,7 +255,7 @@ class EMACodebook(nn.Module):
             self.codebook.copy_(torch.where(counts[:, None] > 0, centres, self.codebook))
 
     def _update(self, counts: Tensor, sums: Tensor, candidates: Tensor) -> Tensor:
-        """Moves averages and embeddings; returns which codes restarted, bool [M * K].
+        """Updates averages and embeddings. Returns which codes restarted, bool [M * K].
 
         Args:
             counts: rows of all ranks that map to each code in this batch, float32 [M * K].
@@ -277,10 +279,11 @@ class EMACodebook(nn.Module):
         return restarts
 
     def _draw_rows(self, parts: Tensor) -> Tensor:
-        """One row of the global batch for each code, float32 [M * K, D / M], the same for any split over ranks.
+        """One row of the global batch for each code, float32 [M * K, D / M], independent of the split over ranks.
 
-        The global batch is cut into K even parts and a keyed hash picks a row in each, so the rows of a codebook are
-        distinct where K <= N. Each rank fills in the rows it owns; the sum over ranks completes them.
+        The global batch is cut into K equal ranges, and a keyed hash picks a row of each, so that the rows of a
+        codebook are distinct if K <= N. Each rank contributes the rows that it holds; the sum over ranks completes
+        them.
 
         Args:
             parts: this rank's rows, float32 [N, M, D / M].
@@ -298,13 +301,13 @@ class EMACodebook(nn.Module):
 
 
 class LinearCodebook(nn.Module):
-    """SimVQ: fixed random codes behind a learned linear map, which moves all of them at once, so that none dies.
+    """SimVQ: fixed random codes with a learned linear map. The map moves all codes together, so no code dies.
 
     Args:
         num_codes: K.
         dim: D.
         num_codebooks: M; each quantises D / M channels.
-        gradient: how it passes the codes.
+        gradient: how the gradient passes the quantisation.
     """
 
     frozen: Tensor
@@ -348,7 +351,7 @@ class LinearCodebook(nn.Module):
 
 
 def _passed(parts: Tensor, chosen: Tensor, gradient: CodeGradient) -> Tensor:
-    """The embeddings ``chosen`` of parts [N, M, D / M], with the configured gradient."""
+    """The embeddings ``chosen`` for parts [N, M, D / M], with the configured gradient."""
     return rotated(parts, chosen) if gradient == "rotation" else straight_through(parts, chosen)
 
 
@@ -360,8 +363,8 @@ def _nearest_of_each(parts: Tensor, table: Tensor) -> Tensor:
 
 def _sum_by_code(rows: Tensor, codes: Tensor, num_codes: int) -> Tensor:
     """Sum of the rows of each code, float32 [num_codes, channels]."""
-    # The gradient of a look-up is this sum. index_add_ adds in any order on CUDA, and on a CPU it was measured
-    # between 1 and 40 ms for the same work, this between 0.2 and 3.
+    # This sum is the gradient of an embedding look-up. index_add_ is nondeterministic on CUDA, and on a CPU it took 1
+    # to 40 ms for the same work, against 0.2 to 3 ms for this.
     return torch.ops.aten.embedding_dense_backward(rows, codes, num_codes, -1, False)
 
 
@@ -374,5 +377,5 @@ def _keyed_uniform(step: Tensor, index: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64: torch's own fills with the sign."""
+    """Logical right shift of int64; torch's own shift is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

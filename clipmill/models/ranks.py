@@ -1,7 +1,7 @@
-"""What the models compute over all ranks: sums, and batch normalisation with the statistics of all clips.
+"""Computations over all ranks: sums, and batch normalisation with the statistics of all clips.
 
-torch's SyncBatchNorm refuses CPU tensors, so the norm here is an ordinary one whose statistics and whose
-gradient's two sums cross the ranks. Without an initialised process group, or with one rank, everything
+torch's SyncBatchNorm does not support CPU tensors. The norm here is an ordinary batch norm whose statistics, and the
+two sums of its gradient, are reduced over the ranks. Without an initialised process group, or with one rank, everything
 is local. Every rank must hold the same number of rows.
 """
 
@@ -35,16 +35,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 class _NormOverRanks(torch.autograd.Function):
-    """Batch norm in training mode; the statistics and the gradient's means are those of all ranks' rows.
+    """Batch norm in training mode, with statistics and gradient means over the rows of all ranks.
 
-    Made of the native kernels of the one-rank norm, which stay in channels-last memory and keep no copy of x.
+    It uses the native single-rank kernels, which keep channels-last memory and store no copy of x.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        # One collective: each rank fills its slot, so the variance between ranks needs no cancelling
-        # difference of large sums.
+        # One collective, in which each rank fills its slot. The variance between ranks then needs no difference of
+        # large sums, which would cancel.
         slots = x.new_zeros(world_size(), 2, x.shape[1], dtype=torch.float32)
         slots[rank(), 0], slots[rank(), 1] = mean, var
         means, variances = sum_over_ranks(slots).unbind(1)
@@ -58,13 +58,13 @@ class _NormOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, var = ctx.saved_tensors
-        # As if the statistics were constants: grad_x is the gradient times scale, the others are this rank's sums.
+        # With the statistics as constants: grad_x is the gradient times scale, the others are this rank's sums.
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
         num_rows = x.numel() // x.shape[1] * world_size()
         mean_grad, mean_grad_normal = sum_over_ranks(torch.stack((grad_bias, grad_weight))) / num_rows
-        # What the statistics add is an affine function of the normalised x.
+        # The gradient through the statistics is an affine function of the normalised x.
         scale = weight * torch.rsqrt(var + ctx.eps)
         grad_x += F.batch_norm(x, mean, var, -scale * mean_grad_normal, -scale * mean_grad, training=False, eps=ctx.eps)
         return grad_x, grad_weight, grad_bias, None

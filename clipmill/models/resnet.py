@@ -1,7 +1,7 @@
 """A 3D ResNet-34 over a few raw frames (He et al., arXiv 1512.03385; VideoGPT, arXiv 2104.10157, section 3.2).
 
-In the layout of VideoGPT's public code: each of the four groups starts with a projection, and what a block adds to its
-shortcut has gone through a ReLU.
+It is laid out as in VideoGPT's public code: each of the four groups starts with a projection, and a block's residual
+branch ends with a ReLU.
 
 B: batch   C: channels   T, H, W: frames, height, width   h, w: ceil(H / 4), ceil(W / 4)
 """
@@ -43,12 +43,12 @@ class FrameEncoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a shortcut.
+    """Two convolutions with a shortcut.
 
     Args:
         dim: channels of the input.
-        out_dim: of the output, if a projection is the shortcut; without one, sizes stay.
-        stride: of the first convolution and the projection.
+        out_dim: channels of the output, with a projection as shortcut; None keeps the shape, with an identity shortcut.
+        stride: stride of the first convolution and of the projection.
     """
 
     def __init__(self, dim: int, out_dim: int | None = None, stride: tuple[int, int, int] = (1, 1, 1)) -> None:

@@ -1,13 +1,13 @@
 """The block-sparse causal attention of the published sparse priors: a strided layout over the raster of codes.
 
-Child et al., arXiv 1904.10509, section 4.2, for any number of axes, as VideoGPT's published code lays it out. The
-raster is cut into blocks of 32 positions. These blocks form a grid: the last axes of the latents are merged until they
-hold more than one block. A block of queries sees itself, the 4 blocks before it, and the earlier blocks that differ
-from it in one axis of the grid other than the last. Inside its own block a position sees the positions up to itself.
+Child et al., arXiv 1904.10509, section 4.2, for any number of axes, as in VideoGPT's published code. The raster is cut
+into blocks of 32 positions. The blocks form a grid: the last axes of the latents are merged until they hold more than
+one block. A block of queries attends to itself, to the 4 blocks before it, and to earlier blocks that differ from it in
+exactly one axis of the grid, except the last. Inside its own block, a position attends to the positions up to itself.
 
-Nothing of L x L elements is ever made: a table of blocks has 1,024 times fewer.
+No tensor of L x L elements is ever made: a table of blocks has 1,024 times fewer.
 
-B: batch   N: heads   L: positions   R: blocks, L / 32   n: blocks that a block sees   D: channels of a head
+B: batch   N: heads   L: positions   R: blocks, L / 32   n: blocks that a block attends to   D: channels of a head
 S: positions of a cache
 """
 
@@ -33,15 +33,15 @@ __all__ = ["StridedMask", "strided_blocks"]
 BLOCK = 32
 """Positions of a block, as published."""
 NUM_LOCAL_BLOCKS = 4
-"""Blocks before its own that every block sees, as published."""
+"""Previous blocks that every block attends to, as published."""
 _KERNEL_BLOCKS = 4
-"""Blocks along a side of a tile of FlexAttention, whose kernels want tiles of 128 positions."""
+"""Blocks per side of a FlexAttention tile; its kernels need tiles of 128 positions."""
 _LEAST_KERNEL_CHANNELS = 16
-"""FlexAttention on CUDA refuses narrower heads."""
+"""Least channels of a head that FlexAttention supports on CUDA."""
 
 
 def strided_blocks(latent_shape: tuple[int, ...]) -> np.ndarray:
-    """Which block (column) each block (row) sees, bool [R, R].
+    """Which blocks (columns) each block (row) attends to, bool [R, R].
 
     Args:
         latent_shape: axes of the raster, slowest first.
@@ -54,7 +54,7 @@ def strided_blocks(latent_shape: tuple[int, ...]) -> np.ndarray:
     places = np.unravel_index(number, grid)
     seen = number[:, None] - number <= NUM_LOCAL_BLOCKS
     for axis in range(len(grid) - 1):
-        line = number - places[axis] * math.prod(grid[axis + 1 :])  # the same for blocks that differ in this axis alone
+        line = number - places[axis] * math.prod(grid[axis + 1 :])  # equal for blocks that differ in this axis only
         seen |= line[:, None] == line
     return seen & (number[:, None] >= number)
 
@@ -76,7 +76,7 @@ def _grid(latent_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class StridedMask(nn.Module):
-    """The layout of one prior, and attention under it.
+    """The block layout of one prior, and attention with it.
 
     Args:
         latent_shape: axes of the raster.
@@ -100,9 +100,9 @@ class StridedMask(nn.Module):
             columns[place, : counts[row]] = np.flatnonzero(self._blocks[row])
         edges = np.flatnonzero(np.diff(counts[order], prepend=0, append=0)).tolist()
         self.groups = [(int(counts[order[first]]), first, end) for first, end in pairwise(edges)]
-        """Blocks that see equally many: n, and which of ``order``."""
+        """Groups of blocks that attend to equally many: (n, first, end), a range of ``order``."""
         self.share = float(self._blocks.sum() / np.tri(len(counts)).sum())
-        """Share of the blocks of full causal attention."""
+        """Number of attended blocks, as a share of full causal attention."""
         for name, table in (
             ("blocks", self._blocks),
             ("order", order),
@@ -117,36 +117,37 @@ class StridedMask(nn.Module):
         if q.is_cuda and q.shape[-1] >= _LEAST_KERNEL_CHANNELS:
             return _attend_to_tiles(q, k, v, self.tiles)
         q, k, v = (part.unflatten(2, (-1, BLOCK)) for part in (q, k, v))
-        # The gathered keys and values would be kept for the backward pass, n times as many as there are.
+        # Without checkpointing, the gathered keys and values, n times the originals, would be kept for the backward
+        # pass.
         run: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False) if q.requires_grad else _call
         mixed = [run(self._attend_to_blocks, q, k, v, *group) for group in self.groups]
         return torch.cat(mixed, 2).index_select(2, self.inverse).flatten(2, 3)
 
     def _attend_to_blocks(self, q: Tensor, k: Tensor, v: Tensor, count: int, first: int, end: int) -> Tensor:
-        """Attention of one of ``groups``, of q, k, v [B, N, R, 32, D]."""
+        """Attention of one of the ``groups``, for q, k, v [B, N, R, 32, D]."""
         queries = q.index_select(2, self.order[first:end]).flatten(1, 2)
         columns = self.columns[first:end, :count].flatten()
         keys, values = (part.index_select(2, columns).unflatten(2, (-1, count)).flatten(3, 4) for part in (k, v))
-        # The last block that a block sees is its own.
+        # The last block that a block attends to is its own.
         mask = q.new_ones(BLOCK, count * BLOCK, dtype=torch.bool).tril_((count - 1) * BLOCK)
         mixed = F.scaled_dot_product_attention(queries, keys.flatten(1, 2), values.flatten(1, 2), attn_mask=mask)
         return mixed.unflatten(1, (q.shape[1], -1))
 
     @property
     def tiles(self) -> BlockMask:
-        """The layout as FlexAttention takes it, where ``blocks`` are; made once, outside compiled code."""
+        """The layout for FlexAttention, on the device of ``blocks``; made once, outside compiled code."""
         if self._tiles is None or self._tiles.kv_indices.device != self.blocks.device:
             self._tiles = _tiles(self._blocks, self.blocks)
         return self._tiles
 
     def reads(self, first: int, end: int) -> Tensor:
-        """Positions of a cache that the positions ``first`` to ``end`` - 1 see, int64 [S], in order."""
+        """Cached positions that the positions ``first`` to ``end`` - 1 attend to, int64 [S], ascending."""
         rows = self._blocks[first // BLOCK : -(-end // BLOCK)]
         seen = np.flatnonzero(rows.any(0))[:, None] * BLOCK + np.arange(BLOCK)
         return torch.from_numpy(seen[seen < end]).to(self.blocks.device)
 
     def mask(self, positions: Tensor, cached: Tensor) -> Tensor:
-        """Which cached positions int64 [S] each of ``positions`` int64 [n] sees, bool [n, S]."""
+        """Which cached positions int64 [S] each of ``positions`` int64 [n] attends to, bool [n, S]."""
         seen = self.blocks.index_select(0, positions // BLOCK).index_select(1, cached // BLOCK)
         return seen & (cached <= positions[:, None])
 
@@ -180,7 +181,9 @@ def _tiles(blocks: np.ndarray, on_device: Tensor) -> BlockMask:
 
 
 def _listed(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Number of tiles in each row, int32 [1, 1, rows], and their columns first, int32 [1, 1, rows, columns]."""
+    """Number of tiles per row, int32 [1, 1, rows], and the columns with those of tiles first, int32 [1, 1, rows,
+    columns].
+    """
     counts, columns = tiles.sum(1), np.argsort(~tiles, axis=1, kind="stable")
     as_int32 = functools.partial(torch.tensor, dtype=torch.int32, device=device)
     return as_int32(counts)[None, None], as_int32(columns)[None, None]

@@ -1,6 +1,6 @@
-"""Writes a safetensors file tensor by tensor, so that no more than one of them has to be in memory.
+"""Writes a safetensors file tensor by tensor, so that only one tensor at a time has to be in memory.
 
-The bytes are those of ``safetensors.torch.save``, which takes all tensors at once. The format is documented at
+The bytes equal those of ``safetensors.torch.save``, which needs all tensors at once. The format is documented at
 https://github.com/huggingface/safetensors: the length of the header (``<u8``), the header in JSON, the tensors.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 __all__ = ["Deferred", "deferred", "write_tensors"]
 
 _DTYPES = {torch.bool: "BOOL", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
-"""Names of dtypes in a header. The file holds tensors of the later ones first, and those of one dtype by name."""
+"""Names of dtypes in a header. In the file, tensors are sorted by dtype (later ones first), then by name."""
 _ALIGNMENT = 8
 
 
 class Deferred(NamedTuple):
-    """A tensor that is read when it is needed."""
+    """A tensor that is read on demand."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Networks that users bring as TorchScript files, since their weights are not ours to ship."""
+"""Networks from TorchScript files that users provide, because clipmill may not distribute their weights."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ def weights_sha256(key: str, url: str) -> str:
     """Hash of a weights file.
 
     Args:
-        key: of the configuration, which names the file.
-        url: of the file.
+        key: config key that names the file.
+        url: URL of the file.
 
     Raises:
-        UserError: there is none.
+        UserError: the file does not exist.
     """
     return hashlib.sha256(_read(key, url)).hexdigest()
 
 
 def load_torchscript(key: str, url: str, device: torch.device) -> torch.jit.ScriptModule:
-    """The module of a file, in eval mode.
+    """Loads the module of a file, in eval mode.
 
     Args:
-        key: of the configuration, which names the file.
-        url: of the file.
-        device: to run on.
+        key: config key that names the file.
+        url: URL of the file.
+        device: device to run on.
 
     Raises:
-        UserError: there is no such file, or it is no TorchScript.
+        UserError: the file does not exist, or is not a TorchScript file.
     """
     data = _read(key, url)
     try:
         return torch.jit.load(io.BytesIO(data), map_location=device).eval()
     except RuntimeError as error:
         raise UserError(
-            f"{key} {url} is no TorchScript file ({reason_of(error)}); save one with torch.jit.save"
+            f"{key} {url} is not a TorchScript file ({reason_of(error)}); save one with torch.jit.save"
         ) from error
 
 
 def reason_of(error: Exception) -> str:
-    """The telling line of a TorchScript error: the first, or after a trace through the module the last."""
+    """The line with the reason of a TorchScript error: the first, or the last if the error has a module traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
 
@@ -57,5 +57,5 @@ def _read(key: str, url: str) -> bytes:
         return storage.read_bytes(url)
     except OSError as error:
         if isinstance(error, FileNotFoundError | IsADirectoryError):
-            raise UserError(f"{key} {url} is not there; name a TorchScript file, or leave it out") from error
+            raise UserError(f"{key} {url} does not exist; name a TorchScript file, or unset the key") from error
         raise

@@ -1,4 +1,4 @@
-"""The published VideoGPT checkpoints, as state of our models (names and facts of its public code, MIT licence)."""
+"""Converts published VideoGPT checkpoints to clipmill's models (names and facts of its public code, MIT licence)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["import_videogpt", "load_videogpt_prior", "load_videogpt_vqvae", "tok
 Model = TypeVar("Model", VQVAE, Prior)
 
 PIXEL_VARIANCE = 0.06
-"""The published loss divides by this, whatever the data."""
+"""The published loss divides by this constant for all data."""
 _RESNET_LAYERS = {
     "conv1": "body.0",
     "bnr1": "body.1",
@@ -41,19 +41,19 @@ _RESNET_BLOCK = re.compile(
 
 
 def import_videogpt(path: Path, folder_url: str, tokenizer_url: str | None = None) -> tuple[str, str]:
-    """Makes exports of a published checkpoint, as the training stages write them.
+    """Writes a published checkpoint as an export, in the form that training stages write.
 
     Args:
-        path: a VQ-VAE's checkpoint or a prior's, which holds its VQ-VAE.
-        folder_url: the training folder that gets the export.
-        tokenizer_url: the training folder that gets a prior's VQ-VAE; None: the ``vqvae`` beside ``folder_url``, where
+        path: checkpoint of a VQ-VAE, or of a prior, which includes its VQ-VAE.
+        folder_url: the training folder for the export.
+        tokenizer_url: the training folder for a prior's VQ-VAE. None uses ``vqvae`` next to ``folder_url``, where
             `clipmill tokenize` looks for it.
 
     Returns:
         The kind of the checkpoint, ``vqvae`` or ``prior``, and the sha8 of its export.
 
     Raises:
-        UserError: the file is no such checkpoint, or another tokenizer is in the folder for its VQ-VAE. Nothing was
+        UserError: the file is not such a checkpoint, or the folder for its VQ-VAE has another tokenizer. Nothing was
             written.
     """
     published = read_published(path)
@@ -62,7 +62,7 @@ def import_videogpt(path: Path, folder_url: str, tokenizer_url: str | None = Non
     if published.prior is None:
         return "vqvae", save_export(folder_url, tokenizer, tokenizer_body)
     prior = _prior(published, tokenizer)
-    # A tokenizer in a prior's export is described as in an export of its own, whose name tokens refer to.
+    # A prior's export describes its tokenizer like the tokenizer's own export, whose name the tokens refer to.
     named = export_body(tokenizer, tokenizer_body)
     tokenizer_url = tokenizer_folder(folder_url) if tokenizer_url is None else tokenizer_url
     _require_free(tokenizer_url, named["sha8"])
@@ -72,12 +72,12 @@ def import_videogpt(path: Path, folder_url: str, tokenizer_url: str | None = Non
 
 
 def tokenizer_folder(folder_url: str) -> str:
-    """The training folder of the tokenizer that belongs to the one of a prior."""
+    """The training folder of the tokenizer, next to the training folder of a prior."""
     return storage.join(storage.split(folder_url)[0], "vqvae")
 
 
 def _require_free(tokenizer_url: str, sha8: str) -> None:
-    """A tokenizer that somebody trained there must stay the latest."""
+    """Raises `UserError` if the folder has another tokenizer, which must remain its latest export."""
     found = read_latest(tokenizer_url)
     if found is not None and found[1] != sha8:
         raise UserError(
@@ -138,7 +138,7 @@ def _prior(published: Published, tokenizer: VQVAE) -> Prior:
 
 
 def _loaded(model: Model, state: dict[str, Tensor]) -> Model:
-    """The model with this state, in eval mode."""
+    """Loads a state into a model. Returns it in eval mode."""
     model.load_state_dict(state)
     return model.eval()
 
@@ -174,7 +174,7 @@ def _prior_body(prior: Prior, settings: PriorSettings, tokenizer_body: dict[str,
 
 
 def _vqvae_state(published: dict[str, Tensor], settings: VQVAESettings) -> dict[str, Tensor]:
-    """Published names to ours; the three axes' attentions fuse into one."""
+    """Converts published names to clipmill's; the attentions of the three axes are fused into one."""
     renamed = {
         "codebook.embeddings": "quantizer.codebook",
         "codebook.N": "quantizer.counts",
@@ -221,7 +221,7 @@ def _qkv(published: dict[str, Tensor], prefix: str) -> Tensor:
 
 
 def _prior_state(published: dict[str, Tensor], config: PriorModelConfig) -> dict[str, Tensor]:
-    """Published names to ours; all norms go into one table."""
+    """Converts published names to clipmill's; all norms go into one table."""
     stack = "attn_stack"
     state = {
         "input.project.weight": published["fc_in.weight"],
@@ -252,7 +252,7 @@ def _prior_state(published: dict[str, Tensor], config: PriorModelConfig) -> dict
 
 
 def _frames_state(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network over the first frames, and where their features are."""
+    """The network over the first frames, and the position embeddings of their features."""
     state = {f"condition.axes.{axis}": published[f"cond_pos_embd.emb.d_{axis}"] for axis in range(3)}
     for name, tensor in published.items():
         if stem := _STEM.fullmatch(name):

@@ -1,11 +1,11 @@
 """The tokenizer: a 3D-convolutional VQ-VAE with axial attention.
 
-VideoGPT (arXiv 2104.10157, section 3.1) in the layout of its published code, for any power-of-two
-downsampling per axis. Features are kept in channels-last memory, which oneDNN and cuDNN prefer and
-which makes the latents' rows and the attention's tokens contiguous.
+VideoGPT (arXiv 2104.10157, section 3.1), laid out as in its published code, for any power-of-two downsampling per axis.
+Features are kept in channels-last memory, which oneDNN and cuDNN prefer, and which makes the rows of latents and the
+tokens of attention contiguous.
 
-B: batch   T, H, W: frames, height, width   t, h, w: the same of the latents   C: hidden channels
-D: channels of a latent   M: codebooks (the codes' last axis [M] is there when M > 1)
+B: batch   T, H, W: frames, height, width   t, h, w: those of the latents   C: hidden channels
+D: channels of a latent   M: codebooks (codes have a last axis [M] if M > 1)
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def latent_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int
     """Shape (t, h, w) of a clip's latents.
 
     Args:
-        config: of the tokenizer.
+        config: config of the tokenizer.
         num_frames: T.
         size: (H, W) in pixels.
 
     Raises:
-        UserError: the clip's frames or pixels do not divide by the downsampling.
+        UserError: the downsampling does not divide the clip's frames or pixels.
     """
-    first = 1 if config.causal else 0  # in a causal model the first frame has a latent frame of its own
+    first = 1 if config.causal else 0  # in a causal model, the first frame has its own latent frame
     lengths = (num_frames - first, *size)
     if any(length % factor for length, factor in zip(lengths, config.downsample, strict=True)):
         rule = f" (causal: 1 + a multiple of {config.downsample[0]} frames)" if config.causal else ""
@@ -61,51 +61,53 @@ def latent_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int
 
 
 def num_frames_of(config: VQVAEModelConfig, num_latents: int) -> int:
-    """Frames behind the first latent frames; in a causal model the first has a latent frame of its own."""
+    """Number of frames of the first ``num_latents`` latent frames. In a causal model, the first frame has its own."""
     factor = config.downsample[0]
     return 1 + (num_latents - 1) * factor if config.causal and num_latents else num_latents * factor
 
 
 def whole_latents_of(config: VQVAEModelConfig, num_frames: int) -> int:
-    """The most latent frames whose frames are all among the first ``num_frames``."""
+    """Number of latent frames that are fully covered by the first ``num_frames`` frames."""
     factor = config.downsample[0]
     return 1 + (num_frames - 1) // factor if config.causal and num_frames else num_frames // factor
 
 
 def codes_shape(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]) -> tuple[int, ...]:
-    """Shape (t, h, w) or, with several codebooks, (t, h, w, M) of a clip's codes; arguments as `latent_shape`."""
+    """Shape (t, h, w) or, with several codebooks, (t, h, w, M) of a clip's codes; arguments as for `latent_shape`."""
     shape = latent_shape(config, num_frames, size)
     return shape if config.num_codebooks == 1 else (*shape, config.num_codebooks)
 
 
 @dataclass(frozen=True)
 class VQVAEOutput:
-    """Result of one pass, for a training step."""
+    """Result of a forward pass, for a training step."""
 
     loss: Tensor
-    """0-d: mean over this rank's clips that count of ``recon_mse / pixel_variance + commitment_cost * commitment``,
-    with ``l1_cost * recon_l1 / sqrt(pixel_variance)``, ``entropy_cost * entropy`` and the quantizer's codebook loss
-    where there are such."""
+    """0-d: ``recon_mse / pixel_variance + commitment_cost * commitment``, averaged over this rank's clips with weight.
+    If configured, plus ``l1_cost * recon_l1 / sqrt(pixel_variance)``, ``entropy_cost * entropy`` and the quantizer's
+    codebook loss.
+    """
     metrics: dict[str, Tensor]
-    """0-d on the device, without gradient: ``recon_mse``, ``nmse`` (over the pixel variance), ``commitment``; where
-    they enter the loss ``recon_l1`` and ``entropy``; and, in training, the quantizer's, over all ranks."""
+    """0-d on the device, without gradient: ``recon_mse``, ``nmse`` (recon_mse over the pixel variance), ``commitment``;
+    ``recon_l1`` and ``entropy`` if they are part of the loss; in training also the quantizer's metrics, over all ranks.
+    """
     reconstruction: Tensor
     """Float [B, 3, T, H, W]."""
     codes: Tensor
     """int64 [B, t, h, w] or [B, t, h, w, M]."""
     counts: Tensor
-    """float32 [M * K]: how often each code occurs, in eval mode in this rank's clips."""
+    """float32 [M * K]: rows per code; over all ranks in training mode, otherwise over this rank."""
 
 
 class _ValidParts(NamedTuple):
-    """Which parts of a batch of clips count, where some are filled up."""
+    """The valid (not padded) parts of a batch of clips."""
 
     frames: Tensor
-    """Bool [B, 1, T, 1, 1]."""
+    """Bool [B, 1, T, 1, 1]: whether a frame is valid."""
     rows: Tensor
-    """Float32 [B, rows of a clip]: 1 for a row of latents that counts."""
+    """Float32 [B, rows of a clip]: 1 for a valid row of latents, otherwise 0."""
     scale: Tensor
-    """Float32 [B]: frames of a clip over those that count."""
+    """Float32 [B]: number of frames over the number of valid frames."""
 
 
 class VQVAE(nn.Module):
@@ -113,10 +115,10 @@ class VQVAE(nn.Module):
 
     Args:
         config: sizes.
-        pixel_variance: variance of the training data's pixels in [-0.5, 0.5]; the reconstruction error's unit.
+        pixel_variance: variance of the training data's pixels in [-0.5, 0.5]; the unit of the reconstruction error.
 
     Raises:
-        UserError: the sizes do not fit each other.
+        UserError: the sizes are not compatible.
     """
 
     def __init__(self, config: VQVAEModelConfig, pixel_variance: float) -> None:
@@ -139,7 +141,7 @@ class VQVAE(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What is compiled: encoder and decoder, each as a whole."""
+        """The modules to compile, each as a whole: encoder and decoder."""
         return [self.encoder, self.decoder]
 
     def encode(self, video: Tensor) -> Tensor:
@@ -152,14 +154,15 @@ class VQVAE(nn.Module):
         return self._video(self.quantizer.embed(codes[..., None] if self.config.num_codebooks == 1 else codes))
 
     def forward(self, video: Tensor, weight: Tensor | None = None, num_frames: Tensor | None = None) -> VQVAEOutput:
-        """One pass through the bottleneck, with its loss.
+        """Encodes, quantises and decodes a batch, and computes the loss.
 
         Args:
             video: float [B, 3, T, H, W] in [-0.5, 0.5]; the same B on every rank.
-            weight: float32 [B], 0 for a clip that only pads the batch. It enters neither loss nor codebook, but the
-                batch statistics.
-            num_frames: first frames of each clip that count, int64 [B]; the rest fills it up to T, and enters neither
-                loss nor codebook (a causal model with group norm does not see it either). None counts all.
+            weight: float32 [B], 0 for a clip that only pads the batch. Such a clip affects neither loss nor codebook,
+                only batch statistics. None weights all clips by 1.
+            num_frames: number of valid first frames of each clip, int64 [B]. The rest is padding up to T and affects
+                neither loss nor codebook; in a causal model with group norm it does not affect the valid frames either.
+                None: all frames are valid.
         """
         latents = self._latents(video)
         counts = None if num_frames is None else self._valid_parts(num_frames, video, latents)
@@ -170,7 +173,7 @@ class VQVAE(nn.Module):
         quantized = self.quantizer(latents.flatten(0, -2), row_weight)
         reconstruction = self._video(quantized.latents.view(latents.shape))
         scale = 1.0 if counts is None else counts.scale
-        if counts is not None:  # frames that do not count are right, whatever measures them
+        if counts is not None:  # padded frames are replaced by the input, so that no loss sees an error there
             reconstruction = torch.where(counts.frames, reconstruction, video.to(reconstruction.dtype))
         recon_mse = _weighted_mean(_mse_of_clips(reconstruction, video) * scale, weight)
         commitment = _weighted_mean(_mean_of_rows(quantized.commitment, len(video), counts), weight)
@@ -197,7 +200,7 @@ class VQVAE(nn.Module):
         return VQVAEOutput(loss, metrics, reconstruction, codes, quantized.counts)
 
     def _valid_parts(self, num_frames: Tensor, video: Tensor, latents: Tensor) -> _ValidParts:
-        """Which parts of clips [B, 3, T, H, W] and their latents [B, t, h, w, D] count."""
+        """The valid parts of clips [B, 3, T, H, W] and of their latents [B, t, h, w, D]."""
         frames = torch.arange(video.shape[2], device=video.device) < num_frames[:, None]
         first = 1 if self.config.causal else 0
         num_latents = first + (num_frames - first) // self.config.downsample[0]
@@ -206,7 +209,7 @@ class VQVAE(nn.Module):
         return _ValidParts(frames[:, None, :, None, None], rows, video.shape[2] / num_frames)
 
     def _as_clips(self, codes: Tensor, latents: Tensor) -> Tensor:
-        """Codes [N, M] in the shape of latents [B, t, h, w, D]."""
+        """Reshapes codes [N, M] to the shape of latents [B, t, h, w, D]."""
         shape = latents.shape[:-1]
         return codes.view(shape if self.config.num_codebooks == 1 else (*shape, -1))
 
@@ -216,7 +219,7 @@ class VQVAE(nn.Module):
         return self.to_latent(self.encoder(video)).permute(0, 2, 3, 4, 1).contiguous()
 
     def _video(self, latents: Tensor) -> Tensor:
-        """Video float [B, 3, T, H, W] of latents [B, t, h, w, D]."""
+        """Decodes latents [B, t, h, w, D] to video float [B, 3, T, H, W]."""
         return self.decoder(self.from_latent(latents.permute(0, 4, 1, 2, 3)))
 
 
@@ -248,13 +251,13 @@ def _mse_of_clips(reconstruction: Tensor, video: Tensor) -> Tensor:
 
 
 def _mean_of_rows(values: Tensor, num_clips: int, counts: _ValidParts | None) -> Tensor:
-    """Mean of values [N] over the rows of each clip that count, float32 [B]."""
+    """Mean of values [N] over the valid rows of each clip, float32 [B]."""
     values = values.view(num_clips, -1)
     return values.mean(1) if counts is None else (values * counts.rows).sum(1) / counts.rows.sum(1)
 
 
 def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of values [B] over the clips of this rank that count; 0 if none does."""
+    """Weighted mean of values [B] over the clips of this rank; 0 if all weights are 0."""
     if weight is None:
         return values.mean()
     return (values * weight).sum() / weight.sum().clamp(min=1)

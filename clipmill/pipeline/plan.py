@@ -1,5 +1,4 @@
-"""The plan: the split and the unit of work of each video. It is made once from a listing, and authoritative from then
-on.
+"""The plan: the split and the unit of work of each video. Once made from a listing, it is authoritative.
 
 A video's *identity* describes its content without reading all of it: etag and size in a bucket, size and a hash of the
 first and last 64 KiB on a disk. If the video is a span of its file, the span is part of the identity. The video's id

@@ -1,7 +1,7 @@
 """The order of several data sets mixed by weight: like that of one data set, a pure function of (seed, position).
 
-    n_d  slots of data set d, of 1,000 in all: its weight      G  global batch, samples per step P_d  streams of data
-    set d                                 W  world size, ranks
+    n_d  slots of data set d, of 1,000 in all: its weight      G  global batch, samples per step
+    P_d  streams of data set d                                 W  world size, ranks
 
 Position p uses slot p mod 1,000 of a fixed arrangement, which assigns each slot to a data set d. The sample's number
 within d, its *counter*, is (p div 1,000) n_d + (slots of d before this one). Each data set has its own `Order` over its

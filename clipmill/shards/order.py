@@ -1,7 +1,8 @@
 """The order of samples as a pure function of (seed, position): there is no shuffle buffer and no state to store.
 
-    N  samples of the data set        G  global batch, samples per step P  streams, see `num_streams`     W  world size,
-    ranks w  window, consecutive samples of one stream that are shuffled together
+    N  samples of the data set        G  global batch, samples per step
+    P  streams, see `num_streams`     W  world size, ranks
+    w  window, consecutive samples of one stream that are shuffled together
 
 A run takes positions 0, 1, 2, ... Position p is in epoch e = p div N; with i = p mod N it belongs to stream
 s = i mod P and is number i div P of it. Each epoch permutes the shards with a key and concatenates their samples. The

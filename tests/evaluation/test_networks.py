@@ -59,7 +59,7 @@ def test_a_file_that_is_missing_or_no_torchscript_is_named(tmp_path: Path):
         with pytest.raises(UserError, match=r"evaluate\.fvd_weights .*absent\.pt is not there"):
             ask()
     torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pt")
-    with pytest.raises(UserError, match=r"is no TorchScript file"):
+    with pytest.raises(UserError, match=r"is not a TorchScript file"):
         Network("is_weights", str(tmp_path / "state.pt"), CPU)
 
 
