@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 from published_prior import PublishedPrior
+from ranks import launch
 from timing import device_name, interleave, ratio
 from torch import nn
 
@@ -74,7 +75,11 @@ def main() -> None:
     parser.add_argument("--zero-stages", type=int, nargs="*", default=[1])
     parser.add_argument("--presets", nargs="*", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--peak-tflops", type=float, help="of one GPU in bfloat16; none: by its name")
+    parser.add_argument("--ranks", type=int, help="compare with DDP and FSDP2 on so many ranks: see ranks.py")
+    parser.add_argument("--link-mbit", type=int, help="of the link between these ranks; none: as fast as it goes")
     arguments = parser.parse_args()
+    if arguments.ranks is not None:
+        launch(arguments.ranks, arguments.link_mbit, arguments.steps, arguments.zero_stages)
     cuda = torch.cuda.is_available()
     peak = (arguments.peak_tflops or known_peak()) if cuda else None
     if cuda and peak is None:

@@ -23,7 +23,7 @@ from clipmill.models.vqvae import VQVAE, codes_shape, to_input
 from clipmill.shards.format import code_dtype
 from clipmill.training.kernels import AsOnCuda, saved_bytes
 from clipmill.training.throughput import prior_flops_per_token, vqvae_flops_per_clip
-from clipmill.training.zero.engine import BUCKET_ELEMENTS
+from clipmill.training.zero.engine import bucket_elements
 
 __all__ = ["Estimate", "Memory", "activation_bytes", "build_prior", "estimate", "model_state_bytes"]
 
@@ -180,8 +180,9 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
     """Weights, gradients and AdamW's states on one GPU (ZeRO, arXiv 1910.02054, with all of it in float32).
 
     DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition, and collect gradients in a
-    bucket before they send them; stage 0 flattens gradients into such a bucket when there are several GPUs. Stage 1
-    keeps a part of the gradients, as stage 2 does; it keeps them whole only while it accumulates micro-batches.
+    bucket before they send them, at stages 1 and 2 in two, since the backward pass goes on meanwhile; stage 0 flattens
+    gradients into such a bucket when there are several GPUs. Stage 1 keeps a part of the gradients, as stage 2 does; it
+    keeps them whole only while it accumulates micro-batches.
 
     Args:
         num_parameters: P.
@@ -192,11 +193,13 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
     """
     whole = FLOAT * num_parameters
     part = FLOAT * math.ceil(num_parameters / num_gpus)
-    bucket = FLOAT * min(num_parameters, BUCKET_ELEMENTS)
+    bucket = FLOAT * bucket_elements(num_parameters, overlaps=False)
     if stage == 0:
         return Memory(weights=whole, gradients=whole, optimizer=2 * whole, buffers=bucket if num_gpus > 1 else 0)
     if stage < 3:
         gradients = whole if stage == 1 and accumulation > 1 else part
+        if num_gpus > 1:
+            bucket = 2 * FLOAT * bucket_elements(num_parameters, overlaps=True)
         return Memory(weights=whole, gradients=gradients, optimizer=3 * part, buffers=bucket)
     gathered = FLOAT * max(largest_block, min(num_parameters, LIVE_ELEMENTS))
     return Memory(weights=part, gradients=part, optimizer=3 * part, buffers=bucket + gathered)

@@ -27,10 +27,11 @@ from clipmill.training.world import World
 from clipmill.training.zero.averaging import AVERAGE, Averages, BufferAverages, averaged_buffers
 from clipmill.training.zero.conversion import GROUPS, WholeTensors, load_whole
 from clipmill.training.zero.guard import Guard
+from clipmill.training.zero.overlap import Overlap
 from clipmill.training.zero.partitions import masters, optimizer_states
 from clipmill.training.zero.writer import Writer
 
-__all__ = ["BUCKET_ELEMENTS", "Engine", "deepspeed_config", "set_cuda_arithmetic", "whole_state"]
+__all__ = ["Engine", "bucket_elements", "deepspeed_config", "set_cuda_arithmetic", "whole_state"]
 
 TAG = "state"
 """DeepSpeed's files lie in a folder of this name."""
@@ -38,6 +39,10 @@ TAG = "state"
 
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default: room for gradients that wait to be sent."""
+OVERLAPPED_ELEMENTS = 50_000_000
+"""The same where buckets are sent while the backward pass goes on: it fills the next one meanwhile."""
+FEWEST_OVERLAPPED = 8
+"""Buckets of a small model: the last one of a backward pass hides behind nothing."""
 
 
 def deepspeed_config(
@@ -52,8 +57,13 @@ def deepspeed_config(
         world_size: number of ranks.
         num_parameters: of the model.
     """
-    # The bucket is allocated whole, however few gradients there are: 2 GB beside a model of 2 MB.
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(num_parameters, BUCKET_ELEMENTS)}
+    overlaps = config.zero_stage in (1, 2) and not config.offload and world_size > 1
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": bucket_elements(num_parameters, overlaps),
+    }
+    if config.zero_stage < 3:  # at stage 3 DeepSpeed overlaps by itself
+        zero["overlap_comm"] = overlaps
     if config.offload:
         # torch's own AdamW steps on the CPU as well; DeepSpeed's would be compiled at the first start.
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -76,6 +86,17 @@ def deepspeed_config(
         # gradients may go between ranks in bfloat16: theirs stay float32.
         document["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return _merged(document, config.deepspeed)
+
+
+def bucket_elements(num_parameters: int, overlaps: bool) -> int:
+    """Gradients that are reduced together.
+
+    A bucket is allocated whole, however few gradients there are: 2 GB beside a model of 2 MB. There are two where the
+    reduction overlaps the backward pass.
+    """
+    if overlaps:
+        return min(-(-num_parameters // FEWEST_OVERLAPPED), OVERLAPPED_ELEMENTS)
+    return min(num_parameters, BUCKET_ELEMENTS)
 
 
 def _is_guarded(config: TrainingConfig) -> bool:
@@ -139,6 +160,9 @@ class Engine:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"DeepSpeed refuses training.deepspeed={config.deepspeed}: {reason}") from error
+        zero = document["zero_optimization"]
+        if zero.get("overlap_comm") and zero["stage"] in (1, 2) and world.device.type == "cpu" and not config.offload:
+            Overlap(self.deepspeed.optimizer)
         # It would copy scripts into every checkpoint that convert its files: `whole_state` does.
         self.deepspeed._copy_recovery_script = lambda _: None
         self._averages = Averages(self.deepspeed, averages) if averages else None
