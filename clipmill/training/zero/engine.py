@@ -58,10 +58,8 @@ def deepspeed_config(
         num_parameters: of the model.
     """
     overlaps = config.zero_stage in (1, 2) and not config.offload and world_size > 1
-    zero: dict[str, Any] = {
-        "stage": config.zero_stage,
-        "reduce_bucket_size": bucket_elements(num_parameters, overlaps),
-    }
+    bucket = bucket_elements(num_parameters, overlaps)
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": bucket}
     if config.zero_stage < 3:  # at stage 3 DeepSpeed overlaps by itself
         zero["overlap_comm"] = overlaps
     if config.offload:

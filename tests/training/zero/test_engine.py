@@ -18,7 +18,7 @@ def test_the_private_name_that_avoids_compiling_at_every_start_still_exists():
 def test_expert_settings_are_merged_over_the_derived_document():
     config = TrainingConfig(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}, "dump_state": True})
     document = deepspeed_config(config, rows=4, accumulation=2, world_size=3, num_parameters=10**6)
-    zero = {"stage": 2, "reduce_bucket_size": 10**6, "compute_grad_norm": False, "overlap_comm": False}
+    zero = {"stage": 2, "reduce_bucket_size": 125_000, "compute_grad_norm": False, "overlap_comm": False}
     assert document["zero_optimization"] == zero
     assert (document["train_batch_size"], document["gradient_accumulation_steps"]) == (24, 2)
     assert document["dump_state"]
@@ -71,7 +71,9 @@ def test_the_document_is_plain_json(stage, offload):
     config = TrainingConfig(zero_stage=stage, offload=offload, grad_clip=0.5)
     document = deepspeed_config(config, rows=4, accumulation=1, world_size=2, num_parameters=10**10)
     assert json.loads(json.dumps(document)) == document
-    assert document["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    overlaps = stage in (1, 2) and not offload
+    assert document["zero_optimization"].get("overlap_comm") == (None if stage == 3 else overlaps)
+    assert document["zero_optimization"]["reduce_bucket_size"] == (50_000_000 if overlaps else 500_000_000)
     assert ("offload_optimizer" in document["zero_optimization"]) == offload
     ours = stage < 3 and not offload  # who clips
     assert document["gradient_clipping"] == (0 if ours else 0.5)
