@@ -12,7 +12,8 @@ import pytest
 
 from clipmill.config import RunConfig
 from tests.pipeline.corpus import members_of, run_config
-from tests.pipeline.poison import NUM_FRAMES, Specimen, judge, write_poison
+from tests.pipeline.judge import judge
+from tests.pipeline.poison import NUM_FRAMES, Specimen, write_poison
 from tests.pipeline.processes import Job
 
 pytestmark = [pytest.mark.slow, pytest.mark.ci]

@@ -4,14 +4,7 @@ import csv
 import io
 import json
 import os
-import re
-import socket
-import threading
-import time
-from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +18,9 @@ from hypothesis import strategies as st
 from clipmill import storage
 from clipmill.config import SourceConfig
 from clipmill.errors import UserError
-from clipmill.pipeline.fetch import ExcludedVideo, fetch_video
 from clipmill.pipeline.sources import list_videos
-from clipmill.pipeline.sources.multivideo import KeptFiles
 from clipmill.tables import UnreadableTable, read_rows
-from tests.pipeline.corpus import make_plan, video_bytes
+from tests.pipeline.corpus import video_bytes
 from tests.pipeline.sources.fixtures import shard_in_process, source_config, write_videos
 
 COLUMNS = {"url": "path", "label": "genre", "text": "caption", "actions": "moves", "split": "part"}
@@ -322,186 +313,6 @@ def test_metadata_is_always_json(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- spans and groups
-
-
-def test_rows_can_be_spans_of_one_file_each_with_its_text(tmp_path: Path) -> None:
-    (tmp_path / "talk.mp4").write_bytes(video_bytes(1, 50))  # 12.5 frames a second
-    (tmp_path / "list.csv").write_text(
-        "url,from,to,caption\n"
-        "talk.mp4,0.8,2.4,second\n"
-        "talk.mp4,,0.8,first\n"
-        "talk.mp4,2.4,,rest\n"
-        "talk.mp4,,,all\n"
-        "talk.mp4,2,1,backwards\n"
-        "talk.mp4,2,2,nothing\n"
-        "talk.mp4,-1,2,early\n"
-        "talk.mp4,nan,2,no number\n"
-        "talk.mp4,1,inf,endless\n"
-        "talk.mp4,0:01,2,a clock\n"
-    )
-    columns = {"start": "from", "end": "to", "text": "caption"}
-    source = {"type": "table", "url": str(tmp_path / "list.csv"), "columns": columns}
-    found = shard_in_process(source_config(tmp_path, source))
-    clips = found.described("train")
-    spans: dict[str, list[float]] = {}
-    for described in clips:
-        spans.setdefault(f"{described['source']} {described['text']}", []).append(described["start_seconds"])
-    assert {name: pytest.approx(sorted(starts)) for name, starts in spans.items()} == {
-        "talk.mp4#t=,0.8 first": [0.0, 0.32],
-        "talk.mp4#t=0.8,2.4 second": [0.8, 1.12, 1.44, 1.76, 2.08],
-        "talk.mp4#t=2.4 rest": [2.4, 2.72, 3.04, 3.36, 3.68],
-        "talk.mp4 all": [0.32 * number for number in range(12)],
-    }
-    assert len({described["video"] for described in clips}) == 4
-    causes = [
-        video["cause"] for records in found.records.values() for record in records for video in record["exclusions"]
-    ]
-    assert sorted(causes) == [
-        "line 10: to is 'inf'; it must be a number of seconds, at least 0",
-        "line 11: from is '0:01'; it must be a number of seconds, at least 0",
-        "line 6: the span ends at 1 s, before it begins at 2 s",
-        "line 7: the span ends at 2 s, before it begins at 2 s",
-        "line 8: from is '-1'; it must be a number of seconds, at least 0",
-        "line 9: from is 'nan'; it must be a number of seconds, at least 0",
-    ]
-
-
-def test_numbers_of_any_kind_bound_a_span(tmp_path: Path) -> None:
-    write_videos(tmp_path, 1)
-    cells = pa.table({"url": ["0.mp4"] * 3, "s": pa.array([0, 1, None], pa.int8()), "e": [1.5, 2.0, float("nan")]})
-    pq.write_table(cells, tmp_path / "a.parquet")
-    columns = {"start": "s", "end": "e"}
-    source = SourceConfig.model_validate({"type": "table", "url": str(tmp_path / "a.parquet"), "columns": columns})
-    videos = list(list_videos(source))
-    assert [(video.start_seconds, video.end_seconds) for video in videos] == [(0.0, 1.5), (1.0, 2.0), (None, None)]
-    assert videos[2].fault == "row 3: e is 'nan'; it must be a number of seconds, at least 0"
-
-
-def test_a_column_of_origins_keeps_them_in_one_split(tmp_path: Path) -> None:
-    names = write_videos(tmp_path, 24)
-    lines = [f"{name},take{number % 6}" for number, name in enumerate(names)]
-    (tmp_path / "list.csv").write_text("\n".join(["url,take", *lines]))
-    source = {"type": "table", "url": str(tmp_path / "list.csv"), "columns": {"group": "take"}}
-    plan = make_plan(source_config(tmp_path, source, val_fraction=0.4))
-    takes = {
-        split: {
-            names.index(video.url) % 6
-            for number in range(plan.num_units(split))
-            for video in plan.unit(split, number).videos
-        }
-        for split in ("train", "val")
-    }
-    assert takes["train"] | takes["val"] == set(range(6))
-    assert not takes["train"] & takes["val"]
-    assert takes["val"]
-
-
-# ---------------------------------------------------------------------------------------- the web
-
-
-class _Files(SimpleHTTPRequestHandler):
-    """Serves files with content tags, as buckets and most web servers do; folders of it in other ways."""
-
-    def do_GET(self) -> None:
-        kind = self.path.split("/")[1]
-        if kind.isdigit():
-            self.send_error(int(kind))
-        elif kind == "unending":
-            self.send_response(200)
-            self.send_header("Connection", "close")
-            self.end_headers()
-        else:
-            super().do_GET()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def end_headers(self) -> None:
-        if "untagged" not in self.path:
-            self.send_header("ETag", f'"{len(self.path)}"')
-        super().end_headers()
-
-    def log_message(self, *arguments: object) -> None:
-        """Silent."""
-
-
-@pytest.fixture
-def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a web server for the folder ``web``."""
-    monkeypatch.setenv("CLIPMILL_STORAGE_RETRY_SECONDS", "1")
-    write_videos(tmp_path / "web", 3)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path / "web"))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_absolute_urls_are_fetched(tmp_path: Path, web: str) -> None:
-    signed = f"{web}/2.mp4?signature={'a' * 300}"  # longer than a file name may be
-    (tmp_path / "list.csv").write_text("\n".join(["url", f"{web}/1.mp4", signed, f"{web}/gone.mp4"]))
-    source = {"type": "table", "url": str(tmp_path / "list.csv")}
-    found = shard_in_process(source_config(tmp_path, source))
-    assert {described["source"] for described in found.described("train")} == {
-        f"{web}/1.mp4",
-        f"{web}/2.mp4?signature=***",
-    }
-    assert found.excluded() == {f"{web}/gone.mp4": f"{web}/gone.mp4 is missing"}
-
-
-@pytest.mark.parametrize(
-    ("name", "cause"),
-    [
-        ("401/a.mp4", "the server answers 401 Unauthorized"),
-        ("403/a.mp4", "the server answers 403 Forbidden"),
-        ("410/a.mp4", "the server answers 410 Gone"),
-        ("404/a.mp4", "is missing"),
-        ("429/a.mp4", r"the server did not recover within 1 s \(HTTP 429\)"),
-        ("500/a.mp4", r"the server did not recover within 1 s \(HTTP 500\)"),
-        ("451/a.mp4", "the server answers 451 Unavailable For Legal Reasons"),
-        ("unending/a.mp4", "the file is empty"),
-    ],
-)
-def test_what_a_server_refuses_costs_one_row(tmp_path: Path, web: str, name: str, cause: str) -> None:
-    (tmp_path / "list.csv").write_text(f"url\n{web}/1.mp4\n{web}/{name}\n")
-    found = shard_in_process(source_config(tmp_path, {"type": "table", "url": str(tmp_path / "list.csv")}))
-    assert {described["source"] for described in found.described("train")} == {f"{web}/1.mp4"}
-    assert found.excluded().keys() == {f"{web}/{name}"}
-    assert re.search(cause, found.excluded()[f"{web}/{name}"])
-
-
-def test_a_server_need_not_tell_an_etag(tmp_path: Path, web: str) -> None:
-    (tmp_path / "web" / "2.mp4").rename(tmp_path / "web" / "untagged.mp4")
-    (tmp_path / "list.csv").write_text(f"url\n{web}/1.mp4\n{web}/untagged.mp4\n")
-    found = shard_in_process(source_config(tmp_path, {"type": "table", "url": str(tmp_path / "list.csv")}))
-    assert {described["source"] for described in found.described("train")} == {f"{web}/1.mp4", f"{web}/untagged.mp4"}
-
-
-def test_a_server_that_is_away_is_waited_for_once(tmp_path: Path, web: str) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    rows = [f"http://127.0.0.1:{port}/{number}.mp4" for number in range(200)]
-    (tmp_path / "list.csv").write_text("\n".join(["url", f"{web}/1.mp4", *rows]))
-    began = time.monotonic()
-    videos = list(list_videos(SourceConfig.model_validate({"type": "table", "url": str(tmp_path / "list.csv")})))
-    assert [video.fault is None for video in videos] == [True, *[False] * 200]
-    assert time.monotonic() - began < 60
-    assert sum("was given up" in (video.fault or "") for video in videos) > 100
-
-
-@pytest.mark.parametrize("status", [403, 503])
-def test_a_server_that_refuses_a_worker_costs_one_video(
-    tmp_path: Path, web: str, monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
-    """As where a signed URL has expired since the listing."""
-    (tmp_path / "list.csv").write_text(f"url\n{web}/1.mp4\n{web}/2.mp4\n")
-    config = source_config(tmp_path, {"type": "table", "url": str(tmp_path / "list.csv")})
-    videos = make_plan(config).unit("train", 0).videos
-    monkeypatch.setattr(_Files, "do_GET", lambda handler: handler.send_error(status))
-    with pytest.raises(ExcludedVideo, match=f"{status}"):
-        fetch_video(config.data, videos[0], tmp_path, KeptFiles(tmp_path / "kept"))
 
 
 @pytest.mark.parametrize(
