@@ -16,7 +16,8 @@ _JOIN_SECONDS = 10.0
 """A larger jump of a transport stream's clock means that two recordings were joined (ffmpeg's own threshold)."""
 
 _STEP_BACK_SECONDS = 1.0
-"""A smaller step back is a damaged time, unless it leads back to the start of the recording; a larger one is a restart."""
+"""A smaller step back is a damaged time, unless it leads back to the start of the recording; a larger one is a restart.
+"""
 
 _SHORTEST_GIF_DELAY, _USUAL_GIF_DELAY = Fraction(15, 1000), Fraction(1, 10)
 """In seconds: browsers replace a GIF delay below the first by the second."""
