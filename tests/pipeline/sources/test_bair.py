@@ -102,7 +102,7 @@ def test_a_damaged_length_costs_the_rest_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "cause"),
     [
-        (b"\xff\xff\xff", "no tf.train.Example"),
+        (b"\xff\xff\xff", "not a tf.train.Example"),
         (b"", "no frame of image_aux1"),
         (bair_record(1, 2).replace(b"1/action", b"7/action"), "has no 1/action"),
         (bair_record(1, 3).replace(b"1/image_aux1", b"9/image_aux1"), "has no 1/image_aux1/encoded"),

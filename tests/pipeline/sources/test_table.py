@@ -113,7 +113,7 @@ def parquet_of_two_columns(name: str) -> bytes:
             "a.csv",
             "url\ngone.mp4\nlost.mp4\n",
             {},
-            r"none of the 2 rows .*: gone\.mp4 is missing \(relative names are sought",
+            r"none of the 2 rows .*: gone\.mp4 is missing \(relative names refer",
         ),
         ("a.csv", "url\n", {}, "holds no video; name another file"),
         ("a.csv", "url\n0.mp4\n".encode("utf-16"), {}, "the file is UTF-16; save it as UTF-8"),
