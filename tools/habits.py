@@ -46,6 +46,12 @@ PHRASES = {
     r"\bleft out\b": "skipped, dropped or omitted",
     r"\b(made again|remade)\b": "recomputed, or rebuilt",
     r"\bmade anew\b": "rebuilt",
+    r"\b(cannot|can|could|could not) be had\b": "read, or fetched",
+    r"\bbelongs? to nobody\b": "is an orphan",
+    r"\bwhose fault\b": "the cause",
+    r"\bsome \d[\d,]* ": "about",
+    r"\bby way of\b": "through",
+    r"\bwhat (becomes|became|has become) of\b": "the result of",
 }
 """Phrases of docstrings and comments that have to be read twice, and what to write."""
 

@@ -49,7 +49,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 class ShardEntry(NamedTuple):
     """One shard of a data set, as commit records and manifests name it.
 
-    A tuple, because a training makes and pickles up to some 100,000 of them before its first step.
+    A tuple, because a training makes and pickles up to about 100,000 of them before its first step.
     """
 
     name: str

@@ -7,7 +7,7 @@ cross a pipe::
     with Decoder(Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)) as decoder:
         for clip in decoder.clips(path, config.data.clip, "auto", encode=("mp4", 16)):
             ...                # clip.data: bytes of an mp4 or mkv member, or uint8 [T, H, W, 3]
-        decoder.outcome        # what became of the video
+        decoder.outcome        # result of the video
 
 A video gives all of its clips or none: the first clip is delivered after the whole video has been decoded. Until then
 the encoded clips wait in an unlinked spool file that parent and child share.
