@@ -228,7 +228,7 @@ _BAD: dict[str, _Maker] = {
     "actions that are missing": _actions(lambda path: None, "is missing"),
     "actions that are pickled": _actions(lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not an .npy file"),
     "too few rows of actions": _actions(lambda path: np.save(path, np.zeros((2, 2), np.float32)), "2 rows of actions"),
-    "actions of text": _actions(lambda path: np.save(path, np.array(["a"] * NUM_FRAMES)), "actions are numbers"),
+    "actions of text": _actions(lambda path: np.save(path, np.array(["a"] * NUM_FRAMES)), "actions must be numbers"),
     "HTTP 401": _url("401", "answers 401"),
     "HTTP 403": _url("403", "answers 403"),
     "HTTP 404": _url("plain", "is missing|answers 404"),
