@@ -54,8 +54,8 @@ from clipmill.shards.manifest import Manifest
 from clipmill.shards.order import Order, num_streams
 from clipmill.training.estimate import estimate
 from clipmill.training.job import Job
+from clipmill.training.loop import train_step
 from clipmill.training.prior import PriorObjective
-from clipmill.training.steps import train_step
 from clipmill.training.throughput import peak_flops
 from clipmill.training.world import World, join_world
 from clipmill.training.zero.engine import Engine
@@ -208,7 +208,7 @@ def bare_step(model: nn.Module, rows: int, precision: str) -> Callable[[], None]
 
 
 class Loop:
-    """A step of what `clipmill.training.steps` does between two checkpoints.
+    """A step of what `clipmill.training.loop` does between two checkpoints.
 
     Attributes:
         waited: seconds spent on waiting for data.

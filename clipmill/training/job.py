@@ -1,4 +1,4 @@
-"""What a training stage brings to the loop, and what clips of it can be evaluated."""
+"""What a training stage brings to the loop, and the loss of a few clips that says how good its weights are."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from clipmill.config import TrainingConfig
 from clipmill.models.tensor_file import Deferred
 from clipmill.shards.dataset import Augment, MixedDataset, ShardDataset
 from clipmill.training.previews import Samples, Studio
-from clipmill.training.validation import Validation, validate
+from clipmill.training.validation import validate
 from clipmill.training.zero.engine import Engine
 
-__all__ = ["PROBE_CLIPS", "Job", "probe", "validate_job"]
+__all__ = ["PROBE_CLIPS", "Job", "probe"]
 
 PROBE_CLIPS = 32
 """Whose loss a checkpoint records, so that a conversion to another world size can show that it gives the same."""
@@ -52,19 +52,6 @@ class Job:
     """What a prior shows while it trains."""
     studio: Studio | None = None
     """Encodes previews; without it TensorBoard and W&B alone have them."""
-
-
-def validate_job(job: Job, engine: Engine, max_clips: int, on_batch: Callable[[], bool]) -> Validation | None:
-    """Scores and picture of validation clips; None if ``on_batch``, called after each batch, has ended it."""
-    return validate(
-        engine,
-        job.val,
-        job.prepare,
-        rows=job.config.rows_and_accumulation(engine.world.size)[0],
-        max_clips=max_clips,
-        score_counts=job.score_counts,
-        on_batch=on_batch,
-    )
 
 
 def probe(job: Job, engine: Engine, on_batch: Callable[[], object]) -> float | None:

@@ -1,132 +1,275 @@
-"""The training loop of both models: batches in a fixed order, exact resume, checkpoints, validation, export.
-
-The loader's whole state is the number of steps done: batch k of a run is a pure function of
-(data set, seed, k), see ``clipmill/shards/order.py``.
-"""
+"""The steps of one attempt, and what follows from each: records, validations, checkpoints, the end."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
-from typing import Any
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
-from clipmill import storage
-from clipmill.errors import StageFailed
-from clipmill.lease import Lease
-from clipmill.training import checkpoint
-from clipmill.training.exports import export_checkpoint
-from clipmill.training.inputs import check_cache, describe_batches
-from clipmill.training.job import Job, probe
-from clipmill.training.resume import resume
+import torch
+
+from clipmill.errors import Interrupted, StageFailed
+from clipmill.models.prior import Prior
+from clipmill.shards.dataset import train_batches
+from clipmill.training.bad_steps import Ledger
+from clipmill.training.job import PROBE_CLIPS, Job, probe
+from clipmill.training.means import WeightedMeans
+from clipmill.training.previews import Preview, Samples, Stopped
+from clipmill.training.resume import Start
 from clipmill.training.saver import Saver
-from clipmill.training.steps import Steps
-from clipmill.training.telemetry import Report, Telemetry, require_wandb
+from clipmill.training.schedule import average_weight, learning_rate
+from clipmill.training.telemetry import Report, Telemetry
+from clipmill.training.throughput import Stopwatch, peak_share_per_clip
+from clipmill.training.validation import Validation, validate
 from clipmill.training.watchdog import Watchdog
-from clipmill.training.world import World
 from clipmill.training.zero.engine import Engine
 
-__all__ = ["fit"]
+__all__ = ["Steps", "train_step"]
+
+logger = logging.getLogger(__name__)
 
 
-def fit(job: Job, world: World, lease: Lease | None, report: Report) -> None:
-    """Trains from the newest checkpoint, or from the start, to ``config.steps``, then exports. Collective.
+@dataclass
+class Steps:
+    """The steps of one attempt, and what follows from each: records, validations, checkpoints.
 
-    Args:
-        job: what to train.
-        world: this process among its peers.
-        lease: claim on the training folder; only rank 0 needs it.
-        report: receives the progress and tells when to stop.
-
-    Raises:
-        Interrupted: a stop was requested; everything up to this step is in a checkpoint.
-        UserError: the newest checkpoint belongs to another configuration or data set, the cache is too small, or a disk
-            is full or read-only.
-        StageFailed: a bad step ends the run (see `TrainingConfig.bad_steps`), or ten in a row were skipped.
+    Until the first step is done a stop ends the process at once: nothing would be lost, and to compile takes minutes.
+    From then on it is agreed between the ranks after each step and each batch of a validation; then a checkpoint is
+    saved.
     """
-    config = job.config
-    check_cache(job.train, config, world_size=world.size, local_size=world.local_size)
-    if world.rank == 0:
-        describe_batches(job.train, config, world.size)
-    world.from_rank_zero(lambda: require_wandb(config.wandb_project))
-    rows, accumulation = config.rows_and_accumulation(world.size)
-    engine = Engine(job.objective, config, world, rows, accumulation)
-    attempt, num_restarts = world.from_rank_zero(lambda: _claim_attempt(job.folder_url, lease))
-    state = _state(job, engine, rows)
-    start = resume(
+
+    job: Job
+    engine: Engine
+    start: Start
+    saver: Saver
+    watchdog: Watchdog
+    report: Report
+    telemetry: Telemetry | None
+    """On rank 0."""
+
+    def __post_init__(self) -> None:
+        job = self.job
+        self._config, self._world = job.config, self.engine.world
+        peak_share = peak_share_per_clip(job.flops_per_clip, job.config, self._world)
+        self._stopwatch = Stopwatch(job.tokens_per_clip, peak_share)
+        self._ledger = Ledger(self._world, job.config.bad_steps, job.folder_url, self.start.skipped_steps)
+        self._save_due = False
+        self._validation_due = self.start.validation_due
+        """A stop skips the validation of its step; the next attempt makes up for it."""
+
+    def run(self) -> None:
+        """All steps that are left.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
+        start, steps = self.start.step, self._config.steps
+        batches = self._batches() if start < steps else iter(())
+        if self._validation_due:
+            self._validate(start)
+        with contextlib.ExitStack() as held:
+            self._stopwatch.reset()
+            for step in range(start, steps):
+                self._take_step(step, batches)
+                if step == start:
+                    held.enter_context(self.report.hold_stops())
+                self._after_step(step + 1)
+
+    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+        job, config, world = self.job, self._config, self._world
+        return train_batches(
+            job.train,
+            job.train.order(job.seed, config.global_batch, config.shuffle_window),
+            global_batch=config.global_batch,
+            micro_batch=config.micro_batch,
+            rank=world.rank,
+            world_size=world.size,
+            first_step=self.start.step - self.start.dataset_since,
+            num_workers=config.loader_workers,
+            augment=job.augment,
+        )
+
+    def _take_step(self, step: int, batches: Iterator[list[dict[str, Any]]]) -> None:
+        waiting_since = time.perf_counter()
+        micro_batches = next(batches)
+        waited_seconds = time.perf_counter() - waiting_since
+        self._means = train_step(self.job, self.engine, step, micro_batches)
+        self.watchdog.advance()
+        self._stopwatch.add_step(self._config.global_batch, waited_seconds)
+        keys = [key for batch in micro_batches for key in batch["key"]]
+        self._ledger.add(step + 1, keys, self._means.sum_of("loss"), self.engine.grad_norm, self.engine.skipped)
+
+    def _after_step(self, done: int) -> None:
+        """What is due after a step.
+
+        Raises:
+            Interrupted: a stop was requested; the steps so far are in a checkpoint, unless the message says otherwise.
+            StageFailed: a bad step ends the run, or the last steps cannot be saved.
+        """
+        config, last = self._config, done == self._config.steps
+        stop = self._stop_agreed()
+        begins_save = last or done % config.checkpoint_every == 0
+        self._validation_due = last or done % config.val_every == 0
+        if stop or begins_save or done % config.log_every == 0:
+            self._record(done)
+        elif self._save_due:  # put off by an earlier step: is this one good?
+            self._ledger.look()
+        elif self.telemetry is not None:
+            self.telemetry.progress(done)
+        self._save_due |= begins_save
+        if self._validation_due and not stop:
+            self._validate(done)
+            stop = self._stop_agreed()
+        if self.job.samples is not None and not stop and (last or done % self.job.samples.every == 0):
+            self._show_samples(done, self.job.samples)
+            stop = self._stop_agreed()
+        if stop or self._save_due:
+            problem = self._save(done, is_last=stop or last)
+            if stop or self._stop_agreed():
+                self._end(done, problem)
+
+    def _stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop. Two integers over gloo: it waits for hosts, not for devices."""
+        return self._world.any(self.report.stop_requested)
+
+    def _record(self, done: int) -> None:
+        facts = self._means.fetch(self._world)
+        self._ledger.look()  # before a checkpoint could be made of it
+        facts |= {"grad_norm": self.engine.grad_norm.item(), "lr": learning_rate(self._config, done - 1)}
+        facts |= self._stopwatch.facts()
+        self._stopwatch.reset()  # recording takes time too, of the next window
+        if self._config.bad_steps == "skip":
+            facts["skipped_steps"] = self._ledger.num_skipped
+        if self.telemetry is not None:
+            self.telemetry.log(done, "train", facts)
+
+    def _validate(self, done: int) -> None:
+        """Records scores and picture, unless a stop ends the validation."""
+
+        def on_batch() -> bool:
+            self.watchdog.advance()
+            return self._stop_agreed()
+
+        with self.engine.averaged():
+            result = _validate(self.job, self.engine, self._config.val_clips, on_batch)
+        self._stopwatch.reset()
+        if result is None:
+            return
+        self._validation_due = False
+        if self.telemetry is not None and result.scores:
+            self.telemetry.log(done, "val", result.scores)
+            if result.picture is not None:
+                self.telemetry.log_preview(done, "reconstructions", Preview(result.picture))
+
+    def _show_samples(self, done: int, samples: Samples) -> None:
+        """Rank 0 draws, unless it is asked to stop; the others wait."""
+
+        def on_progress(_: int) -> None:
+            if self.report.stop_requested:
+                raise Stopped
+
+        with self.watchdog.patient(), self.engine.averaged():
+            prior = self.engine.whole_model(samples.build)
+            if self.telemetry is not None:
+                preview = samples.make(cast(Prior, prior), on_progress)
+                if preview is not None:
+                    self.telemetry.log_preview(done, "samples", preview)
+            self._world.barrier()
+        self._stopwatch.reset()
+
+    def _save(self, done: int, is_last: bool) -> str | None:
+        """Saves a checkpoint, if it would be a good one; else it stays due.
+
+        Returns:
+            Why it was not saved; None if it was.
+
+        Raises:
+            StageFailed: these were all steps, and it would not be a good one.
+        """
+        problem, probe_loss = self._ruin(is_last)
+        if problem is not None:
+            if done == self._config.steps:
+                advice = "lower the learning rate and run again"
+                raise StageFailed(f"all {done} steps are done, but {problem}; {self._ledger.last_good()}; {advice}")
+            if self._world.rank == 0:
+                logger.warning(
+                    "no checkpoint after step %d, since %s; the next good step makes up for it", done, problem
+                )
+            return problem
+        if self.telemetry is not None:
+            self.telemetry.upload()
+        moving = {
+            "probe_loss": probe_loss,
+            "usual_norm": self.engine.usual_norm,
+            "skipped_steps": self._ledger.num_skipped,
+            "validation_due": self._validation_due,
+        }
+        with self.watchdog.patient():
+            is_staged = self.saver.save(self.engine, done, moving, is_last=is_last)
+            gc.collect()
+        self._save_due = False
+        self._stopwatch.reset()
+        return None if is_staged else "it could not be staged"
+
+    def _ruin(self, is_last: bool) -> tuple[str | None, float | None]:
+        """What speaks against saving these weights, if anything does; and their probe loss, if it was computed.
+
+        Steps that are skipped in a row are often what follows from weights that a step has ruined. A single one may be
+        the first of them, so a save waits for the next step, if there is one.
+        """
+        in_a_row = self._ledger.num_in_a_row
+        if in_a_row > (1 if is_last else 0):
+            return f"the last {in_a_row} steps were skipped", None
+        if not self.engine.is_finite():
+            return "some weights or optimizer states are not finite", None
+        loss = probe(self.job, self.engine, self.watchdog.advance)
+        if loss is not None and not math.isfinite(loss):
+            return f"the loss of {PROBE_CLIPS} fixed clips is {loss}", loss
+        return None, loss
+
+    def _end(self, done: int, problem: str | None) -> None:
+        if problem is None:
+            with self.watchdog.patient():
+                self.saver.finish()
+            raise Interrupted(f"stopped after step {done} with a checkpoint; run the same command to go on")
+        raise Interrupted(
+            f"stopped after step {done} without a checkpoint, since {problem}; {self._ledger.last_good()}; run the "
+            "same command to go on from there"
+        )
+
+
+def _validate(job: Job, engine: Engine, max_clips: int, on_batch: Callable[[], bool]) -> Validation | None:
+    """Scores and picture of validation clips; None if ``on_batch``, called after each batch, has ended it."""
+    return validate(
         engine,
-        config,
-        job.folder_url,
-        state,
-        is_restart=num_restarts > 0,
-        batch_statistics=job.batch_statistics,
-        probe=lambda: probe(job, engine, on_batch=lambda: None),
+        job.val,
+        job.prepare,
+        rows=job.config.rows_and_accumulation(engine.world.size)[0],
+        max_clips=max_clips,
+        score_counts=job.score_counts,
+        on_batch=on_batch,
     )
-    state["dataset_since"] = start.dataset_since
-    watchdog = Watchdog(world, config.hang_seconds)
-    saver = Saver(
-        world,
-        job.folder_url,
-        attempt,
-        lease,
-        state,
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
-        on_progress=watchdog.advance,
-    )
-    made: list[Telemetry] = []
-    world.from_rank_zero(lambda: made.append(Telemetry(job.folder_url, attempt, config, report, job.studio)))
-    telemetry = made[0] if made else None
-    try:
-        with _without_collector():
-            Steps(job, engine, start, saver, watchdog, report, telemetry).run()
-        with watchdog.patient():
-            world.from_rank_zero(lambda: _export(job))
-    finally:
-        watchdog.close()
-        saver.join()
-        if telemetry is not None:
-            telemetry.close()
-    world.leave()
 
 
-def _state(job: Job, engine: Engine, rows: int) -> dict[str, Any]:
-    """What a checkpoint records for a resume to compare."""
-    return {
-        "identity": job.identity,
-        "world_size": engine.world.size,
-        "zero_stage": job.config.zero_stage,
-        "offload": job.config.offload,
-        "num_groups": engine.num_groups,
-        "rows": rows * engine.world.size,
-    }
+def train_step(job: Job, engine: Engine, step: int, micro_batches: list[dict[str, Any]]) -> WeightedMeans:
+    """One optimizer step; the means over this rank's rows are on the device, not yet waited for."""
+    means = WeightedMeans()
+    with engine.step(learning_rate(job.config, step), average_weight(job.config, step)):
+        for index, micro_batch in enumerate(micro_batches):
+            _seed(job.seed, step, index, engine.world.rank)
+            batch = engine.to_device(job.prepare(micro_batch) | {"step": step})
+            loss, metrics = engine.micro_step(batch)
+            means.add(batch["weight"].sum(), {"loss": loss, **metrics})
+    return means
 
 
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """Without Python's collector of cycles, whose rounds hold up a step of one rank and so of all."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
-def _claim_attempt(folder_url: str, lease: Lease | None) -> tuple[str, int]:
-    """A name no other group of workers has, and how many had the lease before: Ray Train restarts them under one."""
-    assert lease is not None  # only the other ranks go without
-    for restart in range(10_000):
-        attempt = f"{lease.attempt:06d}-{restart:04d}"
-        if storage.create_bytes(storage.join(folder_url, "metrics", f"{attempt}.jsonl"), b""):
-            return attempt, restart
-    raise StageFailed(f"{folder_url} was restarted 10,000 times under one lease")
-
-
-def _export(job: Job) -> None:
-    """Publishes the weights of the newest checkpoint."""
-    newest = checkpoint.newest(job.folder_url)
-    assert newest is not None  # the loop ends with a checkpoint
-    export_checkpoint(newest, job.export)
+def _seed(*key: int) -> None:
+    """Makes dropout and the like a function of the place in the run, so no generator state needs saving."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -22,10 +22,10 @@ from clipmill.shards.dataset import MixedDataset, ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
 from clipmill.training.checkpoint import newest_step
 from clipmill.training.exports import export_checkpoint, find_checkpoint
+from clipmill.training.fit import fit
 from clipmill.training.initial import Source, initial_facts, initialise
 from clipmill.training.inputs import finished_step, identity_of, open_dataset, require_manifests, require_rows
 from clipmill.training.job import Job
-from clipmill.training.loop import fit
 from clipmill.training.previews import Samples, Studio
 from clipmill.training.telemetry import Report, summarise
 from clipmill.training.throughput import prior_flops_per_token

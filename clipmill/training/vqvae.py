@@ -23,6 +23,7 @@ from clipmill.shards.manifest import Manifest
 from clipmill.shards.mixture import NUM_SLOTS
 from clipmill.training.checkpoint import newest_step
 from clipmill.training.exports import export_checkpoint, find_checkpoint
+from clipmill.training.fit import fit
 from clipmill.training.initial import Source, initial_facts, initialise
 from clipmill.training.inputs import (
     finished_step,
@@ -33,7 +34,6 @@ from clipmill.training.inputs import (
     slots_of,
 )
 from clipmill.training.job import Job
-from clipmill.training.loop import fit
 from clipmill.training.previews import Studio
 from clipmill.training.sharpness import Sharpness, networks_sha256
 from clipmill.training.telemetry import Report, summarise

@@ -19,9 +19,9 @@ from clipmill.config import PriorModelConfig, SharpnessConfig, TrainingConfig, V
 from clipmill.models.prior import Prior
 from clipmill.models.vqvae import VQVAE
 from clipmill.training.job import Job
+from clipmill.training.loop import train_step
 from clipmill.training.prior import PriorObjective
 from clipmill.training.sharpness import Sharpness
-from clipmill.training.steps import train_step
 from clipmill.training.vqvae import VQVAEObjective
 from clipmill.training.world import World, join_world
 from clipmill.training.zero.engine import Engine
