@@ -194,7 +194,10 @@ def _promising(num_rows: int) -> bytes:
             "actions: 11 rows of actions for clips of 12 frames",
         ),
         (lambda path: path.write_bytes(b"\x93NUMPY"), "actions: one.actions.npy: not an .npy file"),
-        (lambda path: np.save(path, np.array(["a"] * 12)), "actions: one.actions.npy is <U1 [12]; actions must be numbers"),
+        (
+            lambda path: np.save(path, np.array(["a"] * 12)),
+            "actions: one.actions.npy is <U1 [12]; actions must be numbers",
+        ),
         (lambda path: np.savez(path.open("wb"), a=np.zeros((12, 2))), "actions: one.actions.npy: not an .npy file"),
         (lambda path: path.write_bytes(_promising(4 * 10**12)), "actions: one.actions.npy: its header says float32"),
     ],
