@@ -17,6 +17,7 @@ def rows_of(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
     """The actions of a clip's frames.
 
     If the rows have times, a frame takes the nearest row, which must lie within half of the rows' period.
+    No row may hold NaN or an infinity, which would ruin the loss of its batch.
 
     Args:
         clip: a clip of the video.
@@ -27,11 +28,21 @@ def rows_of(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
         float32 [num_frames, ...].
 
     Raises:
-        ExcludedVideo: a frame has no row.
+        ExcludedVideo: a frame has no row, or one that is not finite.
     """
     assert video.actions is not None
-    if video.action_seconds is None:
-        return video.actions[list(clip.frame_numbers)]
+    numbers = clip.frame_numbers if video.action_seconds is None else _nearest_rows(clip, video, start_seconds)
+    rows = video.actions[np.array(numbers)]
+    if not np.isfinite(rows).all():
+        bad = clip.frame_numbers[int(np.argmin(np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)))]
+        raise ExcludedVideo("actions", f"the actions of frame {bad} hold a value that is not finite as float32")
+    return rows
+
+
+def _nearest_rows(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
+    """Numbers of the rows that are nearest in time to a clip's frames."""
+    assert video.actions is not None
+    assert video.action_seconds is not None
     if not len(video.actions):
         raise ExcludedVideo("actions", "the video has no row of actions")
     order = np.argsort(video.action_seconds, kind="stable")
@@ -49,4 +60,4 @@ def rows_of(clip: Clip, video: LocalVideo, start_seconds: float) -> np.ndarray:
             f"no row of actions within half a period ({period / 2:.3f} s) of the frame at {seconds[worst]:.3f} s; the "
             f"{len(row_seconds)} rows go from {row_seconds[0]:.3f} to {row_seconds[-1]:.3f} s",
         )
-    return video.actions[order[nearest]]
+    return order[nearest]

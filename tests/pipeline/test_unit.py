@@ -193,6 +193,10 @@ def _promising(num_rows: int) -> bytes:
             lambda path: np.save(path, np.zeros((11, 2), np.float32)),
             "actions: 11 rows of actions for clips of 12 frames",
         ),
+        (
+            lambda path: np.save(path, np.array([*[0.0] * 7, np.nan, *[0.0] * 4])),
+            "actions: the actions of frame 7 hold a value that is not finite",
+        ),
         (lambda path: path.write_bytes(b"\x93NUMPY"), "actions: one.actions.npy: not an .npy file"),
         (
             lambda path: np.save(path, np.array(["a"] * 12)),

@@ -16,7 +16,7 @@ import pytest
 from clipmill.config import ClipConfig
 from clipmill.video import BadVideo, Decoder, DecoderLost, Limits, decode_mp4, probe
 from clipmill.video.decode import read_frames
-from tests.video.conftest import make_sound, make_video, needs_decord
+from tests.video.conftest import make_sound, make_video, needs_decord, read_barcode
 
 LIMITS = Limits(cpu_seconds=60, memory_bytes=2 * 2**30, no_progress_seconds=30)
 CLIP = ClipConfig(num_frames=8, frame_stride=2, clip_stride=5, resolution=32, fit="stretch")
@@ -175,6 +175,14 @@ def test_a_span_gives_the_clips_of_its_frames(tmp_path, decoder):
     np.testing.assert_array_equal([clip.data for clip in clips], whole[7:12])
     with pytest.raises(BadVideo, match=r"no frame is shown in the span 20\.\.30 s"):
         list(decoder.clips(path, CLIP, span=(20.0, 30.0)))
+
+
+@pytest.mark.parametrize("start", [0.3, 2.9, 5.8, 5.9])
+def test_a_span_of_an_avi_with_b_frames_begins_at_its_frame(tmp_path, start):
+    path = make_video(tmp_path / "b.avi", "mpeg4", num_frames=60, tag="XVID", options={"bf": "2", "g": "3"})
+    info = probe(path)
+    frames = [(time, read_barcode(frame)) for time, frame in read_frames(path, info, 64, "stretch", span=(start, None))]
+    assert frames == [(pytest.approx(number / 10), number) for number in range(round(start * 10), 60)]
 
 
 def test_filters_skip_videos_by_duration_size_and_rate(tmp_path, decoder):

@@ -151,11 +151,13 @@ def _find_axes(source: SourceConfig, shape: tuple[int, ...]) -> str:
         if len(source.axes) != len(shape):
             raise DamagedVideo(f"an array of {len(shape)} axes, {list(shape)}, for data.source.axes={source.axes}")
         return source.axes
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[-1] not in _CHANNELS:
         return "THW"
     if len(shape) in (4, 5) and shape[-1] in _CHANNELS:
         return "NTHWC"[-len(shape) :]
     text = f"an array {list(shape)} is ambiguous"
+    if len(shape) == 3:
+        text += f": a picture, which is not a video, or {shape[0]} frames of {shape[1]} x {shape[2]} pixels (THW)"
     if len(shape) == 4:
         text += (
             f": {shape[0]} videos of {shape[1]} frames (data.source.axes=NTHW), or {shape[1]} videos of {shape[0]} "

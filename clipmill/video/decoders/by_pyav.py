@@ -179,15 +179,15 @@ def _where_to_begin(path: str | Path, info: VideoInfo, start_seconds: float) -> 
     Decoding begins at the second-last key frame at or before the span's start, because frames of an open group of
     pictures refer to the group before. Packets are counted, because seeking is not exact in all formats.
     """
-    if not info.container.startswith(("mov", "matroska", "avi")):  # the clocks of others may restart
+    # The clocks of others may restart. AVI has none: a B-frame that is not decoded would shift all frames after it.
+    if not info.container.startswith(("mov", "matroska")):
         return 0, None
-    counts_frames = info.container == "avi"
     zero: int | None = None
     keys = deque([0], maxlen=2)
     with as_video_error("cannot read", path), open_video(path) as container:
         stream = container.streams[info.stream_index]
         for number, packet in enumerate(container.demux(stream)):
-            ticks = packet.dts if counts_frames else packet.pts
+            ticks = packet.pts
             if ticks is None or packet.is_discard:
                 continue
             if number < _NUM_REORDERED:

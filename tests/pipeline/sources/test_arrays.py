@@ -199,6 +199,11 @@ class Boom:
         ("x.npy", npy("'|u1'", "(4, 64, 64)", b"x" * 20000, b"\x07\x00"), "not an .npy file|of a version"),
         ("x.npy", npy("'|u1'", "(0, 64, 64)"), "videos without pixels"),
         ("x.npy", npy("'<f4'", "(4, 8, 8)", bytes(1024)), "an array of float32; save integers"),
+        (
+            "x.npy",
+            npy("'|u1'", "(9, 9, 3)", bytes(243)),
+            "a picture, which is not a video, or 9 frames of 9 x 3 pixels",
+        ),
         ("x.npy", npy("'|u1'", "(9, 9)", bytes(81)), "is ambiguous; set data.source.axes"),
         ("x.npy", npy("'|u1'", "(4, 3, 8, 8)", bytes(768)), "or 4 frames .TCHW.; set data.source.axes"),
         ("x.npz", b"no zip", "not an .npz file, or it is damaged"),
