@@ -1,7 +1,7 @@
-"""VideoGPT at cluster scale: raw videos become a trained video generator, in stages that survive anything.
+"""VideoGPT at cluster scale: resumable stages turn raw videos into a trained video generator.
 
-`load`, `open_dataset` and `write_video` are the way in from Python: ``docs/python.md``. They are imported when they are
-first used, so that ``import clipmill`` costs milliseconds.
+`load`, `open_dataset` and `write_video` are the entry points from Python (``docs/python.md``). They are imported on
+first use, so ``import clipmill`` takes milliseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m clipmill``: the same as the command ``clipmill``."""
+"""``python -m clipmill`` runs the command ``clipmill``."""
 
 from __future__ import annotations
 

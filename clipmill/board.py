@@ -1,7 +1,7 @@
-"""What the process that drives a stage knows about it: progress, workers, and failures by cause.
+"""The state of a stage in its driver process: progress, workers, and failures by cause.
 
-Drivers, `clipmill.progress.bar` and the fan-out write to the board. `clipmill.status` publishes it. There is one board
-a process, as there is one root logger.
+Drivers, `clipmill.progress.bar` and the fan-out write to the board, and `clipmill.status` publishes it. Like the root
+logger, each process has one board.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, Literal
 __all__ = ["BOARD", "Board", "Progress", "Snapshot"]
 
 RATE_SECONDS = 120.0
-"""The rate is that of the last two minutes, so that a stage that hangs soon shows no rate of better days."""
+"""The rate covers the last two minutes, so that it soon drops when a stage hangs."""
 RATE_UPDATES = 10
-"""Slow units: the rate is that of the last ten, however long they took."""
+"""The rate covers at least the last ten updates, even if they took longer than `RATE_SECONDS`."""
 NUM_CAUSES = 5
-"""The most frequent causes that a snapshot names; the others are counted together."""
+"""A snapshot names this number of most frequent causes, and counts the others together."""
 MAX_CAUSES = 1000
-"""Causes may name objects, so there may be as many as objects. Beyond this number they are counted together."""
+"""Maximum number of distinct causes. Causes may name objects, so further ones are counted together."""
 OTHER_CAUSES = "other causes"
 
 Kind = Literal["failures", "quarantine"]
@@ -29,14 +29,14 @@ Kind = Literal["failures", "quarantine"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is.
+    """Progress of a stage.
 
     Attributes:
-        done: amount of finished work, that of earlier attempts included.
+        done: amount of finished work, including that of earlier attempts.
         total: amount of all work; None while it is unknown.
         unit: plural name of what is counted.
-        rate: units a second lately; None before anything can be said.
-        eta_seconds: until all is done at this rate; None if nobody knows.
+        rate: recent rate in units a second; None until it can be estimated.
+        eta_seconds: time until all is done at this rate; None while it is unknown.
     """
 
     done: float
@@ -48,12 +48,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The board at one time.
+    """State of the board at one time.
 
     Attributes:
         progress: None before the first update.
-        facts: of the newest progress (loss, clips, failed), and what was noted (workers, nodes).
-        causes: of each kind (failed units, quarantined videos) the most frequent causes and how often each occurred.
+        facts: facts of the newest progress (loss, clips, failed) and of `Board.note` (workers, nodes).
+        causes: by kind (failed units, quarantined videos), the most frequent causes and how often each occurred.
     """
 
     progress: Progress | None
@@ -66,7 +66,7 @@ class Board:
     """The board; safe to use from several threads.
 
     Attributes:
-        stage: that runs; None: none.
+        stage: the running stage; None while no stage runs.
         attempt: number of its lease.
     """
 
@@ -82,7 +82,7 @@ class Board:
     _causes: dict[str, Counter[str]] = field(default_factory=dict)
 
     def begin(self, stage: str, attempt: int) -> None:
-        """Begins anew, with an attempt at a stage."""
+        """Clears the board for a new attempt at a stage."""
         with self._lock:
             self.stage, self.attempt = stage, attempt
             self._marks.clear()
@@ -90,7 +90,7 @@ class Board:
             self._facts, self._causes = {}, {}
 
     def advance(self, done: float, total: float | None, unit: str, facts: dict[str, Any]) -> None:
-        """Sets how far the stage is, and the facts of this progress."""
+        """Sets the stage's progress and its facts."""
         now = time.monotonic()
         with self._lock:
             if unit != self._unit or done < self._done:
@@ -102,7 +102,7 @@ class Board:
             self._forget_old_marks(now)
 
     def note(self, **facts: Any) -> None:
-        """Sets facts that no progress brings."""
+        """Sets facts that do not belong to the progress."""
         with self._lock:
             self._facts |= facts
 
@@ -113,7 +113,7 @@ class Board:
             causes[cause if cause in causes or len(causes) < MAX_CAUSES else OTHER_CAUSES] += 1
 
     def snapshot(self) -> Snapshot:
-        """What the board says now."""
+        """The current state of the board."""
         now = time.monotonic()
         with self._lock:
             causes = {kind: _most_frequent(counts) for kind, counts in self._causes.items()}

@@ -1,8 +1,8 @@
 """The generated data set of ``clipmill demo``: solid objects that move by simple physics.
 
-Each class is what moves and how. Lengths are pixels, times are frames, so speeds are pixels per frame. A video is
-``CLASS/NAME.mp4`` with ``CLASS/NAME.actions.npy`` beside it: float32 [NUM_FRAMES, 2], the force (x, y) that is applied
-to the first object during each frame, beside gravity and contacts. Everything about video i follows from (seed, i).
+A class is a kind of object and motion. Lengths are in pixels, times in frames, speeds in pixels per frame. A video is
+``CLASS/NAME.mp4`` with ``CLASS/NAME.actions.npy`` beside it: float32 [NUM_FRAMES, 2], the force (x, y) that acts on the
+first object during each frame, in addition to gravity and contacts. Video i is a function of (seed, i).
 
 Shapes: T = NUM_FRAMES, H and W of the canvas; a signed distance field is float64 [T, H, W], negative inside.
 """
@@ -180,34 +180,34 @@ _CLASSES: dict[str, Callable[[np.random.Generator, _Canvas], _Scene]] = {
     "triangle_orbiting": _triangle_orbiting,
 }
 CLASSES = tuple(_CLASSES)
-"""Names of the classes, which are also the names of the folders. Video i is of class i modulo their number."""
+"""Names of the classes and of their folders. Video i has class i modulo their number."""
 
 
 def video_size(clip_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of videos in the shape of clips of (height, width): `SIDE` is the shorter one, both are even."""
+    """(height, width) of videos with the aspect ratio of the clips: the shorter side is `SIDE`, both are even."""
     shorter = min(clip_size)
     height, width = (2 * round(SIDE * length / shorter / 2) for length in clip_size)
     return height, width
 
 
 def generate(url: str, *, num_videos: int = 240, seed: int = 0, size: tuple[int, int] = (SIDE, SIDE)) -> bool:
-    """Writes the data set below ``url`` unless it is complete there.
+    """Writes the data set below ``url``, unless it is already complete.
 
-    A marker document is written before the first video and completed after the last: an interrupted call is finished
-    by the next one, with the same bytes.
+    A marker document is written before the first video and marked complete after the last one, so the next call
+    finishes an interrupted one, with the same bytes.
 
     Args:
-        url: a folder.
-        num_videos: over all classes.
-        seed: of everything random.
+        url: URL of the data set's folder.
+        num_videos: number of videos over all classes.
+        seed: seed of all random choices.
         size: (height, width) of the videos in pixels, see `video_size`.
 
     Returns:
         Whether anything was written.
 
     Raises:
-        UserError: no folder is named, or it holds other files or a generated data set of another number, size or
-            seed. Nothing was written.
+        UserError: the URL is empty, or the folder holds other files or a generated data set of another number, size
+            or seed. Nothing was written.
     """
     if not url:
         raise UserError("the demo needs a folder for its videos: set data.source.url to one that is empty or new")
@@ -234,7 +234,7 @@ def generate(url: str, *, num_videos: int = 240, seed: int = 0, size: tuple[int,
             name = storage.join(url, label, f"{label}_{index:04d}")
             array = io.BytesIO()
             np.save(array, actions)
-            # The video last: whoever sees it finds its actions.
+            # The video comes last, so that a reader who sees it also finds its actions.
             storage.publish_bytes(f"{name}.actions.npy", array.getvalue())
             storage.publish_bytes(f"{name}.mp4", encode_mp4(frames, FPS, _CRF))
             progress.update(index + 1)
@@ -246,9 +246,9 @@ def draw_video(seed: int, index: int, size: tuple[int, int] = (SIDE, SIDE)) -> t
     """Video ``index`` of a data set.
 
     Args:
-        seed: of the data set.
-        index: its class is this modulo the number of classes.
-        size: (H, W) in pixels; neither is below `SIDE`.
+        seed: seed of the data set.
+        index: index of the video; its class is this number modulo the number of classes.
+        size: (H, W) in pixels, both at least `SIDE`.
 
     Returns:
         (class, frames uint8 [T, H, W, 3], actions float32 [T, 2]).
@@ -259,7 +259,7 @@ def draw_video(seed: int, index: int, size: tuple[int, int] = (SIDE, SIDE)) -> t
     scene = _CLASSES[label](random, _Canvas(width, height))
     frames = np.broadcast_to(_BACKGROUND, (NUM_FRAMES, height, width, 3))
     for distance, colour in scene.layers:
-        # The share of a pixel that a straight edge covers, by its distance from the pixel's centre: anti-aliasing.
+        # Anti-aliasing: the share of a pixel that a straight edge covers, from its distance to the pixel's centre.
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]
         frames = frames + coverage * (colour - frames)
     return label, frames.round().astype(np.uint8), scene.forces.astype(np.float32)

@@ -1,6 +1,6 @@
-"""The exceptions a user can meet, and the exit status each one becomes.
+"""The exceptions that users see, and the exit status of each.
 
-Everything else is a bug or an outage: it keeps its traceback and exits 1.
+Any other exception is a bug or an outage: it is printed with its traceback, exit status 1.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class ClipmillError(Exception):
 
 
 class StageFailed(ClipmillError):
-    """The stage could not finish for a reason outside the configuration (exit 1)."""
+    """The stage failed for a reason outside the configuration (exit 1)."""
 
 
 class StorageUnavailable(StageFailed, OSError):
-    """A bucket's server was away for longer than an operation may wait (exit 75): run again once it is back.
+    """A bucket's server was unreachable for longer than the retry limit (exit 75): run again once it is back.
 
-    An `OSError`, as a failing disk gives.
+    It is an `OSError`, like the error of a failing disk, so code that handles one handles both.
     """
 
     exit_status = 75
@@ -43,11 +43,11 @@ class UserError(ClipmillError):
 
 
 class DiskUnusable(UserError, OSError):
-    """A local disk is full, read-only or forbidden; an `OSError`, as the system itself raises."""
+    """A local disk is full, read-only or forbidden. It is an `OSError`, like the system error that it replaces."""
 
 
 class DamagedDocument(UserError):
-    """A document of a run cannot be read. Whoever can derive it from others writes it anew."""
+    """A JSON document of a run cannot be read. Callers that can rebuild it from other data do so."""
 
 
 class Interrupted(ClipmillError):
@@ -57,6 +57,6 @@ class Interrupted(ClipmillError):
 
 
 class StopRequested(Interrupted):
-    """As `Interrupted`, by ``clipmill stop`` (exit 76): nobody runs it again unasked."""
+    """As `Interrupted`, but requested with ``clipmill stop`` (exit 76): nothing restarts the stage automatically."""
 
     exit_status = 76

@@ -1,13 +1,13 @@
-"""Which packages each part of clipmill needs, for slim images. The plain install has all of them.
+"""Lists the packages that each part of clipmill needs, for slim images. The plain install has all of them.
 
-``python -m clipmill.extras train report`` prints the requirements of some parts and of the core, a line each::
+``python -m clipmill.extras train report`` prints the requirements of these parts and of the core, one a line::
 
     pip install --no-deps clipmill
     python -m clipmill.extras train > requirements.txt
     pip install -r requirements.txt
 
-docs/install.md says which command needs which part. This module and ``clipmill/__init__.py`` import nothing that has to
-be installed.
+docs/install.md says which command needs which part. This module and ``clipmill/__init__.py`` import only the standard
+library.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "deepspeed", "safetensors", "tensorboard"),
     "report": ("torchmetrics", "jinja2"),
 }
-"""The modules that come with each extra."""
+"""The modules that each extra installs."""
 
 _EXTRA = re.compile(r"""(?:\s+and\s+)?extra\s*==\s*['"]([\w-]+)['"]""")
 
 
 def explain_missing(error: ModuleNotFoundError) -> str | None:
-    """What to install for a module that cannot be imported; None where no extra of clipmill brings it."""
+    """Says which extra to install for a missing module; None if no extra of clipmill installs it."""
     name = error.name or ""
     for extra, modules in EXTRAS.items():
         if any(name == module or name.startswith(f"{module}.") for module in modules):
@@ -41,10 +41,10 @@ def explain_missing(error: ModuleNotFoundError) -> str | None:
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """Requirements of the core and of some extras, as pip reads them.
+    """Requirements of the core and of the given extras, in the format of a requirements file.
 
     Raises:
-        ValueError: an extra has another name.
+        ValueError: an extra is unknown.
     """
     if unknown := set(extras) - EXTRAS.keys():
         raise ValueError(f"unknown extra {', '.join(sorted(unknown))}; known: {', '.join(EXTRAS)}")
@@ -66,7 +66,7 @@ def _name_of(requirement: str) -> str:
 
 
 def main() -> None:
-    """Prints the requirements of the extras that the command line names."""
+    """Prints the requirements of the extras given on the command line."""
     try:
         print("\n".join(requirements(sys.argv[1:])))
     except ValueError as error:

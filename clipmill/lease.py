@@ -1,11 +1,11 @@
 """One writer a folder: a lease that survives crashed owners and unsynchronised clocks.
 
-The claims on a folder are numbered files, ``_lease/000001.json``, each created exclusively; the highest
-number owns the folder. Taking over means creating the next number, so of several contenders exactly one
-wins, with nothing but "create if absent" asked of the storage. The number, ``attempt``, also names what
-must not collide between a run and its successor (checkpoints, metrics).
+The claims on a folder are numbered files, ``_lease/000001.json``, and the highest number owns the folder. A contender
+takes over by creating the next number exclusively, so exactly one wins; the storage only needs to support "create if
+absent". The number, ``attempt``, is also part of the names of checkpoints and metrics, so that a run and its successor
+never write the same file.
 
-``_lease/000001.stop`` asks the owner of that claim to stop. Its heartbeat lists the folder anyway, and so finds it.
+``_lease/000001.stop`` asks the owner of that claim to stop. The owner's heartbeat lists the folder and finds it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = ["Claim", "Lease", "hold", "read_claim", "release_lost", "request_stop
 SCHEMA = 1
 HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
-"""An owner of another host whose heartbeat does not move for this long is taken for dead."""
+"""An owner on another host counts as dead if its heartbeat does not advance for this time."""
 RELEASE_SECONDS = 1.5
-"""Before Ray kills the process: the folder is released then, with two requests."""
+"""The folder is released this time before Ray kills the process; the release takes two requests."""
 RELEASE_RETRY_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
@@ -43,22 +43,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lease:
-    """A claim on a folder. Travels to workers, which call `check` before they publish."""
+    """A claim on a folder. It is sent to workers, which call `check` before they publish."""
 
     url: str
     attempt: int
     stop_requested: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
-    """Set once somebody has asked the owner to stop. Stays with the process that holds the folder."""
+    """Set once the owner has been asked to stop. Only in the process that holds the folder; it is not pickled."""
 
     def __reduce__(self) -> tuple[type[Lease], tuple[str, int]]:
         return type(self), (self.url, self.attempt)
 
     def is_newest(self) -> bool:
-        """Whether no later run has taken the folder over."""
+        """Whether no later run has taken over the folder."""
         return _newest_attempt(self.url) == self.attempt
 
     def check(self) -> None:
-        """Raises `StageFailed` when a later run has taken the folder over."""
+        """Raises `StageFailed` if a later run has taken over the folder."""
         newest = _newest_attempt(self.url)
         if newest != self.attempt:
             what = f"was taken over by attempt {newest}" if newest else "has lost its _lease folder"
@@ -66,7 +66,7 @@ class Lease:
 
 
 class Claim(NamedTuple):
-    """The newest claim on a folder, as others see it."""
+    """The newest claim on a folder, read by any process."""
 
     attempt: int
     stage: str
@@ -75,7 +75,7 @@ class Claim(NamedTuple):
     beat: int
     is_released: bool
     is_alive: bool | None
-    """Whether the owner's process lives; None: it is on another host, so that only its heartbeat tells."""
+    """Whether the owner's process is alive; None if it is on another host, where only its heartbeat can show that."""
 
 
 @contextmanager
@@ -86,16 +86,16 @@ def hold(
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
     silence_seconds: float = SILENCE_SECONDS,
 ) -> Iterator[Lease]:
-    """Owns a stage folder for the time of the ``with`` block.
+    """Owns a stage folder during the ``with`` block.
 
-    Whoever asks by `request_stop` has this process get SIGTERM. In a Ray job the folder is released shortly before Ray
-    kills the process, even if the block still runs: whoever publishes afterwards checks the lease first.
+    After `request_stop`, this process receives SIGTERM. In a Ray job the folder is released shortly before Ray kills
+    the process, even if the block still runs; that is safe because every writer checks the lease before it publishes.
 
     Raises:
-        UserError: another run that is alive owns it, or its storage cannot tell who came first.
-        StopRequested: in place of `Interrupted` and of SystemExit, if somebody had asked for a stop.
+        UserError: a living run owns the folder, or its storage does not support exclusive creation.
+        StopRequested: instead of `Interrupted` and SystemExit, if a stop was requested.
     """
-    # The token makes claims of one process differ: a bucket takes equal content for a repeated put.
+    # The token makes the claims of one process differ: `storage` accepts equal content as its own retried request.
     owner = {**_this_process(), "token": uuid.uuid4().hex}
     lease = _acquire(url, stage, owner, silence_seconds)
     keeper = _Keeper(lease, stage, owner, heartbeat_seconds)
@@ -110,10 +110,10 @@ def hold(
 
 
 def read_claim(url: str) -> Claim | None:
-    """The newest claim on a folder; None: nobody has claimed it yet.
+    """The newest claim on a folder; None if it was never claimed.
 
     Raises:
-        DamagedDocument: it is not a claim that clipmill writes.
+        DamagedDocument: the claim is not one that clipmill writes.
     """
     attempt = _newest_attempt(url)
     document = _read_document(Lease(url, attempt)) if attempt else None
@@ -121,15 +121,15 @@ def read_claim(url: str) -> Claim | None:
 
 
 def request_stop(url: str, attempt: int) -> None:
-    """Asks the owner of a claim to stop in order; its next heartbeat finds out."""
+    """Asks the owner of a claim to stop cleanly; its next heartbeat finds the request."""
     storage.publish_document(_stop_url(Lease(url, attempt)), {"host": socket.gethostname()}, SCHEMA)
 
 
 def release_lost(url: str) -> bool:
-    """Releases the claim of an owner that is gone, so that the next run need not watch its heartbeat first.
+    """Releases the claim of a lost owner, so that the next run need not watch its heartbeat first.
 
     Returns:
-        Whether there was such a claim. If its owner lives after all, it goes on until another run claims the folder.
+        Whether a claim was released. If its owner is alive after all, it continues until another run claims the folder.
     """
     lease = Lease(url, _newest_attempt(url))
     document = _read_document(lease) if lease.attempt else None
@@ -178,8 +178,8 @@ def _acquire(url: str, stage: str, owner: dict[str, Any], silence_seconds: float
 
 
 def _wait_until_free(lease: Lease, silence_seconds: float) -> None:
-    """Returns when the claim is released or its owner dead; raises `UserError` when it is alive."""
-    claim = _look(lease)
+    """Returns once the claim is released or its owner is dead; raises `UserError` if the owner is alive."""
+    claim = _unreleased_claim(lease)
     if claim is None:
         return
     if claim.is_alive is not None:
@@ -191,7 +191,7 @@ def _wait_until_free(lease: Lease, silence_seconds: float) -> None:
     deadline = time.monotonic() + silence_seconds
     while time.monotonic() < deadline:
         time.sleep(min(1.0, silence_seconds / 10))
-        now = _look(lease)
+        now = _unreleased_claim(lease)
         if now is None:
             return
         if now.beat != claim.beat:
@@ -199,8 +199,8 @@ def _wait_until_free(lease: Lease, silence_seconds: float) -> None:
     logger.warning("taking over %s from attempt %d: silent for %.0f s", lease.url, lease.attempt, silence_seconds)
 
 
-def _look(lease: Lease) -> Claim | None:
-    """The claim; None if it is released, or gone because a later one has removed it."""
+def _unreleased_claim(lease: Lease) -> Claim | None:
+    """The claim; None if it is released, or if a later claim has removed it."""
     document = _read_document(lease)
     claim = None if document is None else _parse_claim(lease, document)
     return None if claim is None or claim.is_released else claim
@@ -228,7 +228,7 @@ def _parse_claim(lease: Lease, document: dict[str, Any]) -> Claim:
         stage, host, pid, beat, is_released = (document[key] for key in ("stage", "host", "pid", "beat", "released"))
     except KeyError as error:
         url = _claim_url(lease)
-        raise DamagedDocument(f"{url} is damaged (it has no {error}); if no run owns the folder, remove it") from error
+        raise DamagedDocument(f"{url} is damaged ({error} is missing); if no run owns the folder, remove it") from error
     return Claim(lease.attempt, stage, host, pid, beat, is_released, is_alive)
 
 
@@ -236,7 +236,7 @@ def _parse_claim(lease: Lease, document: dict[str, Any]) -> Claim:
 
 
 class _Keeper:
-    """Beats for a claim, heeds requests to stop, and releases it: at the end, or before this process is killed."""
+    """Renews a claim, obeys stop requests, and releases the claim at the end or before this process is killed."""
 
     def __init__(self, lease: Lease, stage: str, owner: dict[str, Any], heartbeat_seconds: float) -> None:
         self._lease, self._body = lease, {"stage": stage, **owner}
@@ -249,12 +249,12 @@ class _Keeper:
         self._thread.start()
 
     def _listen(self) -> bool:
-        """Has Python write signals to our socket as well: it does so whoever handles them, and whatever runs."""
+        """Makes Python write signals to our socket too, which it does immediately and for any handler."""
         before = signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
-        if before != -1:  # somebody else listens, such as a notebook
+        if before != -1:  # another part of the process uses it, for example a notebook
             signal.set_wakeup_fd(before)
             return False
-        os.register_at_fork(after_in_child=self._stop_listening)  # a child's signals are not ours
+        os.register_at_fork(after_in_child=self._stop_listening)  # signals to a child do not concern this lease
         return True
 
     def _stop_listening(self) -> None:
@@ -279,7 +279,7 @@ class _Keeper:
             if now >= next_beat:
                 beat += 1
                 if not self._beat(beat):
-                    return  # check() tells whoever is about to publish
+                    return  # writers learn it from check() before they publish
                 next_beat = time.monotonic() + self._heartbeat_seconds
             if self._is_signalled(min(next_beat, kill_at - RELEASE_SECONDS) - now):
                 seconds = seconds_until_kill()
@@ -287,18 +287,18 @@ class _Keeper:
         self._release()
 
     def _is_signalled(self, timeout_seconds: float) -> bool:
-        """Waits for a signal that ends processes."""
+        """Waits for SIGTERM or SIGINT; returns whether one arrived before the timeout."""
         ready, _, _ = select.select([self._wakeup], [], [], max(0.0, timeout_seconds))
         return bool(ready) and bool({signal.SIGTERM, signal.SIGINT} & set(self._wakeup.recv(1024)))
 
     def _beat(self, beat: int) -> bool:
-        """Renews the claim, and looks for a request to stop; whether the claim is still the newest."""
+        """Renews the claim and checks for a stop request; returns whether the claim is still the newest."""
         try:
             names = _names(self._lease.url)
             if max(_attempts(names), default=0) != self._lease.attempt:
                 return False
             storage.publish_document(_claim_url(self._lease), {"released": False, "beat": beat, **self._body}, SCHEMA)
-        except (OSError, ClipmillError) as error:  # the storage is away for a moment: the next beat tries again
+        except (OSError, ClipmillError) as error:  # storage is temporarily unreachable: the next beat retries
             logger.warning("cannot renew the lease on %s: %s", self._lease.url, error)
             return True
         if _stop_url(self._lease).rpartition("/")[2] in names and not self._lease.stop_requested.is_set():
@@ -308,7 +308,9 @@ class _Keeper:
         return True
 
     def _release(self) -> None:
-        """Says that the folder is free. If storage is away or full, the next run finds out by itself."""
+        """Marks the claim as released. If storage is unreachable or full, the next run detects the dead owner
+        itself.
+        """
         try:
             with storage.limit_retries(RELEASE_RETRY_SECONDS):
                 if self._lease.is_newest():
@@ -339,7 +341,7 @@ def _read_text(path: str) -> str:
 
 
 def _pid_namespace() -> str:
-    """Containers of one host share its boot id but not its process ids."""
+    """Id of the process namespace: containers of one host share its boot id but not its process ids."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -347,7 +349,7 @@ def _pid_namespace() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Clock ticks since boot at which a process began, "" if it is gone: tells a reused process id apart."""
+    """Start time of a process in clock ticks since boot, "" if it is gone. It distinguishes reused process ids."""
     stat = _read_text(f"/proc/{pid}/stat")
     fields = stat.rpartition(")")[2].split()  # the name in parentheses may itself hold spaces
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""

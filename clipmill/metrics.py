@@ -1,8 +1,8 @@
-"""The metrics of a training run: one JSON line a record, one file an attempt.
+"""The metrics of a training run: each attempt writes one file, with one JSON record a line.
 
-A record is ``{"step": int, "split": "train" | "val", name: number, ...}``. An attempt writes its file on
-the local disk and uploads it whole, since buckets cannot append; a resumed run is a new attempt that
-begins at its checkpoint's step, so readers merge by step and the newest attempt wins.
+A record is ``{"step": int, "split": "train" | "val", name: number, ...}``. An attempt writes its file on the local disk
+and uploads it whole, since buckets cannot append. A resumed run is a new attempt that begins at its checkpoint's step,
+so readers merge files by step and the newest attempt wins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clipmill.scratch import ScratchFolder
 __all__ = ["ATTEMPT", "MetricsLog", "read_metrics"]
 
 ATTEMPT = re.compile(r"\d{6,}-\d{4,}")
-"""Name of an attempt: number of the lease, then number of the restart under it."""
+"""Name of an attempt: number of the lease, then number of the restart under that lease."""
 _FILE_NAME = re.compile(ATTEMPT.pattern + r"\.jsonl")
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ class MetricsLog:
     """Appends records locally; `upload` publishes them as one whole file.
 
     Args:
-        url: the training folder; the file becomes ``metrics/<attempt>.jsonl`` in it.
-        attempt: name of the attempt that writes; later attempts must sort after earlier ones.
+        url: URL of the training folder; the file is ``metrics/<attempt>.jsonl`` in it.
+        attempt: name of the writing attempt; later attempts must sort after earlier ones.
     """
 
     def __init__(self, url: str, attempt: str) -> None:
@@ -57,8 +57,8 @@ class MetricsLog:
 def read_metrics(url: str) -> list[dict[str, Any]]:
     """All records of a training folder, sorted by step.
 
-    A newer attempt replaces all records of later steps than its first, and those of its first step that it has made
-    again. Files of other names than an attempt's are ignored, as are lines that are no records.
+    A newer attempt replaces all older records of steps after its first step. At its first step it replaces only the
+    splits that it has recorded itself. Files with other names and lines that are not records are ignored.
     """
     merged: list[dict[str, Any]] = []
     for entry in storage.list_folder(storage.join(url, "metrics")):
@@ -91,5 +91,5 @@ def _records(data: bytes, url: str) -> list[dict[str, Any]]:
         else:
             records.append(record)
     if num_ignored:
-        logger.warning("%s: %d lines are no records of clipmill and are ignored", url, num_ignored)
+        logger.warning("%s: ignored %d lines that are not records of clipmill", url, num_ignored)
     return records

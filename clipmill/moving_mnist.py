@@ -1,7 +1,7 @@
-"""Moving MNIST from any digits: two of them bounce in a square (Srivastava et al., arXiv 1502.04681, section 4.1).
+"""Moving MNIST from any digits: two digits bounce in a square (Srivastava et al., arXiv 1502.04681, section 4.1).
 
-The file has the published layout of ``mnist_test_seq.npy``, uint8 [T, N, 64, 64]: frames first, then videos. Everything
-about video i follows from (seed, i) and the digits, so a longer file begins with the videos of a shorter one.
+The file has the published layout of ``mnist_test_seq.npy``, uint8 [T, N, 64, 64]: frames first, then videos. Video i is
+a function of (seed, i) and the digits, so a longer file begins with the videos of a shorter one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZE = 64
 NUM_FRAMES = 20
 NUM_DIGITS = 2
 _PIXELS_PER_FRAME = 3.6
-"""Speed: a tenth of the way that a digit of 28 pixels has between two walls."""
+"""Speed of a digit: a tenth of the distance that a digit of 28 pixels can move between two walls."""
 _BATCH_VIDEOS = 256
 _IDX_MAGIC = b"\0\0\x08\x03"  # bytes, three axes
 _LARGEST_BYTES = 2**31
@@ -36,19 +36,19 @@ def generate(digits: np.ndarray, url: str, *, num_videos: int = 10_000, seed: in
 
     Args:
         digits: uint8 [N, h, w], white on black.
-        url: of the ``.npy`` file, replaced where it exists.
-        num_videos: in the file.
-        seed: of which digits move, from where, and where to.
+        url: URL of the ``.npy`` file; an existing file is replaced.
+        num_videos: number of videos in the file.
+        seed: seed of the choice of digits, their places and their directions.
 
     Raises:
         UserError: the URL does not end in ``.npy``. Nothing was written.
     """
     if not url.endswith(".npy"):
-        raise UserError(f"{url} must end in .npy, as the file's format does; name another file")
+        raise UserError(f"{url} must end in .npy, because that is the file's format; name another file")
     with ScratchFolder("moving-mnist") as folder:
         path = folder / "videos.npy"
         shape = (NUM_FRAMES, num_videos, SIZE, SIZE)
-        videos = np.lib.format.open_memmap(path, "w+", np.uint8, shape)  # a full file may exceed the memory
+        videos = np.lib.format.open_memmap(path, "w+", np.uint8, shape)  # the file may be larger than memory
         with bar("moving-mnist", total=num_videos, unit="videos") as progress:
             for first in range(0, num_videos, _BATCH_VIDEOS):
                 batch = range(first, min(first + _BATCH_VIDEOS, num_videos))
@@ -67,7 +67,7 @@ def draw_video(digits: np.ndarray, seed: int, index: int) -> np.ndarray:
         angle = random.uniform(0, 2 * math.pi)
         velocity = _PIXELS_PER_FRAME * np.array((math.sin(angle), math.cos(angle)))
         travelled = random.uniform(0, room) + np.arange(NUM_FRAMES)[:, None] * velocity
-        # Bouncing between two walls is a straight way, folded at each of them.
+        # Bouncing between two walls is a straight path folded at each wall.
         places = np.maximum(room - np.abs(travelled % (2 * np.maximum(room, 1)) - room), 0)
         for frame, (top, left) in zip(frames, places.round().astype(int), strict=True):
             window = frame[top : top + digits.shape[1], left : left + digits.shape[2]]
@@ -76,12 +76,12 @@ def draw_video(digits: np.ndarray, seed: int, index: int) -> np.ndarray:
 
 
 def read_digits(path: Path) -> np.ndarray:
-    """uint8 [N, h, w] from MNIST's own format (``train-images-idx3-ubyte``, also ``.gz``), ``.npy`` or ``.npz``.
+    """Reads digits, uint8 [N, h, w], from MNIST's format (``train-images-idx3-ubyte``, also ``.gz``), .npy or .npz.
 
-    Of an ``.npz`` file, the array ``x_train`` (as Keras packs MNIST) or the only one of that form.
+    From an ``.npz`` file it reads the array ``x_train``, as in Keras' MNIST file, or the only array of that shape.
 
     Raises:
-        UserError: the file is missing, holds something else, or digits that are larger than the videos.
+        UserError: the file is missing, does not hold digits, or its digits are larger than the videos.
     """
     try:
         with path.open("rb") as file:
@@ -98,7 +98,9 @@ def read_digits(path: Path) -> np.ndarray:
             "[N, height, width]"
         ) from error
     if not len(digits) or not 0 < max(digits.shape[1:]) <= SIZE:
-        raise UserError(f"{path} holds digits {list(digits.shape)}; they must fit into {SIZE} x {SIZE} pixels")
+        raise UserError(
+            f"{path} holds digits of shape {list(digits.shape)}; name a file with digits of at most {SIZE} x {SIZE}"
+        )
     return digits
 
 

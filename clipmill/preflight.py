@@ -1,7 +1,7 @@
-"""Settings of later stages that cannot work, found before `shard` makes clips for them.
+"""Checks settings of later stages before `shard` spends time on clips that these stages would refuse.
 
-Only sections that the config sets are checked: a run that makes clips for others leaves the rest at defaults that its
-clips need not fit. What depends on the videos (their classes, say) is checked against the plan, in
+Only sections that the config sets are checked: a run that only makes clips leaves the others at their defaults, which
+its clips need not fit. Settings that depend on the videos, such as their classes, are checked against the plan in
 `clipmill.pipeline.planning.conditions`.
 """
 
@@ -17,12 +17,12 @@ __all__ = ["check_later_stages"]
 
 
 def check_later_stages(config: RunConfig) -> None:
-    """Checks tokenizer, prior and samples against the clips of a config.
+    """Checks the settings of tokenizer, prior and samples against the clip settings of a config.
 
     Raises:
-        UserError: a stage would refuse these settings, or a model cannot be built of them.
+        UserError: a stage would refuse these settings, or a model cannot be built with them.
     """
-    if config.data.mix:  # the trainings read clips of other shapes, too
+    if config.data.mix:  # the training stages may read clips of other shapes
         return
     if "prior" in config.model_fields_set:
         _check_condition(config)
@@ -64,7 +64,7 @@ def _check_crop(config: RunConfig) -> None:
 
 
 def _build_models(config: RunConfig) -> None:
-    """Builds the models without weights: their constructors know which sizes fit each other."""
+    """Builds the models on the meta device, without weights: their constructors check that the sizes fit each other."""
     import torch
 
     from clipmill.models.vqvae import VQVAE, codes_shape

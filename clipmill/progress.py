@@ -1,4 +1,4 @@
-"""Progress for people: a bar with rate and ETA on a terminal, a line every few seconds elsewhere."""
+"""Progress display: a bar with rate and ETA on a terminal, a log line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clipmill.board import BOARD
 __all__ = ["bar", "duration"]
 
 LINE_SECONDS = 10.0
-"""How often a log that is no terminal gets a line."""
+"""Seconds between two log lines when the output is not a terminal."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ class bar:  # noqa: N801
     """``with bar("shard", total=240, unit="videos") as progress: progress.update(17, failed=1)``.
 
     Args:
-        title: what is going on.
-        total: amount of work, in ``unit``; none while it is unknown.
+        title: name of the work, shown before the bar.
+        total: amount of work in ``unit``; None while it is unknown.
         unit: plural name of what is counted.
     """
 
@@ -59,11 +59,11 @@ class bar:  # noqa: N801
             self._rich.stop()
 
     def update(self, done: float, total: float | None = None, **facts: float | str) -> None:
-        """Shows that ``done`` of ``total`` units are finished, with a few more facts (loss, failures)."""
+        """Shows that ``done`` of ``total`` units are finished, and further facts (loss, failures)."""
         if total is not None:
             self._total = total
         BOARD.advance(done, self._total, self._unit, facts)
-        if self._first is None:  # what an earlier run had done must not count into this run's rate
+        if self._first is None:  # work of an earlier run must not count towards this run's rate
             self._first, self._began = done, time.monotonic()
         seconds = time.monotonic() - self._began
         rate = (done - self._first) / seconds if seconds > 0 else 0.0
@@ -94,7 +94,7 @@ def _short(value: float | str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``4.2 s``, ``12 min``, ``5 h 12 min``, ``2 d 4 h``."""
+    """Formats seconds: ``4.2 s``, ``12 min``, ``5 h 12 min``, ``2 d 4 h``."""
     if seconds < 90:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)

@@ -1,11 +1,12 @@
-"""Temporary folders: private to this user, gone with the process that made them.
+"""Temporary folders: private to this user, and removed when the process that made them ends, even if it is killed.
 
-A process that is killed cannot clean up, and one killed worker of the stage ``shard`` leaves gigabytes. So each folder
-carries a lock (``flock``) that the kernel releases however its process ends, and the first folder that a process makes
-sweeps away those without one. A folder is never judged by its age. Its name tells on which machine it was made, as
-hashes of boot id and host name: a temporary folder that hosts share over a network may keep locks on each host alone,
-and a folder of another host is then not ours to judge. Either hash is enough: a host name outlives a reboot, and
-containers of one host share its boot id.
+A killed process cannot clean up, and one killed worker of the stage ``shard`` leaves gigabytes. Each folder therefore
+has a lock (``flock``) that the kernel releases however its process ends. When a process makes its first folder, it
+removes the folders that nobody locks. The age of a folder plays no role.
+
+If several hosts share the temporary folder over a network, locks may be visible on one host only. The name of a folder
+therefore contains hashes of boot id and host name, and a process only removes folders of its own machine. One matching
+hash is enough: the host name stays the same after a reboot, and containers of one host share its boot id.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ logger = logging.getLogger(__name__)
 class ScratchFolder:
     """A new folder, mode 0700, below the temporary folder (TMPDIR); removed by `close`, at the latest at exit.
 
-    As a context manager it gives its path::
+    As a context manager it returns its path::
 
         with ScratchFolder("shard") as folder:
             (folder / "clips.tar").write_bytes(...)
 
     Args:
-        purpose: a word for the name, ``clipmill-<purpose>-...``.
+        purpose: a word for the folder's name, ``clipmill-<purpose>-...``.
 
     Raises:
         OSError: the temporary folder is full or missing.
@@ -63,15 +64,15 @@ class ScratchFolder:
         self.close()
 
     def close(self) -> None:
-        """Removes the folder with all that is in it."""
+        """Removes the folder and its content."""
         self._remove()
 
 
 def private_folder() -> Path:
-    """This user's folder for what outlives a process, ``clipmill-<uid>`` below the temporary folder.
+    """This user's folder for files that outlive a process, ``clipmill-<uid>`` below the temporary folder.
 
     Raises:
-        UserError: somebody else made it, or can write to it.
+        UserError: another user made it, or can write to it.
     """
     path = Path(tempfile.gettempdir()) / f"clipmill-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -86,7 +87,7 @@ def private_folder() -> Path:
 
 
 def sweep() -> None:
-    """Removes the folders of dead processes of this user from the temporary folder; what cannot be removed stays."""
+    """Removes this user's folders of dead processes from the temporary folder; errors are ignored."""
     for entry in os.scandir(tempfile.gettempdir()):
         name = NAME.fullmatch(entry.name)
         if name is None or not any(ours == theirs for ours, theirs in zip(_machine(), name.groups(), strict=True)):
@@ -114,21 +115,21 @@ def _machine() -> tuple[str, str]:
 
 
 def _create(prefix: str) -> tuple[Path, int | None]:
-    """A new folder and the file descriptor that locks it; None where the file system has no locks for folders."""
+    """A new folder and the file descriptor that locks it; None if the file system cannot lock folders."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix))
         try:
             return path, _lock(path)
         except (FileNotFoundError, BlockingIOError):
-            continue  # between the two steps another process swept, and took the folder for a dead one's
+            continue  # another process swept between the two steps and found the folder unlocked
         except OSError as error:
-            # NFS is one such file system. There a sweep fails in the same way and removes nothing.
+            # NFS cannot lock folders. A sweep fails there in the same way, and removes nothing.
             logger.debug("cannot lock %s: %s", path, error)
             return path, None
 
 
 def _lock(path: Path) -> int:
-    """The descriptor that locks a folder.
+    """Locks a folder; returns the file descriptor that holds the lock.
 
     Raises:
         FileNotFoundError: another process has removed the folder.

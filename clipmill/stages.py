@@ -1,4 +1,4 @@
-"""The stages by name: what runs, in which order, what is finished, and where the work is placed."""
+"""The stages by name: how each one runs, in which order, whether it is finished, and where training runs."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the mill.
+    """One stage, and what its module must provide.
 
-    Its module has ``folder_url(config)``, ``is_finished(config)``, which raises `UserError` when what the stage
-    needs is missing, and ``run(config, lease) -> summary``; a training stage has ``train(config, lease, report,
-    studio)`` and ``summary(config)`` in place of ``run``, because every one of its ranks calls the same function,
-    ``export(config, step, dtype) -> sha8``, ``is_usable(config, num_workers)`` and ``committed_steps(config)``. One
-    that reads what was made of clips has ``clip_recipes(config)``: the recipes of these clips by the URL of what it
-    reads.
+    Every module has ``folder_url(config)`` and ``is_finished(config)``, which raises `UserError` if an input of the
+    stage is missing.
+
+    A stage that fans out has ``run(config, lease) -> summary``. A training stage instead has
+    ``train(config, lease, report, studio)``, which every rank calls, and ``summary(config)``,
+    ``export(config, step, dtype) -> sha8``, ``is_usable(config, num_workers)`` and ``committed_steps(config)``.
+
+    A stage whose input derives from clips has ``clip_recipes(config)``: the recipes of these clips by the input's URL.
     """
 
     module_name: str
@@ -55,7 +57,7 @@ class Stage:
 
     @property
     def module(self) -> ModuleType:
-        """Imported late: a GPU machine that only trains has neither Ray nor decoders."""
+        """The stage's module, imported on first use: a GPU machine that only trains has neither Ray nor decoders."""
         return importlib.import_module(self.module_name)
 
 
@@ -68,33 +70,33 @@ STAGES = {
     "evaluate": Stage("clipmill.evaluation.evaluate"),
     "report": Stage("clipmill.evaluation.report", reads_clips=False),
 }
-"""In the order in which a run goes through them."""
+"""All stages, in the order of a run."""
 
 
 def run_all(config: RunConfig) -> dict[str, dict[str, Any] | None]:
-    """Runs every stage on one Ray; the summaries by stage, none for those that had nothing to do."""
+    """Runs every stage on one Ray; returns the summaries by stage, None for stages that were already finished."""
     with launch.connect(config.cluster):
         return {name: run_stage(name, config) for name in STAGES}
 
 
 def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str, Any] | None:
-    """Brings one stage to its end.
+    """Runs one stage until it is finished.
 
     Args:
-        name: of the stage.
-        config: of the run.
-        more: what to add to the stage's plan before (``plan_more`` of its module knows the kinds); none: nothing.
+        name: name of the stage.
+        config: config of the run.
+        more: kind of generation to add to the stage's plan first, see ``plan_more`` of its module; None adds nothing.
 
     Returns:
-        The summary, or none when there was nothing left to do.
+        The summary; None if the stage was already finished.
 
     Raises:
-        UserError: something the stage needs is missing or wrong, or later stages cannot work with what `shard` would
-            make; nothing has been written.
-        Interrupted: it was stopped; what was finished is kept, and running it again goes on.
-        StageFailed: it could not finish for another reason.
+        UserError: an input or setting of the stage is missing or wrong, or later stages could not work with the clips
+            that `shard` would make; nothing has been written.
+        Interrupted: the stage was stopped; finished work is kept, and the next run continues from there.
+        StageFailed: the stage failed for another reason.
     """
-    os.environ.update(WORKER_ENVIRONMENT)  # before a stage imports torch: some run in this very process
+    os.environ.update(WORKER_ENVIRONMENT)  # before a stage imports torch: some stages run in this process
     config = _with_absolute_urls(config)
     with storage.disk_errors_explained(config.root):
         return _run_stage(name, config, more)
@@ -126,16 +128,16 @@ def _run_stage(name: str, config: RunConfig, more: str | None) -> dict[str, Any]
 
 
 def export_model(name: str, config: RunConfig, step: int | None, dtype: Literal["float32", "bfloat16"]) -> str:
-    """Exports a committed checkpoint of a training stage; the export's URL.
+    """Exports a committed checkpoint of a training stage; returns the export's URL.
 
     Args:
-        name: of the stage.
-        config: of the run.
-        step: of the checkpoint; none: the newest.
-        dtype: of the weights in the export.
+        name: name of the stage.
+        config: config of the run.
+        step: step of the checkpoint; None exports the newest.
+        dtype: dtype of the exported weights.
 
     Raises:
-        UserError: there is no such checkpoint, or it is of other settings.
+        UserError: there is no such checkpoint, or it was trained with other settings.
     """
     config = _with_absolute_urls(config)
     with storage.disk_errors_explained(config.root):
@@ -145,10 +147,10 @@ def export_model(name: str, config: RunConfig, step: int | None, dtype: Literal[
 
 
 def find_datasets(url: str) -> list[str]:
-    """The data sets at or below a URL: itself, a kind's splits, or everything a run has made of shards.
+    """URLs of the data sets at or below a URL: of one data set, of one kind with its splits, or of a whole run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no data set.
     """
     url = storage.absolute(url)
     if "commits" in storage.list_folders(url):
@@ -166,14 +168,14 @@ def repair(url: str, damaged: dict[str, set[int]], config: RunConfig | None = No
     """Restores damaged units of clips from the raw videos, byte for byte.
 
     Args:
-        url: of what was verified: the root of a run, its ``clips`` or one of their splits.
-        damaged: the damaged units, by URL of their data set.
-        config: of the run that made it; None: as ``config.yaml`` in its folder says.
+        url: the URL that was verified: the root of a run, its ``clips``, or one of their splits.
+        damaged: numbers of the damaged units, by URL of their data set.
+        config: config of the run that made the clips; None reads ``config.yaml`` from their folder.
 
     Raises:
-        UserError: it is no part of a run, or of another run than the config's; or a data set is not of clips, and the
-            message says which stage makes it. Clips have been restored then.
-        StageFailed: a unit comes out otherwise now; the message says why. The others are restored.
+        UserError: the data set does not belong to the config's run, or to no run; or it does not hold clips, and the
+            message names the stage that makes it. Damaged clips are restored before this error.
+        StageFailed: the videos now yield other bytes for a unit; the message says why. The other units are restored.
     """
     by_root: dict[str, dict[str, set[int]]] = {}
     for dataset_url, units in damaged.items():
@@ -183,17 +185,17 @@ def repair(url: str, damaged: dict[str, set[int]], config: RunConfig | None = No
     for root, units_by_split in by_root.items():
         found = _recorded_config(root) if config is None else _with_absolute_urls(config)
         if found.root != root:
-            raise UserError(f"{url} is no part of the run {found.root}; give its own config with --config")
+            raise UserError(f"{url} does not belong to the run {found.root}; give its own config with --config")
         module = STAGES["shard"].module
         with hold(module.folder_url(found), "verify --repair") as lease:
             module.run(found, lease, units_by_split)
     for dataset_url in damaged:
         if dataset_url.rsplit("/", 2)[1] != "clips":
-            raise UserError(f"{dataset_url} is not made of raw videos: {way_back(dataset_url)}")
+            raise UserError(f"{dataset_url} cannot be repaired from raw videos; {way_back(dataset_url)}")
 
 
 def way_back(dataset_url: str) -> str:
-    """What to do about a damaged data set."""
+    """Says how to restore a damaged data set."""
     kind = dataset_url.rsplit("/", 2)[1]
     if kind == "clips":
         return "run `clipmill verify --repair`, or `clipmill shard` with the run's config"
@@ -202,7 +204,7 @@ def way_back(dataset_url: str) -> str:
 
 
 def _recorded_config(root: str) -> RunConfig:
-    """The config by which the clips of a run were made, with the root where they lie now."""
+    """The config with which the clips of a run were made, with the root where they are now."""
     url = storage.join(root, "clips", "config.yaml")
     try:
         values = yaml.safe_load(storage.read_bytes(url))
@@ -214,7 +216,7 @@ def _recorded_config(root: str) -> RunConfig:
 
 
 def _with_absolute_urls(config: RunConfig) -> RunConfig:
-    """Workers start in other folders, so local paths must not depend on where they start."""
+    """Makes all paths absolute: workers start in other folders than this process."""
     is_embedded = launch.is_embedded(config.cluster)
 
     def absolute(key: str, path: str) -> str:
@@ -229,7 +231,7 @@ def _with_absolute_urls(config: RunConfig) -> RunConfig:
 
 
 def _with_recorded_clips(stage: Stage, config: RunConfig) -> RunConfig:
-    """What is configured is what is recorded: see `clipmill.config.with_recorded_clips`."""
+    """Takes clip settings from the stage's input, see `clipmill.config.with_recorded_clips`."""
     return with_recorded_clips(config, stage.module.clip_recipes(config)) if stage.reads_clips else config
 
 
@@ -239,7 +241,7 @@ def _publish_config(config: RunConfig, folder_url: str) -> None:
 
 
 def _without_credentials(value: Any) -> Any:
-    """A configuration in which no URL lets its reader in."""
+    """A configuration in which URLs have no credentials."""
     if isinstance(value, dict):
         return {key: _without_credentials(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -262,7 +264,7 @@ def _versions() -> dict[str, str]:
 
 
 def _train(name: str, config: RunConfig, lease: Lease) -> dict[str, Any]:
-    """Trains under torchrun if it started us, else on Ray's workers, else in this process."""
+    """Trains under torchrun if it started this process, else on Ray's workers, else in this process."""
     stage = STAGES[name]
     with_ray = config.cluster.training_launcher == "ray" and importlib.util.find_spec("ray") is not None
     if "RANK" in os.environ or not with_ray:
@@ -289,18 +291,18 @@ def _train_in_worker(payload: tuple[str, RunConfig, Lease], report: Any) -> None
     if rank == 0:
         logging.getLogger("clipmill").setLevel(logging.INFO)
         logging.getLogger("clipmill").addHandler(_ToDriver(report))
-        logging.getLogger("clipmill").propagate = False  # Ray would bring each line to the driver a second time
+        logging.getLogger("clipmill").propagate = False  # Ray would send each line to the driver a second time
     with storage.disk_errors_explained(config.root):
         STAGES[name].module.train(config, lease if rank == 0 else None, report, _studio(config))
 
 
 def _studio(config: RunConfig) -> Any:
-    """Draws and encodes what a training shows. Imported late, as the stages are."""
+    """Draws and encodes what a training displays. It is imported on first use, like the stages."""
     return importlib.import_module("clipmill.studio").studio_of(config)
 
 
 class _ToDriver(logging.Handler):
-    """Hands the log of a rank to the driver, which prints and publishes it."""
+    """Sends the log of a rank to the driver, which prints and publishes it."""
 
     def __init__(self, report: Any) -> None:
         super().__init__()
@@ -320,9 +322,9 @@ def _show(progress: bar, facts: dict[str, Any]) -> None:
 
 
 class _LocalReport:
-    """The report of a training process that nobody but the user started: a bar, and signals as the wish to stop.
+    """The report of a training process outside Ray: it shows a bar, and turns signals into stop requests.
 
-    Outside `hold_stops` a signal means what it meant before: the command line ends at once with status 75.
+    Outside `hold_stops` a signal keeps its previous meaning: the command line ends at once with status 75.
     """
 
     def __init__(self, title: str, quiet: bool = False) -> None:
@@ -345,11 +347,11 @@ class _LocalReport:
         if self._bar is not None:
             self._bar.__exit__(kind, error, traceback)
         if self.stop_requested and not self._holds and isinstance(error, Exception | None):
-            raise Interrupted(STOPPED) from error  # such as that of a collective whose peers have ended before us
+            raise Interrupted(STOPPED) from error  # for example a collective failed because peers ended before us
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_first, self.stop_requested = not self.stop_requested, True
-        if not is_first and number == signal.SIGINT:  # the second Ctrl-C means now
+        if not is_first and number == signal.SIGINT:  # a second Ctrl-C ends the process at once
             sys.exit(130)
         before = self._before.get(number)
         if is_first and not self._holds and callable(before):
@@ -357,8 +359,8 @@ class _LocalReport:
 
     @contextlib.contextmanager
     def hold_stops(self) -> Iterator[None]:
-        """Within it a signal only sets ``stop_requested``; see `clipmill.training.telemetry.Report`."""
-        if self.stop_requested:  # code that was interrupted may have swallowed the exception
+        """Inside this context a signal only sets ``stop_requested``; see `clipmill.training.telemetry.Report`."""
+        if self.stop_requested:  # interrupted code may have swallowed the exception
             raise Interrupted(STOPPED)
         self._holds = True
         yield

@@ -1,12 +1,12 @@
-"""The rows of a table file, one after the other: CSV, TSV, JSON lines, Parquet.
+"""Reads the rows of a table file in order: CSV, TSV, JSON lines, Parquet.
 
-Every cell has a name of its own: a table with two columns of one name is refused, and so is a JSON object with two
-keys of one name. Columns without a name are called by their place.
+Column names are unique: a table with two columns of one name is refused, and so is a JSON object with a repeated key.
+Columns without a name are named by their position.
 
-A row that cannot be read is a row with a fault; the rows after it are read all the same. That takes care where quotes
-do not match: a CSV reader would take all lines up to the next quote for one cell.
+A row that cannot be read carries a fault, and reading continues with the next row. Unmatched quotes need care: a plain
+CSV reader would read all lines up to the next quote as one cell.
 
-Bytes that are not UTF-8 are kept as Python's ``surrogateescape`` does; whoever needs the cell decides what they mean.
+Bytes that are not UTF-8 are kept with ``surrogateescape``; the user of a cell decides what they mean.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ __all__ = ["SUFFIXES", "Row", "UnreadableTable", "read_rows"]
 
 _BATCH_ROWS = 1024
 _MOST_LINES = 1000
-"""Of one record: further lines are not looked at for the end of a quoted cell."""
+"""Maximum number of lines of one record; a quoted cell that does not end within them counts as unclosed."""
 
 _UNCLOSED = "unexpected end of data"
-"""What `csv` says of a quoted cell whose end has not been found."""
+"""The `csv` module's error for a quoted cell without an end."""
 
 
 class Row(NamedTuple):
     """One row of a table.
 
     Attributes:
-        place: where it stands (``line 12``; of a record of several lines, the first).
-        cells: by column, as far as they can be read.
-        fault: why the row cannot be read; None where it can.
-        raw: the text of a row with a fault.
+        place: position in the file, such as ``line 12``; for a record of several lines, the first of them.
+        cells: cells by column name, as far as they can be read.
+        fault: why the row cannot be read; None if it can.
+        raw: text of a row with a fault.
     """
 
     place: str
@@ -50,18 +50,18 @@ class Row(NamedTuple):
 
 
 class UnreadableTable(Exception):
-    """The file as a whole is no such table."""
+    """The file as a whole cannot be read as a table."""
 
 
 def read_rows(file: Any, suffix: str) -> Iterator[Row]:
-    """The rows of a file.
+    """Yields the rows of a file.
 
     Args:
-        file: opened for reading bytes.
+        file: file opened for reading bytes.
         suffix: one of `SUFFIXES`.
 
     Raises:
-        UnreadableTable: it is in another encoding, damaged, or has two columns of one name.
+        UnreadableTable: the file has another encoding, is damaged, or has two columns of one name.
     """
     start = file.read(4)
     file.seek(0)
@@ -74,7 +74,7 @@ def read_rows(file: Any, suffix: str) -> Iterator[Row]:
 
 
 class _Lines:
-    """Lines of text with a look ahead."""
+    """Lines of text with lookahead."""
 
     def __init__(self, file: Any) -> None:
         self._lines = iter(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""))
@@ -90,7 +90,7 @@ class _Lines:
         return line
 
     def peek(self, index: int) -> str | None:
-        """A line that has not been taken; None behind the end."""
+        """The line at an index among the lines not taken yet; None beyond the end."""
         while len(self._ahead) <= index:
             line = next(self._lines, None)
             if line is None:
@@ -110,15 +110,15 @@ def _tsv_rows(file: Any) -> Iterator[Row]:
 def _delimited_rows(
     file: Any, read: Callable[[str, _Lines, int], tuple[list[str] | None, int]], advice: str
 ) -> Iterator[Row]:
-    """Rows by the names in the first line.
+    """Yields rows whose column names are in the first line.
 
     Args:
-        file: opened for reading bytes.
-        read: (line, lines behind it, number of columns) to (cells, or None where quotes do not match; number of
-            further lines that it takes).
-        advice: for rows with too few or too many cells.
+        file: file opened for reading bytes.
+        read: parses a record: (line, following lines, number of columns) -> (cells, or None if quotes do not match;
+            number of following lines that belong to the record).
+        advice: what the user can do about rows with too few or too many cells.
     """
-    csv.field_size_limit(2**31 - 1)  # captions of a megabyte exist; the process has no other use of it
+    csv.field_size_limit(2**31 - 1)  # captions of a megabyte exist; nothing else in the process uses this limit
     lines = _Lines(file)
     names: list[str] = []
     while (line := lines.take()) is not None:
@@ -140,7 +140,7 @@ def _delimited_rows(
         if len(cells) == len(names):
             yield Row(place, found)
         else:
-            fault = f"its cells are {len(cells)}, those of the first line {len(names)}; {advice}"
+            fault = f"it has {len(cells)} cells, but the first line has {len(names)}; {advice}"
             yield Row(place, found, fault, line)
 
 
@@ -148,7 +148,7 @@ def _column_names(stated: list[str]) -> list[str]:
     """A name for each column.
 
     Raises:
-        UnreadableTable: two columns have the same.
+        UnreadableTable: two columns have the same name.
     """
     names = [name or f"column {place}" for place, name in enumerate(stated, start=1)]
     for name, num_columns in Counter(names).items():
@@ -160,10 +160,10 @@ def _column_names(stated: list[str]) -> list[str]:
 def _record(
     first: str, lines: _Lines, delimiter: str, may_follow: Callable[[str], bool] = lambda line: True
 ) -> tuple[list[str] | None, int]:
-    """The cells of the record that begins with a line, by RFC 4180, and how many of the next lines belong to it.
+    """Parses the record that begins with a line, by RFC 4180: its cells, and how many following lines belong to it.
 
-    Cells are None where a quote is never closed, or is followed by something else than a delimiter. The lines behind
-    the first are then records of their own.
+    Cells are None if a quote is never closed or is not followed by a delimiter. The following lines then count as
+    separate records.
     """
     text, line = first, first
     for num_further in range(_MOST_LINES):
@@ -182,10 +182,10 @@ def _record(
 
 
 def _tsv_record(line: str, lines: _Lines, num_columns: int) -> tuple[list[str] | None, int]:
-    """As `_record`, where a quote means itself unless the whole cell is quoted.
+    """As `_record`, but a quote is an ordinary character unless it encloses the whole cell.
 
-    Spreadsheets and pandas quote cells, other writers do not. A quoted cell goes on in the next line only where that
-    line is no row by itself.
+    Spreadsheets and pandas quote cells, other writers do not. A quoted cell continues on the next line only if that
+    line does not have the number of cells of a row.
     """
     plain = line.strip("\r\n").split("\t")
     is_open = any(cell.startswith('"') and _unquoted(cell) == cell for cell in plain)
@@ -197,7 +197,7 @@ def _tsv_record(line: str, lines: _Lines, num_columns: int) -> tuple[list[str] |
 
 
 def _unquoted(cell: str) -> str:
-    """The content of a cell that is quoted from its first to its last character; another cell as it is."""
+    """Removes the quotes of a cell that is quoted from its first to its last character; returns others unchanged."""
     if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in cell[1:-1].replace('""', ""):
         return cell
     return cell[1:-1].replace('""', '"')
@@ -215,16 +215,16 @@ def _json_rows(file: Any) -> Iterator[Row]:
         try:
             cells = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            yield Row(place, {}, f"no JSON ({str(error)[:80]})", text)
+            yield Row(place, {}, f"it is not JSON ({str(error)[:80]})", text)
             continue
-        yield Row(place, cells) if isinstance(cells, dict) else Row(place, {}, "no JSON object", text)
+        yield Row(place, cells) if isinstance(cells, dict) else Row(place, {}, "it is not a JSON object", text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return values
 
 
@@ -242,7 +242,7 @@ def _parquet_rows(file: Any) -> Iterator[Row]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """As Python objects, also where one of them has no such form."""
+    """A column as Python objects; values that Python cannot represent become text or None (`_value`)."""
     try:
         return column.to_pylist()
     except (pa.ArrowException, ValueError, OverflowError):  # bytes that are not UTF-8, times beyond Python's
@@ -250,7 +250,7 @@ def _values(column: pa.Array) -> list[Any]:
 
 
 def _value(scalar: pa.Scalar) -> Any:
-    """A text, where a value has no other form; None where it has not even that."""
+    """A value as a Python object, else as text, else None."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
@@ -270,4 +270,4 @@ _READERS: dict[str, Callable[[Any], Iterator[Row]]] = {
 }
 
 SUFFIXES = tuple(_READERS)
-"""Endings of the tables that can be read."""
+"""Suffixes of the table files that can be read."""

@@ -50,11 +50,11 @@ def test_swiglu_is_as_large_as_a_plain_network_of_four_times_the_width() -> None
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("preset=2b", r"preset '2b' is none of videogpt-bair, .*7b"),
+        ("preset=2b", r"unknown preset '2b'; choose from videogpt-bair, .*7b"),
         ("num_kv_heads=2", "num_kv_heads needs style=modern"),
         ("num_heads=5", "hidden_dim 576 must be a multiple of num_heads 5"),
         ("style=modern prior.model.num_kv_heads=3", "num_heads 4 must be a multiple of num_kv_heads 3"),
-        ("style=modern prior.model.hidden_dim=12", "odd head of 3 channels"),
+        ("style=modern prior.model.hidden_dim=12", "gives 3 channels a head"),
     ],
 )
 def test_sizes_that_do_not_fit_are_one_line(assignment: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""``python -m clipmill.cli`` and ``torchrun ... -m clipmill.cli``: the same as the command ``clipmill``."""
+"""``python -m clipmill.cli`` and ``torchrun ... -m clipmill.cli`` run the command ``clipmill``."""
 
 from __future__ import annotations
 

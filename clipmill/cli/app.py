@@ -35,13 +35,13 @@ Assignments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="section.key=value, over the files.",
+        help="section.key=value; overrides the config files.",
         autocompletion=complete_assignment,
         show_default=False,
     ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="End with one line of JSON. Also the default where stdout is no terminal.")
+    bool, typer.Option("--json", help="Print the result as one line of JSON. Default if stdout is not a terminal.")
 ]
 
 

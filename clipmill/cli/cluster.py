@@ -20,27 +20,28 @@ def submit(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Jobs of the file, by default all, and section.key=value for all of them.", show_default=False
+            help="Names of jobs (default: all jobs of the file), and section.key=value for all of them.",
+            show_default=False,
         ),
     ] = None,
-    jobs: Annotated[Path, typer.Option("--jobs", help="The jobs and what each needs.")] = Path("ray_jobs.yaml"),
+    jobs: Annotated[Path, typer.Option("--jobs", help="File of jobs and their dependencies.")] = Path("ray_jobs.yaml"),
     config: Annotated[
         list[str] | None,
-        typer.Option("--config", "-c", metavar="FILE", help="In place of the jobs file's config.", show_default=False),
+        typer.Option("--config", "-c", metavar="FILE", help="Replaces the jobs file's config.", show_default=False),
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="http://HOST:8265; by default RAY_ADDRESS, else it asks.", show_default=False),
+        typer.Option(help="http://HOST:8265; default: RAY_ADDRESS, or else a prompt.", show_default=False),
     ] = None,
     follow: Annotated[
         bool | None,
-        typer.Option("--follow/--no-follow", help="Print the log of the running job; default on a terminal."),
+        typer.Option("--follow/--no-follow", help="Print the log of the running job; default: only on a terminal."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the chain, its state and its resources; submit nothing.")
     ] = False,
 ) -> None:
-    """Submit jobs and what they need to a Ray cluster, in order, and wait for them."""
+    """Submit jobs and their dependencies to a Ray cluster, in order, and wait for them."""
     from clipmill import cluster
 
     cluster.submit(
@@ -57,7 +58,7 @@ def submit(
 
 
 def _process_began() -> float:
-    """When this process began, seconds since the epoch: loading Ray takes seconds, in which another submit may end."""
+    """Start time of this process in seconds since the epoch; another submit may end while Ray is imported."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))

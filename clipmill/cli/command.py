@@ -14,7 +14,7 @@ from clipmill.extras import explain_missing
 from clipmill.status import formatter
 
 # isort: off
-# Importing a module registers its commands. `clipmill --help` shows them in this order.
+# Importing a module registers its commands. `clipmill --help` lists them in this order.
 from clipmill.cli import start, stages, models, results, data, cluster, watch  # noqa: F401
 # isort: on
 
@@ -53,9 +53,9 @@ def _begin_logging() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Ends the process on SIGTERM and Ctrl-C, except where a stage has its own handler.
+    """Ends the process on SIGTERM and Ctrl-C, unless a stage has installed its own handler.
 
-    SystemExit is not an `Exception`, so code that catches any error of a damaged file does not catch this.
+    SystemExit is not an `Exception`, so code that catches all errors of a damaged file does not swallow it.
     """
     print("clipmill: stopped; run the same command to go on", file=sys.stderr)
     raise SystemExit(Interrupted.exit_status)

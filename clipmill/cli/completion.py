@@ -1,4 +1,4 @@
-"""What the shell offers after TAB: names of shipped configs, YAML files, and keys with their defaults."""
+"""Shell completion: names of shipped configs, YAML files, and keys with their defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["complete_assignment", "complete_config"]
 
 
 def complete_config(incomplete: str) -> list[str]:
-    """Names of shipped configs, and the YAML files and folders of the path that is being typed."""
+    """Completes names of shipped configs, and paths of YAML files and folders."""
     names = [name for name in shipped_configs() if name.startswith(incomplete)]
     folder, _, start = incomplete.rpartition("/")
     parent = Path(folder or ("/" if incomplete.startswith("/") else "."))
@@ -23,7 +23,7 @@ def complete_config(incomplete: str) -> list[str]:
 
 
 def complete_assignment(incomplete: str) -> list[str]:
-    """Keys that continue what is typed, as ``key=default``."""
+    """Completes keys, as ``key=default``."""
     return [
         f"{key.path}={json.dumps(key.default, separators=(',', ':')) if key.has_default else ''}"
         for key in schema_keys()

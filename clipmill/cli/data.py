@@ -1,4 +1,4 @@
-"""Commands that look at what is on disk: ``verify``, ``inspect``, ``config``."""
+"""Commands that examine data and settings: ``verify``, ``inspect``, ``config``."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Target = Annotated[str, typer.Argument(help="A data set's folder, or the root of
 def verify(
     url: Target,
     deep: Annotated[bool, typer.Option("--deep", help="Also decode every sample.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Make damaged clip units again from the videos.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild damaged clip units from the videos.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove orphans older than the grace period.")] = False,
     grace_seconds: Annotated[
-        float, typer.Option(help="Keep orphans younger than this: a writer may still need them.")
+        float, typer.Option(help="Keep orphans younger than this; a writer may still need them.")
     ] = 86400,
     config: ConfigFiles = None,
 ) -> None:
     """Check the shards of a data set, or of a whole run, against their commits and manifests.
 
-    --config names the config of the run to repair; by default it is the config.yaml that the run has recorded.
+    --repair uses the config.yaml that the run has recorded, unless --config names another config.
     """
     from clipmill import stages
     from clipmill.shards.prune import prune as prune_orphans
@@ -69,7 +69,7 @@ def inspect(
     url: Target,
     sheet: Annotated[Path, typer.Option(help="Where to write the contact sheet.")] = Path("contact-sheet.png"),
 ) -> None:
-    """Show what is in a data set: numbers, classes, durations, and a contact sheet."""
+    """Show the content of a data set: counts, classes, durations, and a contact sheet."""
     from clipmill import stages
     from clipmill.pipeline.inspect import inspect as describe
 

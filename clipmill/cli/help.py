@@ -1,4 +1,4 @@
-"""``--help`` of a stage: below its options its main keys with defaults, and an example."""
+"""``--help`` of a stage: its options, then its main keys with defaults, then an example."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["GUIDES", "Guide", "StageCommand"]
 
 
 class Guide(NamedTuple):
-    """What the help of a stage shows beside its options: keys of the configuration, and a command."""
+    """Additions to the options in a stage's help: its main configuration keys, and an example command."""
 
     keys: tuple[str, ...]
     example: str
@@ -139,9 +139,9 @@ class StageCommand(TyperCommand):
         console = Console()
         console.print(Panel(table, title="Main keys, with their defaults", title_align="left", border_style="dim"))
         console.print(f" Example: {guide.example}", highlight=False, soft_wrap=True)
-        console.print(" All keys: docs/configuration.md; the resolved ones: clipmill config\n", highlight=False)
+        console.print(" All keys: docs/configuration.md. Resolved values: clipmill config\n", highlight=False)
 
 
 def _shortened(description: str) -> str:
-    """The first sentence of a long description."""
+    """A description, or only its first sentence if it is long."""
     return description if len(description) <= 160 else description.partition(". ")[0]

@@ -1,4 +1,4 @@
-"""Commands around models: ``generate``, ``export``, ``import-videogpt``, ``estimate``."""
+"""Commands that use, convert and plan models: ``generate``, ``export``, ``import-videogpt``, ``estimate``."""
 
 from __future__ import annotations
 
@@ -22,30 +22,36 @@ PANEL = "Use and move models"
 @app.command("generate", rich_help_panel=PANEL)
 def generate(
     model: Annotated[
-        str, typer.Argument(help="An export of a prior, its training folder, or a run.", show_default=False)
+        str, typer.Argument(help="URL of a prior's export, its training folder, or a run.", show_default=False)
     ],
     out: Annotated[str, typer.Option("--out", help="The .mp4 file to write.")],
-    num: Annotated[int, typer.Option("--num", min=1, help="Videos; several become a grid.")] = 1,
-    label: Annotated[str | None, typer.Option("--label", help="Class; by default all in turn.")] = None,
+    num: Annotated[int, typer.Option("--num", min=1, help="Number of videos; several are tiled in a grid.")] = 1,
+    label: Annotated[str | None, typer.Option("--label", help="Class; default: all classes in rotation.")] = None,
     first_frame: Annotated[
-        str | None, typer.Option("--first-frame", help="A picture or video to go on from, or to condition on.")
+        str | None, typer.Option("--first-frame", help="Picture or video to continue, or to condition on.")
     ] = None,
     condition: Annotated[
-        str | None, typer.Option("--condition", help="A .npy file of actions or of a text's embedding.")
+        str | None, typer.Option("--condition", help=".npy file of actions or of a text embedding.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", min=0.001, help="Length; by default the prior's window.")
+        float | None, typer.Option("--seconds", min=0.001, help="Length; default: the prior's window.")
     ] = None,
     fps: Annotated[
-        float | None, typer.Option("--fps", min=0.1, help="Frames per second; by default the training clips', else 8.")
+        float | None, typer.Option("--fps", min=0.1, help="Frames per second; default: as the training clips, or 8.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the noise.")] = 0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Below 1: more likely codes.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw from the k most likely codes.")] = None,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from codes of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the noise.")] = 0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Softmax temperature; below 1 favours likely codes.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Keep the k most likely codes; default: all.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Keep the most likely codes up to this total probability; 1 keeps all.")
+    ] = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Export of a prior -> an mp4 file; no data set, no Ray."""
+    """Generate an mp4 file with an exported prior; needs no data set and no Ray."""
     from clipmill.api.command import generate_file
 
     facts = generate_file(
@@ -71,14 +77,14 @@ def export(
     config: ConfigFiles = None,
     stage: Annotated[Literal["vqvae", "prior"], typer.Option("--stage", help="Which model.")] = "prior",
     step: Annotated[
-        int | None, typer.Option("--step", min=1, help="Step of the checkpoint; by default the newest.")
+        int | None, typer.Option("--step", min=1, help="Step of the checkpoint; default: the newest.")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the weights in the export.")
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Dtype of the exported weights.")
     ] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Turn a committed checkpoint into an export, the latest of its folder."""
+    """Export a committed checkpoint; it becomes the newest export of its folder."""
     from clipmill import stages
 
     url = stages.export_model(f"train-{stage}", load_config(config or [], assignments or []), step, dtype)
@@ -88,16 +94,16 @@ def export(
 @app.command("import-videogpt", rich_help_panel=PANEL)
 def import_videogpt(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A file that the published VideoGPT code wrote.", show_default=False)
+        Path, typer.Argument(help="Checkpoint file of the published VideoGPT code.", show_default=False)
     ],
     out: Annotated[str, typer.Option("--out", help="Training folder for the export, such as runs/bair/prior.")],
     tokenizer_out: Annotated[
         str | None,
-        typer.Option("--tokenizer-out", help="Training folder for a prior's VQ-VAE; by default vqvae beside --out."),
+        typer.Option("--tokenizer-out", help="Training folder for a prior's VQ-VAE; default: vqvae beside --out."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a published VideoGPT checkpoint (a VQ-VAE, or a prior with its VQ-VAE) into exports."""
+    """Convert a published VideoGPT checkpoint (a VQ-VAE, or a prior with its VQ-VAE) to exports."""
     from clipmill import storage
     from clipmill.models.videogpt import import_videogpt as make_exports
     from clipmill.models.videogpt import tokenizer_folder
@@ -115,16 +121,18 @@ def estimate(
     assignments: Assignments = None,
     config: ConfigFiles = None,
     stage: Annotated[Literal["vqvae", "prior"], typer.Option("--stage", help="Which model.")] = "prior",
-    memory_gib: Annotated[float, typer.Option(min=0.001, help="Memory of one GPU.")] = 80.0,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak FLOP/s that is reached.")] = 0.4,
+    memory_gib: Annotated[float, typer.Option(min=0.001, help="Memory of one GPU in GiB.")] = 80.0,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU hour; default: no costs shown.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Model FLOP/s utilisation, a share of the peak.")] = 0.4,
     peak_tflops: Annotated[
-        float, typer.Option(min=0.001, help="Dense peak of one GPU (H100 in bfloat16: 989).")
+        float, typer.Option(min=0.001, help="Dense peak of one GPU in TFLOP/s (H100 in bfloat16: 989).")
     ] = 989.0,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    upload_mb_per_second: Annotated[float, typer.Option(min=0.001, help="Of one node, 10^6 bytes.")] = 200.0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
+    upload_mb_per_second: Annotated[
+        float, typer.Option(min=0.001, help="Upload rate of one node, in 10^6 bytes per second.")
+    ] = 200.0,
 ) -> None:
-    """What a training will take: memory of a GPU, the micro-batch that fits, time, money, bytes on disk."""
+    """Estimate a training's GPU memory, largest micro-batch, time, costs, and bytes on disk."""
     from clipmill.training.estimate import estimate as estimate_training
 
     result = estimate_training(
@@ -153,7 +161,7 @@ def _memory_table(result: Estimate, gpus: int, stage: str) -> Table:
     """Memory of one GPU by ZeRO stage, in 80 columns."""
     parts = ("weights", "gradients", "optimizer", "buffers")
     heads = ["ZeRO", "weights", "grads", "optim.", "buffers", "activations", "total"]
-    recomputes = stage == "prior"  # a tokenizer keeps all of its activations
+    recomputes = stage == "prior"  # the tokenizer has no activation checkpointing
     table = Table(
         *heads,
         *(["recomp."] if recomputes else []),

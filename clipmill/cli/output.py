@@ -1,4 +1,4 @@
-"""What a command prints at its end: a summary for people on a terminal, else one line of JSON."""
+"""Results of commands: a readable summary on a terminal, otherwise one line of JSON."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NOT_SHOWN = ("stage", "seconds", "schema", "versions")
 
 
 def wants_json(as_json: bool) -> bool:
-    """Whether a command ends in JSON: ``--json`` is given, or nobody watches."""
+    """Whether a command prints its result as JSON: with ``--json``, or if stdout is not a terminal."""
     return as_json or not sys.stdout.isatty()
 
 
 def command_line(command: str, config: Sequence[str] | None, assignments: Sequence[str] | None) -> str:
-    """A command as a user would type it, with the configs and assignments of the present one."""
+    """A command as a user would type it, with the given configs and assignments."""
     files = [word for file in config or () for word in ("--config", file)]
     return shlex.join(["clipmill", *command.split(), *files, *(assignments or ())])
 
@@ -35,7 +35,7 @@ def command_line(command: str, config: Sequence[str] | None, assignments: Sequen
 def print_stage(
     name: str, summary: dict[str, Any] | None, folder_url: str, next_command: str | None, as_json: bool
 ) -> None:
-    """The end of a stage. As JSON: its summary, or nothing where there was nothing to do."""
+    """Prints the result of a stage. As JSON: its summary, or nothing if the stage was already finished."""
     if wants_json(as_json):
         if summary is not None:
             print(json.dumps({key: value for key, value in summary.items() if key != "versions"}))
@@ -51,7 +51,7 @@ def print_stage(
 def print_run(
     run: RunConfig, summaries: dict[str, dict[str, Any] | None], next_commands: Iterable[str], as_json: bool
 ) -> None:
-    """The end of a whole run: a row for each stage, the report, and what to try next."""
+    """Prints the result of a whole run: a row for each stage, the report, and the next commands."""
     report = run.folder("report", "index.html")
     if as_json:
         print(json.dumps({"root": run.root, "report": report, "stages": summaries}))
@@ -70,7 +70,7 @@ def print_run(
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    """The result of a command that is no stage."""
+    """Prints the result of a command that is not a stage."""
     if wants_json(as_json):
         print(json.dumps(facts))
     else:
@@ -78,7 +78,7 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def print_proposal(facts: dict[str, Any], failures: Sequence[tuple[str, str]], other_files: str) -> None:
-    """What `clipmill init` found and wrote."""
+    """Prints what `clipmill init` found and wrote."""
     _print_rows([("config", facts["config"]), *_facts({key: facts[key] for key in facts if key != "config"})])
     for name, cause in failures[:3]:
         print(f"  {'':<{_WIDTH}}  {name}: {cause}")
@@ -90,7 +90,7 @@ def print_proposal(facts: dict[str, Any], failures: Sequence[tuple[str, str]], o
 
 
 def print_next(commands: Iterable[str]) -> None:
-    """Commands to go on with. The first one activates the environment where the shell would not find `clipmill`."""
+    """Prints the next commands. The first one activates the environment if the shell does not find `clipmill`."""
     print("next:")
     for command in (*_activation(), *commands):
         print(f"  {command}")
@@ -120,7 +120,7 @@ def _shown(value: float | str) -> str:
 
 
 def _activation() -> list[str]:
-    """The command after which the shell finds this environment's `clipmill`; none where it does already."""
+    """The command that puts this environment's `clipmill` on the shell's path; empty if it is there already."""
     here = Path(sys.prefix) / "bin"
     found = shutil.which("clipmill")
     if (found is not None and Path(found).parent == here) or not (here / "activate").is_file():

@@ -1,4 +1,4 @@
-"""Commands that put results side by side: ``runs``, ``compare``."""
+"""Commands that compare results: ``runs``, ``compare``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _MIB = 2**20
 def runs(
     urls: Annotated[list[str], typer.Argument(help="Roots of runs, or folders of them.", show_default=False)],
 ) -> None:
-    """Print runs side by side: steps, evaluations, numbers, and the settings that differ."""
+    """Compare runs: their steps, evaluations and metrics, and the settings that differ."""
     from clipmill.evaluation.runs import differences, find_runs
     from clipmill.evaluation.table import short
 
     found = find_runs(urls)
     heads = ("run", "MiB", "steps", "evaluation", "made", "clips", "NMSE", "nats", "samples", "motion", "FVD")
-    table = Table(*heads, caption="steps: of tokenizer and prior; motion: energy of samples over that of real clips")
+    table = Table(*heads, caption="steps: tokenizer + prior; motion: motion energy of samples / of real clips")
     for run in found:
         steps = " + ".join(short(run.steps[name]) for name in ("tokenizer", "prior") if name in run.steps)
         names = [run.name, short(run.num_bytes // _MIB), steps or "-"]
@@ -71,22 +71,22 @@ def compare(
         list[str],
         typer.Argument(help="Evaluations, such as runs/demo/evaluation/default; the first is the reference."),
     ],
-    out: Annotated[str, typer.Option("--out", help="The page to write.")] = "compare.html",
+    out: Annotated[str, typer.Option("--out", help="The HTML page to write.")] = "compare.html",
 ) -> None:
-    """Put evaluations side by side on one page: numbers, curves, and samples of the same noise."""
+    """Compare evaluations on one page: metrics, curves, and samples from the same noise."""
     from clipmill import storage
     from clipmill.errors import UserError
     from clipmill.evaluation.compare import compare as write_page
     from clipmill.evaluation.compare import find_evaluation
 
     if len(urls) < 2:
-        raise UserError("compare needs two evaluations or more; `clipmill runs URL` names those of a run")
+        raise UserError("compare needs at least two evaluations; `clipmill runs URL` lists those of a run")
     storage.publish_bytes(storage.absolute(out), write_page([find_evaluation(url) for url in urls]))
     print(f"page: {out}")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Prints all numbers of an evaluation as a table."""
+    """Prints all metrics of an evaluation as a table."""
     from clipmill.evaluation.table import circumstances, row_groups
 
     title = f"{evaluation.name}: {circumstances(evaluation.metrics)}"

@@ -1,4 +1,4 @@
-"""The seven stages of a run, each a command."""
+"""The commands of the seven stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANEL = "Stages, in the order of a run"
 
 AcceptNewDataset = Annotated[
     bool,
-    typer.Option("--accept-new-dataset", help="Resume over another data set, from the start of an epoch."),
+    typer.Option("--accept-new-dataset", help="Allow resuming with another data set, from the start of an epoch."),
 ]
 
 
@@ -26,11 +26,9 @@ AcceptNewDataset = Annotated[
 def shard(
     assignments: Assignments = None,
     config: ConfigFiles = None,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="List the source again; add videos not planned yet.")
-    ] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="List the source again and add new videos.")] = False,
     retry_quarantined: Annotated[
-        bool, typer.Option("--retry-quarantined", help="Try the videos in quarantine again.")
+        bool, typer.Option("--retry-quarantined", help="Retry the quarantined videos.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -38,7 +36,7 @@ def shard(
     from clipmill.errors import UserError
 
     if extend and retry_quarantined:
-        raise UserError("--extend and --retry-quarantined are two generations; run one after the other")
+        raise UserError("--extend and --retry-quarantined exclude each other; run one after the other")
     more = "listed" if extend else "retried" if retry_quarantined else None
     _run_stage("shard", assignments, config, as_json, more)
 
@@ -85,14 +83,14 @@ def evaluate(
     config: ConfigFiles = None,
     what: Annotated[
         Literal["all", "vqvae"] | None,
-        typer.Option("--what", help="vqvae: the tokenizer alone, right after train-vqvae.", show_default="all"),
+        typer.Option("--what", help="vqvae: only the tokenizer, right after train-vqvae.", show_default="all"),
     ] = None,
     sample_first: Annotated[
-        bool, typer.Option("--sample", help="Make the samples first, as far as they are missing.")
+        bool, typer.Option("--sample", help="Run stage sample first, for samples that are missing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure reconstructions, prior and samples; the result is evaluation/NAME/."""
+    """Measure reconstructions, prior and samples; results go to evaluation/NAME/."""
     from clipmill import stages
 
     words = [*(assignments or []), *([f"evaluate.what={what}"] if what else [])]
@@ -103,7 +101,7 @@ def evaluate(
 
 @app.command("report", cls=StageCommand, rich_help_panel=PANEL)
 def report(assignments: Assignments = None, config: ConfigFiles = None, as_json: Json = False) -> None:
-    """All of a run -> report/index.html."""
+    """Results of a run -> report/index.html."""
     _run_stage("report", assignments, config, as_json)
 
 
@@ -123,7 +121,7 @@ def _run_stage(
 
 
 def _print_numbers(run: RunConfig) -> None:
-    """The numbers of an evaluation as a table."""
+    """Prints the metrics of an evaluation as a table."""
     from clipmill.evaluation.results import folder_url, read_evaluation
 
     found = read_evaluation(folder_url(run))

@@ -1,4 +1,4 @@
-"""Commands to begin with: ``demo`` and the data sets that clipmill can make itself."""
+"""Commands to start with: ``demo``, ``init``, ``run``, and the data set ``moving-mnist``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from clipmill.config import RunConfig, load_config
 
 PANEL = "Start here"
 
-JsonOnly = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+JsonOnly = Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")]
 
 
 @app.command("demo", rich_help_panel=PANEL)
 def demo(assignments: Assignments = None, config: ConfigFiles = None, as_json: JsonOnly = False) -> None:
-    """Make a small data set of moving shapes and run every stage on it, on this machine.
+    """Generate a small data set of moving shapes and run every stage on it, on this machine.
 
-    Without --config it takes the shipped config demo. Add --config demo --config demo-wide for clips in 16:9.
+    The default config is the shipped config demo. Use --config demo --config demo-wide for clips in 16:9.
     """
     from clipmill import stages
     from clipmill.demo import generate, video_size
@@ -38,16 +38,16 @@ def init(
         str, typer.Argument(help="A folder of videos, a bucket prefix, or one video.", show_default=False)
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Config file to write; by default NAME.yaml, the folder's name.")
+        Path | None, typer.Option("--out", help="Config file to write; default: NAME.yaml, after the folder.")
     ] = None,
-    root: Annotated[str | None, typer.Option("--root", help="Folder of the run; by default runs/NAME.")] = None,
+    root: Annotated[str | None, typer.Option("--root", help="Folder of the run; default: runs/NAME.")] = None,
     hours: Annotated[
         float | None,
-        typer.Option("--hours", min=0.001, help="For both trainings; by default 0.25 on CPUs, 4 on GPUs."),
+        typer.Option("--hours", min=0.001, help="Hours for both trainings; default: 0.25 on CPUs, 4 on GPUs."),
     ] = None,
     as_json: JsonOnly = False,
 ) -> None:
-    """Write a config for your own videos: clips, classes, models and steps that fit them and this machine."""
+    """Write a config for your own videos, with clips, models and steps that fit them and this machine."""
     from clipmill.init import propose
 
     proposal = propose(videos, out, root, hours)
@@ -84,7 +84,7 @@ def run_all(assignments: Assignments = None, config: ConfigFiles = None, as_json
 
 
 def _after_a_run(run: RunConfig) -> list[str]:
-    """Commands that a finished run invites to."""
+    """Next commands after a finished run."""
     return [command_line(f"generate {run.root} --out new.mp4", None, None)]
 
 
@@ -95,9 +95,9 @@ def moving_mnist(
     ],
     out: Annotated[str, typer.Argument(help="The .npy file to write: uint8 [20, N, 64, 64].", show_default=False)],
     videos: Annotated[int, typer.Option("--videos", min=1, help="Number of videos in the file.")] = 10_000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the digits and how they move.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the digits and their motion.")] = 0,
 ) -> None:
-    """Make Moving MNIST: two digits that bounce, in the published file's layout."""
+    """Generate Moving MNIST, two bouncing digits, in the layout of the published file."""
     from clipmill.moving_mnist import generate, read_digits
 
     generate(read_digits(digits), out, num_videos=videos, seed=seed)

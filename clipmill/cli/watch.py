@@ -1,4 +1,4 @@
-"""Commands to watch and stop a run: ``status``, ``logs``, ``stop``. They need its storage alone."""
+"""Commands to watch and stop a run: ``status``, ``logs``, ``stop``. They only need the run's storage."""
 
 from __future__ import annotations
 
@@ -22,49 +22,51 @@ from clipmill.status.show import printable, render
 PANEL = "Watch and stop a run"
 WATCH_SECONDS = 10.0
 PATIENCE_SECONDS = 15.0
-"""How long one look at a run waits for its storage."""
+"""How long one reading of the status retries its storage."""
 
 Root = Annotated[str, typer.Argument(help="The root of a run.", show_default=False)]
-StageName = Annotated[str, typer.Argument(help="Such as train-prior; sample/NAME for a set of samples.")]
+StageName = Annotated[str, typer.Argument(help="A stage such as train-prior; sample/NAME for one of several sets.")]
 
 
 @app.command("status", rich_help_panel=PANEL)
 def status(
     root: Root,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it again every 10 s.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document for programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Update every 10 s.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show the stages of a run, from its storage alone."""
+    """Show the state of a run's stages, read from its storage."""
     if as_json:
-        stages = [dataclasses.asdict(one) | {"record": one.record and one.record.model_dump()} for one in _look(root)]
+        stages = [
+            dataclasses.asdict(one) | {"record": one.record and one.record.model_dump()} for one in _read_status(root)
+        ]
         print(json.dumps({"root": storage.shown(root), "stages": stages}))
         return
     console = Console(highlight=False)
-    shown = render(root, _look(root))
+    shown = render(root, _read_status(root))
     if not watch:
         console.print(shown, soft_wrap=True)
     elif console.is_terminal:
         with Live(shown, console=console, auto_refresh=False, vertical_overflow="visible") as live:
-            for newer in _looks(root, shown):
+            for newer in _statuses(root, shown):
                 live.update(newer, refresh=True)
     else:
         console.print(shown, soft_wrap=True)
-        for newer in _looks(root, shown):
+        for newer in _statuses(root, shown):
             console.print(newer, soft_wrap=True)
 
 
-def _looks(root: str, shown: Group) -> Iterator[Group]:
-    """The status of a run again and again; while its storage is away, the last one with a line that says so."""
+def _statuses(root: str, shown: Group) -> Iterator[Group]:
+    """Yields the status of a run periodically; while storage is unreachable, the last status with the error."""
     while True:
         time.sleep(WATCH_SECONDS)
         try:
-            shown = render(root, _look(root))
+            shown = render(root, _read_status(root))
             yield shown
         except StorageUnavailable as error:
-            yield Group(shown, Text(f"as of the last answer: {error}"))
+            yield Group(shown, Text(f"this is the last known status: {error}"))
 
 
-def _look(root: str) -> list[run_status.StageStatus]:
+def _read_status(root: str) -> list[run_status.StageStatus]:
     with storage.limit_retries(PATIENCE_SECONDS):
         return run_status.read_run(root)
 
@@ -73,9 +75,11 @@ def _look(root: str) -> list[run_status.StageStatus]:
 def logs(
     root: Root,
     stage: StageName,
-    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Of the stage; none: the newest.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", min=1, help="Attempt at the stage; default: the newest.")
+    ] = None,
 ) -> None:
-    """Print the log of a stage, from the storage of its run."""
+    """Print the log of a stage, read from the run's storage."""
     url = run_status.folder_of(root, stage)
     for line in run_status.read_log(url, attempt).splitlines():
         print(printable(line))
@@ -84,12 +88,12 @@ def logs(
 @app.command("stop", rich_help_panel=PANEL)
 def stop(
     root: Root,
-    stage: Annotated[str | None, typer.Argument(help="Such as train-prior.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Argument(help="A stage such as train-prior.", show_default=False)] = None,
     gone: Annotated[
-        bool, typer.Option("--gone", help="The cluster is lost: let the next run begin without watching for it.")
+        bool, typer.Option("--gone", help="The cluster is lost: release its claims so that the next run need not wait.")
     ] = False,
 ) -> None:
-    """Stop a stage in order, through the storage of its run."""
+    """Stop a stage cleanly, through the run's storage."""
     if gone == (stage is not None):
         raise UserError("name the stage to stop, or give --gone for a run whose cluster is lost")
     if stage is not None:
@@ -97,4 +101,4 @@ def stop(
             print(line)
         return
     released = run_status.release_gone(root)
-    print(f"released: {', '.join(released)}" if released else "no stage holds its folder")
+    print(f"released: {', '.join(released)}" if released else "nothing to release: no stage holds its folder")

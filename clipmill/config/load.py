@@ -1,6 +1,6 @@
-"""From YAML files and ``section.key=value`` assignments to one checked `RunConfig`.
+"""Merges YAML files and ``section.key=value`` assignments into one validated `RunConfig`.
 
-The configs that clipmill ships are data of the package (``clipmill/configs``), so they are known by name anywhere.
+The configs that clipmill ships are package data (``clipmill/configs``), so their names work from any folder.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def load_config(files: Sequence[str | Path], assignments: Sequence[str] = ()) ->
     """Merges YAML files left to right, then ``section.key=value`` assignments, and validates the result.
 
     Args:
-        files: paths, or names of `shipped_configs`. A file wins over a shipped config of the same name.
-        assignments: the later one wins.
+        files: paths, or names of `shipped_configs`. A file takes precedence over a shipped config of the same name.
+        assignments: later assignments override earlier ones.
 
     Raises:
-        UserError: a file is missing or no YAML, an assignment has no ``=``, a key is unknown or a value invalid.
+        UserError: a file is missing or is not YAML, an assignment has no ``=``, a key is unknown or a value invalid.
     """
     merged = OmegaConf.create({})
     for file in files:
@@ -104,7 +104,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> str:
-    """The keys that the section of a misspelt key does know."""
+    """Lists the valid keys of the section of a misspelt key."""
     section: Any = RunConfig
     for part in location[:-1]:
         field = (

@@ -37,11 +37,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class PriorModelConfig(Section):
-    """The prior: VideoGPT's transformer (arXiv 2104.10157, section 3.2), or the same idea in today's parts."""
+    """The prior: VideoGPT's transformer (arXiv 2104.10157, section 3.2), or a current decoder-only transformer."""
 
     preset: Annotated[str | None, FREE] = None
-    """Sizes by name (see ``PRESETS``); keys that are set beside it override it. Not part of the identity; the values it
-    expands to are."""
+    """Name of a set of sizes (see ``PRESETS``); other keys of this section override it. Not part of the identity; the
+    values it expands to are. None uses the defaults below."""
     style: Literal["videogpt", "modern"] = "videogpt"
     """``videogpt``: as published (axial learned positions, layer norm, quick-GELU). ``modern``: rotary positions over
     t, h, w, RMS norm, normalised queries and keys, SwiGLU, grouped keys and values, no biases."""
@@ -50,37 +50,43 @@ class PriorModelConfig(Section):
     num_heads: PositiveInt = 4
     """Attention heads."""
     num_kv_heads: PositiveInt | None = None
-    """Heads of keys and values, each shared by several heads of queries. None is ``num_heads``. ``modern`` only."""
+    """Heads of keys and values, each shared by several query heads. None uses ``num_heads``. ``modern`` only."""
     num_layers: PositiveInt = 8
     """Transformer blocks."""
     mlp_dim: PositiveInt | None = None
-    """Width inside the MLP. None is 4 x ``hidden_dim`` (``modern``: 8/3 of it, rounded up to a multiple of 64)."""
+    """Channels inside the MLP. None uses 4 x ``hidden_dim`` (``modern``: 8/3 of it, rounded up to a multiple of 64)."""
     rope_base: Annotated[float, Field(gt=1)] = 100.0
-    """Rotary wavelengths run from 2 pi to 2 pi x this many latents: an axis has tens of them, not thousands (arXiv
-    2403.13298 takes 100 for images). ``modern`` only."""
+    """Base of the rotary positions: wavelengths range from 2 pi to 2 pi x this number, in latents. An axis has tens of
+    latents, not thousands, so the base is small (arXiv 2403.13298 uses 100 for images). ``modern`` only."""
     attention: Literal["full", "strided"] = "full"
-    """Which earlier codes a code sees. ``full``: all. ``strided``: the blocks of 32 codes that the published sparse
-    priors see (``clipmill/models/strided.py``): near ones, and those of the same place in earlier rows and frames.
-    ``videogpt`` only."""
+    """Which earlier codes a code attends to. ``full``: all. ``strided``: blocks of 32 codes, as in the published sparse
+    priors (``clipmill/models/strided.py``): nearby codes, and the same place in earlier rows and frames. ``videogpt``
+    only."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Dropout of what attention and MLP add to the residual stream."""
+    """Dropout on the outputs of attention and MLP, before they are added to the residual stream. 0 disables it."""
     attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """Dropout of the attention weights; 0 with ``attention=strided``, whose kernels have none."""
+    """Dropout on the attention weights. 0 disables it; ``attention=strided`` needs 0, because its kernels have no
+    dropout."""
     class_conditional: bool = False
-    """Whether the prior is conditioned on the class of a clip. Every video then needs one."""
+    """Condition the prior on the class of a clip. Every video then needs a class."""
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training clips whose class is hidden: above 0, ``sample.guidance`` can push away from a prior
-    without classes (classifier-free guidance, arXiv 2207.12598)."""
+    """Share of the training clips whose class is hidden. Above 0, the prior also learns to predict without a class,
+    which ``sample.guidance`` needs (classifier-free guidance, arXiv 2207.12598)."""
     condition: Literal["frames", "actions", "text"] | None = None
-    """What else a clip comes with, beside its class: its first frames (``tokenize.condition_frames``), an action for
-    each frame (``data.source.actions_suffix``), or its text's embedding (``tokenize.text_embeddings``)."""
+    """Condition the prior on more than the class. ``frames``: the first frames of the clip
+    (``tokenize.condition_frames``). ``actions``: an action for each frame (``data.source.actions_suffix``). ``text``:
+    an embedding of the clip's text (``tokenize.text_embeddings``). None conditions on nothing more."""
     condition_by: Literal["cross_attention", "norm", "add"] = "cross_attention"
-    """How it enters. ``norm`` (gains and biases of each latent frame) and ``add`` (to the input) are for actions."""
+    """How ``condition`` enters the prior. ``cross_attention``: blocks attend to it. ``norm``: it sets the gains and
+    biases of the norms of each latent frame. ``add``: it is added to the input. The last two need
+    ``condition=actions``."""
     condition_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training clips whose condition is hidden behind a learned null: above 0, ``sample.guidance`` can
-    push away from a prior without it. One random number decides for a clip: at equal shares its class is hidden too."""
+    """Share of the training clips whose condition is replaced by a learned null. Above 0, the prior also learns to
+    predict without the condition, which ``sample.guidance`` needs. One random number decides for class and condition
+    of a clip, so equal shares hide both together."""
     checkpointed_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
-    """Share of the blocks whose activations the backward pass recomputes: 0 is fastest, 1 needs the least memory."""
+    """Share of the blocks with activation checkpointing: the backward pass recomputes their activations. 0 is fastest,
+    1 needs the least memory."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,7 +95,7 @@ class PriorModelConfig(Section):
         if preset is None:
             return values
         if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
         return PRESETS[preset] | values
 
     @model_validator(mode="after")
@@ -97,9 +103,9 @@ class PriorModelConfig(Section):
         if self.hidden_dim % self.num_heads:
             raise ValueError(f"hidden_dim {self.hidden_dim} must be a multiple of num_heads {self.num_heads}")
         if self.style == "videogpt" and self.num_kv_heads is not None:
-            raise ValueError("num_kv_heads needs style=modern: the published attention has as many keys as queries")
+            raise ValueError("num_kv_heads needs style=modern; remove it: style=videogpt has as many keys as queries")
         if self.style == "videogpt" and self.rope_base != 100.0:
-            raise ValueError("rope_base needs style=modern: the published positions are learned")
+            raise ValueError("rope_base needs style=modern; remove it: the positions of style=videogpt are learned")
         if self.attention == "strided" and self.style != "videogpt":
             raise ValueError("attention=strided needs style=videogpt; set attention=full")
         if self.attention == "strided" and self.attention_dropout:
@@ -108,20 +114,22 @@ class PriorModelConfig(Section):
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
         if self.style == "modern" and self.head_dim % 2:
             raise ValueError(
-                f"hidden_dim {self.hidden_dim} over {self.num_heads} heads gives an odd head of {self.head_dim} "
-                "channels; rotary positions turn pairs of them"
+                f"hidden_dim {self.hidden_dim} over num_heads {self.num_heads} gives {self.head_dim} channels a head; "
+                "rotary positions rotate pairs of channels, so change one to make this number even"
             )
         if self.label_dropout and not self.class_conditional:
-            raise ValueError("label_dropout needs class_conditional=true: there is no class to hide")
+            raise ValueError("label_dropout needs class_conditional=true, or there is no class to hide; set it too")
         if self.condition_dropout and self.condition is None:
-            raise ValueError("condition_dropout needs a condition: there is none to hide")
+            raise ValueError("condition_dropout needs condition, or there is nothing to hide; set it too")
         if self.condition_by != "cross_attention" and self.condition != "actions":
-            raise ValueError(f"condition_by={self.condition_by} needs condition=actions; others go by cross_attention")
+            raise ValueError(
+                f"condition_by={self.condition_by} needs condition=actions; set condition_by=cross_attention for others"
+            )
         return self
 
     @property
     def attends(self) -> bool:
-        """Whether blocks attend to a condition."""
+        """Whether blocks attend to the condition."""
         return self.condition is not None and self.condition_by == "cross_attention"
 
     @property
@@ -143,5 +151,5 @@ class PriorModelConfig(Section):
 
     @property
     def num_checkpointed(self) -> int:
-        """Number of blocks whose activations the backward pass recomputes: the first ones."""
+        """Number of blocks, counted from the first, whose activations the backward pass recomputes."""
         return round(self.checkpointed_share * self.num_layers)

@@ -1,4 +1,4 @@
-"""What a config says of clips that are already there: it must be true, or left to them."""
+"""Checks a config against existing clips: its clip settings must match those the clips were made with, or be unset."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ __all__ = ["with_recorded_clips"]
 
 
 _QUALITY_KEYS = {"mp4": "data.crf", "mjpeg": "data.jpeg_quality"}
-"""The key of a format's quality; the third, npy, is lossless."""
+"""The quality key of each lossy format; npy is lossless."""
 
 
 def with_recorded_clips(config: RunConfig, recipes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
-    """The config with the settings by which the clips that a stage reads were made.
+    """Returns the config with the settings with which a stage's input clips were made.
 
-    A key that the config sets must be theirs. A key that it leaves at its default becomes theirs: that of the first
-    data set, where a mixture differs in it. So what is recorded beside a model is true.
+    A key that the config sets must agree with the clips. A key that it does not set takes the clips' value; if the data
+    sets of a mixture differ, the value of the first. The config recorded with a model is therefore correct.
 
     Args:
-        config: of the run.
-        recipes: of clips (``clip``: their clip rule, ``format`` and ``quality``, as far as they are known) by URL.
+        config: the run's config.
+        recipes: recipes of the clips by URL (``clip``: the clip rule, ``format``, ``quality``; unknown ones are
+            missing).
 
     Raises:
-        UserError: a key that the config sets has another value there; the message names all of them.
+        UserError: keys that the config sets differ from the clips'; the message names all of them.
     """
     for url, recipe in recipes.items():
         found, wanted = _settings(recipe), _set_keys(config)
@@ -42,7 +43,7 @@ def with_recorded_clips(config: RunConfig, recipes: Mapping[str, Mapping[str, An
         if changed:
             raise UserError(
                 f"the clips at {url} were made with other settings than this config's: {', '.join(changed)}. Restore "
-                "them, leave them out, or shard with them into another root"
+                "these keys, remove them from the config, or shard with the new values into another root"
             )
     if not recipes:
         return config
@@ -51,7 +52,7 @@ def with_recorded_clips(config: RunConfig, recipes: Mapping[str, Mapping[str, An
 
 
 def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config that a recipe knows, with their values."""
+    """The config keys that a recipe states, with their values."""
     known = {
         f"data.clip.{key}": value for key, value in recipe.get("clip", {}).items() if key in ClipConfig.model_fields
     }
@@ -82,7 +83,7 @@ def _adopt(config: RunConfig, url: str, found: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise UserError(
-            f"the clips at {url} say that they were made with settings that this clipmill does not take ({problems}); "
-            "restore their manifest, or name other clips"
+            f"the manifest of the clips at {url} has settings that this clipmill does not accept ({problems}); "
+            "restore the manifest, or use other clips"
         ) from error
     return config.model_copy(update={"data": data})

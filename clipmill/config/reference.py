@@ -1,4 +1,4 @@
-"""Every key of the configuration as data: for help texts, completion, suggestions and docs/configuration.md."""
+"""Metadata of every configuration key, for help texts, completion, suggestions and docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Key", "SectionReference", "all_sections", "json_schema", "markdown",
 
 @dataclass(frozen=True)
 class Key:
-    """One key.
+    """One configuration key.
 
     Attributes:
-        path: such as ``data.clip.num_frames``; keys of the parts of a list have ``[]`` in it.
-        kind: the values it takes, in words, such as ``integer > 0 or null``.
-        default: as JSON; ignore it where ``has_default`` is false.
+        path: such as ``data.clip.num_frames``; keys of a list's sections contain ``[]``.
+        kind: the values it accepts, in words, such as ``integer > 0 or null``.
+        default: the default as a JSON value; meaningless if ``has_default`` is false.
         has_default: False for a key that a config must set.
         description: its docstring in the schema, on one line; may be empty.
         is_free: whether its value may change in the middle of a run.
@@ -41,7 +41,7 @@ class Key:
 
 @dataclass(frozen=True)
 class SectionReference:
-    """One section: its path (empty for the top level), what it is for, and its own keys in order."""
+    """One section: its path (empty for the top level), its description, and its own keys in order."""
 
     path: str
     description: str
@@ -83,7 +83,7 @@ def markdown() -> str:
         "([config.schema.json](config.schema.json)).",
         "",
         "A key marked `*` may change in the middle of a run. All others are the identity of what a stage has written:",
-        "the stage refuses to go on over its own output with another value.",
+        "the stage refuses to continue its own output with another value.",
     ]
     for section in all_sections():
         lines += ["", f"## {section.path or 'Top level'}", "", section.description]
@@ -97,9 +97,9 @@ def markdown() -> str:
 
 
 def suggest_key(path: str) -> str | None:
-    """The key or section that an unknown key was probably meant to be; None where nothing is close.
+    """The key or section that a misspelt key probably means; None if nothing is close.
 
-    A key of the right name in another section counts as close, so ``clip.num_frames`` finds ``data.clip.num_frames``.
+    A key of the same name in another section counts as close, so ``clip.num_frames`` finds ``data.clip.num_frames``.
     """
     path = re.sub(r"\.\d+\.", "[].", path)
     known = [key.path for section in all_sections() for key in section.keys]
@@ -141,7 +141,7 @@ def _sections(section: type[Section], path: str) -> list[SectionReference]:
 
 
 def _for_yaml(docstring: str) -> str:
-    """A key's docstring as readers of YAML want it: on one line, and None is called null."""
+    """A key's docstring for readers of YAML: on one line, with null for None."""
     return re.sub(r"\bNone\b", "null", _one_line(docstring))
 
 
@@ -158,7 +158,7 @@ _WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean":
 
 
 def _kind(schema: dict[str, Any]) -> str:
-    """The values of a JSON schema in words."""
+    """Describes in words the values that a JSON schema accepts."""
     if "anyOf" in schema:
         return " or ".join("section" if "$ref" in option else _kind(option) for option in schema["anyOf"])
     if "enum" in schema:

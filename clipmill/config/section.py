@@ -37,10 +37,10 @@ FREE = _Free()
 
 @dataclass(frozen=True)
 class Place:
-    """Marks a key that holds a path or URL, which `with_places` finds.
+    """Marks a key that holds a path or URL, so that `with_places` converts it.
 
     Attributes:
-        holds: whether a value is one; some keys take names, too.
+        holds: tells whether a value is a path or URL; some keys accept names as well.
     """
 
     holds: Callable[[str], bool] = bool
@@ -86,9 +86,9 @@ def with_places(section: S, convert: Callable[[str, str], str], prefix: str = ""
     Keys whose values stay as they are do not count as set (`model_fields_set`) in the copy.
 
     Args:
-        section: to copy.
-        convert: takes the key, such as ``data.mix.0.url``, and its value.
-        prefix: of the section's own keys.
+        section: the section to copy.
+        convert: takes the key, such as ``data.mix.0.url``, and its value; returns the new value.
+        prefix: prepended to the section's own keys.
     """
     changed: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
@@ -112,7 +112,7 @@ def fingerprint(document: Any) -> str:
 
 
 def changed_keys(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names the identity keys whose values differ, as ``section.key (recorded -> wanted)``."""
+    """Lists the identity keys whose values differ, as ``section.key (recorded -> wanted)``."""
     changes = []
     for key in sorted(recorded.keys() | wanted.keys()):
         old, new = recorded.get(key), wanted.get(key)

@@ -1,4 +1,4 @@
-"""Section ``vqvae.sharpness``: losses that reward sharp reconstructions, beside the squared error."""
+"""Section ``vqvae.sharpness``: losses that reward sharp reconstructions, in addition to the squared error."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ __all__ = ["SharpnessConfig"]
 
 
 class SharpnessConfig(Section):
-    """Losses in training alone. Networks are TorchScript files (URLs) that you bring: see ``docs/training.md``."""
+    """Additional losses of the tokenizer's training. You supply the networks as TorchScript files (URLs): see
+    ``docs/training.md``.
+    """
 
     perceptual_weights: Annotated[str | None, FREE, PLACE] = None
-    """LPIPS or another distance of frames, called as ``evaluate.lpips_weights`` is. Its hash is identity."""
+    """LPIPS or another distance between frames, called like ``evaluate.lpips_weights``. The file's hash is identity.
+    None disables the perceptual loss."""
     perceptual_cost: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the mean distance of frames to their reconstructions."""
+    """Weight of the mean distance between frames and their reconstructions; needs ``perceptual_weights``."""
     gram_weights: Annotated[str | None, FREE, PLACE] = None
-    """Feature maps of frames, whose Gram matrices are compared. Its hash is identity."""
+    """Network that returns feature maps of frames; the loss compares their Gram matrices. The file's hash is identity.
+    None disables the Gram loss."""
     gram_cost: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the mean squared difference of Gram matrices (AToken, arXiv 2509.14476)."""
+    """Weight of the mean squared difference of Gram matrices (AToken, arXiv 2509.14476); needs ``gram_weights``."""
     frames: PositiveInt = 4
-    """Frames of each clip that these networks see in a step, drawn at random."""
+    """Frames of each clip, drawn at random, that these networks see in a step."""
     adversarial_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Norm of the discriminator's gradient at the reconstruction over that of all other terms; 0 trains none. VQGAN has
-    0.8, MAGVIT about 0.1."""
+    """Norm of the adversarial gradient at the reconstruction, relative to the norm of the gradient of all other terms.
+    VQGAN uses 0.8, MAGVIT about 0.1. 0 trains no discriminator."""
     adversarial_start: Annotated[int, Field(ge=0)] = 10_000
-    """Steps before the tokenizer feels the discriminator, which trains from half of them on."""
+    """Step from which the adversarial loss trains the tokenizer. The discriminator trains from half of it on."""
     discriminator_dim: Annotated[PositiveInt, Field(multiple_of=8)] = 64
-    """Channels after its first convolution; each later one doubles them."""
+    """Channels after the discriminator's first convolution; each later convolution doubles them."""
     discriminator_layers: Annotated[int, Field(ge=1, le=6)] = 3
-    """Its convolutions with stride 2."""
+    """Number of the discriminator's convolutions with stride 2."""
     lecam_cost: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the discriminator's regularisation."""
+    """Weight of the discriminator's LeCam regularisation. 0 disables it."""
 
     @model_validator(mode="after")
     def _terms_have_networks(self) -> SharpnessConfig:

@@ -12,71 +12,76 @@ __all__ = ["SourceConfig", "TableColumns"]
 
 
 class TableColumns(Section):
-    """Names of the columns of a table of videos. None is not read; columns without a role become metadata."""
+    """Column names of a table of videos. None: the table has no such column. All other columns become metadata."""
 
     url: str = "url"
     """Absolute path or URL of the file, or relative to the table's folder."""
     label: str | None = None
-    """Class of the video; empty for none."""
+    """Class of the video. An empty cell: no class."""
     text: str | None = None
-    """Text of the video, such as a caption; empty for none."""
+    """Text of the video, such as a caption. An empty cell: no text."""
     actions: str | None = None
-    """Of a ``.npy`` file as ``actions_suffix`` describes it; empty for a video without actions."""
+    """Path or URL of a ``.npy`` file of actions, in the format of ``actions_suffix``. An empty cell: no actions."""
     split: str | None = None
-    """``train`` or ``val`` (also ``valid``, ``validation``, ``test``; any case); empty: a hash decides."""
+    """``train`` or ``val`` (also ``valid``, ``validation``, ``test``; any case). An empty cell: a hash decides."""
     start: str | None = None
-    """Seconds from the first frame of the file at which the video begins; empty: at that frame."""
+    """Start of the video in seconds after the file's first frame. An empty cell: the first frame."""
     end: str | None = None
-    """Seconds from the first frame of the file at which the video ends; empty: with the file."""
+    """End of the video in seconds after the file's first frame. An empty cell: the end of the file."""
     group: str | None = None
-    """Origin of the video, such as the recording: videos of one group are in one split. Empty: the file is its own."""
+    """Origin of the video, such as a recording: all videos of a group are in the same split. An empty cell: each file
+    is a group."""
 
 
 class SourceConfig(Section):
-    """Where the raw videos are: ``docs/sources.md`` shows each type. Keys of another type are refused."""
+    """Where the raw videos are: ``docs/sources.md`` shows each type. Keys that belong to another type are refused."""
 
     type: Literal["folder", "table", "webdataset", "lerobot", "arrays", "hdf5", "bair", "ucf101", "tgif"] = "folder"
     """How the videos are stored."""
     url: Annotated[str, FREE, PLACE] = ""
-    """Folder or bucket prefix, searched recursively; ``table``, ``hdf5``: the file; ``webdataset``, ``arrays``: either.
-    Free: a moved corpus is the same corpus."""
+    """Folder or bucket prefix, which is searched recursively; for ``table`` and ``hdf5`` a file; for ``webdataset`` and
+    ``arrays`` either. Not part of the identity: a corpus may move."""
     label: Literal["parent_folder", "none"] = "parent_folder"
-    """``folder``: ``parent_folder``: the name of the folder that holds the file, none for files directly under
-    ``url``, unless a sidecar has a ``label``. ``none``: no classes."""
+    """``folder`` only: class of a video. ``parent_folder``: the name of the folder that holds the file; files directly
+    under ``url`` have no class. ``none``: no classes. A ``label`` in a sidecar wins."""
     sidecars: tuple[Literal["txt", "json"], ...] = ("txt", "json")
-    """``folder``: files beside ``x.mp4`` that describe it: ``x.txt`` is its text; ``x.json`` an object with its
-    ``caption`` or ``text`` and its ``label``, all other keys are metadata. An empty list: none is read."""
+    """``folder`` only: which files beside ``x.mp4`` describe it. ``x.txt`` holds its text. ``x.json`` holds an object
+    with its ``caption`` or ``text`` and its ``label``; all other keys become metadata. An empty list reads no
+    sidecars."""
     group: Literal["none", "parent_folder"] = "none"
-    """``folder``: ``parent_folder``: the videos of one folder are of one origin, so all are in the same split."""
+    """``folder`` only. ``parent_folder``: videos of one folder share an origin, so they are in the same split.
+    ``none``: each video is split on its own."""
     actions_suffix: str | None = None
-    """``folder``: ``.actions.npy``: where ``x.actions.npy`` lies beside ``x.mp4``, it holds the video's actions,
-    float32 [num_frames, action_dim]; its clips carry theirs. A video without such a file has none."""
+    """``folder`` only: suffix of the files of actions. With ``.actions.npy``, ``x.actions.npy`` beside ``x.mp4`` holds
+    the video's actions, float32 [num_frames, action_dim], and each clip gets the actions of its frames. A video without
+    such a file has no actions. None reads no actions."""
     columns: TableColumns = TableColumns()
-    """``table``. ``webdataset``: ``label``, ``group`` and ``text`` (None: ``caption``, else ``text``) name keys of the
-    ``json`` members."""
+    """Column names for ``table``. For ``webdataset``, ``label``, ``group`` and ``text`` name keys of the ``json``
+    members (``text`` of None reads ``caption``, or else ``text``)."""
     actions: tuple[str, ...] | None = None
-    """``lerobot``: columns whose values, side by side, are the actions of a frame, such as ``[action,
-    observation.state]``. ``arrays``: arrays of the ``.npz`` files. None: ``action`` where there is one; an empty list:
-    no actions."""
+    """``lerobot``: columns that are concatenated to the actions of a frame, such as ``[action, observation.state]``.
+    ``arrays``: arrays of the ``.npz`` files. None uses ``action`` if it exists; an empty list reads no actions."""
     cameras: tuple[str, ...] = ()
-    """``lerobot``: keys of the cameras, such as ``[observation.images.top]``; empty: all but depth maps."""
+    """``lerobot`` only: keys of the cameras, such as ``[observation.images.top]``. An empty list uses all cameras
+    except depth maps."""
     axes: str | None = None
-    """``arrays``: a letter for each axis: N videos, T frames, H rows, W columns, C channels. ``TNHW`` is Moving MNIST's
-    layout. None: ``THW``, ``THWC`` or ``NTHWC`` where the shape leaves no doubt."""
+    """``arrays`` only: one letter for each axis: N videos, T frames, H rows, W columns, C channels. ``TNHW`` is the
+    layout of Moving MNIST. None accepts ``THW``, ``THWC`` and ``NTHWC`` where the shape is unambiguous."""
     array_key: str | None = None
-    """``arrays``: the array of an ``.npz`` file that holds the videos; None: the only one of three or more axes beside
-    ``actions``."""
+    """``arrays`` only: name of the array of an ``.npz`` file that holds the videos. None uses the only array with three
+    or more axes, not counting ``actions``."""
     array_fps: Annotated[float, Field(gt=0, le=1000)] = 10.0
-    """``arrays``, ``hdf5``, ``bair``: frames per second, which these files do not state."""
+    """``arrays``, ``hdf5`` and ``bair``: frames per second, which these files do not state."""
     camera: Literal["image_main", "image_aux1", "both"] = "image_aux1"
-    """``bair``: ``image_aux1`` is the one of the published comparisons; ``both``: two videos a record."""
+    """``bair`` only: which camera to read. Published comparisons use ``image_aux1``; ``both`` makes two videos of each
+    record."""
     split_number: Literal[1, 2, 3] = 1
-    """``ucf101``: which of the official splits."""
+    """``ucf101`` only: number of the official split."""
     split_files: str | None = None
-    """``ucf101``: folder of ``trainlist01.txt`` and so on, relative to ``url`` or absolute. None takes
-    ``ucfTrainTestlist``. ``tgif``: folder of ``train.txt``, ``val.txt``, ``test.txt``. None splits by a hash."""
+    """Folder of the split lists, relative to ``url`` or absolute. ``ucf101``: holds ``trainlist01.txt`` and so on; None
+    uses ``ucfTrainTestlist``. ``tgif``: holds ``train.txt``, ``val.txt`` and ``test.txt``; None splits by a hash."""
     captions: str = "tgif-v1.0.tsv"
-    """``tgif``: the list of URLs and captions, relative to ``url`` or absolute."""
+    """``tgif`` only: the list of URLs and captions, relative to ``url`` or absolute."""
 
     @field_validator("actions", "cameras", mode="before")
     @classmethod
@@ -98,7 +103,9 @@ class SourceConfig(Section):
                 raise ValueError(f"{name} belongs to type {' and '.join(types)}, not to {self.type}; remove it")
         columns = self.columns.model_dump(exclude=_JSON_COLUMNS)
         if self.type == "webdataset" and columns != TableColumns().model_dump(exclude=_JSON_COLUMNS):
-            raise ValueError(f"of columns, webdataset reads {', '.join(sorted(_JSON_COLUMNS))}; remove the others")
+            raise ValueError(
+                f"columns: webdataset reads only {', '.join(sorted(_JSON_COLUMNS))}; remove the other columns"
+            )
         return self
 
 

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 DATASET_KEYS = frozenset({"clips", "tokens"})
-"""Keys of a training's identity that hold fingerprints of data sets."""
+"""Keys of a training stage's identity that hold fingerprints of data sets."""
 
 
 DEEPSPEED_TWINS = {
@@ -48,7 +48,7 @@ DEEPSPEED_TWINS = {
     "zero_optimization.cpu_offload": "offload",
     "zero_optimization.offload_optimizer": "offload",
 }
-"""Keys of DeepSpeed that keys of clipmill decide."""
+"""DeepSpeed keys that clipmill sets, and the clipmill keys that it sets them from."""
 DEEPSPEED_KEYS = (
     "aio",
     "comms_logger",
@@ -64,85 +64,94 @@ DEEPSPEED_KEYS = (
     "wall_clock_breakdown",
     "zero_optimization",
 )
-"""Keys of DeepSpeed that have an effect here; it ignores those that it does not know."""
+"""DeepSpeed keys that users may override. DeepSpeed ignores unknown keys, so clipmill refuses all others."""
 
 
 class TrainingConfig(Section):
-    """Keys that both training stages have."""
+    """Keys that both training stages share."""
 
     steps: Annotated[PositiveInt, FREE] = 100_000
-    """Steps of the whole training. Raise it to go on with a finished one."""
+    """Optimizer steps of the whole training. Raise it to continue a finished training."""
     global_batch: PositiveInt = 32
-    """Clips of a step, over all ranks and micro-steps."""
+    """Clips in a step, over all ranks and micro-steps."""
     micro_batch: Annotated[PositiveInt | None, FREE] = None
-    """Clips that a rank takes through the model at once; None takes its whole share of the global batch. Another number
-    draws other dropout. The tokenizer refuses a number that would change its batch statistics."""
+    """Clips in one forward and backward pass of a rank. None uses the rank's whole share of ``global_batch``; a smaller
+    number accumulates gradients. Changing it changes the dropout masks. The tokenizer refuses a change that would alter
+    its batch statistics."""
     lr: Annotated[float, Field(gt=0), FREE] = 3e-4
     """Peak learning rate of AdamW."""
     warmup_steps: Annotated[int, Field(ge=0), FREE] = 0
-    """Steps in which the learning rate rises linearly to ``lr``."""
+    """Steps over which the learning rate rises linearly from 0 to ``lr``. 0 starts at ``lr``."""
     schedule: Annotated[Literal["cosine", "constant"], FREE] = "cosine"
-    """Learning rate after the warmup. ``cosine``: falls to ``min_lr_share`` of ``lr`` at the last step."""
+    """Learning rate after the warmup. ``cosine``: it falls to ``min_lr_share`` of ``lr`` at the last step.
+    ``constant``: it stays at ``lr``."""
     min_lr_share: Annotated[float, Field(ge=0, le=1), FREE] = 0.0
-    """The cosine ends at this share of ``lr``."""
+    """Learning rate at the end of the cosine schedule, as a share of ``lr``."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of AdamW's moving averages of the gradient and of its square."""
+    """AdamW's decays of the moving averages of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay of AdamW, of matrices and kernels; norms, biases, gains and positions do not decay."""
+    """AdamW's weight decay of matrices and convolution kernels; norms, biases, gains and positions do not decay. 0
+    disables it."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
     weights_ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of a moving average of the weights, such as 0.999; the average is validated and exported. None keeps no
-    average."""
+    """Decay of an exponential moving average of the weights, such as 0.999. Validation and exports then use the
+    average. None keeps no average."""
     bad_steps: Annotated[Literal["stop", "skip"], FREE] = "stop"
-    """A step whose gradients are not finite, or whose norm is a spike, stops the run, or is skipped and counted."""
+    """What to do at a step whose gradients are not finite or whose gradient norm is a spike (``spike_factor``).
+    ``stop``: end the run with an error. ``skip``: skip the step and count it."""
     spike_factor: Annotated[float | None, Field(gt=1), FREE] = None
     """A gradient norm above this multiple of the mean of the last 50 steps (once there are 20) is a spike; None
     disables the check. Needs ZeRO stage 0, 1 or 2 without offload."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], FREE] = 1
-    """What DeepSpeed ZeRO shards over the ranks. 0: nothing. 1: optimizer states. 2: gradients too. 3: weights too."""
+    """What DeepSpeed ZeRO shards over the ranks. 0: nothing. 1: optimizer states. 2: also gradients. 3: also
+    weights."""
     offload: Annotated[bool, FREE] = False
-    """Keep the optimizer's states in CPU memory and step there; needs ZeRO stage 1, 2 or 3."""
+    """Keep the optimizer states in CPU memory and run the optimizer step there; needs ZeRO stage 1, 2 or 3."""
     compile: Annotated[bool, FREE] = False
-    """Compile the blocks of a prior, or encoder and decoder (torch.compile); needs ZeRO stage 0, 1 or 2."""
+    """Compile the prior's blocks, or the tokenizer's encoder and decoder, with torch.compile; needs ZeRO stage 0, 1 or
+    2."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Compute dtype; weights, gradients and reductions stay float32. ``tf32``: float32 whose products a GPU computes
-    with 10 bits of mantissa; on a CPU the same as ``float32``."""
+    """Compute dtype; weights, gradients and reductions stay float32. ``tf32``: float32, but a GPU rounds the factors of
+    matrix products to 10 bits of mantissa; on a CPU the same as ``float32``."""
     shuffle_window: PositiveInt = 4096
-    """Consecutive samples of a stream that are permuted together (see ``clipmill/shards/order.py``)."""
+    """Size of the shuffle window: this number of consecutive samples of a stream is permuted together (see
+    ``clipmill/shards/order.py``)."""
     loader_workers: Annotated[int, Field(ge=0), FREE] = 1
-    """Processes of each rank that load batches; 0 loads them in the training process."""
+    """Processes that load batches, for each rank; 0 loads them in the training process."""
     cache_bytes: Annotated[PositiveInt, FREE] = 64 * 2**30
-    """Local disk that a node may fill with downloaded shards."""
+    """Bytes of local disk that a node may use for downloaded shards."""
     log_every: Annotated[PositiveInt, FREE] = 10
-    """Steps between two lines of metrics."""
+    """Steps between two records of metrics."""
     val_every: Annotated[PositiveInt, FREE] = 1000
     """Steps between two validations."""
     val_clips: Annotated[PositiveInt, FREE] = 256
-    """Clips of the split ``val`` that a periodic validation reads."""
+    """Clips of the split ``val`` in each validation during training."""
     checkpoint_every: Annotated[PositiveInt, FREE] = 1000
-    """Steps between two checkpoints. A kill costs at most the steps since the last one."""
+    """Steps between two checkpoints. A killed run loses at most the steps since its last checkpoint."""
     keep_last: Annotated[PositiveInt, FREE] = 2
-    """Number of the newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: Annotated[PositiveInt | None, FREE] = None
-    """Also keep the checkpoints at multiples of this number of steps."""
+    """Also keep the checkpoints at multiples of this number of steps. None keeps only the newest."""
     resume: Annotated[str, FREE, Place(lambda start: start not in ("auto", "never"))] = "auto"
-    """``auto``: from this folder's newest checkpoint, if it has one. ``never``: refuse a folder that has one, or an
-    export. A URL: start from the newest checkpoint of that training folder, which must have one."""
+    """Where a training starts. ``auto``: at the newest checkpoint of its own folder, or at step 0 without one.
+    ``never``: at step 0; a folder with a checkpoint or an export is refused. A URL: at the newest checkpoint of that
+    training folder, which must exist."""
     init_from: Annotated[str | None, FREE, PLACE] = None
-    """Start from the weights of an export: URL of a training folder or of one export. The model may differ from its:
-    weights of the same name and size are taken, all others are named in the log and the summary. A training that has a
-    checkpoint goes on from there. None starts from random weights."""
+    """URL of a training folder or of one export whose weights initialise the model. The models may differ: weights of
+    the same name and shape are loaded; log and summary list the others, which start at random. Ignored once the
+    training has a checkpoint of its own. None starts from random weights."""
     accept_new_dataset: Annotated[bool, FREE] = False
-    """Resume over other clips or tokens than those of the checkpoint, from the start of an epoch (`DATASET_KEYS`)."""
+    """Allow resuming with a data set other than the checkpoint's (``DATASET_KEYS``); the order of samples then restarts
+    at the start of an epoch. False refuses."""
     hang_seconds: Annotated[float, Field(gt=0), FREE] = 900.0
-    """A rank that waits for its peers longer than this names the one that hangs and ends itself."""
+    """A rank that waits for its peers longer than this names the hanging rank and exits."""
     peak_tflops: Annotated[float | None, Field(gt=0), FREE] = None
-    """Dense peak of one GPU in TFLOP/s, in ``precision``, for MFU; None looks the GPU up by its name."""
+    """Dense peak of one GPU in TFLOP/s at ``precision``, to compute MFU. None looks up the GPU by its name."""
     wandb_project: Annotated[str | None, FREE] = None
-    """Also record to this project of Weights & Biases; needs the package ``wandb``."""
+    """Also log metrics to this project of Weights & Biases; needs the package ``wandb``. None disables it."""
     deepspeed: Annotated[dict[str, Any], FREE] = Field(default_factory=dict)
-    """Expert overrides of the generated DeepSpeed config (`DEEPSPEED_KEYS`); keys that clipmill sets itself are
+    """Expert overrides of the generated DeepSpeed config (``DEEPSPEED_KEYS``); keys that clipmill sets itself are
     refused."""
 
     def rows_and_accumulation(self, world_size: int) -> tuple[int, int]:
@@ -168,7 +177,7 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _one_start(self) -> TrainingConfig:
         if self.init_from is not None and self.resume not in ("auto", "never"):
-            raise ValueError("init_from and a URL in resume are two starts; remove one")
+            raise ValueError("init_from and a URL in resume exclude each other; remove one")
         return self
 
     @model_validator(mode="after")
@@ -187,13 +196,14 @@ class TrainingConfig(Section):
             raise ValueError("compile needs zero_stage 0, 1 or 2: stage 3 gathers weights inside the model")
         if self.spike_factor is not None and (self.zero_stage == 3 or self.offload):
             raise ValueError(
-                "spike_factor needs zero_stage 0, 1 or 2 without offload: otherwise DeepSpeed decides on a step"
+                "spike_factor needs zero_stage 0, 1 or 2 without offload; remove it: elsewhere DeepSpeed alone decides "
+                "whether to skip a step"
             )
         return self
 
 
 def refused_changes(recorded: dict[str, Any], wanted: dict[str, Any], accept_new_dataset: bool) -> list[str]:
-    """Names the keys of a training's identity that must not differ but do, as `changed_keys` does."""
+    """Lists the keys of a training's identity that must not change but did, in the form of `changed_keys`."""
     ignored = DATASET_KEYS if accept_new_dataset else frozenset()
     changes = changed_keys(
         {key: value for key, value in recorded.items() if key not in ignored},
@@ -205,15 +215,15 @@ def refused_changes(recorded: dict[str, Any], wanted: dict[str, Any], accept_new
 
 
 class VQVAETrainingConfig(TrainingConfig):
-    """Training of the tokenizer, with the paper's learning rate."""
+    """Training of the tokenizer; the default learning rate is the paper's."""
 
     lr: Annotated[float, Field(gt=0), FREE] = 7e-4
     """Peak learning rate of AdamW."""
     hflip: Annotated[bool, FREE] = False
-    """Mirror half of the clips, at random. Leave it off where left and right differ in meaning."""
+    """Mirror each clip horizontally with probability 1/2. Leave it off where left and right differ in meaning."""
     random_crop: Annotated[Resolution | None, FREE] = None
     """Train on a random crop of each clip: ``48`` for 48 x 48 pixels, ``[36, 64]`` for height 36 and width 64.
-    Validation and all other stages see whole clips. None trains on whole clips, too."""
+    Validation and all other stages use whole clips. None trains on whole clips."""
 
 
 class VQVAEConfig(Section):
@@ -227,7 +237,7 @@ class VQVAEConfig(Section):
     def _discriminator_is_whole(self) -> VQVAEConfig:
         if self.sharpness.adversarial_cost and self.training.zero_stage == 3:
             raise ValueError(
-                "sharpness.adversarial_cost needs training.zero_stage 0, 1 or 2: stage 3 cannot take the "
+                "sharpness.adversarial_cost needs training.zero_stage 0, 1 or 2; lower it: stage 3 cannot compute the "
                 "discriminator's gradient within a step"
             )
         return self
@@ -237,17 +247,18 @@ class VQVAEConfig(Section):
         crop, factors = self.training.random_crop, self.model.downsample[1:]
         if crop is not None and any(side % factor for side, factor in zip(frame_size(crop), factors, strict=True)):
             raise ValueError(
-                f"training.random_crop {crop} must divide by the height and width {factors} of model.downsample"
+                f"training.random_crop {crop} must be a multiple of the height and width {factors} of model.downsample"
             )
         return self
 
 
 class PriorTrainingConfig(TrainingConfig):
-    """Training of the prior, which shows samples meanwhile."""
+    """Training of the prior, which draws sample previews while it runs."""
 
     sample_every: Annotated[PositiveInt | None, FREE] = 2000
-    """Steps between two previews: a few samples of every class, drawn as ``sample`` says from the same noise each time,
-    in ``prior/previews``, TensorBoard, Weights & Biases and the report. The last step has one too. None draws none."""
+    """Steps between two previews; the last step has one too. A preview is a few samples of every class, drawn with the
+    settings of ``sample`` and the same noise each time. It goes to ``prior/previews``, TensorBoard, Weights & Biases
+    and the report. None draws no previews."""
 
 
 class PriorConfig(Section):

@@ -16,56 +16,64 @@ class VQVAEModelConfig(Section):
     """The tokenizer (VideoGPT, arXiv 2104.10157, section 3.1)."""
 
     style: Literal["videogpt", "modern"] = "videogpt"
-    """``videogpt``: as published. ``modern``: resolution changes beside shortcuts, attention has a branch of its own
-    and knows distances, and branches begin at zero; its defaults are ``hidden_dim`` 256 and ``norm`` group."""
+    """``videogpt``: the published architecture. ``modern``: down- and upsampling have shortcuts, attention is a
+    residual branch of its own with relative positions, and residual branches start at zero; its defaults are
+    ``hidden_dim`` 256 and ``norm`` group."""
     hidden_dim: PositiveInt = 240
-    """Channels of the encoder; of the decoder, too, unless ``decoder_dim`` is set."""
+    """Channels of the encoder, and of the decoder unless ``decoder_dim`` is set."""
     decoder_dim: PositiveInt | None = None
-    """Channels of the decoder, which needs more of them than the encoder. None is ``hidden_dim``. ``modern`` only."""
+    """Channels of the decoder, which benefits more from width than the encoder. None uses ``hidden_dim``. ``modern``
+    only."""
     num_res_layers: Annotated[int, Field(ge=0)] = 4
-    """Residual blocks of the encoder, and as many of the decoder."""
+    """Number of residual blocks, in the encoder and in the decoder each."""
     num_heads: PositiveInt = 2
     """Heads of the axial attention."""
     axial_attention: bool = True
-    """Whether residual blocks attend along time, height and width. False leaves the convolutions alone."""
+    """Residual blocks attend along time, height and width. False uses convolutions only."""
     norm: Literal["batch", "group"] = "batch"
-    """``batch``: statistics over the clips of all ranks. ``group``: of each clip alone (of each frame, if causal)."""
+    """``batch``: batch norm, with statistics over the clips of all ranks. ``group``: group norm, with statistics of
+    each clip alone (of each frame, if ``causal``)."""
     causal: bool = False
-    """No latent depends on later frames. Clips have 1 + n * downsample[0] frames; the first can be decoded alone."""
+    """Make each latent independent of later frames. Clips then have 1 + n * downsample[0] frames, and the first frame
+    can be decoded alone."""
     quantizer: Literal["ema", "simvq", "fsq", "lfq", "bsq"] = "ema"
-    """``ema``: a codebook that follows the latents. ``simvq``: a learned linear map of fixed codes. ``fsq``: rounding
-    to ``fsq_levels``. ``lfq``: signs of log2(num_codes) channels. ``bsq``: ``lfq`` on a sphere."""
+    """``ema``: a codebook updated by moving averages of the latents. ``simvq``: fixed codes under a learned linear map.
+    ``fsq``: rounding to ``fsq_levels``. ``lfq``: the signs of log2(num_codes) channels. ``bsq``: ``lfq`` on the unit
+    sphere."""
     embedding_dim: PositiveInt = 256
-    """Channels of a latent, for ``ema`` and ``simvq``. ``fsq`` has one for each of its levels, ``lfq`` and ``bsq`` one
-    for each bit."""
+    """Channels of a latent, for ``ema`` and ``simvq``. The others ignore it: ``fsq`` has one channel for each entry of
+    ``fsq_levels``, ``lfq`` and ``bsq`` one for each bit."""
     num_codes: Annotated[int, Field(ge=2)] = 2048
-    """Codes of one codebook."""
+    """Number of codes in one codebook."""
     num_codebooks: Annotated[int, Field(ge=1, le=8)] = 1
-    """Codes of one latent; each quantises a slice of its channels."""
+    """Number of codebooks; each quantises a slice of the latent's channels, so a latent has this number of codes."""
     fsq_levels: tuple[Annotated[int, Field(ge=3)], ...] = ()
-    """Levels of each channel; their product is num_codes: 4, 4, 4, 4 for 256 codes, 8, 5, 5, 5 for 1,000. The shifted
-    tanh of the paper would reach only one of two levels; ``lfq`` has two."""
+    """Levels of each channel, at least 3; their product must equal ``num_codes``: [4, 4, 4, 4] makes 256 codes,
+    [8, 5, 5, 5] makes 1,000. With 2 levels the paper's shifted tanh would reach only one; use ``lfq`` for 2."""
     distance: Literal["euclidean", "cosine"] = "euclidean"
     """Distance between latents and codes of ``ema``."""
     codebook_start: Literal["rows", "kmeans"] = "rows"
-    """Initial codes of ``ema``: latents of the first batch, or the centres of their clusters."""
+    """Initial codes of ``ema``. ``rows``: latents of the first batch. ``kmeans``: the centres of their clusters."""
     code_gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """How the gradient passes the codes of ``ema`` and ``simvq``: unchanged, or turned and scaled as a latent is onto
-    its code (arXiv 2410.06424)."""
+    """How the gradient passes through ``ema`` and ``simvq``. ``straight_through``: unchanged. ``rotation``: rotated and
+    scaled by the transform that maps the latent to its code (arXiv 2410.06424)."""
     downsample: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 4, 4)
-    """Frames, rows and columns of pixels per latent; each a power of two."""
+    """Frames, rows and columns of pixels for each latent; each a power of two."""
     l1_cost: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the mean absolute error over the pixels' standard deviation, added to the mean squared error."""
+    """Weight of the mean absolute error, in units of the pixels' standard deviation, that is added to the mean squared
+    error. 0 disables it."""
     commitment_cost: Annotated[float, Field(ge=0)] = 0.25
     """Weight of the commitment loss, which pulls latents towards their codes."""
     entropy_cost: Annotated[float, Field(ge=0)] = 0.3
     """Weight of the entropy loss of ``lfq`` and ``bsq``, in nats per bit."""
     entropy_temperature: Annotated[float, Field(gt=0)] = 0.01
-    """Of the probabilities of codes in that loss, softmax(-distance^2 / temperature). Published code has 0.01."""
+    """Temperature of the code probabilities in the entropy loss, softmax(-distance^2 / temperature). The published code
+    uses 0.01."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """Decay of the moving averages that move the codes of ``ema``."""
+    """Decay of the moving averages from which ``ema`` updates its codes."""
     restart_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """A code whose use falls below this share of the uniform use (tokens of a step / codes) restarts from data."""
+    """Restart a code of ``ema`` from a latent of the batch once its usage falls below this share of uniform usage
+    (tokens of a step / codes). 0 disables restarts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -83,11 +91,11 @@ class VQVAEModelConfig(Section):
     @model_validator(mode="after")
     def _codes_fit(self) -> VQVAEModelConfig:
         if self.style == "videogpt" and self.decoder_dim is not None:
-            raise ValueError("decoder_dim needs style=modern: the published decoder is as wide as the encoder")
+            raise ValueError("decoder_dim needs style=modern; remove it: style=videogpt uses hidden_dim for both")
         num_codes = math.prod(self.fsq_levels)
         if self.quantizer == "fsq" and num_codes != self.num_codes:
             raise ValueError(
-                f"fsq_levels {self.fsq_levels} make {num_codes} codes, not num_codes {self.num_codes}; "
+                f"fsq_levels {self.fsq_levels} make {num_codes} codes, but num_codes is {self.num_codes}; "
                 "set both, such as fsq_levels=[4,4,4,4] and num_codes=256"
             )
         if self.quantizer != "fsq" and self.fsq_levels:
@@ -113,12 +121,12 @@ class VQVAEModelConfig(Section):
 
     @property
     def has_batch_statistics(self) -> bool:
-        """Whether a micro-step computes statistics over its clips, so that their number is part of the training."""
+        """Whether a micro-step computes statistics over its clips, so that its batch size affects the training."""
         return self.norm == "batch" or self.quantizer != "fsq"
 
     @property
     def latent_dim(self) -> int:
-        """Channels of a latent, of all codebooks."""
+        """Channels of a latent, summed over all codebooks."""
         if self.quantizer == "fsq":
             return len(self.fsq_levels) * self.num_codebooks
         if self.quantizer in ("lfq", "bsq"):

@@ -1,6 +1,6 @@
-"""What operators see of a run, from its storage alone: ``status.json`` and the log of each stage, and requests to stop.
+"""Status, logs and stop requests of a run, through its storage alone: ``status.json`` and the log of each stage.
 
-`publishing` writes both while a stage runs. `read_run` and `read_log` read them from anywhere, also after the cluster
+`publishing` writes both while a stage runs. `read_run` and `read_log` read them from anywhere, even after the cluster
 is gone.
 """
 

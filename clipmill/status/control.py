@@ -1,4 +1,4 @@
-"""Stops a stage through its storage: works from anywhere, also where the cluster cannot be reached."""
+"""Stops a stage through its storage, which works even where the cluster cannot be reached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POLL_SECONDS = 2.0
 
 
 def stop(root: str, stage: str) -> Iterator[str]:
-    """Asks a running stage to stop in order, and waits until it has; yields a line for each thing that happens.
+    """Asks a running stage to stop cleanly and waits until it has stopped; yields a line for each event.
 
     Raises:
         UserError: the stage does not run, or its driver is gone.
@@ -26,7 +26,7 @@ def stop(root: str, stage: str) -> Iterator[str]:
     if claim is None or claim.is_released or claim.is_alive is False:
         raise UserError(f"{stage} does not run at {storage.shown(url)}; see `clipmill status {storage.shown(root)}`")
     request_stop(url, claim.attempt)
-    yield f"asked {claim.stage} on {claim.host} to stop (attempt {claim.attempt}); it looks every 10 s"
+    yield f"asked {claim.stage} on {claim.host} to stop (attempt {claim.attempt}); it checks every 10 s"
     silent_since = time.monotonic()
     while True:
         time.sleep(POLL_SECONDS)
@@ -42,13 +42,13 @@ def stop(root: str, stage: str) -> Iterator[str]:
 
 def _gone(root: str, stage: str, claim: Claim) -> str:
     return (
-        f"{stage} shows no sign of life: its heartbeat on {claim.host} has stood still for {SILENCE_SECONDS:.0f} s. If "
-        f"its cluster is gone, nothing runs there; free the folder with `clipmill stop --gone {storage.shown(root)}`"
+        f"{stage} does not respond: its heartbeat on {claim.host} has not advanced for {SILENCE_SECONDS:.0f} s. If "
+        f"its cluster is gone, free the folder with `clipmill stop --gone {storage.shown(root)}`"
     )
 
 
 def release_gone(root: str) -> list[str]:
-    """Releases the folders of all stages whose drivers are gone for good, as the caller knows; the stages released.
+    """Releases the folders of all stages; returns the names of the released stages. Call it if all drivers are gone.
 
     Without it, the next run watches the heartbeat of a driver on another host for 60 s before it takes over.
     """

@@ -1,4 +1,4 @@
-"""The lines of the log on stderr: plain text, or JSON where ``CLIPMILL_LOG_FORMAT=json``. Neither holds credentials."""
+"""Formats of the log on stderr: plain text, or JSON with ``CLIPMILL_LOG_FORMAT=json``. Credentials are redacted."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FORMAT_VARIABLE = "CLIPMILL_LOG_FORMAT"
 
 
 def formatter() -> logging.Formatter:
-    """The format that the environment asks for.
+    """The log format that the environment selects.
 
     Raises:
-        UserError: it asks for one that does not exist.
+        UserError: the environment names an unknown format.
     """
     name = os.environ.get(FORMAT_VARIABLE) or "text"
     if name not in ("text", "json"):
-        raise UserError(f"{FORMAT_VARIABLE}={name} is no format of the log; choose text or json")
+        raise UserError(f"{FORMAT_VARIABLE}={name} is not a log format; choose text or json")
     return _JsonLines() if name == "json" else _Text()
 
 

@@ -1,6 +1,6 @@
 """The log of a stage's driver, published in parts: ``logs/000003-0001.log`` is the first part of attempt 3.
 
-A bucket cannot append, so the newest part is written again until it is full.
+A bucket cannot append, so the newest part is rewritten until it is full.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PART = re.compile(r"(\d{6,})-(\d{4,})\.log")
 
 
 class LogParts(logging.Handler):
-    """Collects what this process logs, and publishes it in parts."""
+    """Collects the log of this process and publishes it in parts."""
 
     def __init__(self, url: str, attempt: int) -> None:
         super().__init__(logging.INFO)
@@ -37,18 +37,18 @@ class LogParts(logging.Handler):
         self._guard = threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps one message."""
+        """Adds one log record."""
         self.add(self.format(record))
 
     def add(self, text: str) -> None:
-        """Keeps lines that were not logged as well."""
+        """Adds text that was not logged, such as a traceback."""
         text = storage.redacted(text)
         with self._guard:
             self._rest += f"{text}\n".encode(errors="replace")
             self.tail.extend(text.splitlines())
 
     def publish(self) -> None:
-        """Publishes what is new, if anything is; what storage does not take stays for the next time."""
+        """Publishes new lines, if there are any. Lines that could not be published are kept for the next call."""
         while rest := self._rest:
             room = PART_BYTES - len(self._part)
             part = self._part + rest[:room]
@@ -63,8 +63,8 @@ def read_log(url: str, attempt: int | None = None) -> str:
     """The log of one attempt at a stage.
 
     Args:
-        url: the stage's folder.
-        attempt: its number; None: the newest that has a log.
+        url: URL of the stage's folder.
+        attempt: number of the attempt; None reads the newest attempt with a log.
 
     Raises:
         UserError: there is no such log.
@@ -73,10 +73,10 @@ def read_log(url: str, attempt: int | None = None) -> str:
     found = [(int(part[1]), int(part[2]), part[0]) for part in map(_PART.fullmatch, _names(folder)) if part]
     attempts = sorted({number for number, _, _ in found})
     if not attempts:
-        raise UserError(f"no log at {storage.shown(folder)}; has the stage begun there?")
+        raise UserError(f"no log at {storage.shown(folder)}; check that the stage has begun there")
     chosen = attempts[-1] if attempt is None else attempt
     if chosen not in attempts:
-        raise UserError(f"no log of attempt {chosen} at {storage.shown(folder)}; there are {attempts}")
+        raise UserError(f"no log of attempt {chosen} at {storage.shown(folder)}; choose from {attempts}")
     names = [name for number, _, name in sorted(found) if number == chosen]
     return b"".join(storage.read_bytes(storage.join(folder, name)) for name in names).decode(errors="replace")
 

@@ -1,4 +1,4 @@
-"""Where the stages of a run write, known without its configuration."""
+"""Folders that the stages of a run write to, found without its configuration."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ FOLDERS = {
     "evaluate": "evaluation/default",
     "report": "report",
 }
-"""The folder of each stage below the root of a run, in the order of a run. Each set of samples has one, and each of its
-evaluations."""
+"""The folder of each stage below the root of a run, in the order of a run. Each set of samples has a folder, and so has
+each evaluation."""
 
 
 def stage_folders(root: str) -> dict[str, str]:
-    """The URL of each stage's folder by the stage's name; of several sets, by ``sample/NAME`` and ``evaluate/NAME``."""
+    """URLs of the stages' folders by stage name; several sets of samples are named ``sample/NAME``,
+    ``evaluate/NAME``.
+    """
     root = storage.absolute(root)
     found: dict[str, str] = {}
     for stage, folder in FOLDERS.items():
@@ -33,7 +35,7 @@ def stage_folders(root: str) -> dict[str, str]:
 
 
 def _sets(root: str, stage: str, parent: str, default: str) -> dict[str, str]:
-    """The folders of a stage that has one for each set of samples."""
+    """The folders of a stage that has one folder for each set of samples."""
     url = storage.join(root, parent)
     names = [name for name in storage.list_folders(url) if not name.startswith("_")]
     if len(names) <= 1:
@@ -45,7 +47,7 @@ def folder_of(root: str, stage: str) -> str:
     """The URL of one stage's folder.
 
     Raises:
-        UserError: no stage has this name.
+        UserError: there is no stage of this name.
     """
     folders = stage_folders(root)
     if stage not in folders:

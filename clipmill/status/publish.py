@@ -1,7 +1,8 @@
 """Publishes the status and the log of a stage while it runs.
 
-Both are written when the attempt begins, every 30 s while it runs, and when it ends: one small object each, and the log
-only if it has grown. Finished units of work cost no request. If storage is away, the stage goes on without.
+Both are written when the attempt begins, every 30 s while it runs, and when it ends. Each is one small object, and the
+log is only written if it has grown. Finished units of work cost no request. If storage is unreachable, the stage
+continues and publishes later.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["EVERY_SECONDS", "publishing"]
 
 EVERY_SECONDS = 30.0
 PATIENCE_SECONDS = 5.0
-"""How long one publication is repeated: the next one brings the same and more."""
+"""Seconds for which one publication is retried; it can be short because the next publication includes its content."""
 LAST_PATIENCE_SECONDS = 60.0
 
 
@@ -59,19 +60,19 @@ class _Publisher:
             self._publish("running")
 
     def close(self, error: BaseException | None) -> None:
-        """Publishes how the attempt ended."""
+        """Publishes the final state of the attempt."""
         logging.getLogger().removeHandler(self._log)
         self._is_closed.set()
         self._thread.join()
         if error is not None and not isinstance(error, ClipmillError | SystemExit | KeyboardInterrupt):
             self._log.add("".join(traceback.format_exception(error)).rstrip())
-        if not isinstance(error, StorageUnavailable):  # it has been away for minutes already
+        if not isinstance(error, StorageUnavailable):  # storage has been unreachable for minutes already
             self._publish(*_end(self._lease, error), patience_seconds=LAST_PATIENCE_SECONDS)
 
     def _publish(self, state: State, error: str | None = None, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        # The lease warns of storage that is away.
+        # No warning here: the lease already warns about unreachable storage.
         with contextlib.suppress(OSError, ClipmillError), storage.limit_retries(patience_seconds):
-            if self._lease.is_newest():  # the run that took over writes its own
+            if self._lease.is_newest():  # a run that took over writes its own status
                 self._log.publish()
                 write_record(self._lease.url, self._record(state, error, BOARD.snapshot()))
 
@@ -99,7 +100,7 @@ class _Publisher:
 
 
 def _end(lease: Lease, error: BaseException | None) -> tuple[State, str | None]:
-    """How an attempt ended, and why."""
+    """The final state of an attempt, and the error that ended it."""
     if error is None:
         return "finished", None
     if isinstance(error, Interrupted | SystemExit | KeyboardInterrupt):

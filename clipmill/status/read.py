@@ -1,8 +1,9 @@
 """The state of each stage of a run, from its storage alone.
 
-What a stage wrote last may be old: its driver may have been killed since, or the cluster may be gone. So its status is
-held against its lease. On the host of the driver the process itself tells whether it lives. Elsewhere the age of the
-status does; since clocks differ, an old status counts only if the heartbeat of the lease stands still as well.
+The status that a stage wrote last may be old: its driver may have been killed, or the cluster may be gone. It is
+therefore checked against the stage's lease. On the driver's host, the driver's process shows whether the stage runs.
+On other hosts the age of the status shows it; since clocks differ, a stage with an old status only counts as lost if
+the heartbeat of its lease does not advance either.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from clipmill.status.record import Record, State, read_record
 
 __all__ = ["Shown", "StageStatus", "read_run", "read_stage"]
 
-LOOK_SECONDS = HEARTBEAT_SECONDS + 5
-"""Between two looks at a heartbeat."""
+WATCH_SECONDS = HEARTBEAT_SECONDS + 5
+"""How long a heartbeat is watched before it counts as stopped."""
 GRACE_SECONDS = 30.0
-"""A status may come this much later than it should: the publisher waits for storage, and clocks differ."""
+"""A status may be this much late: the publisher waits for storage, and clocks differ."""
 
 Shown = Literal["not begun", "starting", "lost"] | State
-"""``lost``: it was running when it was last heard of, and its driver is gone or silent."""
+"""``lost``: the last status says that the stage runs, but its driver is gone or silent."""
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage of a run as it is now.
+    """Current state of one stage of a run.
 
     Attributes:
-        stage: its name.
-        url: its folder.
+        stage: name of the stage.
+        url: URL of its folder.
         shown: its state.
-        record: what it said last; None if it has said nothing, or nothing readable.
-        age_seconds: of the record, by the clock of this machine; None without a record.
+        record: its last status; None if there is none, or it cannot be read.
+        age_seconds: age of the record by this machine's clock; None without a record.
         note: one more sentence for the operator, or "".
     """
 
@@ -51,11 +52,11 @@ class StageStatus:
 
 
 def read_run(root: str) -> list[StageStatus]:
-    """All stages of a run, in their order.
+    """The state of all stages of a run, in the order of a run.
 
     Raises:
         UserError: no stage has begun there.
-        StorageUnavailable: the storage is away.
+        StorageUnavailable: storage is unreachable.
     """
     folders = stage_folders(root)
     with ThreadPoolExecutor(len(folders)) as pool:
@@ -66,7 +67,7 @@ def read_run(root: str) -> list[StageStatus]:
 
 
 def read_stage(stage: str, url: str) -> StageStatus:
-    """One stage, given its folder."""
+    """The state of one stage, given its folder."""
     record, note = None, ""
     try:
         record = read_record(url)
@@ -83,33 +84,34 @@ def read_stage(stage: str, url: str) -> StageStatus:
     if record is not None:
         return StageStatus(stage, url, record.state, record, _age(record), note)
     if storage.exists(storage.join(url, "summary.json")):
-        return StageStatus(stage, url, "finished", note=note or "it wrote no status")
+        return StageStatus(stage, url, "finished", note=note or "it has not written a status")
     if claim is not None or note:
-        return StageStatus(stage, url, "lost", note=note or f"attempt {claim.attempt if claim else 0} wrote no status")
+        what = f"attempt {claim.attempt if claim else 0} has not written a status"
+        return StageStatus(stage, url, "lost", note=note or what)
     return StageStatus(stage, url, "not begun")
 
 
 def _running(stage: str, url: str, record: Record, claim: Claim | None, note: str) -> StageStatus:
-    """The state of a stage that was running when it wrote last."""
+    """The state of a stage whose last status says that it runs."""
 
     def status(shown: Shown, more: str = "") -> StageStatus:
         return StageStatus(stage, url, shown, record, _age(record), note or more)
 
     if claim is None:
-        return status("lost", "nobody holds its folder")
+        return status("lost", "no run holds its folder")
     if claim.is_released:
-        return status("lost", "its driver ended without a word, and has released its folder")
+        return status("lost", "its driver has released its folder, but ended without a final status")
     if claim.attempt > record.attempt:
         return _begun(stage, url, record, claim, note)
     if claim.is_alive is not None:
         return status("running") if claim.is_alive else status("lost", f"process {claim.pid} on this host is gone")
     if 0 <= _age(record) <= record.every_seconds + GRACE_SECONDS or _beats(url, claim):
         return status("running")
-    return status("lost", f"no sign of life from {claim.host}; its cluster may be gone")
+    return status("lost", f"its driver on {claim.host} does not respond; its cluster may be gone")
 
 
 def _begun(stage: str, url: str, record: Record | None, claim: Claim, note: str) -> StageStatus:
-    """The state of a stage whose newest attempt has written no status yet."""
+    """The state of a stage whose newest attempt has not written a status yet."""
     if claim.is_alive or (claim.is_alive is None and _beats(url, claim)):
         shown: Shown = "starting" if claim.stage == stage.partition("/")[0] else "running"
         return StageStatus(stage, url, shown, None, None, note or f"{claim.stage}, attempt {claim.attempt}")
@@ -127,8 +129,8 @@ def _claim_of(url: str) -> tuple[Claim | None, str]:
 
 
 def _beats(url: str, claim: Claim) -> bool:
-    """Whether the heartbeat of a claim moves."""
-    deadline = time.monotonic() + LOOK_SECONDS
+    """Whether the heartbeat of a claim advances."""
+    deadline = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline:
         time.sleep(3)
         now, _ = _claim_of(url)

@@ -1,4 +1,4 @@
-"""The document ``status.json`` of a stage: a few KB, whatever the size of the stage."""
+"""The document ``status.json`` of a stage: a few KB, regardless of the size of the stage."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["LOG_LINES", "Record", "State", "read_record", "write_record"]
 SCHEMA = 1
 NAME = "status.json"
 LOG_LINES = 8
-"""The last lines of the log that the document holds."""
+"""Number of last log lines in the document."""
 MAX_CHARACTERS = 300
-"""Of a cause, a line of the log, a host name."""
+"""Maximum length of a text, such as a cause, a log line or a host name."""
 MAX_NODES = 20
-"""Sick nodes that are named."""
+"""Maximum length of a list, such as the sick nodes."""
 
 State = Literal["running", "finished", "failed", "interrupted", "stopped"]
-"""``interrupted``: ended in order by a signal or a storage that is away; ``stopped``: by ``clipmill stop``."""
+"""``interrupted``: ended cleanly by a signal or unreachable storage; ``stopped``: by ``clipmill stop``."""
 
 Seconds = Annotated[float, Field(ge=0)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)  # unknown keys are of a newer clipmill, and ignored
+    model_config = ConfigDict(frozen=True)  # unknown keys come from a newer clipmill and are ignored
 
 
 class ProgressRecord(_Part):
-    """How far a stage is; see `clipmill.board.Progress`."""
+    """Progress of a stage; see `clipmill.board.Progress`."""
 
     done: float
     total: float | None
@@ -48,23 +48,23 @@ class CauseRecord(_Part):
 
 
 class Record(_Part):
-    """What a stage says about itself.
+    """The status that a stage publishes about itself.
 
     Attributes:
-        stage: its name.
+        stage: name of the stage.
         attempt: number of its lease.
-        state: as of ``written``.
-        host: of its driver.
-        pid: of its driver.
-        began: when the attempt began, seconds since the epoch by the driver's clock.
-        written: when this was written, by the same clock.
-        every_seconds: a running stage writes again within this time.
+        state: state at the time ``written``.
+        host: host of the driver.
+        pid: process id of the driver.
+        began: when the attempt began, in seconds since the epoch by the driver's clock.
+        written: when this status was written, by the same clock.
+        every_seconds: a running stage publishes again within this time.
         progress: None before the first unit of work is counted.
-        facts: numbers and words of the stage: clips, loss, workers, nodes.
+        facts: numbers and words about the stage: clips, loss, workers, nodes.
         failures: failed units of work of this attempt by cause, most frequent first.
         quarantine: excluded videos by cause, most frequent first.
-        error: why the attempt ended; None while it runs or after it finished.
-        log: its last lines.
+        error: why the attempt ended; None while it runs and after it has finished.
+        log: last lines of the log.
     """
 
     stage: str
@@ -84,7 +84,7 @@ class Record(_Part):
 
 
 def write_record(url: str, record: Record) -> None:
-    """Publishes the status of a stage in its folder, without credentials and shortened."""
+    """Publishes the status of a stage in its folder; credentials are redacted, long texts and lists are cut."""
     storage.publish_document(storage.join(url, NAME), _shortened(record.model_dump()), SCHEMA)
 
 
@@ -92,9 +92,9 @@ def read_record(url: str) -> Record:
     """The status of the stage that writes into a folder.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedDocument: it is not a status that clipmill writes.
-        UserError: it is one of a newer clipmill.
+        FileNotFoundError: there is no status.
+        DamagedDocument: the document is not a status that clipmill writes.
+        UserError: a newer clipmill wrote it.
     """
     record_url = storage.join(url, NAME)
     try:

@@ -20,12 +20,12 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Text without characters that move the cursor or change colours."""
+    """Escapes control characters, which could move the cursor or change colours."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def render(root: str, stages: list[StageStatus]) -> Group:
-    """A table of all stages, and a paragraph about each that runs or needs somebody."""
+    """A table of all stages, and a paragraph about each stage that runs or needs attention."""
     table = Table("stage", "state", "done", "rate", "ETA", "attempt", title=f"run {storage.shown(root)}")
     for status in stages:
         table.add_row(status.stage, status.shown, *_progress_cells(status), _attempt(status))
@@ -55,7 +55,7 @@ def _attempt(status: StageStatus) -> str:
 
 
 def _paragraph(status: StageStatus) -> str:
-    """What there is to know about one stage, with its last words."""
+    """All details of one stage, with the last lines of its log."""
     record, lines = status.record, [f"{status.stage}: {status.shown}"]
     if record is not None:
         age = duration(abs(status.age_seconds or 0))

@@ -205,8 +205,8 @@ def _tar_of(film: bytes) -> bytes:
 _NO_VIDEO = "^cannot open|^no video stream|^cannot decode|^no frame|damaged"
 
 _BAD: dict[str, _Maker] = {
-    "a line that is no JSON": _line('{"url": "good/NUMBER', "no JSON"),
-    "a list instead of an object": _line('["good/NUMBER.mp4"]', "no JSON object"),
+    "a line that is no JSON": _line('{"url": "good/NUMBER', "it is not JSON"),
+    "a list instead of an object": _line('["good/NUMBER.mp4"]', "it is not a JSON object"),
     "an empty name": _line('{"url": " ", "score": NUMBER}', "url is empty"),
     "no name": _line('{"url": null, "score": NUMBER}', "url is empty"),
     "a name that is a list": _line('{"url": ["a"], "score": NUMBER}', "url is a list"),

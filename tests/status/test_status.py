@@ -243,7 +243,7 @@ def test_a_status_of_a_lost_cluster_is_shown_with_its_age(
     document |= {"state": "running", "written": time.time() + ahead_seconds}
     (tmp_path / "clips" / "status.json").write_text(json.dumps(document))
     _another_host(url, beat=4)
-    monkeypatch.setattr(read, "LOOK_SECONDS", 1)
+    monkeypatch.setattr(read, "WATCH_SECONDS", 1)
     found = shard_of(str(tmp_path))
     assert (found.shown, found.note) == ("lost", "no sign of life from far; its cluster may be gone")
     assert ("60 min ahead" if ahead_seconds > 0 else "as of 60 min ago") in text_of(str(tmp_path))

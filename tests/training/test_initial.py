@@ -102,7 +102,7 @@ def test_an_export_of_another_kind_is_refused(exported: str, tmp_path: Path) -> 
         load_prior(exported)
     with pytest.raises(UserError, match="no tokenizer at"):
         started(str(tmp_path / "nothing"), tmp_path / "run")
-    with pytest.raises(ValueError, match="two starts"):
+    with pytest.raises(ValueError, match="init_from and a URL in resume exclude each other"):
         TrainingConfig(init_from="a", resume="runs/b")
 
 

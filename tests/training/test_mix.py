@@ -106,7 +106,7 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(runs: list[Path], tmp_pat
     for crop in (16, [16, 12]):
         message = r"random_crop=.* is larger than the clips at .*, whose resolution is \[12, 16\]; choose"
         refuse(config(tmp_path, runs, random_crop=crop), vqvae, message)
-    with pytest.raises(UserError, match=r"random_crop 10 must divide by the height and width \(4, 4\)"):
+    with pytest.raises(UserError, match=r"random_crop 10 must be a multiple of the height and width \(4, 4\)"):
         load_config([], ["root=x", "vqvae.training.random_crop=10"])
 
 

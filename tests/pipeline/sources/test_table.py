@@ -106,7 +106,7 @@ def parquet_of_two_columns(name: str) -> bytes:
             {},
             "none of the 1 rows .* gives a video; the first has this fault: line 2: url is empty",
         ),
-        ("a.jsonl", "[1]\n", {}, "line 1: no JSON object"),
+        ("a.jsonl", "[1]\n", {}, "line 1: it is not a JSON object"),
         ("a.parquet", "no parquet", {}, "cannot be read as .parquet"),
         ("a.txt", "0.mp4\n", {}, "must end in .csv, .tsv, .jsonl, .parquet"),
         (
@@ -120,7 +120,7 @@ def parquet_of_two_columns(name: str) -> bytes:
         ("a.csv", "url,text, url\n0.mp4,x,1.mp4\n", {}, "2 columns are called 'url'; rename all but one"),
         ("a.tsv", "url\ttext\ttext\n0.mp4\tx\ty\n", {}, "2 columns are called 'text'"),
         ("a.parquet", parquet_of_two_columns("url"), {}, "2 columns are called 'url'"),
-        ("a.jsonl", '{"url": "0.mp4", "url": "1.mp4"}\n', {}, "line 1: no JSON .the key 'url' stands there twice"),
+        ("a.jsonl", '{"url": "0.mp4", "url": "1.mp4"}\n', {}, "line 1: it is not JSON .the key 'url' occurs twice"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_clear_line(
@@ -193,9 +193,9 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"b"]).bu
             "few.csv",
             "url,text\n0.mp4,a\n2.mp4\n1.mp4,c\n",
             "2.mp4",
-            "line 3: its cells are 1, those of the first line 2",
+            "line 3: it has 1 cells, but the first line has 2",
         ),
-        ("many.csv", "url,text\n0.mp4,a\n2.mp4,b,c\n1.mp4,c\n", "2.mp4", "line 3: its cells are 3"),
+        ("many.csv", "url,text\n0.mp4,a\n2.mp4,b,c\n1.mp4,c\n", "2.mp4", "line 3: it has 3 cells"),
         ("many.tsv", "url\ttext\n0.mp4\ta\n2.mp4\tb\tc\n1.mp4\tc\n", "2.mp4", "a cell may hold no tab"),
         (
             "open.csv",
@@ -232,13 +232,13 @@ NOT_UTF8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"b"]).bu
             "broken.jsonl",
             '{"url": "0.mp4", "text": "a"}\n{"url"\n{"url": "1.mp4", "text": "c"}\n',
             "broken.jsonl#line=2",
-            "line 2: no JSON",
+            "line 2: it is not JSON",
         ),
         (
             "deep.jsonl",
             f'{{"url": "0.mp4", "text": "a"}}\n{"[" * 100_000}\n{{"url": "1.mp4", "text": "c"}}\n',
             "deep.jsonl#line=2",
-            "line 2: no JSON",
+            "line 2: it is not JSON",
         ),
         ("zero.csv", "url,text\n0.mp4,a\na\0b.mp4,b\n1.mp4,c\n", "zero.csv#line=3", "line 3: url holds a zero byte"),
         ("long.csv", f"url,text\n0.mp4,a\n{'n' * 300}.mp4,b\n1.mp4,c\n", f"{'n' * 300}.mp4", "File name too long"),

@@ -168,7 +168,7 @@ def test_a_json_names_origin_label_and_text(tmp_path: Path) -> None:
     assert (b.group, b.text) == ("7", "first")
     assert c.fault == "in c.json, a text, label or group is a list, not one value"
     assert "half a character" in d.fault
-    with pytest.raises(ValueError, match="of columns, webdataset reads group, label, text; remove the others"):
+    with pytest.raises(ValueError, match="columns: webdataset reads only group, label, text; remove the other columns"):
         SourceConfig.model_validate(source(tmp_path, columns={"start": "s"}))
 
 
