@@ -20,7 +20,7 @@ from clipmill.errors import UserError
 from clipmill.init import choices as choices_module
 from clipmill.init import timing
 from clipmill.init.choices import Machine, choose
-from clipmill.init.survey import Look, Survey, survey_videos
+from clipmill.init.survey import OpenedVideo, Survey, survey_videos
 from clipmill.pipeline.planning.generation import split_share
 from clipmill.preflight import check_later_stages
 from clipmill.video.encode import encode_mp4
@@ -29,16 +29,16 @@ LAPTOP = Machine(num_cpus=2, num_gpus=0, gpu_name="", gpu_bytes=0, has_bfloat16=
 SERVER = Machine(num_cpus=64, num_gpus=8, gpu_name="H100", gpu_bytes=80 * 2**30, has_bfloat16=True)
 
 
-def look(number: int, **facts) -> Look:
+def opened_video(number: int, **facts) -> OpenedVideo:
     name = f"{number:04d}.mp4"
     known = {"label": None, "height": 240, "width": 320, "fps": 25.0, "seconds": 10.0}
     measured = {"decode_seconds_per_frame": 1e-3, "clip_bytes": 1e5}
-    return Look(name=name, url=f"/videos/{name}", origin=number, **known | measured | facts)
+    return OpenedVideo(name=name, url=f"/videos/{name}", origin=number, **known | measured | facts)
 
 
-def survey(looks: list[Look], num_videos: int | None = None, labels: dict | None = None) -> Survey:
-    number = num_videos or len(looks)
-    return Survey("/videos", number, number * 10**6, Counter(labels or {None: number}), "", looks, [])
+def survey(opened: list[OpenedVideo], num_videos: int | None = None, labels: dict | None = None) -> Survey:
+    number = num_videos or len(opened)
+    return Survey("/videos", number, number * 10**6, Counter(labels or {None: number}), "", opened, [])
 
 
 def chosen(found: Survey, machine: Machine = LAPTOP):
@@ -52,7 +52,7 @@ def chosen(found: Survey, machine: Machine = LAPTOP):
     [((240, 320), (56, 72)), ((1080, 1920), (48, 88)), ((1920, 1080), (88, 48)), ((40, 40), (40, 40))],
 )
 def test_clips_have_the_shape_of_the_videos(size, on_a_laptop):
-    found = survey([look(n, height=size[0], width=size[1]) for n in range(30)])
+    found = survey([opened_video(n, height=size[0], width=size[1]) for n in range(30)])
     _, config = chosen(found)
     check_later_stages(config)
     assert config.data.clip.size == on_a_laptop
@@ -63,7 +63,7 @@ def test_clips_have_the_shape_of_the_videos(size, on_a_laptop):
 
 
 def test_a_server_gets_a_larger_model_that_fits_the_clips():
-    _, config = chosen(survey([look(n) for n in range(30)]), SERVER)
+    _, config = chosen(survey([opened_video(n) for n in range(30)]), SERVER)
     check_later_stages(config)
     assert config.cluster.training_workers == 8
     assert config.prior.model.preset == "100m"
@@ -80,19 +80,19 @@ def test_a_server_gets_a_larger_model_that_fits_the_clips():
     ],
 )
 def test_short_videos_get_faster_or_shorter_clips(facts, num_frames, fps):
-    _, config = chosen(survey([look(n, **facts) for n in range(30)]))
+    _, config = chosen(survey([opened_video(n, **facts) for n in range(30)]))
     assert (config.data.clip.num_frames, config.data.clip.fps) == (num_frames, fps)
 
 
 def test_videos_of_a_few_frames_are_refused():
     with pytest.raises(UserError, match=r"too short for clips of 4 frames: half of them last 0\.12 s"):
-        choose(survey([look(n, seconds=0.12) for n in range(3)]), LAPTOP, "runs/x")
+        choose(survey([opened_video(n, seconds=0.12) for n in range(3)]), LAPTOP, "runs/x")
 
 
 def test_folders_are_classes_where_every_video_lies_in_a_shared_one():
     def is_conditional(labels: list[str | None]) -> bool:
-        looks = [look(number, label=label) for number, label in enumerate(labels)]
-        _, config = chosen(survey(looks, labels=Counter(labels)))
+        opened = [opened_video(number, label=label) for number, label in enumerate(labels)]
+        _, config = chosen(survey(opened, labels=Counter(labels)))
         assert config.data.source.label == ("parent_folder" if config.prior.model.class_conditional else "none")
         return config.prior.model.class_conditional
 
@@ -104,21 +104,21 @@ def test_folders_are_classes_where_every_video_lies_in_a_shared_one():
 
 def test_few_videos_are_in_both_splits_whatever_chance_says():
     for first in range(20):
-        looks = [look(n) for n in range(first, first + 3)]
-        _, config = chosen(survey(looks))
-        is_val = [split_share(0, each.origin) < config.data.val_fraction for each in looks]
+        opened = [opened_video(n) for n in range(first, first + 3)]
+        _, config = chosen(survey(opened))
+        is_val = [split_share(0, each.origin) < config.data.val_fraction for each in opened]
         assert 1 <= sum(is_val) < 3
 
 
 def test_one_video_is_cut_and_a_short_one_refused():
-    made, _ = chosen(survey([look(0, seconds=20.0)]))
+    made, _ = chosen(survey([opened_video(0, seconds=20.0)]))
     assert [row["split"] for row in made.spans] == ["train", "val"]
     with pytest.raises(UserError, match=r"only video that makes clips, and too short .* lasts 2 s"):
-        choose(survey([look(0, seconds=2.0)]), LAPTOP, "runs/x")
+        choose(survey([opened_video(0, seconds=2.0)]), LAPTOP, "runs/x")
 
 
 def test_large_sources_are_cut_into_shards_for_all_cpus():
-    many = survey([look(n, clip_bytes=1e4) for n in range(24)], num_videos=20_000)
+    many = survey([opened_video(n, clip_bytes=1e4) for n in range(24)], num_videos=20_000)
     _, config = chosen(many, SERVER)
     assert config.data.shard_bytes < 128 * 2**20
     assert config.evaluate.max_clips == 2048
@@ -137,11 +137,11 @@ def labelled(tmp_path_factory) -> Path:
 
 def test_a_survey_counts_opens_and_times(labelled):
     found = survey_videos(str(labelled))
-    assert (found.num_videos, len(found.looks), len(found.failures)) == (11, 10, 1)
+    assert (found.num_videos, len(found.opened), len(found.failures)) == (11, 10, 1)
     assert found.failures[0][0] == "ball_bouncing/broken.mp4"
     assert "10 .npy" in found.other_files
-    assert {(each.height, each.width, each.fps, each.seconds) for each in found.looks} == {(64, 64, 12.5, 3.2)}
-    assert all(each.decode_seconds_per_frame > 0 and each.clip_bytes > 0 for each in found.looks)
+    assert {(each.height, each.width, each.fps, each.seconds) for each in found.opened} == {(64, 64, 12.5, 3.2)}
+    assert all(each.decode_seconds_per_frame > 0 and each.clip_bytes > 0 for each in found.opened)
     assert found.total_seconds == pytest.approx(32)
 
 
@@ -182,7 +182,7 @@ def test_one_file_becomes_a_table_of_two_parts(tmp_path, monkeypatch):
     [
         ({}, "holds no video; name another folder"),
         ({"a.txt": b"text", "b.pdf": b"%PDF"}, r"holds no video; it holds 1 \.pdf, 1 \.txt"),
-        ({"a.mp4": b"nothing", "b.mkv": b""}, r"none of the 2 videos of .* that were opened can be read; "),
+        ({"a.mp4": b"nothing", "b.mkv": b""}, r"none of 2 videos chosen from .* can be read "),
     ],
 )
 def test_a_folder_without_videos_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, files, message):

@@ -1,4 +1,4 @@
-"""clipmill from Python: a trained model or a data set, by its URL. ``docs/python.md`` shows how."""
+"""The Python API: loads trained models and data sets by URL. ``docs/python.md`` shows how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``clipmill generate``: makes an mp4 file from an export. It needs neither a data set nor Ray."""
+"""``clipmill generate``: generates an mp4 file with an exported prior. It needs neither a data set nor Ray."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def generate_file(
     top_k: int | None,
     top_p: float,
 ) -> dict[str, Any]:
-    """Samples videos and writes them into one file; several are shown as a grid.
+    """Samples videos and writes them to one file; several are tiled in a grid.
 
     Args:
         export: URL of an export, a training folder or a run.
         out: path or URL of the file.
         num: number of videos.
-        label: class of all videos; None takes the classes in turn.
-        first_frame: URL of a picture or video to continue from, or to condition on.
-        condition: URL of a ``.npy`` file of actions or of a text's embedding.
-        seconds: duration of the video; None takes the window of the prior.
-        fps: frames per second; None takes that of the training clips, or 8 where they had none.
-        seed: of the noise.
-        temperature: divides the logits.
+        label: class of all videos; None rotates through the classes.
+        first_frame: URL of a picture or video to continue, or to condition on.
+        condition: URL of a ``.npy`` file of actions or of a text embedding.
+        seconds: duration of the video; None uses the window of the prior.
+        fps: frames per second; None uses the rate of the training clips, or 8 if they have no common rate.
+        seed: seed of the noise.
+        temperature: softmax temperature; the logits are divided by it.
         top_k: keep the k most likely codes of a position; None keeps all.
-        top_p: keep the most likely codes up to this probability; 1 keeps all.
+        top_p: keep the most likely codes up to this total probability; 1 keeps all.
 
     Returns:
         Facts for the summary.
@@ -57,12 +57,12 @@ def generate_file(
         UserError: the export is not a prior, or an input does not fit it. Nothing was written.
     """
     if not out.lower().endswith(".mp4"):
-        raise UserError(f"--out {out} must end in .mp4")
+        raise UserError(f"--out {out} must end in .mp4; name another file")
     began = time.monotonic()
     generator = load(export, "generator")
     rate = fps or generator.info.fps or USUAL_FPS
     if condition is not None and generator.info.condition not in ("actions", "text"):
-        raise UserError(f"--condition {condition}: this prior takes no actions and no embeddings; leave it out")
+        raise UserError(f"--condition {condition}: this prior takes no actions and no embeddings; remove --condition")
     num_frames = generator.info.num_frames if seconds is None else max(1, math.ceil(seconds * rate))
     settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     if condition is not None:

@@ -1,4 +1,4 @@
-"""Clips, tokens and samples of a run as a torch data set, and batches of them in the order of a training."""
+"""Clips, tokens and samples of a run as a torch data set, and their batches in training order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ClipDataset", "Loader", "open_dataset"]
 
 
 def decode_sample(members: dict[str, memoryview]) -> dict[str, Any]:
-    """A sample of a prior: its pixels and its codes."""
+    """Decodes the pixels and the codes of a prior's sample."""
     return {**decode_clip(members), **decode_codes(members)}
 
 
@@ -37,10 +37,10 @@ def open_dataset(
 
     Args:
         url: path or bucket URL of a data set (``runs/demo/clips/val``), or of a run.
-        kind: of a run, which of its data sets.
-        split: of a run's ``clips`` and ``tokens``, ``train`` (None) or ``val``; of its ``samples``, their name
-            (None is ``default``).
-        cache_dir: local folder for what is downloaded from a bucket; None is one in the system's temporary folder.
+        kind: which data set of a run to open; ignored if ``url`` is a data set.
+        split: for ``clips`` and ``tokens`` of a run, ``train`` or ``val``; None opens ``train``. For ``samples``, the
+            name of the set; None opens ``default``.
+        cache_dir: local folder for downloads from a bucket; None uses a folder in the system's temporary folder.
 
     Raises:
         UserError: the data set is missing or damaged.
@@ -54,17 +54,17 @@ def open_dataset(
             continue
     raise UserError(
         f"there is no data set at {storage.shown(place)}, and no {inside.removeprefix(place + '/')} below it; name the "
-        "folder of one, or the root of a run"
+        "folder of a data set, or the root of a run"
     )
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
-    """The samples of a data set in stored order; made by `open_dataset`. Each shard is verified before it is read.
+    """The samples of a data set in stored order; create it with `open_dataset`. Shards are verified before reading.
 
     Attributes:
         kind: ``clips``, ``tokens`` or ``samples``.
         classes: names of the classes, sorted.
-        manifest: what is in it, and how it was made.
+        manifest: the manifest: content of the data set, and how it was made.
     """
 
     def __init__(self, manifest: Manifest, cache_dir: Path | None = None) -> None:
@@ -83,13 +83,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """One sample.
 
         Returns:
-            ``key`` and ``label`` (None without classes); of clips and samples ``video`` uint8 [T, H, W, 3]; of tokens
-            and samples ``codes`` int64 [t, h, w] or [t, h, w, M]; ``meta``, ``actions``, ``text`` and ``frames``, as
-            far as they are there.
+            ``key`` and ``label`` (None without classes); for clips and samples ``video``, uint8 [T, H, W, 3]; for
+            tokens and samples ``codes``, int64 [t, h, w] or [t, h, w, M]; and ``meta``, ``actions``, ``text`` and
+            ``frames``, if the sample has them.
 
         Raises:
-            UserError: its shard is missing or damaged.
-            IndexError: there are fewer samples.
+            UserError: the sample's shard is missing or damaged.
+            IndexError: the index is out of range.
         """
         sample = self.shards[index + len(self) if index < 0 else index]
         return {
@@ -107,16 +107,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
         num_workers: int = 0,
         shuffle_window: int = 4096,
     ) -> Loader:
-        """Batches in the order in which a training with this seed and batch reads them, without end.
+        """Yields batches endlessly, in the order of a training with this seed and batch size.
 
         Args:
-            batch_size: samples of a batch, over all ranks.
-            seed: of the order.
-            state: batches that have been read already: the whole state of a loader.
-            rank: of this process.
-            world_size: processes that read.
-            num_workers: processes that load; 0 loads in this one.
-            shuffle_window: samples among which a stream is shuffled.
+            batch_size: samples in a batch, over all ranks.
+            seed: seed of the order.
+            state: number of batches already read; this is the whole state of a loader.
+            rank: rank of this process.
+            world_size: number of processes that read.
+            num_workers: number of processes that load batches; 0 loads them in this process.
+            shuffle_window: number of consecutive samples that are shuffled together.
 
         Raises:
             UserError: the data set is empty, or a number is out of range.
@@ -126,7 +126,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if batch_size < 1 or state < 0 or shuffle_window < 1 or not 0 <= rank < world_size:
             raise UserError(
                 f"batch_size={batch_size}, state={state}, rank={rank} of {world_size}, shuffle_window={shuffle_window}"
-                ": batch_size and shuffle_window are from 1 on, state from 0 on, rank below world_size"
+                ": batch_size and shuffle_window must be at least 1, state at least 0, and rank below world_size"
             )
         order = self.shards.order(seed, batch_size, shuffle_window)
         batches = train_batches(
@@ -143,13 +143,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
 
 class Loader(Iterator[dict[str, Any]]):
-    """Batches without end; made by `ClipDataset.loader`.
+    """An endless iterator over batches; create it with `ClipDataset.loader`.
 
-    A batch holds tensors [rows, ...] and lists (``key``, ``label``), and ``weight`` float32 [rows], 0 on rows that only
-    fill up a rank's share.
+    A batch holds tensors [rows, ...], lists (``key``, ``label``), and ``weight`` float32 [rows], which is 0 on rows
+    that only pad a rank's share.
 
     Attributes:
-        state: batches delivered so far; ``loader(..., state=state)`` goes on behind them.
+        state: number of batches delivered; ``loader(..., state=state)`` continues after them.
     """
 
     def __init__(self, batches: Iterator[list[dict[str, Any]]], state: int) -> None:
@@ -163,5 +163,5 @@ class Loader(Iterator[dict[str, Any]]):
 
 
 def _tensor(array: np.ndarray, name: str) -> torch.Tensor:
-    """A copy: what lies in a shard must not be written to."""
+    """Copies an array to a tensor: the memory of a shard must not be written to."""
     return torch.from_numpy(array.astype(np.int64) if name == "codes" else array.copy())

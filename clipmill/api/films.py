@@ -1,4 +1,4 @@
-"""Videos as files to look at."""
+"""Writes videos to files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def write_video(url: str | Path, video: np.ndarray | Tensor, fps: float = USUAL_
 
     Args:
         url: path or bucket URL, which should end in ``.mp4``.
-        video: uint8 [T, H, W, 3] as it is; of several [B, T, H, W, 3] a grid, small ones enlarged.
+        video: uint8 [T, H, W, 3], written unchanged; or [B, T, H, W, 3], tiled in a grid, small videos enlarged.
         fps: frames per second.
 
     Raises:
-        UserError: another dtype or shape, or an odd size of one video.
+        UserError: the array has another dtype or shape, or a single video has an odd height or width.
     """
     videos, is_single = as_videos(video)
     height, width = videos.shape[2:4]

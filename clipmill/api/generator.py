@@ -1,4 +1,4 @@
-"""A generator: a prior with its tokenizer makes videos."""
+"""A generator: a prior and its tokenizer, which generate videos."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Given = dict[str, Tensor | None]
 
 
 class Samples(NamedTuple):
-    """What a generator made, on the CPU."""
+    """Generated videos and their codes, on the CPU."""
 
     videos: Tensor
     """uint8 [num, T, H, W, 3]."""
@@ -36,13 +36,13 @@ class Samples(NamedTuple):
 
 
 class Generator:
-    """A prior with its tokenizer, in eval mode; made by `clipmill.load`. It keeps no gradients.
+    """A prior with its tokenizer, in eval mode and without gradients; create it with `clipmill.load`.
 
     Attributes:
-        info: what it is.
-        tokenizer: its own.
-        model: the network itself.
-        body: of its export.
+        info: sizes, classes and condition of the generator.
+        tokenizer: the tokenizer whose codes the prior generates.
+        model: the prior's network.
+        body: body of the prior's export.
     """
 
     def __init__(self, model: Prior, tokenizer: Tokenizer, body: dict[str, Any]) -> None:
@@ -90,32 +90,32 @@ class Generator:
         batch_size: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
-        """Draws videos.
+        """Generates videos.
 
         Args:
             num: number of videos.
-            label: class of all, or of each; None takes the classes in turn, as the stage ``sample`` does.
-            seed: of the noise. Sample i of a seed is the same in any call, up to rounding between batch sizes.
-            first_index: i of the first sample.
-            first_frames: the condition of a generator that takes frames; for others, the frames to continue from.
-            prefix_latents: latent frames to copy from ``first_frames``. None copies 0 for a generator conditioned on
-                frames; for others all whole ones of an array, and 1 of a file.
-            actions: for a generator conditioned on them, float [T, A].
-            text: for a generator conditioned on it, an embedding float [S, E].
-            num_frames: T of the videos; None is the window's. Beyond the window, the window slides.
-            overlap_latents: of windows that slide; see `clipmill.sampling.long.video_length`.
-            guidance: scale of classifier-free guidance; 1 draws without it.
-            temperature: divides the logits; one number, or one for each latent frame.
+            label: class of all videos, or one class for each; None rotates through the classes, like stage ``sample``.
+            seed: seed of the noise. Sample i of a seed is the same in any call, up to rounding between batch sizes.
+            first_index: index i of the first sample.
+            first_frames: the condition, for a generator conditioned on frames; otherwise the frames to continue.
+            prefix_latents: number of latent frames to encode from ``first_frames`` and continue. None uses 0 for a
+                generator conditioned on frames; otherwise all whole latent frames of an array, and 1 of a file.
+            actions: float [T, A], for a generator conditioned on actions.
+            text: a text embedding, float [S, E], for a generator conditioned on text.
+            num_frames: length T of the videos; None uses the prior's window. For longer videos the window slides.
+            overlap_latents: latent frames shared by consecutive windows; see `clipmill.sampling.long.video_length`.
+            guidance: scale of classifier-free guidance; 1 disables it.
+            temperature: softmax temperature: one number, or one for each latent frame.
             top_k: keep the k most likely codes of a position; None keeps all.
-            top_p: keep the most likely codes up to this probability; 1 keeps all.
-            min_p: drop codes whose probability is below this share of the largest one.
-            decoder: both draw the same codes, up to rounding; ``auto`` takes the faster one.
-            precision: compute dtype of the draw.
-            batch_size: videos drawn at once. None is 16 on a CPU, and on a GPU what its memory holds.
-            on_progress: gets the number of codes drawn so far, and that of all.
+            top_p: keep the most likely codes up to this total probability; 1 keeps all.
+            min_p: keep codes whose probability is at least this share of the most likely code's; 0 keeps all.
+            decoder: ``sequential`` and ``parallel`` draw the same codes, up to rounding; ``auto`` uses the faster one.
+            precision: compute dtype of the prior.
+            batch_size: videos generated at once. None uses 16 on a CPU, and on a GPU what its memory holds.
+            on_progress: called with the number of codes drawn so far and the number of all codes.
 
         Raises:
-            UserError: an input does not fit this generator; the message says what it takes.
+            UserError: an input does not fit this generator; the message says what it accepts.
         """
         filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         how = {"seed": seed, "guidance": guidance, "decoder": decoder, "precision": precision, "batch_size": batch_size}
@@ -130,17 +130,17 @@ class Generator:
     def _draw(
         self, settings: SampleConfig, length: VideoLength, indices: range, progress: _Progress, given: Given
     ) -> Samples:
-        """Draws and decodes all samples, batch by batch."""
+        """Generates and decodes all samples, batch by batch."""
         num = len(indices)
         batch_size = batch_size_for(settings, self.model, self.tokenizer.model, length)
         batches = [slice(start, min(start + batch_size, num)) for start in range(0, num, batch_size)]
         drawn = (self._batch(settings, progress, indices[rows], rows, given) for rows in batches)
         made = list(sample_videos(drawn, self.tokenizer.model, length, lambda _, videos: videos))
-        # Concatenation makes ordinary tensors, on which a user may train.
+        # Concatenation makes ordinary tensors from inference tensors, so a user may train on them.
         return Samples(torch.cat([each.pixels for each in made]), torch.cat([each.codes for each in made]))
 
     def _batch(self, settings: SampleConfig, progress: _Progress, indices: range, rows: slice, given: Given) -> Batch:
-        """The samples ``indices``, and these rows of what is given to each sample."""
+        """Draws one batch: the samples ``indices``, with these rows of the inputs."""
         batch = {name: None if each is None else each[rows] for name, each in given.items()}
         labels = batch.pop("labels")
         return Batch(
@@ -148,18 +148,18 @@ class Generator:
         )
 
     def _settings(self, **settings: Any) -> SampleConfig:
-        """The settings of the draw, checked as the config checks them."""
+        """Validates the sampling settings with the config's schema."""
         try:
             wanted = SampleConfig.model_validate(settings)
         except ValidationError as error:
-            problem = error.errors()[0]  # of a union each member has its own
+            problem = error.errors()[0]  # each member of a union reports an error; the first is enough
             raise UserError(
                 f"{problem['loc'][0]}={problem['input']!r}: {problem['msg'].lower()}; correct it"
             ) from error
         if wanted.guidance != 1 and not self.model.guidable:
             raise UserError(
                 f"guidance={wanted.guidance:g} needs a generator trained with prior.model.label_dropout or "
-                "condition_dropout above 0; leave it out"
+                "condition_dropout above 0; use guidance=1"
             )
         return wanted
 
@@ -168,38 +168,38 @@ class Generator:
         classes = self.info.classes
         if not classes:
             if label is not None:
-                raise UserError("this generator was trained without classes; leave label out")
+                raise UserError("this generator was trained without classes; remove label")
             return None
         if label is None:
             return torch.arange(first_index, first_index + num) % len(classes)
         names = [label] * num if isinstance(label, str) else list(label)
         if len(names) != num:
-            raise UserError(f"{len(names)} labels for {num} videos; give one for all, or one for each")
+            raise UserError(f"there are {len(names)} labels for {num} videos; give one for all, or one for each")
         if unknown := sorted({str(name) for name in names if name not in classes}):
             raise UserError(f"unknown label {', '.join(unknown)}; this generator knows {', '.join(classes)}")
         return torch.tensor([classes.index(name) for name in names])
 
 
 class _Progress:
-    """Counts the codes that are drawn, over all windows of all batches."""
+    """Counts drawn codes, over all windows of all batches."""
 
     def __init__(
         self,
-        tell: Callable[[int, int], None] | None,
+        report: Callable[[int, int], None] | None,
         codes_shape: Sequence[int],
         length: VideoLength,
         num: int,
         num_known: int,
     ) -> None:
-        self._tell, self._done = tell, 0
+        self._report, self._done = report, 0
         self._total = num * math.prod(codes_shape[1:]) * (length.num_latents - num_known)
 
     def of_batch(self, num_samples: int) -> Callable[[int], None]:
-        """Counts the positions of a batch."""
+        """Returns a function that counts the positions of one batch."""
 
         def count(num_positions: int) -> None:
             self._done += num_positions * num_samples
-            if self._tell is not None:
-                self._tell(self._done, self._total)
+            if self._report is not None:
+                self._report(self._done, self._total)
 
         return count

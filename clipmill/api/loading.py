@@ -1,4 +1,4 @@
-"""A model by the URL of a run, of a training folder or of one export."""
+"""Loads a model by the URL of a run, of a training folder or of one export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["load"]
 Kind = Literal["generator", "tokenizer"]
 
 _FOLDERS: dict[Kind, str] = {"generator": "prior", "tokenizer": "vqvae"}
-"""Of a run."""
+"""The training folder of each kind in a run."""
 
 
 @overload
@@ -38,9 +38,9 @@ def load(url: str, kind: Kind | None = None, *, device: str | None = None) -> Ge
     Args:
         url: path or bucket URL of a run (``runs/demo``), a training folder (``runs/demo/prior``) or an export
             (``runs/demo/prior/exports/1a2b3c4d``).
-        kind: ``generator`` or ``tokenizer``; None takes what is there, and of a run that has both its generator. A
-            generator's export has its tokenizer inside.
-        device: such as ``cuda:1``; None is the GPU if torch finds one, else the CPU.
+        kind: ``generator`` or ``tokenizer``; None loads what the URL holds, and the generator of a run that has both.
+            The export of a generator contains its tokenizer.
+        device: torch device, such as ``cuda:1``; None uses the GPU if torch finds one, else the CPU.
 
     Raises:
         UserError: there is no such model, it is damaged, or a newer clipmill wrote it.
@@ -50,8 +50,8 @@ def load(url: str, kind: Kind | None = None, *, device: str | None = None) -> Ge
     if body["kind"] == "vqvae":
         if kind == "generator":
             raise UserError(
-                f"{storage.shown(found_url)} is a tokenizer, which makes no videos by itself; name the folder of a "
-                "prior, or load it as kind='tokenizer'"
+                f"{storage.shown(found_url)} is a tokenizer, which cannot generate videos alone; name the folder of a "
+                "prior, or load it with kind='tokenizer'"
             )
         model, body, _ = load_vqvae(found_url)
         return Tokenizer(model.to(place), body)
@@ -61,7 +61,7 @@ def load(url: str, kind: Kind | None = None, *, device: str | None = None) -> Ge
 
 
 def _find(url: str, kind: Kind | None) -> tuple[str, dict[str, Any]]:
-    """The folder with the wanted export, and the export's body."""
+    """Finds the wanted export: the URL to load it by, and its body."""
     folders = [_FOLDERS[kind]] if kind is not None else list(_FOLDERS.values())
     if kind == "tokenizer":
         folders.append(_FOLDERS["generator"])
@@ -70,5 +70,5 @@ def _find(url: str, kind: Kind | None) -> tuple[str, dict[str, Any]]:
         if found is not None:
             return place, found[0]
     raise UserError(
-        f"there is no model at {storage.shown(url)}; name the root of a run, its prior/ or vqvae/ folder, or one export"
+        f"there is no model at {storage.shown(url)}; name the root of a run, its prior/ or vqvae/ folder, or an export"
     )

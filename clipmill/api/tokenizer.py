@@ -1,4 +1,4 @@
-"""A tokenizer: videos to codes, and back."""
+"""A tokenizer: encodes videos to codes, and decodes codes to videos."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a tokenizer is.
+    """Sizes of a tokenizer.
 
     Attributes:
         sha8: name of its export.
-        step: training steps behind it.
-        num_frames: T of the clips it was trained on.
-        height: H.
-        width: W.
-        fps: frames per second of these clips; None where they kept the rates of their videos.
-        downsample: by which it divides T, H and W.
-        causal: whether the first frame has a latent frame of its own, so that T is 1 + a multiple.
-        codes_shape: (t, h, w) or (t, h, w, M) of such a clip.
-        num_codes: K; codes are 0 .. K - 1.
-        num_parameters: numbers that were trained.
+        step: number of training steps.
+        num_frames: frames T of its training clips.
+        height: height H of its training clips in pixels.
+        width: width W of its training clips in pixels.
+        fps: frames per second of its training clips; None if they kept the rates of their videos.
+        downsample: factors by which it divides T, H and W.
+        causal: whether the first frame has a latent frame of its own, so that T is 1 + a multiple of ``downsample[0]``.
+        codes_shape: (t, h, w) or (t, h, w, M) of a training clip.
+        num_codes: number of codes K in a codebook; codes are 0 .. K - 1.
+        num_parameters: number of trained parameters.
     """
 
     sha8: str
@@ -55,12 +55,12 @@ class TokenizerInfo:
 
 
 class Tokenizer:
-    """A tokenizer in eval mode; made by `clipmill.load`. It keeps no gradients.
+    """A tokenizer in eval mode and without gradients; create it with `clipmill.load`.
 
     Attributes:
-        info: what it is.
-        model: the network itself.
-        body: of its export.
+        info: sizes of the tokenizer.
+        model: the network.
+        body: body of its export.
     """
 
     def __init__(self, model: VQVAE, body: dict[str, Any]) -> None:
@@ -85,29 +85,30 @@ class Tokenizer:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device that the tokenizer computes on."""
         return self.model.from_latent.weight.device
 
     @torch.no_grad()
     def encode(self, video: np.ndarray | Tensor | str | Path, *, num_frames: int | None = None) -> Tensor:
-        """Codes of a video.
+        """Encodes a video to codes.
 
         Args:
-            video: uint8 [T, H, W, 3] or [B, T, H, W, 3]; or the path or URL of a video or picture, which becomes frames
-                by the tokenizer's clip rule (a picture: equal frames).
-            num_frames: of a path, frames to read from its start; None is those of a training clip.
+            video: uint8 [T, H, W, 3] or [B, T, H, W, 3]; or the path or URL of a video or picture, whose frames are cut
+                and resized by the tokenizer's clip rule (a picture is repeated).
+            num_frames: frames to read from the start of a file; None reads the length of a training clip.
 
         Returns:
-            int64 [t, h, w] or [t, h, w, M] on the CPU, with an axis B in front where there was one.
+            int64 [t, h, w] or [t, h, w, M] on the CPU, with a first axis B if the input has one.
 
         Raises:
-            UserError: another dtype, a shape that does not divide, or a file that cannot be read or is too short.
+            UserError: the array has another dtype, its shape is not divisible by ``downsample``, or the file cannot be
+                read or is too short.
         """
         if isinstance(video, str | Path):
             with FrameReader(self.clip) as reader:
                 video = reader.read(storage.absolute(str(video)), num_frames or self.info.num_frames)
         elif num_frames is not None:
-            raise UserError("num_frames is for files; cut the array instead: video[..., :num_frames, :, :, :]")
+            raise UserError("num_frames applies to files; slice the array instead: video[..., :num_frames, :, :, :]")
         videos, is_single = as_videos(video)
         self._check_size(videos)
         batches = [self.model.encode(to_input(batch.to(self.device))).cpu() for batch in videos.split(_BATCH)]
@@ -115,19 +116,19 @@ class Tokenizer:
         return codes[0] if is_single else codes
 
     def decode(self, codes: np.ndarray | Tensor) -> Tensor:
-        """The video of codes, uint8 [T, H, W, 3] on the CPU, with an axis B in front where the codes have one.
+        """Decodes codes to a video, uint8 [T, H, W, 3] on the CPU, with a first axis B if the codes have one.
 
         Args:
-            codes: integers [t, h, w] or [t, h, w, M], or several such. More of them than a training clip has are
+            codes: integers [t, h, w] or [t, h, w, M], or with a first axis B. Clips larger than a training clip are
                 decoded in overlapping chunks.
 
         Raises:
-            UserError: another dtype or shape, or codes that the tokenizer does not know.
+            UserError: the codes have another dtype or shape, or are out of range.
         """
         batch, is_single = as_codes(codes, self.info.codes_shape[1:], self.info.num_codes)
         trained = self.info.codes_shape[:3]
         videos = [decode_to_pixels(self.model, part.to(self.device), trained) for part in batch.split(_BATCH)]
-        whole = torch.cat(videos)  # an ordinary tensor, with which a user may train
+        whole = torch.cat(videos)  # makes an ordinary tensor from inference tensors, so a user may train on it
         return whole[0] if is_single else whole
 
     def _check_size(self, videos: Tensor) -> None:
@@ -139,7 +140,7 @@ class Tokenizer:
         step, rows, columns = self.info.downsample
         rule = f"1 + a multiple of {step}" if first else f"a multiple of {step}"
         raise UserError(
-            f"a video of {num_frames} frames of {height} x {width} pixels does not divide: this tokenizer takes {rule} "
+            f"a video of {num_frames} frames of {height} x {width} pixels does not fit: this tokenizer takes {rule} "
             f"frames of multiples of {rows} x {columns} pixels (it was trained on {self.info.num_frames} frames of "
             f"{self.info.height} x {self.info.width}); cut or pad the video"
         )

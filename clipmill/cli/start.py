@@ -58,7 +58,7 @@ def init(
         "videos": survey.num_videos,
         "bytes": survey.num_bytes,
         "seconds_of_video": round(survey.total_seconds, 1),
-        "opened": len(survey.looks),
+        "opened": len(survey.opened),
         "unreadable": len(survey.failures),
         "clips": proposal.num_clips,
         "machine": str(proposal.machine),

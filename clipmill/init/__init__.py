@@ -1,7 +1,7 @@
 """``clipmill init``: a config for a user's own videos.
 
-`survey` looks at the videos, `choose` turns what it found into a config that this machine can train, `measure` times
-that config's work on this machine, and `write_config` writes the file with the reasons beside the keys.
+`survey_videos` lists the videos and opens some, `choose` picks settings that fit them and this machine, `measure` times
+the work of these settings on this machine, and `propose` writes the config file with the reasons as comments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From what a survey found and what the machine is to the settings of a run, each with its reason."""
+"""Chooses the settings of a run from the survey of its videos and from the machine, with a reason for each."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any, NamedTuple
 
 from clipmill.config import load_config
 from clipmill.errors import UserError
-from clipmill.init.survey import Look, Survey
+from clipmill.init.survey import OpenedVideo, Survey
 from clipmill.pipeline.planning.generation import split_share
 
 __all__ = ["Choices", "Machine", "choose", "this_machine"]
 
 CLIP_FRAMES = 16
 LOW_FPS = 12
-"""Frames per second of the clips of ordinary footage: 16 of them last 1.3 s."""
+"""Frames per second of clips from ordinary footage, so that 16 frames last 1.3 s."""
 NATIVE_FPS = 16
-"""Footage of at most this rate is taken as it is."""
+"""Footage up to this rate keeps its rate."""
 WANTED_CLIPS = 600
-"""Clips overlap where footage makes fewer."""
+"""Clips overlap if the footage would otherwise yield fewer than this."""
 MOST_CLASSES = 1000
 _KEPT_FOOTAGE = 0.9
-"""Share of the footage that must lie in videos that are long enough for a clip."""
+"""At least this share of the footage must be in videos that are long enough for a clip."""
 _SHORT_SIDE_MULTIPLE = 8
-"""Both sides of a clip are multiples of this: all downsampling factors that are chosen here divide it."""
+"""Both sides of a clip are multiples of this, because all downsampling factors that are chosen here divide it."""
 
 
 class Machine(NamedTuple):
-    """What trains."""
+    """The machine that will train."""
 
     num_cpus: int
     num_gpus: int
@@ -62,11 +62,11 @@ class Choices:
     """Settings of a run.
 
     Attributes:
-        settings: nested, as a config file has them.
-        reasons: a sentence for some keys, by their dotted path.
-        num_clips: expected, over both splits.
-        num_val_clips: expected, of the split val.
-        spans: rows of a table that cuts the only video into one part for each split; none for a folder.
+        settings: nested settings, as in a config file.
+        reasons: reasons for some keys, by their dotted path.
+        num_clips: expected number of clips, over both splits.
+        num_val_clips: expected number of clips in the split val.
+        spans: rows of a table that cuts the only video into one part for each split; empty for several videos.
     """
 
     settings: dict[str, Any]
@@ -76,7 +76,7 @@ class Choices:
     spans: list[dict[str, Any]] = field(default_factory=list)
 
     def set(self, key: str, value: Any, reason: str | None = None) -> None:
-        """Sets ``a.b.c``."""
+        """Sets the key ``a.b.c``, with an optional reason."""
         *sections, name = key.split(".")
         place = self.settings
         for section in sections:
@@ -87,10 +87,10 @@ class Choices:
 
 
 def choose(survey: Survey, machine: Machine, root: str) -> Choices:
-    """A config for these videos that this machine can train. Steps are set later, by the time that they take.
+    """Chooses settings for these videos that this machine can train. Steps are set later, once they have been timed.
 
     Raises:
-        UserError: the videos are too few or too short to train on and to judge by.
+        UserError: the videos are too few or too short for training and validation.
     """
     choices = Choices(_model_settings(machine), {})
     choices.settings = {"root": root, "data": {"source": {"url": survey.url}}, **choices.settings}
@@ -102,7 +102,7 @@ def choose(survey: Survey, machine: Machine, root: str) -> Choices:
 
 
 def _model_settings(machine: Machine) -> dict[str, Any]:
-    """Models and optimizers: those of the shipped config that was made for such a machine."""
+    """Settings of models and optimizers, from the shipped config for this kind of machine."""
     shipped = load_config(["ucf101" if machine.num_gpus else "demo"])
     settings = shipped.model_dump(mode="json", exclude_unset=True)
     chosen = {name: settings[name] for name in ("vqvae", "prior", "sample")}
@@ -119,28 +119,28 @@ def _model_settings(machine: Machine) -> dict[str, Any]:
 
 
 def _choose_clips(choices: Choices, survey: Survey, machine: Machine) -> None:
-    num_frames, fps, reason = _frames_and_fps(survey.looks)
+    num_frames, fps, reason = _frames_and_fps(survey.opened)
     choices.set("data.clip.num_frames", num_frames)
     if fps is not None:
         choices.set("data.clip.fps", fps, reason)
-    rate = fps or statistics.median(look.fps for look in survey.looks)
-    choices.set("data.clip.resolution", *_resolution(survey.looks, machine))
-    num_frames_in_all = survey.total_seconds * rate
-    stride = next((s for s in (num_frames, 8, 4) if num_frames_in_all / s >= WANTED_CLIPS), 2)
+    rate = fps or statistics.median(video.fps for video in survey.opened)
+    choices.set("data.clip.resolution", *_resolution(survey.opened, machine))
+    total_frames = survey.total_seconds * rate
+    stride = next((s for s in (num_frames, 8, 4) if total_frames / s >= WANTED_CLIPS), 2)
     stride = min(stride, num_frames)
     if stride < num_frames:
         choices.set(
             "data.clip.clip_stride",
             stride,
-            f"clips overlap: apart there would be {_about(num_frames_in_all / num_frames)}",
+            f"clips overlap: without overlap there would be {_about(total_frames / num_frames)}",
         )
     per_video = max(survey.mean_seconds * rate - num_frames, 0) / stride + 1
     choices.num_clips = max(round(survey.num_videos * per_video), 1)
 
 
-def _frames_and_fps(looks: list[Look]) -> tuple[int, float | None, str]:
-    """Frames of a clip, its rate (None takes every frame), and why."""
-    rates = [look.fps for look in looks]
+def _frames_and_fps(opened: list[OpenedVideo]) -> tuple[int, float | None, str]:
+    """Frames of a clip, its frame rate (None keeps every frame), and the reason."""
+    rates = [video.fps for video in opened]
     slowest, fastest = min(rates), max(rates)
     is_one_rate = fastest < 1.02 * slowest
     wanted: list[tuple[int, float | None, str]] = []
@@ -150,27 +150,32 @@ def _frames_and_fps(looks: list[Look]) -> tuple[int, float | None, str]:
         wanted.append((CLIP_FRAMES, float(low), f"the videos have {found} fps"))
     same = None if is_one_rate else float(round(slowest, 2))
     wanted += [
-        (frames, same, "that of the slowest video, since the videos are short") for frames in (CLIP_FRAMES, 8, 4)
+        (frames, same, "the rate of the slowest video, because the videos are short") for frames in (CLIP_FRAMES, 8, 4)
     ]
     for num_frames, fps, reason in wanted:
-        long_enough = [look for look in looks if look.seconds is None or look.seconds * (fps or look.fps) >= num_frames]
-        footage = sum(look.seconds or 0 for look in long_enough)
-        if long_enough and footage >= _KEPT_FOOTAGE * sum(look.seconds or 0 for look in looks):
+        long_enough = [
+            video for video in opened if video.seconds is None or video.seconds * (fps or video.fps) >= num_frames
+        ]
+        footage = sum(video.seconds or 0 for video in long_enough)
+        if long_enough and footage >= _KEPT_FOOTAGE * sum(video.seconds or 0 for video in opened):
             return num_frames, fps, reason
-    seconds = statistics.median(look.seconds for look in looks if look.seconds is not None)
+    seconds = statistics.median(video.seconds for video in opened if video.seconds is not None)
     raise UserError(
-        f"the videos are too short for clips of {wanted[-1][0]} frames: half of them last {seconds:.2g} s or less"
+        f"the videos are too short for clips of {wanted[-1][0]} frames: half of them last {seconds:.2g} s or less; "
+        "add longer videos"
     )
 
 
-def _resolution(looks: list[Look], machine: Machine) -> tuple[int | list[int], str]:
-    """The size of a clip in the shape of most videos, and why."""
-    aspect = statistics.median(look.width / look.height for look in looks)
-    pixels = min((128 if machine.num_gpus else 64) ** 2, statistics.median(look.width * look.height for look in looks))
+def _resolution(opened: list[OpenedVideo], machine: Machine) -> tuple[int | list[int], str]:
+    """The size of a clip, with the aspect ratio of most videos, and the reason."""
+    aspect = statistics.median(video.width / video.height for video in opened)
+    pixels = min(
+        (128 if machine.num_gpus else 64) ** 2, statistics.median(video.width * video.height for video in opened)
+    )
     unit = _SHORT_SIDE_MULTIPLE
     height = max(unit, unit * round(math.sqrt(pixels / aspect) / unit))
     width = max(unit, unit * round(height * aspect / unit))
-    sizes = sorted({(look.width, look.height) for look in looks}, key=lambda size: size[0] * size[1])
+    sizes = sorted({(video.width, video.height) for video in opened}, key=lambda size: size[0] * size[1])
     (least_width, least_height), (most_width, most_height) = sizes[0], sizes[-1]
     found = f"{least_width} x {least_height}" + (f" to {most_width} x {most_height}" if len(sizes) > 1 else "")
     reason = f"height, width; the videos are {found} (width x height)"
@@ -181,31 +186,31 @@ def _resolution(looks: list[Look], machine: Machine) -> tuple[int | list[int], s
 
 
 def _choose_split(choices: Choices, survey: Survey) -> None:
-    """Sees to it that both splits have videos, where chance alone might leave one empty."""
+    """Ensures that both splits have videos; with few videos, a random split might leave one empty."""
     if survey.is_complete:
-        long_enough = [look for look in survey.looks if _makes_clips(choices, look)]
-        shares = sorted({split_share(0, look.origin) for look in long_enough})
+        long_enough = [video for video in survey.opened if _makes_clips(choices, video)]
+        shares = sorted({split_share(0, video.origin) for video in long_enough})
         if len(shares) > 1:
             choices.set("data.val_fraction", _val_fraction(shares), "so that both splits have videos")
         else:
-            _cut_the_only_video(choices, (long_enough or survey.looks)[0])
+            _cut_the_only_video(choices, (long_enough or survey.opened)[0])
     fraction = choices.settings["data"].get("val_fraction", 0.1)
     choices.num_val_clips = max(1, round(choices.num_clips * fraction))
 
 
-def _makes_clips(choices: Choices, look: Look) -> bool:
-    return look.seconds is None or look.seconds >= _clip_seconds(choices, look)
+def _makes_clips(choices: Choices, video: OpenedVideo) -> bool:
+    return video.seconds is None or video.seconds >= _clip_seconds(choices, video)
 
 
-def _clip_seconds(choices: Choices, look: Look) -> float:
+def _clip_seconds(choices: Choices, video: OpenedVideo) -> float:
     clip = choices.settings["data"]["clip"]
-    return float(clip["num_frames"] / (clip.get("fps") or look.fps))
+    return float(clip["num_frames"] / (clip.get("fps") or video.fps))
 
 
 def _val_fraction(shares: list[float]) -> float:
-    """The share nearest to 0.1 that lies between the lowest and the highest of these sorted shares.
+    """The fraction nearest to 0.1 that lies between the lowest and the highest of these sorted shares.
 
-    Videos below it are val, the others train.
+    Videos whose share is below it go to val, the others to train.
     """
     low, high = next((pair for pair in itertools.pairwise(shares) if pair[1] > 0.1), tuple(shares[-2:]))
     if low < 0.1 < high:
@@ -214,19 +219,19 @@ def _val_fraction(shares: list[float]) -> float:
     return round(middle, 3) if low < round(middle, 3) < high else middle
 
 
-def _cut_the_only_video(choices: Choices, look: Look) -> None:
-    needed = 5 * _clip_seconds(choices, look)
-    if look.seconds is None or look.seconds < needed:
-        found = "states no duration" if look.seconds is None else f"lasts {look.seconds:.3g} s"
+def _cut_the_only_video(choices: Choices, video: OpenedVideo) -> None:
+    needed = 5 * _clip_seconds(choices, video)
+    if video.seconds is None or video.seconds < needed:
+        found = "states no duration" if video.seconds is None else f"lasts {video.seconds:.3g} s"
         raise UserError(
-            f"{look.name} is the only video that makes clips, and too short to train on one part of it and judge by "
-            f"the rest: it {found}, and {needed:.3g} s are needed; add videos"
+            f"{video.name} is the only video that yields clips, and too short to be cut into a part for training "
+            f"and one for validation: it {found}, and {needed:.3g} s are needed; add videos"
         )
-    cut = round(0.8 * look.seconds, 3)
-    # Spans of one file are of one origin, hence in one split, unless their rows name others.
+    cut = round(0.8 * video.seconds, 3)
+    # By default the spans of one file share an origin and therefore a split; explicit groups prevent that.
     choices.spans = [
-        {"url": look.url, "end": cut, "split": "train", "group": "train"},
-        {"url": look.url, "start": cut, "split": "val", "group": "val"},
+        {"url": video.url, "end": cut, "split": "train", "group": "train"},
+        {"url": video.url, "start": cut, "split": "val", "group": "val"},
     ]
 
 
@@ -234,28 +239,28 @@ def _cut_the_only_video(choices: Choices, look: Look) -> None:
 
 
 def _choose_classes(choices: Choices, survey: Survey) -> None:
-    """Classes, where every video has one and they are shared."""
-    from_sidecars = {look.label for look in survey.looks} - set(survey.folder_labels)
+    """Makes the prior class-conditional if every video has a class and classes have several videos."""
+    from_sidecars = {video.label for video in survey.opened} - set(survey.folder_labels)
     labels: Mapping[str | None, Any] = survey.folder_labels
     num_classes = len(set(labels) | from_sidecars)
-    every_video_has_one = None not in labels and None not in {look.label for look in survey.looks}
+    every_video_has_one = None not in labels and None not in {video.label for video in survey.opened}
     is_shared = 2 <= num_classes <= min(MOST_CLASSES, survey.num_videos / 2)
     if every_video_has_one and is_shared and not choices.spans:
-        choices.set("prior.model.class_conditional", True, f"{num_classes} classes: the folders' names")
+        choices.set("prior.model.class_conditional", True, f"{num_classes} classes, from the folders' names")
         return
     if not choices.spans:
         reason = (
-            "too few videos a folder for classes" if every_video_has_one else "some videos lie in no class's folder"
+            "too few videos in each folder for classes" if every_video_has_one else "some videos are in no class folder"
         )
         choices.set("data.source.label", "none", reason)
 
 
 def _choose_place(choices: Choices, survey: Survey, machine: Machine) -> None:
-    """Units of work, and where it runs."""
+    """Chooses the size of shards, the clips to evaluate, and the workers."""
     height_width = choices.settings["data"]["clip"]["resolution"]
     pixels = height_width**2 if isinstance(height_width, int) else height_width[0] * height_width[1]
     frames = choices.settings["data"]["clip"]["num_frames"]
-    sizes = [look.clip_bytes for look in survey.looks if look.clip_bytes]
+    sizes = [video.clip_bytes for video in survey.opened if video.clip_bytes]
     clip_bytes = statistics.fmean(sizes) * pixels * frames / (64 * 64 * 16) if sizes else 0
     wanted_shards = 2 * machine.num_cpus
     shard_bytes = int(choices.num_clips * clip_bytes / wanted_shards)
@@ -263,7 +268,7 @@ def _choose_place(choices: Choices, survey: Survey, machine: Machine) -> None:
         reason = f"about {wanted_shards} shards, so that all {machine.num_cpus} CPUs have work"
         choices.set("data.shard_bytes", shard_bytes, reason)
     if choices.num_val_clips > 2048:
-        choices.set("evaluate.max_clips", 2048, f"of about {_about(choices.num_val_clips)} in the split val")
+        choices.set("evaluate.max_clips", 2048, f"out of about {_about(choices.num_val_clips)} in the split val")
     if machine.num_gpus:
         choices.set("cluster.use_gpu", True)
         choices.set("cluster.training_workers", machine.num_gpus, "one for each GPU")
@@ -271,6 +276,6 @@ def _choose_place(choices: Choices, survey: Survey, machine: Machine) -> None:
 
 
 def _about(number: float) -> str:
-    """Two digits of a count."""
+    """Rounds a count to two digits."""
     digits = max(0, len(str(round(number))) - 2)
     return f"{round(number, -digits):,.0f}"

@@ -1,4 +1,4 @@
-"""The proposal: survey, choices, the time they take, and the file that states them."""
+"""``clipmill init``: surveys the videos, chooses settings, estimates their time, and writes the config file."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from clipmill.init.timing import Timing, measure
 __all__ = ["Proposal", "propose"]
 
 _VQVAE_SHARE = 0.4
-"""Share of the time for training that goes to the tokenizer."""
+"""Share of the training time that the tokenizer gets."""
 _MOST_EPOCHS = 100
 _FEWEST_STEPS, _MOST_STEPS = 300, 100_000
 _SECONDS_BETWEEN_CHECKPOINTS = 300
 
 
 class Proposal(NamedTuple):
-    """What `propose` wrote.
+    """Result of `propose`.
 
     Attributes:
-        path: the config file.
+        path: path of the config file.
         root: folder of the run.
-        survey: what was found.
-        machine: for which the config is.
+        survey: the survey of the videos.
+        machine: the machine that the config is for.
         stage_seconds: expected time of each stage.
-        num_clips: expected.
+        num_clips: expected number of clips.
     """
 
     path: Path
@@ -51,13 +51,13 @@ def propose(videos: str, out: Path | None, root: str | None, hours: float | None
     """Writes a config for a folder, a bucket prefix or one file of videos.
 
     Args:
-        videos: path or URL.
-        out: the file to write; None is NAME.yaml, with the folder's name.
-        root: of the run; None is runs/NAME.
-        hours: for both trainings; None is a quarter of an hour on CPUs and four hours on GPUs.
+        videos: path or URL of the videos.
+        out: config file to write; None writes NAME.yaml, where NAME is the folder's name.
+        root: folder of the run; None uses runs/NAME.
+        hours: time for both trainings; None uses 0.25 hours on CPUs and 4 hours on GPUs.
 
     Raises:
-        UserError: the videos cannot be read or are too few, or ``out`` or the run exists. Nothing was written.
+        UserError: the videos cannot be read or are too few, or ``out`` or the run already exists. Nothing was written.
     """
     name = _name_of(videos)
     path, root = out or Path(f"{name}.yaml"), root or f"runs/{name}"
@@ -78,7 +78,7 @@ def propose(videos: str, out: Path | None, root: str | None, hours: float | None
 
 
 def _name_of(videos: str) -> str:
-    """A name for files, of the folder's: the last part of its path or URL."""
+    """A file name made from the last part of a path or URL."""
     url = storage.shown(storage.absolute(videos)).rstrip("/")
     last = url.rsplit("/", 1)[-1]
     if storage.is_local(url) and storage.local_path(url).is_file():
@@ -90,9 +90,9 @@ def _refuse_existing(path: Path, root: str) -> None:
     if path.exists():
         raise UserError(f"{path} exists; run it (clipmill run --config {path}), remove it, or name another with --out")
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder; make it, or name another file with --out")
+        raise UserError(f"{path.parent} is not a folder; create it, or name another file with --out")
     if storage.list_folders(storage.absolute(root)):
-        raise UserError(f"{root} holds a run already; name another folder with --root")
+        raise UserError(f"{root} already holds a run; name another folder with --root")
 
 
 def _config(choices: Choices) -> RunConfig:
@@ -106,7 +106,7 @@ def _config(choices: Choices) -> RunConfig:
 
 
 def _set_steps(choices: Choices, timing: Timing, seconds: float) -> None:
-    """Sets steps that fill the time, within `_MOST_EPOCHS`."""
+    """Sets the numbers of steps that fill the given time, up to `_MOST_EPOCHS` and `_MOST_STEPS`."""
     parts = (
         ("vqvae", timing.vqvae_step, timing.vqvae_micro_batch, _VQVAE_SHARE),
         ("prior", timing.prior_step, timing.prior_micro_batch, 1 - _VQVAE_SHARE),
@@ -123,17 +123,17 @@ def _set_steps(choices: Choices, timing: Timing, seconds: float) -> None:
         choices.set(f"{name}.training.checkpoint_every", every)
         choices.set(f"{name}.training.val_every", every)
         if micro_batch < training["global_batch"]:
-            choices.set(f"{name}.training.micro_batch", micro_batch, "what fits into the GPU's memory")
+            choices.set(f"{name}.training.micro_batch", micro_batch, "the largest that fits the GPU's memory")
 
 
 def _stage_seconds(
     config: RunConfig, choices: Choices, survey: Survey, machine: Machine, timing: Timing
 ) -> dict[str, float]:
-    """Expected seconds of work of each stage."""
-    frames = sum(look.fps * (look.seconds or 0) for look in survey.looks) / len(survey.looks) * survey.num_videos
-    looks = survey.looks
-    per_frame = sum(look.decode_seconds_per_frame for look in looks) / len(looks)
-    workers = machine.num_gpus or 1  # on CPUs the work of one worker was timed with all of them
+    """Expected duration of each stage in seconds."""
+    frames = sum(video.fps * (video.seconds or 0) for video in survey.opened) / len(survey.opened) * survey.num_videos
+    opened = survey.opened
+    per_frame = sum(video.decode_seconds_per_frame for video in opened) / len(opened)
+    workers = machine.num_gpus or 1  # without GPUs, one worker was timed with all CPUs
     val_clips = min(choices.num_val_clips, config.evaluate.max_clips or choices.num_val_clips)
     return {
         "shard": frames * per_frame / machine.num_cpus,
@@ -146,7 +146,7 @@ def _stage_seconds(
 
 
 def _rounded(number: float, num_digits: int) -> int:
-    """To its first digits, at least 1."""
+    """Rounds a number to its first digits, at least to 1."""
     unit = 10 ** max(len(str(int(number))) - num_digits, 0)
     return max(round(number / unit) * unit, 1)
 
@@ -156,7 +156,7 @@ def _rounded(number: float, num_digits: int) -> int:
 
 def _table_source(path: Path, choices: Choices) -> dict[str, Any]:
     columns = {"start": "start", "end": "end", "split": "split", "group": "group"}
-    choices.reasons["data.source.url"] = "the only video, cut into a part to train on and one to judge by"
+    choices.reasons["data.source.url"] = "the only video, cut into a part for training and one for validation"
     return {"type": "table", "url": str(path.with_suffix(".csv").absolute()), "columns": columns}
 
 
@@ -172,7 +172,7 @@ def _write_table(path: Path, choices: Choices) -> None:
 def _document(
     videos: str, path: Path, survey: Survey, machine: Machine, choices: Choices, stage_seconds: dict[str, float]
 ) -> str:
-    """The config file."""
+    """The text of the config file."""
     total = sum(stage_seconds.values())
     lines = [
         f"# Written by `clipmill init {storage.shown(videos)}`. Run it: clipmill run --config {path}",
@@ -188,7 +188,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _yaml_lines(settings: dict[str, Any], reasons: dict[str, str], prefix: str) -> list[str]:
-    """Nested settings as YAML, with the reasons as comments."""
+    """Formats nested settings as YAML, with the reasons as comments."""
     lines = []
     for name, value in settings.items():
         key = f"{prefix}{name}"

@@ -1,4 +1,4 @@
-"""What a folder of videos holds: a listing of all of them, and a look into some."""
+"""Surveys a folder of videos: lists all of them, and opens some."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from clipmill.progress import bar
 from clipmill.scratch import ScratchFolder
 from clipmill.video import BadVideo, Decoder, DecoderLost, Limits
 
-__all__ = ["MOST_LOOKS", "Look", "Survey", "survey_videos"]
+__all__ = ["MOST_OPENED", "OpenedVideo", "Survey", "survey_videos"]
 
-MOST_LOOKS = 24
-"""Videos that are opened. A source of fewer videos is opened completely."""
+MOST_OPENED = 24
+"""Maximum number of videos to open. If a source has fewer, all of them are opened."""
 
-_CLIPS_PER_LOOK = 4
+_CLIPS_PER_VIDEO = 4
 _LIMITS = Limits(cpu_seconds=60, memory_bytes=4 * 2**30, no_progress_seconds=30)
 
 
 @dataclass(frozen=True)
-class Look:
+class OpenedVideo:
     """One video that was opened.
 
     Attributes:
-        name: relative to the source, for messages.
-        url: of its file.
-        label: its class by its folder or sidecar, or none.
-        height: in pixels, as a player shows it.
-        width: as ``height``.
+        name: name relative to the source, for messages.
+        url: URL of its file.
+        label: its class, from its folder or sidecar; None without a class.
+        height: height in pixels, as a player displays it.
+        width: width in pixels, as a player displays it.
         fps: frames per second.
-        seconds: duration; None where no header states it.
-        decode_seconds_per_frame: time that this machine took for a frame of it, shrunk to the size of a clip.
-        clip_bytes: of a clip of 16 frames of 64 x 64 pixels as h264, mean; 0 if the video is too short for one.
-        origin: decides its split (see `split_share`).
+        seconds: duration; None if no header states it.
+        decode_seconds_per_frame: measured time to decode a frame and shrink it to the size of a clip.
+        clip_bytes: mean size of an h264 clip of 16 frames of 64 x 64 pixels; 0 if the video is too short for a clip.
+        origin: hash of the video's origin, which decides its split (see `split_share`).
     """
 
     name: str
@@ -66,16 +66,16 @@ class Look:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found.
+    """The result of a survey.
 
     Attributes:
-        url: of the folder or bucket prefix; a path where it is local.
-        num_videos: all that were listed.
-        num_bytes: of all of them.
-        folder_labels: videos by the folder that holds them; None stands for ``url`` itself.
-        other_files: files that are no videos, by ending, in words; empty for none.
-        looks: the videos that could be opened.
-        failures: (name, cause) of those that could not.
+        url: URL of the folder or bucket prefix; a path if it is local.
+        num_videos: number of listed videos.
+        num_bytes: size of all listed videos.
+        folder_labels: number of videos by the name of their folder; None stands for ``url`` itself.
+        other_files: describes the files that are not videos, by suffix; empty if there are none.
+        opened: the videos that were opened.
+        failures: (name, cause) of the videos that could not be opened.
     """
 
     url: str
@@ -83,33 +83,33 @@ class Survey:
     num_bytes: int
     folder_labels: Counter[str | None]
     other_files: str
-    looks: list[Look]
+    opened: list[OpenedVideo]
     failures: list[tuple[str, str]]
 
     @property
     def is_complete(self) -> bool:
         """Whether every video was opened."""
-        return self.num_videos == len(self.looks) + len(self.failures)
+        return self.num_videos == len(self.opened) + len(self.failures)
 
     @property
     def mean_seconds(self) -> float:
-        """Duration of a video: the mean of those that state it, 0 if none does."""
-        known = [look.seconds for look in self.looks if look.seconds is not None]
+        """Mean duration of the opened videos that state one; 0 if none does."""
+        known = [video.seconds for video in self.opened if video.seconds is not None]
         return statistics.fmean(known) if known else 0.0
 
     @property
     def total_seconds(self) -> float:
         """Duration of all readable videos, estimated from those that were opened."""
-        readable = len(self.looks) / (len(self.looks) + len(self.failures))
+        readable = len(self.opened) / (len(self.opened) + len(self.failures))
         return self.mean_seconds * self.num_videos * readable
 
 
 def survey_videos(url: str) -> Survey:
-    """Lists a folder, a bucket prefix or one file of videos, and opens up to `MOST_LOOKS` of them.
+    """Lists a folder, a bucket prefix or one file of videos, and opens up to `MOST_OPENED` of them.
 
     Raises:
-        UserError: it does not exist, may not be read, holds no video, or none of the opened videos can be read.
-        StorageUnavailable: the bucket's server is away.
+        UserError: it does not exist, may not be read, holds no video, or none of the chosen videos can be opened.
+        StorageUnavailable: the bucket's server is unreachable.
     """
     url = storage.absolute(url)
     is_one_file = storage.is_local(url) and storage.local_path(url).is_file()
@@ -125,23 +125,26 @@ def survey_videos(url: str) -> Survey:
             continue
         num_videos, num_bytes = num_videos + 1, num_bytes + video.bytes
         labels[video.label] += 1
-        # Reservoir sampling: every video has the same chance, in the memory of a few.
-        if len(chosen) < MOST_LOOKS:
+        # Reservoir sampling: every video has the same chance, and only the chosen ones are kept in memory.
+        if len(chosen) < MOST_OPENED:
             chosen.append(video)
-        elif (place := int(random.integers(num_videos))) < MOST_LOOKS:
+        elif (place := int(random.integers(num_videos))) < MOST_OPENED:
             chosen[place] = video
     if not chosen:
-        raise UserError(f"{url} is no video; name a folder of videos, or one video")
-    looks, failures = _look_at_all(source, chosen)
-    if not looks:
+        raise UserError(f"{url} is not a video; name a folder of videos, or one video")
+    opened, failures = _open_all(source, chosen)
+    if not opened:
         name, cause = failures[0]
-        raise UserError(f"none of the {len(failures)} videos of {url} that were opened can be read; {name}: {cause}")
+        raise UserError(
+            f"none of {len(failures)} videos chosen from {url} can be read ({name}: {cause}); name a folder of "
+            "readable videos"
+        )
     other_files = describe_files(others) if others else ""
-    return Survey(_plain(folder), num_videos, num_bytes, labels, other_files, looks, failures)
+    return Survey(_plain(folder), num_videos, num_bytes, labels, other_files, opened, failures)
 
 
 def _plain(url: str) -> str:
-    """A URL as a config or a table has it: the path, where it is local."""
+    """A URL in the form for configs and tables: a path if it is local."""
     return str(storage.local_path(url)) if storage.is_local(url) else url
 
 
@@ -153,28 +156,28 @@ def _listed(source: SourceConfig, others: Counter[str]) -> Iterator[SourceVideo]
                 progress.update(number)
 
 
-def _look_at_all(source: SourceConfig, videos: list[SourceVideo]) -> tuple[list[Look], list[tuple[str, str]]]:
+def _open_all(source: SourceConfig, videos: list[SourceVideo]) -> tuple[list[OpenedVideo], list[tuple[str, str]]]:
     config = RunConfig(root="unused", data=DataConfig(source=source))
-    looks: list[Look] = []
+    opened: list[OpenedVideo] = []
     failures: list[tuple[str, str]] = []
     with (
         ScratchFolder("init") as folder,
         Decoder(_LIMITS) as decoder,
         bar("open", total=len(videos), unit="videos") as progress,
     ):
-        _look_at(config, videos[0], decoder, folder)  # the first one pays for the start of the child
+        _try_open(config, videos[0], decoder, folder)  # not timed: includes the start of the child process
         for number, video in enumerate(videos, 1):
-            result = _look_at(config, video, decoder, folder)
-            if isinstance(result, Look):
-                looks.append(result)
+            result = _try_open(config, video, decoder, folder)
+            if isinstance(result, OpenedVideo):
+                opened.append(result)
             else:
                 failures.append((storage.shown(video.name), result))
             progress.update(number)
-    return looks, failures
+    return opened, failures
 
 
-def _look_at(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Path) -> Look | str:
-    """The look, or why there is none."""
+def _try_open(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Path) -> OpenedVideo | str:
+    """Opens a video; returns the cause if it cannot be opened."""
     try:
         return _open(config, video, decoder, folder)
     except (ExcludedVideo, BadVideo, DecoderLost, NotMeasurable, OSError, storage.Refused) as error:
@@ -183,7 +186,7 @@ def _look_at(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Pa
         return error.cause if isinstance(error, BadVideo) else str(error)
 
 
-def _open(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Path) -> Look:
+def _open(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Path) -> OpenedVideo:
     planned = PlannedVideo(
         id="0" * 16,
         url=video.name,
@@ -197,7 +200,7 @@ def _open(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Path)
         sidecars=video.sidecars,
         fault=video.fault,
     )
-    clip = config.data.clip.model_copy(update={"max_clips_per_video": _CLIPS_PER_LOOK})
+    clip = config.data.clip.model_copy(update={"max_clips_per_video": _CLIPS_PER_VIDEO})
     with tempfile.TemporaryDirectory(dir=folder) as copies:
         local, _ = fetch_edges(config, planned, Path(copies))
         began = time.perf_counter()
@@ -206,12 +209,12 @@ def _open(config: RunConfig, video: SourceVideo, decoder: Decoder, folder: Path)
     outcome = decoder.outcome
     assert outcome is not None
     if not outcome.num_frames:
-        raise NotMeasurable("it has no frame")
+        raise NotMeasurable("it has no frames")
     info = outcome.info
-    # A reader that stops early delivers the frames of its clips, and of a shorter video all frames.
+    # The decoder stops after the frames of its clips; a video too short for a clip is decoded completely.
     num_decoded = max(outcome.num_needed_frames, 1) if sizes else outcome.num_frames
     height, width = info.geometry.shown_size
-    return Look(
+    return OpenedVideo(
         name=storage.shown(video.name),
         url=_plain(storage.resolve(config.data.source.url, video.name)),
         label=read_sidecars(config.data, planned).label,

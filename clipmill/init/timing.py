@@ -1,7 +1,7 @@
-"""How long the work of a config takes on this machine: a few real steps, timed.
+"""Times a few real steps of a config's work on this machine.
 
-Each number is measured with the config's own models, batches and precision, on random pixels and codes. Three
-things are not measured: the start of each stage, a loader that is slower than the device, and uploads.
+Each number is measured with the config's own models, batches and precision, on random pixels and codes. Three things
+are not measured: the start of each stage, waiting for a loader that is slower than the device, and uploads.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _SECONDS_A_MEASUREMENT = 3.0
 
 
 class Timing(NamedTuple):
-    """Seconds on this machine.
+    """Measured times on this machine in seconds, and the micro-batches that they were measured with.
 
     Attributes:
         vqvae_step: one optimizer step of the tokenizer.
-        vqvae_clip: one clip through the tokenizer and back, without gradients.
-        encode_clip: one clip into codes.
+        vqvae_clip: reconstructing one clip, without gradients.
+        encode_clip: encoding one clip to codes.
         prior_step: one optimizer step of the prior.
-        prior_clip: one clip through the prior, without gradients.
-        draw_sample: the codes of one sample, in batches of ``sample.batch_size``, or of 16 where that is not set.
-        vqvae_micro_batch: clips that fit on the device at once.
-        prior_micro_batch: as ``vqvae_micro_batch``.
+        prior_clip: the loss of one clip under the prior, without gradients.
+        draw_sample: drawing the codes of one sample, in batches of ``sample.batch_size``, or of 16 if it is None.
+        vqvae_micro_batch: largest micro-batch of the tokenizer that fits the device, in clips.
+        prior_micro_batch: largest micro-batch of the prior that fits the device, in clips.
     """
 
     vqvae_step: float
@@ -55,8 +55,8 @@ def measure(config: RunConfig, num_gpus: int) -> Timing:
     """Times the models of a config on one GPU, or on all CPUs of this machine.
 
     Args:
-        config: of the run; nothing of it needs to exist.
-        num_gpus: ranks of the trainings; 0 trains on the CPU.
+        config: config of the run; its data need not exist.
+        num_gpus: number of training ranks; 0 trains on the CPU.
     """
     device = torch.device("cuda" if num_gpus else "cpu")
     with bar("time", total=5, unit="measurements") as progress:
@@ -117,7 +117,7 @@ def _time_step(
 
 
 def _time_draw(config: RunConfig, prior: Prior, device: torch.device) -> float:
-    """Draws the last latent frame only, behind given ones: the longest cache, so an upper bound for the others."""
+    """Times only the last latent frame, after a given prefix: its cache is the longest, so this is an upper bound."""
     codes, labels = _codes(config, most_at_once(config.sample, use_gpu=False), device)
     filters = Filters(temperature=1.0, top_k=None, top_p=config.sample.top_p, min_p=0.0)
     num_frames = codes.shape[1]
@@ -152,7 +152,7 @@ def _codes_shape(config: RunConfig) -> tuple[int, ...]:
 
 
 def _time(work: Callable[[], object]) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Median seconds of a call, after a warm-up call."""
     seconds: list[float] = []
     work()
     while len(seconds) < 3 or (sum(seconds) < _SECONDS_A_MEASUREMENT and len(seconds) < 20):

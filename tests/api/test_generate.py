@@ -53,7 +53,7 @@ def test_mistakes_are_one_line(export: Path, run_root: Path, tmp_path: Path):
     (tmp_path / "cat.png").write_text("a cat")
     for arguments, message in (
         ((str(export), "--label", "sideways", *out), "unknown label sideways; this generator knows down, left, up"),
-        ((str(run_root / "vqvae"), *out), "is a tokenizer, which makes no videos by itself"),
+        ((str(run_root / "vqvae"), *out), "is a tokenizer, which cannot generate videos alone"),
         ((str(export), "--first-frame", f"{tmp_path}/cat.png", *out), "cat.png cannot be read: no picture"),
         ((str(export), "--condition", "x.npy", *out), "--condition x.npy: this prior takes no actions"),
         ((str(export), "--out", "cat.gif"), "--out cat.gif must end in .mp4"),

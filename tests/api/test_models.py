@@ -60,7 +60,10 @@ def test_a_model_is_found_from_run_folder_and_export(run_root: Path, generator: 
     assert generator.info.classes == ("down", "left", "up")
     assert (generator.info.num_frames, generator.info.height, generator.info.width) == (8, HEIGHT, WIDTH)
     assert tokenizer.info.codes_shape == (2, 3, 4)
-    refused(lambda: clipmill.load(str(run_root / "vqvae"), "generator"), "vqvae is a tokenizer, which makes no videos")
+    refused(
+        lambda: clipmill.load(str(run_root / "vqvae"), "generator"),
+        "vqvae is a tokenizer, which cannot generate videos",
+    )
     refused(lambda: clipmill.load(str(run_root / "clips")), "there is no model at .*clips; name the root of a run")
 
 
@@ -93,7 +96,7 @@ def test_labels_are_checked_by_name(generator: Generator, tmp_path: Path):
     config = with_model(toy_config(tmp_path / "run"), class_conditional=False)
     write_run(config, tmp_path / "scratch")
     plain = clipmill.load(config.root, "generator")
-    refused(lambda: plain.sample(label="up"), "trained without classes; leave label out")
+    refused(lambda: plain.sample(label="up"), "trained without classes; remove label")
 
 
 @pytest.mark.parametrize(
@@ -104,10 +107,10 @@ def test_labels_are_checked_by_name(generator: Generator, tmp_path: Path):
         ({"num": 0}, "num_samples=0: input should be greater than 0"),
         (
             {"guidance": 2.0},
-            "guidance=2 needs a generator trained with .*dropout above 0; leave it out",
+            "guidance=2 needs a generator trained with .*dropout above 0; use guidance=1",
         ),
         ({"num_frames": 9}, "this prior makes 8 frames, or more in steps of 4; set it to 12"),
-        ({"text": "x.npy"}, "conditioned on nothing; leave text out"),
+        ({"text": "x.npy"}, "conditioned on nothing; remove text"),
         ({"prefix_latents": 1}, "prefix_latents=1 needs first_frames"),
     ],
 )
@@ -129,16 +132,19 @@ def test_videos_go_on_from_frames(generator: Generator, tokenizer: Tokenizer, tm
     assert torch.equal(still[0, 0], tokenizer.encode(np.repeat(start[:1], 8, axis=0))[0])
     (tmp_path / "dog.png").write_text("a dog")
     for frames, message in (
-        (start[:3], "first_frames are 3 frames, this generator needs 4"),
-        (start[:, :8], r"uint8 \[1, 4, 8, 16, 3\], this generator makes 12 x 16 pixels; resize them, or give a path"),
+        (start[:3], "first_frames has 3 frames, but this generator needs 4"),
+        (
+            start[:, :8],
+            r"uint8 \[1, 4, 8, 16, 3\], but this generator makes 12 x 16 pixels; resize them",
+        ),
         (start / 255, r"first_frames must be uint8, not float64"),
         (
             np.concatenate((start, start)),
-            "2 latent frames are given, of 2 that the video has; .*at most 4, or raise num_frames",
+            "first_frames give 2 of the video's 2 latent frames, .*at most 4 frames, or raise num_frames",
         ),
         (str(tmp_path / "dog.png"), "dog.png cannot be read: no picture"),
         (str(tmp_path / "none.mp4"), "there is no file .*none.mp4"),
-        (np.stack([start] * 3), "first_frames are of 3 videos, of 2 asked for"),
+        (np.stack([start] * 3), "first_frames has 3 videos for 2 samples"),
     ):
         refused(lambda frames=frames: generator.sample(2, first_frames=frames), message)
 
@@ -206,7 +212,7 @@ def test_a_tokenizer_encodes_and_decodes(tokenizer: Tokenizer, tmp_path: Path):
     assert tokenizer.encode(tmp_path / "clip.mp4").shape == (2, 3, 4)
     assert tokenizer.encode(str(tmp_path / "clip.mp4"), num_frames=4).shape == (1, 3, 4)
     for video, message in (
-        (videos[:, :7], "a video of 7 frames of 12 x 16 pixels does not divide: .*a multiple of 4 frames of multiples"),
+        (videos[:, :7], "a video of 7 frames of 12 x 16 pixels does not fit: .*a multiple of 4 frames of multiples"),
         (videos.astype(np.float32), "must be uint8, not float32"),
         (videos[0, 0], r"must be uint8 \[T, H, W, 3\] or \[B, T, H, W, 3\], not uint8 \[12, 16, 3\]"),
         ([1, 2], "must be uint8 .* not a list"),
@@ -215,7 +221,7 @@ def test_a_tokenizer_encodes_and_decodes(tokenizer: Tokenizer, tmp_path: Path):
         refused(lambda video=video: tokenizer.encode(video), message)
     refused(lambda: tokenizer.encode(tmp_path / "clip.mp4", num_frames=12), "clip.mp4 is too short: .* 12 frames")
     for wrong, message in (
-        (codes + 16, "codes are 0 to 15, these are"),
+        (codes + 16, "codes must be from 0 to 15, not"),
         (codes.float(), r"codes must be integers \[t, h, w\].* not float32"),
         (codes[0, 0], r"codes must be integers \[t, h, w\].* not int64 \[3, 4\]"),
     ):
