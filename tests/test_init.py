@@ -113,7 +113,7 @@ def test_few_videos_are_in_both_splits_whatever_chance_says():
 def test_one_video_is_cut_and_a_short_one_refused():
     made, _ = chosen(survey([opened_video(0, seconds=20.0)]))
     assert [row["split"] for row in made.spans] == ["train", "val"]
-    with pytest.raises(UserError, match=r"only video that makes clips, and too short .* lasts 2 s"):
+    with pytest.raises(UserError, match=r"only video that yields clips, and too short .* lasts 2 s"):
         choose(survey([opened_video(0, seconds=2.0)]), LAPTOP, "runs/x")
 
 

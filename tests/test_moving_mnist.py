@@ -87,8 +87,8 @@ def test_digits_are_read_from_each_format(
         (gzip.compress(b"some text", mtime=0), "holds no digits"),
         (idx_bytes(draw_digits())[:-1], "holds no digits"),
         (b"\0\0\x08\x03" + b"\xff" * 12 + bytes(100), "holds no digits"),
-        (idx_bytes(np.zeros((0, 28, 28), np.uint8)), r"digits \[0, 28, 28\]; they must fit"),
-        (idx_bytes(np.zeros((1, 70, 28), np.uint8)), r"digits \[1, 70, 28\]; they must fit"),
+        (idx_bytes(np.zeros((0, 28, 28), np.uint8)), r"digits of shape \[0, 28, 28\]; name a file with digits"),
+        (idx_bytes(np.zeros((1, 70, 28), np.uint8)), r"digits of shape \[1, 70, 28\]; name a file with digits"),
     ],
 )
 def test_another_file_is_one_clear_line(tmp_path: Path, content: bytes | None, message: str) -> None:

@@ -83,7 +83,7 @@ def _adopt(config: RunConfig, url: str, found: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise UserError(
-            f"the manifest of the clips at {url} has settings that this clipmill does not accept ({problems}); "
+            f"the manifest of the clips at {url} has settings that this clipmill does not support ({problems}); "
             "restore the manifest, or use other clips"
         ) from error
     return config.model_copy(update={"data": data})

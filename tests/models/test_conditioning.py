@@ -177,7 +177,7 @@ def test_conditions_that_are_missing_or_of_another_shape_are_refused() -> None:
         ({"condition": "text", "condition_by": "add"}, "condition_by=add needs condition=actions"),
         ({"condition_by": "norm"}, "condition_by=norm needs condition=actions"),
         ({"label_dropout": 0.1}, "label_dropout needs class_conditional=true"),
-        ({"condition_dropout": 0.1}, "condition_dropout needs a condition"),
+        ({"condition_dropout": 0.1}, "condition_dropout needs condition, or there is nothing to hide"),
     ],
 )
 def test_only_what_is_supported_can_be_asked_for(keys: dict[str, Any], message: str) -> None:

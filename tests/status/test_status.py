@@ -245,7 +245,7 @@ def test_a_status_of_a_lost_cluster_is_shown_with_its_age(
     _another_host(url, beat=4)
     monkeypatch.setattr(read, "WATCH_SECONDS", 1)
     found = shard_of(str(tmp_path))
-    assert (found.shown, found.note) == ("lost", "no sign of life from far; its cluster may be gone")
+    assert (found.shown, found.note) == ("lost", "its driver on far does not respond; its cluster may be gone")
     assert ("60 min ahead" if ahead_seconds > 0 else "as of 60 min ago") in text_of(str(tmp_path))
     monkeypatch.setattr(read.time, "sleep", lambda _: _another_host(url, beat=5))
     assert shard_of(str(tmp_path)).shown == "running"  # its clock differs
