@@ -198,8 +198,10 @@ def products(cached: CachedPrior) -> list[Any]:
 @torch.inference_mode()
 def products_seconds(prior: Prior, batch_size: int) -> float:
     """Seconds that the products of a step take in float32 with nothing between them, the best of fifty."""
-    linears = products(CachedPrior(prior, 1, None, None, torch.float32))
-    inputs = [torch.randn(batch_size, linear.weight.shape[-2], device=linear.weight.device) for linear in linears]
+    linears = products(CachedPrior(prior, batch_size, None, None, torch.float32))
+    device = prior.head.weight.device
+    widths = [part.weight.shape[1 if part.weight.is_mkldnn else 0] for part in linears]
+    inputs = [torch.randn(batch_size, width, device=device) for width in widths]
     best = math.inf
     for _ in range(50):
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from clipmill.models.prior import Prior
 from clipmill.sampling.filters import Filters
 from clipmill.sampling.kept import DrawingSettings, Kept
 from clipmill.sampling.noise import Noise
-from clipmill.sampling.parallel import decode_in_parallel
+from clipmill.sampling.parallel import WINDOW, decode_in_parallel
 from clipmill.sampling.sequential import decode_sequentially
 
 __all__ = ["generate"]
@@ -73,7 +73,8 @@ def generate(
     if guidance != 1.0:
         copies = 2
         labels, condition, hidden = _twice(prior, num_samples, labels, condition)
-    settings = DrawingSettings(num_samples, copies, precision, guidance, filters or Filters(), torch.get_num_threads())
+    step_positions = WINDOW[device.type] if decoder == "parallel" else 1
+    settings = DrawingSettings(num_samples, copies, precision, guidance, filters or Filters(), step_positions)
     with (kept or Kept()).drawing(prior, settings, labels, condition, hidden) as drawing:
         noise = Noise(seed, indices, prior.num_codes, device)
         drawing.begin(noise, None if prefix is None else prefix.flatten(1), first_frame, on_progress)

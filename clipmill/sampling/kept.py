@@ -27,7 +27,7 @@ class DrawingSettings(NamedTuple):
         precision: a dtype of torch.
         guidance: see `clipmill.sampling.generate`.
         filters: of the draws.
-        num_threads: of torch, among which layers are cut.
+        step_positions: positions that a step computes: 1 of the sequential decoder, a window of the parallel one.
     """
 
     num_samples: int
@@ -35,7 +35,7 @@ class DrawingSettings(NamedTuple):
     precision: str
     guidance: float
     filters: Filters
-    num_threads: int
+    step_positions: int
 
 
 class Kept:
@@ -93,7 +93,8 @@ def _new_drawing(
 ) -> Drawing:
     dtype = getattr(torch, settings.precision)
     num_rows = settings.copies * settings.num_samples
-    cached = CachedPrior(prior, num_rows, labels, condition, dtype, hidden)
+    step_rows = num_rows * settings.step_positions
+    cached = CachedPrior(prior, num_rows, labels, condition, dtype, hidden, step_rows)
     return Drawing(prior, cached, settings.num_samples, settings.guidance, settings.filters)
 
 

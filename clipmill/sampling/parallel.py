@@ -13,7 +13,7 @@ import torch
 from clipmill.models.places import HostPlaces
 from clipmill.sampling.drawing import Drawing
 
-__all__ = ["decode_in_parallel"]
+__all__ = ["WINDOW", "decode_in_parallel"]
 
 WINDOW = {"cpu": 16, "cuda": 64}
 """Positions of a pass. On a CPU a pass of 16 costs little more than one position, as it reads the weights once."""

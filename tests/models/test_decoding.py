@@ -118,13 +118,15 @@ def test_a_window_computed_again_with_other_guesses_leaves_no_trace(style: str) 
 
 @torch.no_grad()
 @test_prior.styles
-@pytest.mark.parametrize("num_threads", [2, 4, 5])
-def test_layers_in_parts_for_several_threads_give_the_same_logits(
-    style: str, num_threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.get_num_threads", lambda: num_threads)
-    monkeypatch.setattr("clipmill.models.decoding._ELEMENTS_OF_A_THREAD", 0)
-    prior, codes = test_prior.stirred(style=style), test_prior.some_codes()
-    cached = CachedPrior(prior, 3, None, None, torch.float32)
-    assert {layer.up.weight.dim() for layer in cached.layers} == {3}
-    assert_equal_logits(cached_logits(prior, codes, None), prior(codes))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_either_layout_of_weights_gives_the_same_logits(style: str, dtype: torch.dtype) -> None:
+    prior, codes = test_prior.stirred(style=style), test_prior.some_codes()[:1].flatten(1)
+    logits = []
+    for step_rows in (1, 16):
+        cached = CachedPrior(prior, 1, None, None, dtype, step_rows=step_rows)
+        if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            assert cached.layers[0].up.weight.is_mkldnn == (step_rows > 1)
+        window = HostPlaces(0, codes.shape[1])
+        cached.put(window, codes)
+        logits.append(cached.logits(window))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
