@@ -13,14 +13,14 @@ import pytest
 
 from tests.cluster.hosts import environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.ci, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.ci, pytest.mark.timeout(1000)]
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
     script = Path(__file__).with_name("two_nodes.py")
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=environment(), timeout=380, check=False
+        [sys.executable, script], capture_output=True, text=True, env=environment(), timeout=960, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
