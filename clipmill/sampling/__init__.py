@@ -1,1 +1,1 @@
-"""Samples of a trained prior."""
+"""Draws samples from a trained prior."""

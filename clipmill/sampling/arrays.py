@@ -1,4 +1,4 @@
-"""Actions and embeddings of texts out of ``.npy`` files."""
+"""Reads actions and text embeddings from ``.npy`` files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["check_array", "read_array"]
 
 
 def read_array(url: str) -> np.ndarray:
-    """A ``.npy`` file of numbers, float32 of any shape.
+    """Reads a ``.npy`` file of numbers as float32 of any shape.
 
     Raises:
-        UserError: the file is missing, or holds something else.
+        UserError: the file is missing, or is not an array of real numbers.
     """
     try:
         array = np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False)
@@ -31,16 +31,16 @@ def read_array(url: str) -> np.ndarray:
 
 
 def check_array(array: np.ndarray, wanted: Sequence[int], name: str, condition: str) -> np.ndarray:
-    """The condition of one clip in the shape that a prior takes; of longer actions the first rows.
+    """Checks that an array fits the prior as the condition of one clip, and returns it. Actions may have more rows.
 
     Args:
         array: float32 [T, A] or [S, E].
         wanted: the prior's ``condition_shape``.
-        name: of its file.
+        name: name of the file, for messages.
         condition: ``actions`` or ``text``.
 
     Raises:
-        UserError: it has another shape, or numbers that are not finite.
+        UserError: the array has another shape, or numbers that are not finite.
     """
     fits = array.ndim == len(wanted) and list(array.shape[1:]) == list(wanted[1:])
     if not fits or (len(array) < wanted[0] if condition == "actions" else len(array) != wanted[0]):

@@ -1,6 +1,6 @@
-"""The codes of a batch while they are drawn: what the sequential and the parallel decoder share.
+"""State of a batch while its codes are drawn, shared by the sequential and the parallel decoder.
 
-B: samples   R: rows of the prior, B or, under guidance, 2 B   n: positions at once   L: all positions   K: codes
+B: samples   R: rows of the prior (B, or 2 B with guidance)   n: positions in one pass   L: all positions   K: codes
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 __all__ = ["Drawing"]
 
 _NOISE_ELEMENTS = 2**19
-"""Noise made at once: enough to pay for its operations, little enough for a cache."""
+"""Elements of noise computed at once: enough to amortise the operations, few enough to stay in a CPU's cache."""
 
 
 class Drawing:
-    """Batches of one size and one set of filters, one after another, in the same tensors; `begin` starts each.
+    """Draws batches of one size with the same filters, one after another, in the same tensors; `begin` starts each.
 
     Args:
-        prior: in eval mode.
-        cached: the same, ready for R rows; with guidance the second half of them goes without what training hid.
+        prior: the prior in eval mode.
+        cached: the prior prepared for R rows; with guidance, the second half of the rows lacks class and condition.
         num_samples: B.
         guidance: see `clipmill.sampling.generate`.
-        filters: of the draws.
+        filters: filters between logits and draws.
 
     Attributes:
         codes: int64 [B, L].
-        num_given: positions that are decided when a batch begins.
-        step: of the sequential decoder on a GPU, with its CUDA graphs.
+        num_given: number of positions that are known when a batch begins.
+        step: the sequential decoder's step on a GPU, with its CUDA graphs.
     """
 
     def __init__(self, prior: Prior, cached: CachedPrior, num_samples: int, guidance: float, filters: Filters) -> None:
@@ -65,13 +65,13 @@ class Drawing:
         first_frame: int = 0,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Starts a batch; ``cached`` has begun with its labels and conditions.
+        """Starts a batch. ``cached`` must already have begun with the batch's labels and condition.
 
         Args:
-            noise: of the B samples.
-            prefix: codes of the first positions, int64 [B, P]; None: nothing is given.
+            noise: noise of the B samples.
+            prefix: codes of the first positions, int64 [B, P]; None draws all positions.
             first_frame: latent frame of the whole video at which the batch begins.
-            on_progress: gets the number of positions drawn since its last call, about once a latent frame.
+            on_progress: called about once a latent frame, with the number of positions drawn since its last call.
         """
         self.noise, self.offset = noise, first_frame * self.per_frame
         self.noise_block, self.noise_first = torch.empty(self.num_samples, 0, self.num_codes), 0
@@ -87,7 +87,7 @@ class Drawing:
             self.cached.prefill(prefix.repeat(self.copies, 1))
 
     def tell(self, num_drawn: int) -> None:
-        """Reports progress when the first ``num_drawn`` positions are drawn; on a GPU, when they are on their way."""
+        """Reports that the first ``num_drawn`` positions are drawn (on a GPU: launched), about once a latent frame."""
         enough = num_drawn - self._num_told >= self.per_frame or num_drawn == self.num_positions
         if self._on_progress is not None and enough:
             self._on_progress(num_drawn - self._num_told)
@@ -95,11 +95,11 @@ class Drawing:
 
     @property
     def noise_positions(self) -> int:
-        """Positions whose noise is made at once."""
+        """Number of positions whose noise is computed at once."""
         return max(1, _NOISE_ELEMENTS // (self.num_samples * self.num_codes))
 
     def noise_at(self, places: HostPlaces) -> Tensor:
-        """Float32 [B, n, K]."""
+        """Noise of some positions, float32 [B, n, K]."""
         first = places.first - self.noise_first
         if first < 0 or first + places.count > self.noise_block.shape[1]:
             first, count = 0, max(places.count, self.noise_positions)
@@ -109,7 +109,7 @@ class Drawing:
         return self.noise_block[:, first : first + places.count]
 
     def logits(self, places: Places) -> Tensor:
-        """Of some positions given the codes so far, guided and divided by the temperature, float32 [B, n, K]."""
+        """Logits of some positions given the codes so far, after guidance and temperature, float32 [B, n, K]."""
         logits = self.cached.logits(places)
         if self.copies == 2:
             with_all, without = logits.chunk(2)
@@ -117,21 +117,21 @@ class Drawing:
         return logits if self.temperatures is None else logits / places.take(self.temperatures, 0)
 
     def draw(self, logits: Tensor, noise: Tensor) -> Tensor:
-        """Codes int64 [B, n] from what `logits` and `noise_at` gave."""
+        """Draws codes int64 [B, n] from the results of `logits` and `noise_at`."""
         return draw(logits, noise, self.filters)
 
     def put(self, places: Places, codes: Tensor) -> None:
-        """Notes the codes int64 [B, n], which later positions follow."""
+        """Stores codes int64 [B, n]; later positions depend on them."""
         places.put(self.codes, 1, codes)
         self.cached.put(places, codes.repeat(self.copies, 1) if self.copies > 1 else codes)
 
     def examine(self, logits: Tensor) -> None:
-        """Notes whether logits [B, n, K] are finite; the host looks once, at the end."""
-        # 0 times a sum is not a number where the sum is not finite, and stays so.
+        """Records whether logits [B, n, K] are finite; the host reads the result once, at the end."""
+        # 0 times a sum is NaN if the sum is not finite, and NaN persists.
         self.health += logits.sum((1, 2)) * 0
 
     def require_finite(self, indices: Sequence[int]) -> None:
-        """Looks at what was examined.
+        """Checks the results of `examine`.
 
         Raises:
             UserError: logits of a sample were not finite.

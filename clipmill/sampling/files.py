@@ -1,12 +1,13 @@
-"""What a sample is given, out of files: videos, pictures, actions and embeddings, one by one, in a folder or a table.
+"""Prefixes and conditions of samples from files: videos, pictures, actions and embeddings, single, in a folder or
+table.
 
     cat.png, cat.mp4            frames
-    cat.npy                     what a prior without frames is conditioned on, alone
+    cat.npy                     the condition of a prior that needs no frames, alone
     cat.actions.npy             float [T, A], beside the frames of the same name
     cat.text.npy                float [S, E], beside the frames of the same name
 
-The table (`clipmill.tables`) has the columns ``url``, ``actions``, ``embedding`` and ``label``, as far as they are
-needed; its names are relative to its folder.
+The table (`clipmill.tables`) has those of the columns ``url``, ``actions``, ``embedding`` and ``label`` that are
+needed; file names in it are relative to its folder.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ __all__ = ["FileList", "GivenFile", "GivenFiles", "list_files"]
 _HEAD_BYTES = 2**20
 _MOST_FILES = 100_000
 _KEPT_CLIPS = 64
-"""Clips that are kept once read: few given files serve many samples in turn."""
+"""Number of clips kept after reading, because many samples may reuse a few files."""
 _ARRAY_OF = {"actions": "actions", "text": "embedding"}
-"""Column of a table by condition."""
+"""Column of a table for each condition."""
 
 
 @dataclass(frozen=True)
 class GivenFile:
-    """What one clip is made of.
+    """The files of one clip.
 
     Attributes:
-        name: of its frames, or of its array where it has no frames.
-        frames: URL of a video or picture.
-        array: URL of a ``.npy`` file with the condition.
-        label: its class.
+        name: file name of its frames, or of its array if it has no frames.
+        frames: URL of a video or picture; None without frames.
+        array: URL of a ``.npy`` file with the condition; None without one.
+        label: its class; None without one.
     """
 
     name: str
@@ -55,11 +56,11 @@ class GivenFile:
 
 @dataclass(frozen=True)
 class FileList:
-    """Given files in the order in which samples take them.
+    """Given files, in the order in which samples use them.
 
     Attributes:
-        url: where they were found.
-        files: at least one.
+        url: URL at which they were found.
+        files: the files of each clip; never empty.
     """
 
     url: str
@@ -67,20 +68,20 @@ class FileList:
 
     @property
     def fingerprint(self) -> str:
-        """Of the files' sizes and first bytes: it does not depend on where they are."""
+        """Fingerprint of the files' sizes and first bytes; it does not depend on their location."""
         return fingerprint([[file.label, *map(_tag, (file.frames, file.array))] for file in self.files])
 
 
 def list_files(url: str, condition: str | None, prefix_latents: int) -> FileList:
-    """The files that give clips to a prior.
+    """Lists the files that provide prefixes and conditions for a prior.
 
     Args:
-        url: of a video, picture or ``.npy`` file, a folder of such (not those in folders below), or a table of them.
-        condition: of the prior's config.
-        prefix_latents: first latent frames that are given.
+        url: URL of a video, picture or ``.npy`` file, of a folder of them (not searched recursively), or of a table.
+        condition: ``condition`` of the prior's config.
+        prefix_latents: number of latent frames in the prefix.
 
     Raises:
-        UserError: there are none, or one lacks what the prior needs.
+        UserError: there are no such files, or one lacks something that the prior needs.
     """
     needs_frames = prefix_latents > 0 or condition == "frames"
     suffix = suffix_of(storage.split(url)[1])
@@ -114,14 +115,14 @@ def list_files(url: str, condition: str | None, prefix_latents: int) -> FileList
 
 
 def _companions(url: str) -> list[str]:
-    """Names of the arrays that may lie beside one file."""
+    """Names of the arrays that exist beside one file."""
     folder, name = storage.split(url)
     beside = (f"{stem_of(name)}.{condition}.npy" for condition in _ARRAY_OF)
     return [each for each in beside if each != name and storage.exists(storage.join(folder, each))]
 
 
 def _grouped(folder: str, names: Sequence[str], condition: str | None) -> list[GivenFile]:
-    """Files of a folder, each with the array that has its name."""
+    """Groups the files of a folder: each video or picture with the array of the same name."""
     arrays = {name for name in names if name.endswith(".npy")}
     found, taken = [], set()
     for name in names:
@@ -170,14 +171,14 @@ def _tag(url: str | None) -> str | None:
 
 
 class GivenFiles:
-    """Given files as clips, as a data set of tokens would hold them; each is read and encoded alone.
+    """Given files as a data set of clips, in the form of a token data set; each is read and encoded on its own.
 
     Args:
         found: the files.
-        body: of the prior's export.
-        tokenizer: the prior's, in eval mode.
-        config: of the prior.
-        prefix_latents: first latent frames that are given.
+        body: body of the prior's export.
+        tokenizer: the prior's tokenizer, in eval mode.
+        config: config of the prior.
+        prefix_latents: number of latent frames in the prefix.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class GivenFiles:
         return len(self._found.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``key``, ``codes`` (the first latents), the prior's condition by its name; ``label`` where there is one.
+        """One clip: ``key``, ``codes`` (the prefix), the prior's condition under its name, and ``label`` if it has one.
 
         Raises:
             UserError: a file cannot be read, is too short, or has another shape.
@@ -211,7 +212,7 @@ class GivenFiles:
             clip["label"] = file.label
         if self._condition in _ARRAY_OF:
             array = read_array(str(file.array))
-            # A whole table of actions may be longer than the window; long videos take all of it.
+            # Actions may be longer than the window; videos longer than the window use all of them.
             clip[self._condition] = check_array(array, self._shape, storage.shown(str(file.array)), self._condition)
         needed = num_frames_of(self._tokenizer.config, self._prefix_latents)
         num_frames = self._reader.clip.num_frames

@@ -1,4 +1,4 @@
-"""How many videos are drawn at once, where that is not set."""
+"""Finds the batch size of sampling if it is not configured."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ CPU_BATCH = 16
 
 
 def most_at_once(settings: SampleConfig, use_gpu: bool) -> int:
-    """The batch size, or the largest that a worker may find: what units of samples are made of."""
+    """The configured batch size, or the largest that a worker may choose; units of samples are planned with it."""
     return settings.batch_size or (MAX_BATCH if use_gpu else CPU_BATCH)
 
 
 def batch_size_for(settings: SampleConfig, prior: Prior, tokenizer: VQVAE, length: VideoLength) -> int:
-    """The batch size that is set, or that fits the memory of the prior's device.
+    """The configured batch size, or the largest that fits the memory of the prior's device.
 
     Args:
-        settings: of the draw.
-        prior: in eval mode on its device.
-        tokenizer: the same.
-        length: of the videos.
+        settings: settings of the draw.
+        prior: the prior, in eval mode on its device.
+        tokenizer: the tokenizer, in eval mode on the same device.
+        length: length of the videos.
     """
     device = prior.head.weight.device
     if settings.batch_size is not None or device.type != "cuda":
@@ -45,7 +45,7 @@ def batch_size_for(settings: SampleConfig, prior: Prior, tokenizer: VQVAE, lengt
 
 
 def draw_some(settings: SampleConfig, prior: Prior, tokenizer: VQVAE, length: VideoLength, num_samples: int) -> None:
-    """Draws the last latent frame of a window and decodes the window: all that a batch needs memory for."""
+    """Draws the last latent frame of a window and decodes the window, which reaches the peak memory of a batch."""
     window = dataclasses.replace(
         length, num_frames=length.window_frames, num_latents=length.window_latents, overlap_latents=0
     )

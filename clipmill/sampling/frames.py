@@ -1,6 +1,6 @@
-"""Frames that a user gives: a video or a picture by the tokenizer's clip rule, as a condition or as first latents.
+"""Reads a user's video or picture by the tokenizer's clip rule, as frames to condition on or to continue.
 
-T: frames of the tokenizer's clip   n: frames that are given   t: latent frames
+T: frames of the tokenizer's clip   n: number of given frames   t: latent frames
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["FrameReader", "clip_rule", "encode_first"]
 
 _LIMITS = Limits(cpu_seconds=3600, memory_bytes=4 * 2**30, no_progress_seconds=120)
 _RULE = ("num_frames", "resolution", "fit", "fps", "frame_stride")
-"""Keys of the recorded clip rule that say how frames look and follow each other. The others choose among clips."""
+"""Keys of the recorded clip rule that determine size and timing of frames. The other keys select clips."""
 
 
 def clip_rule(body: Mapping[str, Any]) -> ClipConfig:
-    """How frames become those of a tokenizer's clips; what its export does not record is at its default.
+    """The clip rule of a tokenizer's training clips; keys that its export does not record have their defaults.
 
     Args:
-        body: of the tokenizer's export.
+        body: body of the tokenizer's export.
     """
     recorded = body["clip"]["clip"]
     known = {key: recorded[key] for key in _RULE if recorded.get(key) is not None}
@@ -42,14 +42,14 @@ def clip_rule(body: Mapping[str, Any]) -> ClipConfig:
 
 @torch.inference_mode()
 def encode_first(tokenizer: VQVAE, frames: np.ndarray, num_frames: int, num_latents: int) -> Tensor:
-    """The first latent frames of one clip, int64 [num_latents, h, w] or [num_latents, h, w, M], on the CPU.
+    """Encodes the first latent frames of one clip: int64 [num_latents, h, w] or [num_latents, h, w, M], on the CPU.
 
     Args:
-        tokenizer: in eval mode.
-        frames: uint8 [n, H, W, 3], at least those behind the latents. A clip of fewer than ``num_frames`` is completed
-            with its last frame: a tokenizer that is not causal looks ahead.
+        tokenizer: the tokenizer in eval mode.
+        frames: uint8 [n, H, W, 3], at least the frames that these latents cover. Fewer than ``num_frames`` frames are
+            padded with the last one, because a tokenizer that is not causal needs the later frames of a clip.
         num_frames: T.
-        num_latents: how many to return.
+        num_latents: number of latent frames to return.
     """
     missing = np.repeat(frames[-1:], max(0, num_frames - len(frames)), axis=0)
     clip = torch.from_numpy(np.concatenate((frames[:num_frames], missing)))
@@ -58,10 +58,10 @@ def encode_first(tokenizer: VQVAE, frames: np.ndarray, num_frames: int, num_late
 
 
 class FrameReader:
-    """Reads the beginnings of videos, and pictures, in the decoding child.
+    """Reads the first frames of videos, and pictures, in a decoding child process.
 
     Args:
-        clip: of the tokenizer, as `clip_rule` gives it.
+        clip: clip rule of the tokenizer, see `clip_rule`.
     """
 
     def __init__(self, clip: ClipConfig) -> None:
@@ -79,16 +79,17 @@ class FrameReader:
     def read(self, url: str, num_needed: int, num_wanted: int | None = None) -> np.ndarray:
         """The first frames of a video, uint8 [n, H, W, 3], n = ``num_wanted`` or else ``num_needed``.
 
-        A picture is ``num_needed`` equal frames. A video that is shorter than wanted gives the frames that are needed.
+        A picture becomes ``num_needed`` equal frames. A video shorter than ``num_wanted`` returns ``num_needed``
+        frames.
 
         Args:
-            url: of a video or a picture.
-            num_needed: of the frames.
-            num_wanted: frames to read if there are as many; None: those that are needed.
+            url: URL of a video or a picture.
+            num_needed: number of frames that the video must have.
+            num_wanted: number of frames to read if the video has them; None reads ``num_needed``.
 
         Raises:
             UserError: there is no such file, it cannot be read, or it has fewer frames than needed.
-            StageFailed: the decoding child was killed from outside.
+            StageFailed: another process killed the decoding child.
         """
         with ScratchFolder("given") as folder:
             path = _local(url, folder)
@@ -108,7 +109,7 @@ class FrameReader:
         rate = f" at {self.clip.fps:g} frames a second" if self.clip.fps else ""
         stride = f", taking each {self.clip.frame_stride}th" if self.clip.frame_stride > 1 else ""
         raise UserError(
-            f"{storage.shown(url)} is too short: the model is given {num_needed} frames{rate}{stride}; give a longer "
+            f"{storage.shown(url)} is too short: the model needs {num_needed} frames{rate}{stride}; give a longer "
             "video, or a picture"
         )
 
@@ -126,7 +127,7 @@ def _local(url: str, folder: Path) -> Path:
 
 
 def _is_picture(path: Path, url: str) -> bool:
-    """By its name; one that may be animated by its content."""
+    """Whether a file is a still picture, by its name; for formats that can be animated, also by its content."""
     if suffix_of(storage.split(url)[1]) not in PICTURE_SUFFIXES:
         return False
     with path.open("rb") as file:

@@ -45,8 +45,8 @@ def generate(
     Args:
         prior: in eval mode.
         seed: 0 .. 2^64 - 1.
-        indices: numbers of the samples; a batch of any composition gives each the same codes, up to logits
-            that differ by rounding (below 1e-5 in float32) between batch sizes.
+        indices: numbers of the samples; a sample's codes do not depend on the others of the batch, but logits differ by
+            rounding (below 1e-5 in float32) between batch sizes.
         labels: class of each sample, int64 [B], for a class-conditional prior.
         condition: conditioning beyond the class (see `clipmill.models.conditioning`).
         prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M].
@@ -55,7 +55,7 @@ def generate(
         filters: None draws from the prior's own distribution.
         decoder: both draw the same codes, up to rounding; ``parallel`` needs fewer passes through the prior, each over
             many positions.
-        precision: of weights, activations and cache.
+        precision: dtype of weights, activations and cache.
         first_frame: latent frame of the whole video at which this window begins. Noise and a schedule of
             temperatures depend on the place in the whole video.
         on_progress: called about once a latent frame, with the number of positions drawn since the last call.
@@ -89,9 +89,9 @@ def generate(
 def _twice(
     prior: Prior, num_samples: int, labels: Tensor | None, condition: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Labels, condition and the rows with a hidden condition of a guided draw.
+    """Labels, condition, and rows with hidden condition, for guidance.
 
-    Each sample takes two rows: n rows with everything, then n rows without what training dropped.
+    Each sample takes two rows: first n rows with class and condition, then n rows without those that training dropped.
     """
     if not prior.guidable:
         raise ValueError("guidance needs a prior that was trained with label_dropout or condition_dropout")

@@ -1,4 +1,4 @@
-"""What a sample is given: conditions and first latents, of the clips of a token data set or of files."""
+"""Prefixes and conditions of samples, from the clips of a token data set or from files."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["class_of_clip", "condition_of_clips", "open_given", "prefix_of_clips
 
 
 def require_given(config: RunConfig, body: dict[str, Any]) -> Manifest | FileList | None:
-    """The token data set or the files that give conditions and first latents; None if neither is wanted.
+    """The token data set or the files that provide prefixes and conditions; None if neither is needed.
 
     Args:
-        config: of the run.
-        body: of the prior's export.
+        config: config of the run.
+        body: body of the prior's export.
 
     Raises:
-        UserError: it is not there, another tokenizer's, or lacks the prior's condition; the first latents leave
-            nothing to make; the prior was not trained for guidance, or has settings that this clipmill does not know.
+        UserError: the source is missing, belongs to another tokenizer, or lacks the prior's condition; the prefix is
+            as long as the video; or the prior was not trained for guidance, or has settings unknown to this clipmill.
     """
     settings, model = config.sample, model_config(body, PriorModelConfig)
     if settings.guidance != 1 and not (model.label_dropout or model.condition_dropout):
@@ -47,8 +47,8 @@ def require_given(config: RunConfig, body: dict[str, Any]) -> Manifest | FileLis
     most = min(length.window_latents, length.num_latents - 1)
     if settings.prefix_latents > most:
         raise UserError(
-            f"sample.prefix_latents={settings.prefix_latents}: of {length.num_latents} latent frames one must be left, "
-            f"and a clip has {length.window_latents}; set it to {most} at most"
+            f"sample.prefix_latents={settings.prefix_latents} is too large: the video has {length.num_latents} latent "
+            f"frames, at least one must be generated, and a clip has {length.window_latents}; set it to at most {most}"
         )
     url = settings.given if settings.given_is_place else config.folder("tokens", settings.given)
     if settings.given_is_place and not storage.exists(storage.join(url, "manifest.json")):
@@ -57,8 +57,9 @@ def require_given(config: RunConfig, body: dict[str, Any]) -> Manifest | FileLis
         manifest = _tokens(url, body)
         if length.slides and model.condition == "actions":
             raise UserError(
-                f"sample.num_frames={length.num_frames} needs actions of as many frames, clips of sample.given {url} "
-                f"have those of {length.window_frames}; set sample.given to files of actions, or leave num_frames out"
+                f"sample.num_frames={length.num_frames} needs actions for all of these frames, but clips of "
+                f"sample.given {url} have actions for {length.window_frames}; set sample.given to files of actions, or "
+                "remove sample.num_frames"
             )
         return manifest
     raise UserError(
@@ -77,8 +78,8 @@ def _tokens(url: str, body: dict[str, Any]) -> Manifest:
     manifest = Manifest.load(url, "tokens")
     if manifest.recipe["tokenizer"] != body["tokenizer"]["sha8"]:
         raise UserError(
-            f"sample.given {url} holds tokens of tokenizer {manifest.recipe['tokenizer']}, the prior's is "
-            f"{body['tokenizer']['sha8']}; name tokens that the prior's tokenizer made"
+            f"sample.given {url} holds tokens of tokenizer {manifest.recipe['tokenizer']}, but the prior's is "
+            f"{body['tokenizer']['sha8']}; use tokens that the prior's tokenizer made"
         )
     if manifest.num_samples == 0:
         raise UserError(f"sample.given {url} is empty; name tokens of at least one clip")
@@ -89,14 +90,14 @@ def _tokens(url: str, body: dict[str, Any]) -> Manifest:
 def open_given(
     found: Manifest | FileList, body: dict[str, Any], prior: Prior, tokenizer: VQVAE, prefix_latents: int
 ) -> ShardDataset | GivenFiles:
-    """The clips of what `require_given` found, by index.
+    """Opens the result of `require_given` as a data set of clips.
 
     Args:
-        found: tokens or files.
-        body: of the prior's export.
-        prior: loaded from it.
-        tokenizer: its own, on the device that encodes.
-        prefix_latents: first latent frames that are given.
+        found: a token data set or files.
+        body: body of the prior's export.
+        prior: the prior of this export.
+        tokenizer: the prior's tokenizer, on the device that encodes.
+        prefix_latents: number of latent frames in the prefix.
     """
     if isinstance(found, Manifest):
         return ShardDataset(found, decode_codes)
@@ -111,7 +112,7 @@ def prefix_of_clips(clips: Sequence[dict[str, Any]], prefix_latents: int) -> Ten
 
 
 def condition_of_clips(clips: Sequence[dict[str, Any]], prior: Prior, length: VideoLength) -> Tensor | None:
-    """The condition of clips, in the shape that `sample_videos` takes; None for a prior without.
+    """The condition of clips, in the shape that `sample_videos` takes; None for a prior without a condition.
 
     Raises:
         UserError: the actions of a clip end before its video.
@@ -124,23 +125,23 @@ def condition_of_clips(clips: Sequence[dict[str, Any]], prior: Prior, length: Vi
     for clip in clips:
         if len(clip[kind]) < rows:
             raise UserError(
-                f"{clip['key']} has {kind} of {len(clip[kind])} frames, and a sample {rows}; give {kind} of every "
-                "frame, or lower sample.num_frames"
+                f"{clip['key']} has {kind} for {len(clip[kind])} frames, but a sample has {rows}; give {kind} for "
+                "every frame, or lower sample.num_frames"
             )
     return torch.from_numpy(np.stack([clip[kind][:rows] for clip in clips]))
 
 
 def class_of_clip(clip: dict[str, Any], classes: Sequence[str], otherwise: str | None) -> str | None:
-    """The class of a clip; ``otherwise`` for a given file that has none.
+    """The class of a clip; ``otherwise`` for a file without a class.
 
     Raises:
-        UserError: the prior does not know it.
+        UserError: the prior does not know the class.
     """
     if "label" not in clip:
         return otherwise
     if clip["label"] not in classes:
         raise UserError(
-            f"clip {clip['key']} of sample.given has the class {clip['label']}, the prior knows {', '.join(classes)}; "
+            f"clip {clip['key']} of sample.given has class {clip['label']}, but the prior knows {', '.join(classes)}; "
             "set sample.classes"
         )
     return clip["label"]

@@ -1,4 +1,4 @@
-"""What batches of one prior share: its weights as decoding reads them, a cache, and on a GPU the CUDA graphs."""
+"""State that batches of one prior share: weights prepared for decoding, the cache, and on a GPU the CUDA graphs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["DrawingSettings", "Kept"]
 
 
 class DrawingSettings(NamedTuple):
-    """What a drawing is made for, beside the prior and the shapes of labels and condition.
+    """Settings that a drawing depends on, besides the prior and the shapes of labels and condition.
 
     Attributes:
         num_samples: B.
-        copies: rows of the prior for each sample: 2 under guidance, else 1.
-        precision: a dtype of torch.
+        copies: rows of the prior for each sample: 2 with guidance, else 1.
+        precision: name of a torch dtype.
         guidance: see `clipmill.sampling.generate`.
-        filters: of the draws.
-        step_positions: positions that a step computes: 1 of the sequential decoder, a window of the parallel one.
+        filters: filters between logits and draws.
+        step_positions: positions that a step computes: 1 for the sequential decoder, a window for the parallel one.
     """
 
     num_samples: int
@@ -41,8 +41,8 @@ class DrawingSettings(NamedTuple):
 class Kept:
     """Keeps the drawing of the last call for the next one of the same settings.
 
-    Belongs to whoever draws several batches of a prior, and holds their memory as long as it lives. A call from another
-    thread meanwhile gets a drawing of its own.
+    The caller that draws several batches of a prior owns it; it holds their memory until it is deleted. While it is in
+    use, a call from another thread gets a new drawing.
     """
 
     def __init__(self) -> None:
@@ -59,14 +59,14 @@ class Kept:
         condition: Tensor | None,
         hidden: Tensor | None,
     ) -> Iterator[Drawing]:
-        """A drawing that has its labels and condition, and begins with a batch.
+        """Yields a drawing with these labels and this condition, ready to begin a batch.
 
         Args:
-            prior: in eval mode.
-            settings: of the drawing.
+            prior: the prior in eval mode.
+            settings: settings of the drawing.
             labels: int64 [R]; None for a prior without classes.
-            condition: of the R rows; None for a prior without.
-            hidden: rows whose condition is hidden, bool [R]; None hides none.
+            condition: condition of the R rows; None for a prior without a condition.
+            hidden: bool [R], rows whose condition is hidden; None hides no row.
         """
         if not self._lock.acquire(blocking=False):
             yield _new_drawing(prior, settings, labels, condition, hidden)
@@ -99,11 +99,11 @@ def _new_drawing(
 
 
 def _key(prior: Prior, settings: DrawingSettings, *given: Tensor | None) -> Any:
-    """Equal for calls that may share a drawing: weights that were moved or changed make another."""
+    """Equal for calls that may share a drawing; moving or changing the weights changes it."""
     weights = tuple((weight.data_ptr(), _version(weight)) for weight in prior.parameters())
     return weights, settings, tuple(None if each is None else each.shape for each in given)
 
 
 def _version(weight: Tensor) -> object:
-    """Changes with each operation in place; a tensor of inference counts none, and so equals nothing."""
+    """Changes with each in-place operation. Inference tensors do not count these, so theirs never equals another."""
     return object() if weight.is_inference() else weight._version

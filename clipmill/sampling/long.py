@@ -1,10 +1,11 @@
 """Videos of any length from a prior of a fixed window.
 
-The window slides over the latent frames: its first ones are the last ones that are known, at the positions that the
-prior was trained on, and it draws the others. The last window ends with the video. What a window costs in memory does
-not depend on the length of the video.
+The window slides over the latent frames. It starts with the last known latent frames, at the positions that the prior
+was trained on, and draws the others. The last window ends with the video. The memory of a window does not depend on the
+length of the video.
 
-B: batch   t: latent frames of the window   L: of the video   T: frames of the video   n: of a condition
+B: batch   t: latent frames of the window   L: latent frames of the video   T: frames of the video   n: frames of a
+condition
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ __all__ = ["Batch", "DrawWindow", "VideoLength", "Videos", "nearest_num_frames",
 T = TypeVar("T")
 
 DECODED_VIDEOS = 16
-"""Videos that are decoded at once: more are no faster, and the memory is the prior's."""
+"""Number of videos decoded at once: more are not faster, and the prior needs the memory."""
 
 
 class DrawWindow(Protocol):
-    """`clipmill.sampling.generate.generate` with everything but these arguments."""
+    """`clipmill.sampling.generate.generate` with all other arguments bound."""
 
     def __call__(self, *, condition: Tensor | None, prefix: Tensor | None, first_frame: int) -> Tensor:
         """Codes int64 [B, t, h, w] or [B, t, h, w, M] of one window."""
@@ -45,10 +46,10 @@ class Batch(NamedTuple):
     """Videos that are drawn together.
 
     Attributes:
-        draw: makes one window: `generate` with its prior, seed, indices, labels and filters.
-        condition: of each video (see `clipmill.models.conditioning`). Actions are those of all T frames. A prior that
-            is conditioned on frames gets the first of the video here, and later those that it has made.
-        prefix: the first latent frames, taken as given, int64 [B, n, h, w] or [B, n, h, w, M], n < L.
+        draw: draws one window: `generate` with prior, seed, indices, labels and filters bound.
+        condition: condition of each video (see `clipmill.models.conditioning`). Actions cover all T frames. For a prior
+            conditioned on frames, these are the first frames of the video; later windows use generated frames.
+        prefix: known first latent frames, int64 [B, n, h, w] or [B, n, h, w, M], n < L.
     """
 
     draw: DrawWindow
@@ -57,7 +58,7 @@ class Batch(NamedTuple):
 
 
 class Videos(NamedTuple):
-    """What `sample_videos` makes of a batch, on the host."""
+    """Result of `sample_videos` for a batch, on the CPU."""
 
     codes: Tensor
     """int64 [B, L, h, w] or [B, L, h, w, M]."""
@@ -67,17 +68,17 @@ class Videos(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoLength:
-    """How long videos are, and how the window gets there; made by `video_length`.
+    """Length of videos, and how the window slides over them; created by `video_length`.
 
     Attributes:
         num_frames: T.
         num_latents: L.
         window_frames: frames of the window.
         window_latents: t.
-        overlap_latents: latent frames of a window that the one before it has drawn, 1 .. t - 1; 0 if one window does.
-        frames_per_latent: by which the window moves for each latent frame.
+        overlap_latents: latent frames that a window shares with the previous one, 1 .. t - 1; 0 if one window suffices.
+        frames_per_latent: frames by which the window moves for each latent frame.
         condition: kind of the prior's condition.
-        condition_frames: n, of a prior that is conditioned on frames or actions.
+        condition_frames: n for a prior conditioned on frames or actions, else 0.
     """
 
     num_frames: int
@@ -102,15 +103,16 @@ class VideoLength:
 
 
 def video_length(body: Mapping[str, Any], num_frames: int | None, overlap_latents: int | None = None) -> VideoLength:
-    """The length of videos of a prior.
+    """Computes the length of a prior's videos.
 
     Args:
-        body: of the prior's export.
-        num_frames: T; None is the window's.
-        overlap_latents: of consecutive windows; None is three quarters of the window, or more for the condition.
+        body: body of the prior's export.
+        num_frames: T; None uses the length of the window.
+        overlap_latents: latent frames that consecutive windows share; None uses three quarters of the window, or more
+            if the condition needs more.
 
     Raises:
-        UserError: the prior cannot make videos of this length, or its windows cannot overlap so.
+        UserError: the prior cannot make videos of this length, or its windows cannot have this overlap.
     """
     settings = model_config(body["tokenizer"], VQVAEModelConfig)
     model = model_config(body, PriorModelConfig)
@@ -142,11 +144,11 @@ def video_length(body: Mapping[str, Any], num_frames: int | None, overlap_latent
 
 
 def nearest_num_frames(body: Mapping[str, Any], at_least: int) -> int:
-    """The smallest number of frames from ``at_least`` on that a prior makes.
+    """The smallest number of frames that a prior can make and that is not below ``at_least``.
 
     Args:
-        body: of the prior's export.
-        at_least: frames that are wanted.
+        body: body of the prior's export.
+        at_least: wanted number of frames.
     """
     window = video_length(body, None)
     return _round_up(at_least, window.window_frames, window.frames_per_latent)
@@ -161,21 +163,21 @@ def _overlap(window_latents: int, wanted: int | None, least: int) -> int:
 
     Args:
         window_latents: t.
-        wanted: by the user.
-        least: whose frames the next window is conditioned on.
+        wanted: the user's setting; None uses the default.
+        least: smallest possible overlap, which holds the frames that the next window is conditioned on.
     """
     if least >= window_latents:
         raise UserError(
-            f"num_frames is beyond the window of this prior, whose {window_latents} latent frames leave none to make "
-            f"after the {least} that must be known; leave num_frames out"
+            f"num_frames exceeds the window of this prior, which cannot slide: of its {window_latents} latent frames, "
+            f"{least} must be known; remove num_frames"
         )
     usual = max(least, window_latents * 3 // 4)
     if wanted is None:
         return usual
     if not least <= wanted < window_latents:
         raise UserError(
-            f"overlap_latents={wanted}: windows of {window_latents} latent frames of this prior overlap by {least} to "
-            f"{window_latents - 1}; leave it out for {usual}"
+            f"overlap_latents={wanted}: windows of {window_latents} latent frames of this prior can overlap by {least} "
+            f"to {window_latents - 1}; remove it for the default {usual}"
         )
     return wanted
 
@@ -189,16 +191,16 @@ def sample_videos(
     """Draws videos of any length; each batch is decoded and finished in a thread while the next one is drawn.
 
     Args:
-        batches: in order.
-        tokenizer: of the prior, in eval mode on its device.
-        length: of the videos.
+        batches: the batches, in order.
+        tokenizer: the prior's tokenizer, in eval mode on its device.
+        length: length of the videos.
         finish: called in the thread with the number of a batch and its videos.
 
     Yields:
-        What ``finish`` returned, in order.
+        The results of ``finish``, in order.
 
     Raises:
-        UserError: there are fewer actions than frames, or `generate` refuses something.
+        UserError: there are fewer actions than frames, or `generate` refuses an input.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="decode-samples") as thread:
         decoding: Future[T] | None = None
@@ -238,7 +240,7 @@ def _decode(
     drawn: torch.cuda.Event | None,
     finish: Callable[[Videos], T],
 ) -> T:
-    """Decodes and finishes a batch; ``drawn`` is when a GPU has its codes."""
+    """Decodes and finishes a batch; on a GPU, the event ``drawn`` marks when its codes are computed."""
     trained = (length.window_latents, *codes.shape[2:4])
     with _beside(codes, drawn):
         pixels = [decode_to_pixels(tokenizer, part, trained) for part in codes.split(DECODED_VIDEOS)]
@@ -247,7 +249,7 @@ def _decode(
 
 @contextmanager
 def _beside(codes: Tensor, drawn: torch.cuda.Event | None) -> Iterator[None]:
-    """On a GPU, a stream of its own: else decoding would wait for the steps of the next batch that are on their way."""
+    """On a GPU, uses a separate stream; otherwise decoding would wait for the launched steps of the next batch."""
     if drawn is None:
         yield
         return
@@ -261,15 +263,15 @@ def _beside(codes: Tensor, drawn: torch.cuda.Event | None) -> Iterator[None]:
 def _check_given(length: VideoLength, condition: Tensor | None, num_known: int) -> None:
     if num_known >= length.num_latents:
         raise UserError(
-            f"{num_known} latent frames are given, of {length.num_latents} that the video has; give fewer, or raise "
-            "num_frames"
+            f"the given frames fill {num_known} latent frames, but the video has only {length.num_latents}; give "
+            "fewer, or raise num_frames"
         )
     if condition is None or length.condition != "actions" or not length.slides:
         return
     if condition.shape[1] < length.num_frames:
         raise UserError(
-            f"the actions given are of {condition.shape[1]} frames, the video is to have {length.num_frames}; give "
-            "actions of every frame, or lower num_frames"
+            f"the given actions cover {condition.shape[1]} frames, but the video has {length.num_frames}; give actions "
+            "for every frame, or lower num_frames"
         )
 
 
@@ -277,7 +279,7 @@ def _condition_at(
     tokenizer: VQVAE, length: VideoLength, start: int, condition: Tensor | None, codes: Tensor | None
 ) -> Tensor | None:
     """The condition of the window that begins at a latent frame."""
-    first = start * length.frames_per_latent  # of a causal tokenizer the last frame of that latent
+    first = start * length.frames_per_latent  # with a causal tokenizer, the last frame of that latent
     if condition is None or not length.slides or length.condition == "text":
         return condition
     if length.condition == "actions":

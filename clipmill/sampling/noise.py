@@ -1,12 +1,12 @@
-"""Gumbel noise from a counter: each number is a function of (seed, sample, position, code) alone.
+"""Counter-based Gumbel noise: each number is a function of (seed, sample, position, code) only.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch's integer operations: the
 seed is its key; the counter is (code div 4, position, sample's low word, its high word); code mod 4 chooses among the
-four words that come out. Nothing waits for the device.
+four output words. No operation synchronises with the device.
 
-A word w becomes the uniform u = (w + 1/2) / 2^32, and u becomes -log(-log u). The logarithms are written out in
-additions, multiplications and divisions, each an operation of torch of its own: IEEE 754 rounds each in one way, and no
-compiler fuses two, so a CPU and a GPU make the same bits. `torch.log` differs between them in the last place.
+A word w becomes the uniform u = (w + 1/2) / 2^32, and u becomes -log(-log u). The logarithms are computed with separate
+torch additions, multiplications and divisions. IEEE 754 defines the rounding of each, and no compiler fuses two, so CPU
+and GPU compute the same bits. `torch.log` differs between them in the last digit.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Noise:
         self.num_samples, self.num_codes = len(indices), num_codes
 
     def at(self, first: int, num_positions: int) -> Tensor:
-        """Of positions from ``first`` (below 2^32) on, float32 [B, positions, K]."""
+        """Noise of ``num_positions`` positions from ``first`` (below 2^32) on, float32 [B, positions, K]."""
         device = self.samples.device
         blocks = torch.arange(-(-self.num_codes // 4), device=device)
         positions = torch.arange(first, first + num_positions, device=device)[:, None]
@@ -55,10 +55,10 @@ class Noise:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four words, int64 in 0 .. 2^32 - 1, of each counter.
+    """Philox4x32-10: computes four words, int64 in 0 .. 2^32 - 1, for each counter.
 
     Args:
-        counter: four words like these; they broadcast.
+        counter: four words in the same form; they broadcast.
         key: two words.
     """
     # An int64 product keeps all 64 bits of two words, as its sign is one of them. A low half is only ever used by

@@ -1,9 +1,10 @@
-"""Many positions at once, by fixed-point iteration (predictive sampling, Wiggers & Hoogeboom, arXiv 2002.09928).
+"""Draws many positions at once by fixed-point iteration (predictive sampling, Wiggers & Hoogeboom, arXiv 2002.09928).
 
-With the noise fixed, the codes of a sample are the only fixed point of the map from codes to the codes drawn from the
-logits that they give. A pass applies the map to a window of positions. Its first position sees decided codes alone, so
-its draw is right, and so is each next one as long as the guesses before it were; the window then begins behind the last
-right draw. What comes out is what the sequential decoder draws, where logits that differ by rounding do not decide.
+Consider the map that takes guessed codes, computes their logits, and draws codes from them. With the noise fixed, the
+codes of a sample are the only fixed point of this map. A pass applies the map to a window of positions. The first
+position depends only on final codes, so its draw is right. Each following draw is right as long as all guesses before
+it were right. The next window starts after the last right draw. The result equals that of the sequential decoder,
+except where logits that differ by rounding decide a near tie.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from clipmill.sampling.drawing import Drawing
 __all__ = ["WINDOW", "decode_in_parallel"]
 
 WINDOW = {"cpu": 16, "cuda": 64}
-"""Positions of a pass. On a CPU a pass of 16 costs little more than one position, as it reads the weights once."""
+"""Positions in a pass. On a CPU, 16 positions cost little more than one, because a pass reads the weights once."""
 
 
 def decode_in_parallel(drawing: Drawing, window: int | None = None) -> int:
@@ -24,7 +25,7 @@ def decode_in_parallel(drawing: Drawing, window: int | None = None) -> int:
 
     Args:
         drawing: the batch.
-        window: positions of a pass; None: what suits the device.
+        window: positions in a pass; None uses the default for the device.
 
     Returns:
         The number of passes.
@@ -47,7 +48,7 @@ def decode_in_parallel(drawing: Drawing, window: int | None = None) -> int:
 
 
 def _guess(drawing: Drawing, first: int, end: int) -> int:
-    """Guesses that the codes of positions first .. end - 1 are those of the latent frame before; returns ``end``."""
+    """Guesses that positions first .. end - 1 repeat the codes of the previous latent frame; returns ``end``."""
     if first < end:
         source = torch.arange(first, end, device=drawing.device) - drawing.per_frame
         guesses = drawing.codes[:, source.clamp(min=0)].masked_fill(source < 0, 0)
@@ -56,6 +57,6 @@ def _guess(drawing: Drawing, first: int, end: int) -> int:
 
 
 def _num_right(codes: torch.Tensor, guesses: torch.Tensor) -> int:
-    """Draws [B, n] that are right in every sample, from the first on: up to the first that was not guessed."""
+    """Number of leading draws that are right in every sample: up to and including the first that was not guessed."""
     wrong = (codes != guesses).any(0)
     return int(torch.where(wrong.any(), wrong.int().argmax() + 1, codes.shape[1]))

@@ -1,4 +1,4 @@
-"""``samples/NAME/preview/``: some samples as pictures and films that anything plays.
+"""``samples/NAME/preview/``: some samples as pictures and as videos that every player can show.
 
 grid.mp4           the first samples, side by side
 class-NAME.mp4     the first samples of each class
@@ -21,21 +21,21 @@ __all__ = ["film", "has_preview", "publish_preview", "remove_preview"]
 _GRID_SAMPLES = 16
 _CLASS_SAMPLES = 8
 _MOST_SEARCHED = 2048
-"""Samples that are read to find some of each class."""
+"""Maximum number of samples to read in search of some of each class."""
 _MOST_FRAMES = 256
-"""Of a longer sample the beginning is shown."""
+"""Maximum length of a previewed sample; longer ones are cut."""
 _SHOWN_PIXELS = 128
-"""Smaller samples are enlarged by whole pixels: h264 halves the resolution of colour."""
+"""Smaller samples are enlarged by an integer factor, because h264 halves the resolution of colour."""
 _GAP_PIXELS = 4
 
 
 def has_preview(url: str) -> bool:
-    """Whether the preview of a sample set was published to its end."""
+    """Whether the preview of a sample set is completely published."""
     return storage.exists(_url(url, "grid.png"))
 
 
 def remove_preview(url: str) -> None:
-    """Marks the preview of a sample set as not finished, before the set changes."""
+    """Marks the preview of a sample set as unfinished, before the set changes."""
     if has_preview(url):
         storage.remove(_url(url, "grid.png"))
 
@@ -44,8 +44,8 @@ def publish_preview(manifest: Manifest, fps: float) -> None:
     """Writes the preview of a sample set.
 
     Args:
-        manifest: of the set, which has samples.
-        fps: frames per second of the films.
+        manifest: manifest of the set, which must not be empty.
+        fps: frames per second of the videos.
     """
     first, by_class = _chosen(manifest)
     storage.publish_bytes(_url(manifest.url, "grid.mp4"), film(np.stack(first), fps))

@@ -1,10 +1,10 @@
-"""Stage ``sample``: the newest export of the prior makes videos, into a data set of kind ``samples``.
+"""Stage ``sample``: generates videos with the newest export of the prior, as a data set of kind ``samples``.
 
-Sample i is a function of (export, settings, seed, i), and of clip i of what gives conditions and first latents, where
-the prior or the settings want those. `clipmill.sampling.units` says which samples a unit holds.
+Sample i is a function of (export, settings, seed, i) and, if it has a prefix or condition, of clip i of
+``sample.given``. `clipmill.sampling.units` defines which samples a unit holds.
 
-A sample is ``mp4`` (or ``npy``, uint8 [T, H, W, 3]), ``codes.npy`` [t, h, w] or [t, h, w, M], and ``json`` with what
-made it. ``preview/`` beside the shards shows some of them (`clipmill.sampling.preview`).
+A sample has the members ``mp4`` (or ``npy``, uint8 [T, H, W, 3]), ``codes.npy`` [t, h, w] or [t, h, w, M], and ``json``
+with its settings. ``preview/`` beside the shards shows some samples (`clipmill.sampling.preview`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["check_settings", "clip_recipes", "folder_url", "is_finished", "new_j
 logger = logging.getLogger(__name__)
 
 _RECIPE_SCHEMA = 2
-"""Raised when the same settings begin to give other samples. 1 inverted the cumulative distribution."""
+"""Raised when equal settings start to give other samples. Version 1 drew by inverting the cumulative distribution."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -45,7 +45,7 @@ def folder_url(config: RunConfig) -> str:
 
 
 def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The recipe of the clips behind the prior's tokenizer, by the URL of what this stage reads.
+    """The recipe of the clips that the prior's tokenizer was trained on, by the prior's URL.
 
     Raises:
         UserError: there is no prior yet.
@@ -56,7 +56,7 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether at least ``sample.num_samples`` samples of the newest prior are frozen, and their preview is there.
+    """Whether at least ``sample.num_samples`` samples of the newest prior are frozen and previewed.
 
     Raises:
         UserError: there is no prior yet, it does not know a class or was not trained for guidance, its condition is
@@ -115,12 +115,12 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
 
 def _make_missing(job: Job) -> tuple[dict[int, tuple[ShardEntry, ...]], int]:
-    """The shards of all committed units, once they hold enough samples; the number of samples made for it."""
+    """Generates missing samples; returns the shards of all committed units, and the number of new samples."""
     settings = job.config.sample
     shards = _committed_shards(job.url, {})
     num_made = 0
     with bar("sample", total=settings.num_samples, unit="videos") as progress:
-        # Once is enough, unless a run that has lost the lease commits a shorter unit of the same number meanwhile.
+        # One pass suffices, unless a run that lost the lease commits a shorter unit of the same number meanwhile.
         while missing := missing_units(
             settings.num_samples,
             job.recipe["sample"]["batch_size"],
@@ -141,7 +141,7 @@ def _make_missing(job: Job) -> tuple[dict[int, tuple[ShardEntry, ...]], int]:
 
 
 def _committed_shards(url: str, known: dict[int, tuple[ShardEntry, ...]]) -> dict[int, tuple[ShardEntry, ...]]:
-    """The shards of each committed unit; the records of known ones are not read again."""
+    """The shards of each committed unit; records of known units are not read again."""
     unknown = [unit for unit in committed_units(url) if unit not in known]
     records = read_commits(url, unknown)
     return known | {record["unit"]: tuple(map(ShardEntry.parse, record["parts"])) for record in records}

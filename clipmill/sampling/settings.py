@@ -1,4 +1,4 @@
-"""The section ``sample`` of a config as arguments of the draw, and how videos are stored: for the stage and Python."""
+"""Turns the config section ``sample`` into arguments of `generate`; used by the stage and by the Python API."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from clipmill.sampling.long import DrawWindow
 __all__ = ["CRF", "USUAL_FPS", "decoder_for", "draw_by"]
 
 CRF = 10
-"""Constant rate factor of videos as mp4: their loss is far below a tokenizer's."""
+"""Constant rate factor of mp4 videos: its loss is far below that of a tokenizer."""
 USUAL_FPS = 8.0
-"""Frames per second of videos whose training clips kept their videos' own rates: slow enough to judge motion by."""
+"""Frames per second of samples if the training clips have no common rate: slow enough to judge motion by."""
 PARALLEL_SAMPLES = 1
-"""Largest batch that a CPU draws faster in parallel than sequentially."""
+"""Largest batch for which the parallel decoder is faster than the sequential one on a CPU."""
 
 
 def draw_by(
@@ -33,14 +33,14 @@ def draw_by(
     kept: Kept,
     on_progress: Callable[[int], None] | None = None,
 ) -> DrawWindow:
-    """What draws the windows of a batch.
+    """Returns the function that draws the windows of a batch.
 
     Args:
-        settings: of the draw.
-        prior: in eval mode.
-        indices: of the samples.
-        labels: class of each, int64 [B], for a prior with classes.
-        kept: of the prior, for all its batches.
+        settings: settings of the draw.
+        prior: the prior in eval mode.
+        indices: indices of the samples.
+        labels: class of each sample, int64 [B]; None for a prior without classes.
+        kept: state shared by all batches of the prior.
         on_progress: see `generate`.
     """
     return functools.partial(
@@ -61,11 +61,11 @@ def draw_by(
 def decoder_for(
     decoder: Literal["auto", "sequential", "parallel"], num_samples: int, device: str
 ) -> Literal["sequential", "parallel"]:
-    """The decoder that is meant.
+    """Resolves ``auto`` to a decoder.
 
     Args:
-        decoder: as set; ``auto`` is the faster one, as far as that was measured (``docs/sampling.md``).
-        num_samples: of a batch.
+        decoder: the setting; ``auto`` chooses the decoder that was measured to be faster (``docs/sampling.md``).
+        num_samples: samples in a batch.
         device: ``cpu`` or ``cuda``.
     """
     if decoder != "auto":

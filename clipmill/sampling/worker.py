@@ -32,12 +32,12 @@ from clipmill.video import encode_mp4
 __all__ = ["Job", "make_worker"]
 
 _SHARD_BYTES = 128 * 2**20
-"""A constant: the bytes of a unit depend on the recipe only."""
+"""Not configurable, so that the bytes of a unit depend only on the recipe."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all units of a sample set share."""
+    """Inputs that all units of a sample set share."""
 
     config: RunConfig
     lease: Lease
@@ -45,7 +45,7 @@ class Job:
     """Folder of the sample set."""
     recipe: dict[str, Any]
     labels: tuple[str | None, ...]
-    """Names of the classes that samples take in turn; (None,) for a prior without classes."""
+    """Names of the classes that samples rotate through; (None,) for a prior without classes."""
     length: VideoLength
     fps: float
     """Frames per second at which samples play."""
@@ -64,23 +64,23 @@ def make_worker(job: Job) -> Callable[[Unit], dict[str, Any]]:
 
 
 class _Drawn(NamedTuple):
-    """Which samples a batch holds, and what each is given."""
+    """Indices, classes and given clips of the samples of a batch."""
 
     indices: range
     labels: list[str | None]
     clips: list[dict[str, Any]]
-    """Empty if nothing is given."""
+    """Clips that provide prefix and condition; empty if neither is needed."""
 
 
 class _Worker:
-    """Generates, decodes, packs and commits the samples of one unit after the other.
+    """Generates, decodes, packs and commits the samples of a unit.
 
     Args:
         job: the sample set.
-        prior: in eval mode on the device.
-        tokenizer: the same.
+        prior: the prior, in eval mode on the device.
+        tokenizer: its tokenizer, in eval mode on the device.
         classes: names of the classes that the prior knows.
-        given: where conditions and first latents come from.
+        given: clips that provide prefixes and conditions; None if neither is needed.
         batch_size: videos drawn at once.
     """
 
@@ -137,7 +137,7 @@ class _Worker:
         )
 
     def _samples(self, unit: Unit, drawn: _Drawn, videos: Videos) -> Iterator[Sample]:
-        """Those of a batch that belong to the unit."""
+        """The samples of a batch that belong to the unit."""
         job, first = self.job, drawn.indices.start
         codes = videos.codes.numpy().astype(code_dtype(self.prior.num_codes))
         for index in range(max(unit.first, first), min(unit.first + unit.num_samples, drawn.indices.stop)):
@@ -152,12 +152,12 @@ class _Worker:
 
 
 def _pixels(kind: str, video: np.ndarray, fps: float) -> dict[str, bytes]:
-    """The member that holds uint8 [T, H, W, 3]."""
+    """The member that stores the pixels, uint8 [T, H, W, 3]."""
     return {"mp4": encode_mp4(video, fps, CRF)} if kind == "mp4" else {"npy": npy_bytes(video)}
 
 
 def _about(job: Job, index: int, label: str | None, given_key: str | None) -> dict[str, Any]:
-    """What made a sample."""
+    """The settings of a sample, for its ``json`` member."""
     settings = job.config.sample
     about = {
         "index": index,

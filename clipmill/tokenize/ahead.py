@@ -1,7 +1,7 @@
-"""Clips decoded ahead of the encoder, in order.
+"""Decodes clips ahead of the encoder, in order.
 
-Threads suffice: the codecs do their work outside Python's lock. One thread reads shards (it may download them), the
-others decode, and the encoder finds its next batches ready.
+Threads suffice, because codecs release Python's lock. One thread reads shards (and may download them), the others
+decode, so that the encoder finds its next batches ready.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["Clip", "ClipsAhead"]
 
 BATCHES_AHEAD = 2
-"""Batches that are read and decoded while the encoder works on another."""
+"""Number of batches that are read and decoded while the encoder works on one."""
 COPIED = ("json", "actions.npy")
-"""Members that tokens take over from clips as they are."""
+"""Members that are copied from clips to tokens unchanged."""
 
 
 class Clip(NamedTuple):
     """A decoded clip.
 
     Attributes:
-        key: of the sample.
+        key: key of the sample.
         video: uint8 [T, H, W, 3].
-        copied: members that its tokens take over.
+        copied: members that are copied to its tokens.
     """
 
     key: str
@@ -43,18 +43,18 @@ class Clip(NamedTuple):
 
 
 class ClipsAhead:
-    """Batches of clips of some shards, in stored order; a context in which its threads live.
+    """Batches of the clips of some shards, in stored order. A context manager: its threads end with the context.
 
     Args:
-        manifest: of the clips.
-        shards: names of those to read.
+        manifest: manifest of the clips.
+        shards: names of the shards to read.
         cache: local folder for the shards of a bucket.
-        batch_size: clips of a batch; the last one may have fewer.
-        num_threads: that decode.
+        batch_size: clips in a batch; the last batch may have fewer.
+        num_threads: number of decoding threads.
 
     Attributes:
-        wait_seconds: that the caller waited for decoded clips so far.
-        decode_seconds: that threads spent decoding so far, on all of them together.
+        wait_seconds: time that the caller has waited for decoded clips.
+        decode_seconds: CPU time that all threads together have spent decoding.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class ClipsAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A unit that is given up does not wait for a download.
+        # After an error, do not wait for a running download.
         for pool in (self._reader, self._decoders):
             pool.shutdown(wait=error is None, cancel_futures=True)
 
     def __iter__(self) -> Iterator[list[Clip]]:
-        """Batches in order.
+        """Yields the batches in order.
 
         Raises:
             UserError: a shard is missing or damaged.
@@ -95,14 +95,14 @@ class ClipsAhead:
             yield [clip for clip, _ in decoded]
 
     def _begin_batch(self) -> list[Future[tuple[Clip, float]]]:
-        """Reads the next batch and has it decoded; empty after the last."""
+        """Reads the next batch and starts decoding it; empty after the last batch."""
         return [
             self._decoders.submit(_decode, key, members) for key, members in islice(self._members, self._batch_size)
         ]
 
 
 def _members_of(manifest: Manifest, shards: set[str], cache: Path) -> Iterator[tuple[str, dict[str, memoryview]]]:
-    """Keys and members of the samples of some shards, which are fetched and verified one after the other."""
+    """Yields keys and members of the samples of some shards; fetches and verifies one shard after the other."""
     dataset = ShardDataset(manifest, _undecoded, cache, cache_bytes=1)
     for index, shard in enumerate(manifest.shards):
         if shard.name in shards:
@@ -116,7 +116,7 @@ def _undecoded(members: dict[str, memoryview]) -> dict[str, Any]:
 
 
 def _decode(key: str, members: dict[str, memoryview]) -> tuple[Clip, float]:
-    """A clip, and the seconds of CPU that it took."""
+    """Decodes a clip; also returns the CPU seconds that it took."""
     began = time.thread_time()
     copied = {name: bytes(members[name]) for name in COPIED if name in members}
     return Clip(key, decode_clip(members)["video"], copied), time.thread_time() - began

@@ -1,6 +1,7 @@
-"""A tokenizer that is ready to work: on its device, in its precision, with a batch that fits.
+"""A tokenizer ready to encode: on its device, in its precision, with a batch size that fits.
 
-B: batch   T, H, W: frames, height, width   t, h, w: the same of the latents   M: codebooks   K: codes of each
+B: batch   T, H, W: frames, height, width   t, h, w: frames, height, width of the latents   M: codebooks
+K: codes of a codebook
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ CPU_BATCH = 16
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes batches; several may be on their way on a GPU."""
+    """Encodes batches. On a GPU it works asynchronously: several batches may be started before the first is
+    finished.
+    """
 
     model: VQVAE
     num_codes: int
@@ -39,7 +42,9 @@ class Encoder:
 
     @torch.inference_mode()
     def start(self, videos: Sequence[np.ndarray]) -> Tensor:
-        """Begins to encode uint8 [T, H, W, 3] each; a GPU works on while this returns codes int64 [B, t, h, w]."""
+        """Starts encoding videos, uint8 [T, H, W, 3] each; returns int64 [B, t, h, w], on a GPU before it is
+        computed.
+        """
         batch = torch.from_numpy(np.stack(videos))
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
@@ -47,31 +52,35 @@ class Encoder:
             return self.model.encode(to_input(batch))
 
     def finish(self, codes: Tensor) -> np.ndarray:
-        """Waits for codes of `start`: [B, t, h, w] or [B, t, h, w, M] in the narrowest little-endian type."""
+        """Waits for the codes of `start`; returns [B, t, h, w] or [B, t, h, w, M] in the narrowest little-endian
+        type.
+        """
         return codes.cpu().numpy().astype(code_dtype(self.num_codes))
 
     def count(self, codes: npt.ArrayLike) -> np.ndarray:
-        """How often each code occurs in codes [..., M] (or [...] of one codebook): int64 [M * K]."""
+        """Counts how often each code occurs in codes [..., M] (or [...] of one codebook): int64 [M * K]."""
         num_codebooks = self.model.config.num_codebooks
         rows = table_rows(torch.from_numpy(np.asarray(codes, np.int64)).view(-1, num_codebooks), self.num_codes)
         return torch.bincount(rows.flatten(), minlength=num_codebooks * self.num_codes).numpy()
 
     def versions(self) -> dict[str, Any]:
-        """What the codes depend on beside clips, tokenizer and precision: rounding differs between batch sizes."""
+        """What codes depend on besides clips, tokenizer and precision; the batch size is included because of
+        rounding.
+        """
         return {**computed_with(self.device), "batch_size": self.batch_size}
 
 
 def make_encoder(
     model: VQVAE, num_codes: int, device: torch.device, settings: TokenizeConfig, clip: dict[str, Any]
 ) -> Encoder:
-    """An encoder, with the batch size that is set or that fits the device.
+    """Creates an encoder with the configured batch size, or with one that fits the device.
 
     Args:
-        model: in eval mode.
+        model: the tokenizer in eval mode.
         num_codes: K.
-        device: to compute on.
-        settings: ``precision`` and ``batch_size``.
-        clip: recipe of the clips.
+        device: device to compute on.
+        settings: provides ``precision`` and ``batch_size``.
+        clip: clip rule of the clips.
     """
     encoder = Encoder(model.to(device), num_codes, device, settings.precision, settings.batch_size or CPU_BATCH)
     if settings.batch_size is None and device.type == "cuda":

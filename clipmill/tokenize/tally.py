@@ -1,10 +1,10 @@
-"""What the committed token units of a split amount to, and what a resume reads of them.
+"""Totals over the committed token units of a split, stored so that a resume need not read every commit record.
 
-A record of a unit counts every code: packed, 33 to 97 KB at 65,536 codes. So the driver keeps the sums of 1,000 units
-at a time in segments, ``tokens/train/tally/000001.json``, each created once. A resume lists the commit records, reads
-the segments, and then those records only that no segment has. Freezing reads none.
+A unit's commit record counts every code, which takes 33 to 97 KB (packed) at 65,536 codes. The driver therefore stores
+the sums of 1,000 units at a time in segments, ``tokens/train/tally/000001.json``, each created once. A resume lists the
+commit records, reads the segments, and reads only the records that no segment covers. Freezing reads no records.
 
-A segment that has a unit without a commit record is not believed: it is removed, and its records are read again.
+A segment that contains a unit without a commit record is invalid: it is removed, and its records are read again.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ SCHEMA = 1
 SEGMENT_UNITS = 1000
 FOLDER = "tally"
 UNIT_FACTS = ("unit", "parts", "clips", "num_clips", "fields", "versions", "tokenizer", "precision", "condition_frames")
-"""Of a commit record, what a segment keeps."""
+"""Fields of a commit record that a segment stores."""
 _SEGMENT = re.compile(r"(\d{6,9})\.json")
 
 logger = logging.getLogger(__name__)
 
 
 def pack_counts(counts: np.ndarray) -> str:
-    """Counts, int64 [M * K], as text for a document. Bytes of equal weight lie together, which halves the size."""
+    """Packs counts, int64 [M * K], as text for a JSON document. Grouping bytes of equal significance halves the
+    size.
+    """
     planes = counts.astype("<i8").view(np.uint8).reshape(-1, 8).T
     return base64.b64encode(zlib.compress(planes.tobytes())).decode()
 
 
 def unpack_counts(text: str) -> np.ndarray:
-    """The counts that `pack_counts` has packed.
+    """Unpacks counts that `pack_counts` has packed.
 
     Raises:
-        ValueError: it has not packed this.
+        ValueError: the text is not packed counts.
     """
     try:
         planes = np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), np.uint8).reshape(8, -1)
@@ -56,15 +58,15 @@ def unpack_counts(text: str) -> np.ndarray:
 
 
 class Tally:
-    """What the finished units of a split amount to.
+    """Totals over the finished units of a split.
 
     Attributes:
-        num_clips: clips encoded.
+        num_clips: number of encoded clips.
         code_counts: int64 [M * K], how often each of the K codes of each of the M codebooks occurs.
-        versions: of the software that encoded them.
-        fields: what clips come with beside codes: in how many of them, and the shapes it has.
-        parts: the shards of each unit, by its number.
-        num_unpublished: units that no segment has yet.
+        versions: versions of the software that encoded them, without duplicates.
+        fields: for each member besides codes (actions, frames, text), the number of clips with it, and its shapes.
+        parts: the shards of each unit, by the unit's number.
+        num_unpublished: number of units that no segment contains yet.
     """
 
     def __init__(self, url: str, num_codes: int, num_codebooks: int) -> None:
@@ -86,7 +88,7 @@ class Tally:
     def add(self, record: dict[str, Any]) -> None:
         """Adds one unit's commit record."""
         packed = record["code_counts"]
-        # Before counts were packed they were a list, and at first the precision was always float32.
+        # Old records store counts as a list, and have no precision because it was always float32.
         counts = np.array(packed, np.int64) if isinstance(packed, list) else unpack_counts(packed)
         facts = {name: record.get(name, "float32") if name == "precision" else record[name] for name in UNIT_FACTS}
         self._add_unit(facts)
@@ -106,18 +108,18 @@ class Tally:
             known["shapes"] = sorted([*known["shapes"], *(s for s in found["shapes"] if s not in known["shapes"])])
 
     def publish(self) -> None:
-        """Keeps the units that no segment has yet in a new one. The caller holds the lease."""
+        """Stores the units that no segment contains yet in a new segment. The caller holds the lease."""
         if not self._segment_units:
             return
         body = {"units": self._segment_units, "code_counts": pack_counts(self._segment_counts)}
         number = self._num_segments + 1
         while not storage.create_document(storage.join(self._url, f"{number:06d}.json"), body, SCHEMA):
-            number += 1  # of a run that was taken over
+            number += 1  # a run that lost its lease has created this one
         self._num_segments = number
         self._begin_segment()
 
     def read_segments(self, committed: Collection[int]) -> list[dict[str, Any]]:
-        """Adds the segments of earlier runs; the facts of their units. The caller holds the lease.
+        """Adds the segments of earlier runs; returns the facts of their units. The caller holds the lease.
 
         Args:
             committed: numbers of the units that have commit records.
@@ -130,7 +132,7 @@ class Tally:
             url = storage.join(self._url, entry.name)
             found = self._read_segment(url)
             if found is None or not all(facts["unit"] in committed for facts in found[0]):
-                logger.warning("%s does not fit the commit records: they are read again", url)
+                logger.warning("%s does not match the commit records; removed it, reading the records again", url)
                 storage.remove(url)
             elif not any(facts["unit"] in self.parts for facts in found[0]):
                 for facts in found[0]:

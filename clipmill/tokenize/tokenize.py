@@ -1,9 +1,9 @@
 """Stage ``tokenize``: every clip is encoded once, so that training the prior reads a few hundred codes a clip.
 
-Unit n of the clips becomes unit n of the tokens, in each split: ``{key}.codes.npy`` (as narrow as the codebook
-allows, shape t h w [codebooks]) with the clip's own ``{key}.json``, where it has them its ``{key}.actions.npy``, and
-what else a prior is to be told of it: ``{key}.frames.npy``, its first frames, and ``{key}.text.npy``, the embedding of
-its text. `clipmill.tokenize.unit` makes one unit, on any worker with the same bytes.
+In each split, unit n of the clips becomes unit n of the tokens. A sample has ``{key}.codes.npy`` (shape t h w
+[codebooks], in the narrowest dtype that holds the codes) and the clip's ``{key}.json``. It may also have inputs for
+conditioning a prior: the clip's ``{key}.actions.npy``, its first frames ``{key}.frames.npy``, and the embedding of its
+text ``{key}.text.npy``. `clipmill.tokenize.unit` makes a unit, with the same bytes on any worker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
 logger = logging.getLogger(__name__)
 
 NOTED_WAIT_SHARE = 0.1
-"""Of the workers' time, waited for decoded clips, from which on the log says what to do."""
+"""If encoders wait for decoded clips for at least this share of their time, the log recommends more decoding CPUs."""
 
 
 def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
     Raises:
         UserError: clips or tokenizer are missing or do not fit each other, or the folder holds other tokens. Nothing
-            has been written then.
+            has been written.
         StageFailed: a unit failed at every attempt.
     """
     clips, recipe = _inputs(config)
@@ -74,7 +74,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
                     beside_cpus=decode_cpus(config),
                 )
         finally:
-            if lease.is_newest():  # a later run that took over knows more
+            if lease.is_newest():  # a later run that took over stores its own totals
                 for tally in tallies.values():
                     tally.publish()
     clips_per_second = (_num_clips(tallies) - num_clips_before) / (time.monotonic() - began)
@@ -84,15 +84,15 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
 
 def folder_url(config: RunConfig) -> str:
-    """Where this stage writes."""
+    """The folder that this stage writes to."""
     return config.folder("tokens")
 
 
 def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The recipe of the clips, by the URL of what this stage reads.
+    """The recipe of the input clips, by their URL.
 
     Raises:
-        UserError: there are none yet.
+        UserError: there are no clips yet.
     """
     return {clips.url: clips.recipe for clips in [Manifest.require(config.folder("clips", "train"), "clips")]}
 
@@ -119,7 +119,7 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def _note_waits(config: RunConfig, times: Counter[str]) -> None:
-    """Says what to add where encoders waited for decoders."""
+    """Logs advice if encoders waited for decoders."""
     share = times["encoder_wait_seconds"] / max(1e-9, times["encode_seconds"] + times["encoder_wait_seconds"])
     if share >= NOTED_WAIT_SHARE:
         logger.info(
@@ -135,15 +135,15 @@ def _num_clips(tallies: dict[str, Tally]) -> int:
 
 
 def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
-    """The clips of each split, and the recipe of the tokens to be."""
+    """The clips of each split, and the recipe of the tokens to make."""
     clips = {split: Manifest.require(config.folder("clips", split), "clips") for split in SPLITS}
     clip_recipe = clips["train"].recipe
     body, sha8 = require_vqvae_for(config.tokenizer_url, config.folder("clips"), clip_recipe)
     num_frames = clip_recipe["clip"]["num_frames"]
     if config.tokenize.condition_frames > num_frames:
         raise UserError(
-            f"tokenize.condition_frames={config.tokenize.condition_frames}, but a clip has {num_frames} frames; choose "
-            "fewer"
+            f"tokenize.condition_frames={config.tokenize.condition_frames}, but a clip has {num_frames} frames; lower "
+            "it"
         )
     recipe = {
         "tokenizer": sha8,
@@ -157,9 +157,9 @@ def _inputs(config: RunConfig) -> tuple[dict[str, Manifest], dict[str, Any]]:
 
 
 def _check_recipe(config: RunConfig, split: str, found: dict[str, Any], recipe: dict[str, Any]) -> None:
-    """Compares what tokens on disk were made by (a manifest's recipe or a commit record) with what is asked for."""
+    """Refuses tokens on disk whose recipe (from a manifest or a commit record) differs from the wanted one."""
     url = config.folder("tokens", split)
-    recorded = {"precision": "float32"} | found  # the only one of those who did not record it
+    recorded = {"precision": "float32"} | found  # old records have no precision; it was always float32
     for key in ("condition_frames", "precision"):
         if recorded[key] != recipe[key]:
             raise UserError(
@@ -168,14 +168,14 @@ def _check_recipe(config: RunConfig, split: str, found: dict[str, Any], recipe: 
             )
     if found["tokenizer"] != recipe["tokenizer"]:
         raise UserError(
-            f"{url} holds tokens of tokenizer {found['tokenizer']}, the one at {config.tokenizer_url} is "
+            f"{url} holds tokens of tokenizer {found['tokenizer']}, but the one at {config.tokenizer_url} is "
             f"{recipe['tokenizer']}; remove {folder_url(config)}, choose another root, or set tokenize.tokenizer to "
             "the export that made them"
         )
 
 
 def _count_committed(config: RunConfig, clips: Manifest, recipe: dict[str, Any], tally: Tally) -> list[Unit]:
-    """Adds the units that an earlier run committed to the tally; the others are returned."""
+    """Adds units that earlier runs committed to the tally; returns the other units."""
     split = clips.url.rpartition("/")[2]
     shards: dict[int, list[str]] = {number: [] for number in range(clips.facts["num_units"])}
     for shard in clips.shards:
@@ -195,7 +195,7 @@ def _count_committed(config: RunConfig, clips: Manifest, recipe: dict[str, Any],
 def _check_unit(
     config: RunConfig, unit: Unit | None, facts: dict[str, Any], split: str, recipe: dict[str, Any]
 ) -> None:
-    """Compares what a committed unit was made of and by with what is asked for."""
+    """Refuses a committed unit that was made from other clips or with another recipe."""
     _check_recipe(config, split, facts, recipe)
     if unit is None or tuple(facts["clips"]) != unit.shards:
         raise UserError(

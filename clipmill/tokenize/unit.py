@@ -1,6 +1,6 @@
-"""Makes one unit of tokens: reads and decodes its clips ahead, encodes them in order, packs and commits.
+"""Makes one unit of tokens: reads and decodes its clips ahead, encodes them in order, packs and commits them.
 
-Batches form inside a unit in order, so a unit's bytes do not depend on which worker does it.
+Batches never span units, so a unit's bytes do not depend on the worker that makes it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from clipmill.tokenize.tally import pack_counts
 __all__ = ["TIMES", "Unit", "decode_cpus", "make_worker"]
 
 CONDITIONS = {"actions.npy", "text.npy", "frames.npy"}
-"""Members that a prior may be told."""
+"""Members that can condition a prior."""
 GPU_DECODE_CPUS = 3
-"""With the one that feeds the GPU four of a node, which is what the smallest machines with a GPU have."""
+"""Together with the CPU that feeds the GPU these are four, as many as the smallest machines with a GPU have."""
 TIMES = ("encode_seconds", "encoder_wait_seconds", "decode_seconds")
-"""What a worker says about a unit beside what the commit record keeps."""
+"""Timings that a worker returns for a unit, in addition to the commit record."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,8 +48,8 @@ class Unit:
 
     Attributes:
         split: ``train`` or ``val``.
-        number: of the clip unit, and of the token unit to be.
-        shards: names of its tars.
+        number: number of the clip unit, and of the token unit made from it.
+        shards: names of the clip unit's tars.
     """
 
     split: str
@@ -61,7 +61,7 @@ class Unit:
 
 
 def decode_cpus(config: RunConfig) -> int:
-    """CPUs that a worker asks for beside those of the model."""
+    """CPUs that a worker requests for decoding, in addition to those of the model."""
     if config.tokenize.decode_cpus is not None:
         return config.tokenize.decode_cpus
     return GPU_DECODE_CPUS if config.cluster.use_gpu else 0

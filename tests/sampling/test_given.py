@@ -98,7 +98,7 @@ def test_a_table_names_frames_and_classes(root: Path, tmp_path: Path):
         (f"{tmp_path}/0.png", "left"),
     ]
     table.write_text("url,label\n1.png,sideways\n")
-    with pytest.raises(UserError, match=r"1\.png of sample\.given has the class sideways, the prior knows down, left"):
+    with pytest.raises(UserError, match=r"1\.png of sample\.given has class sideways, but the prior knows down, left"):
         make_samples(toy_config(root, prefix_latents=1, given=str(table), name="b"))
     table.write_text("url,label\n9.png,up\n")
     with pytest.raises(UserError, match=r"there is no file .*9\.png"):
@@ -141,7 +141,7 @@ def test_what_cannot_be_given_is_one_line(root: Path, tmp_path: Path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     for name, message in (
         ("cat.png", r"cat\.png cannot be read: no picture that can be read: cannot identify image file"),
-        ("short.nut", r"short\.nut is too short: the model is given 4 frames"),
+        ("short.nut", r"short\.nut is too short: the model needs 4 frames"),
         ("empty", r"empty holds no video or picture"),
         ("array.npy", r"array\.npy at .* has no video or picture"),
         ("missing.mp4", r"there is no file .*missing\.mp4"),

@@ -101,7 +101,7 @@ def test_given_latents_may_be_longer_than_the_window() -> None:
     assert torch.equal(videos.codes[:, :6], prefix)
     window = drawing(prior)(condition=None, prefix=prefix[:, 4:], first_frame=4)
     assert torch.equal(videos.codes[:, 4:8], window)
-    with pytest.raises(UserError, match="6 latent frames are given, of 4 that the video has"):
+    with pytest.raises(UserError, match="the given frames fill 6 latent frames, but the video has only 4"):
         sampled(drawing(prior), tokenizer, video_length(body, None), prefix=prefix)
 
 
@@ -122,7 +122,7 @@ def test_actions_slide_along(causal: bool, window: int, num_frames: int) -> None
     seen: list[Tensor | None] = []
     sampled(recorded(prior, seen), tokenizer, video_length(body, num_frames, 2), condition=actions)
     assert [torch.equal(got, actions[:, first : first + window]) for got, first in zip(seen, (0, 8, 12), strict=True)]
-    with pytest.raises(UserError, match=f"of 20 frames, the video is to have {num_frames}; give actions of every"):
+    with pytest.raises(UserError, match=f"cover 20 frames, but the video has {num_frames}; give actions for every"):
         sampled(drawing(prior), tokenizer, video_length(body, num_frames), condition=actions[:, :20])
 
 
@@ -154,7 +154,7 @@ def test_the_overlap_holds_the_frames_of_the_condition() -> None:
     assert video_length(make_models(True, (6, 8, 8, 3), condition="frames")[2], 17).overlap_latents == 3
     filled = make_models(condition_shape=(13, 8, 8, 3), condition="frames")[2]
     assert video_length(filled, 16).num_latents == 4
-    with pytest.raises(UserError, match="4 latent frames leave none to make after the 4 that must be known"):
+    with pytest.raises(UserError, match="of its 4 latent frames, 4 must be known; remove num_frames"):
         video_length(filled, 20)
 
 
@@ -164,7 +164,7 @@ def test_the_overlap_holds_the_frames_of_the_condition() -> None:
         (False, 18, None, "num_frames=18: this prior makes 16 frames, or more in steps of 4; set it to 20"),
         (False, 8, None, "num_frames=8: this prior makes 16 frames, or more in steps of 4; set it to 16"),
         (True, 16, None, "num_frames=16: this prior makes 13 frames, or more in steps of 4; set it to 17"),
-        (False, 20, 4, "overlap_latents=4: windows of 4 latent frames of this prior overlap by 1 to 3; leave it out"),
+        (False, 20, 4, "overlap_latents=4: windows of 4 latent frames of this prior can overlap by 1 to 3; remove it"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(

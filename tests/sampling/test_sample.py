@@ -274,7 +274,7 @@ def test_missing_conditions_are_refused_before_anything_is_written(root: Path, t
             {"guidance": 2.0},
             r"sample.guidance=2.0 needs a prior trained with .*label_dropout or condition_dropout",
         ),
-        ({"prefix_latents": 2}, "of 2 latent frames one must be left"),
+        ({"prefix_latents": 2}, "has 2 latent frames, at least one must be generated"),
         ({"prefix_latents": 1}, r"no tokens at .*/tokens/val to take conditions or first latents from"),
     ):
         with pytest.raises(UserError, match=message):
@@ -349,7 +349,9 @@ def test_samples_longer_than_the_window(root: Path, caplog: pytest.LogCaptureFix
 def test_lengths_that_the_prior_does_not_make_are_refused(root: Path):
     with pytest.raises(UserError, match="num_frames=10: this prior makes 8 frames, or more in steps of 4"):
         sample.is_finished(with_sample(toy_config(root), num_frames=10))
-    with pytest.raises(UserError, match="of 2 latent frames one must be left, and a clip has 2; set it to 1"):
+    with pytest.raises(
+        UserError, match="has 2 latent frames, at least one must be generated, and a clip has 2; set it to at most 1"
+    ):
         sample.is_finished(with_sample(toy_config(root), prefix_latents=2))
     assert not (root / "samples").exists()
 
