@@ -20,7 +20,7 @@ from clipmill.cli import start, stages, models, results, data, cluster, watch  #
 
 __all__ = ["app", "run"]
 
-_NOISY_LOGGERS = ("DeepSpeed", "ray", "httpx", "botocore", "s3fs", "azure", "adlfs", "gcsfs", "google")
+_NOISY_LOGGERS = ("DeepSpeed", "ray", "httpx", "botocore", "s3fs", "fsspec", "azure", "adlfs", "gcsfs", "google")
 
 
 def run() -> None:

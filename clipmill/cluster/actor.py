@@ -81,10 +81,10 @@ class _GivenUp(BaseException):
 class FanoutActor:
     """One worker process: builds the stage's worker once, then does one unit after the other."""
 
-    def __init__(self, num_threads: int, bell: ActorHandle) -> None:
+    def __init__(self, num_threads: int, bell: ActorHandle, environment: dict[str, str]) -> None:
         # Before the stage's modules arrive with start(): libraries read these when they are loaded.
         self._num_threads = num_threads
-        os.environ.update(connection.WORKER_ENVIRONMENT | dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
+        os.environ.update(environment | dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
         self._begins_units, self._is_busy, self._gives_up = True, False, False
         self._main_thread = threading.get_ident()
         self._on_sigterm_before = signal.signal(signal.SIGTERM, self._on_sigterm)

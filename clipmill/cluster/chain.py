@@ -17,7 +17,7 @@ from clipmill.status import folder_of
 from clipmill.status.places import FOLDERS
 from clipmill.status.read import read_stage
 
-__all__ = ["PlannedJob", "describe", "plan_chain"]
+__all__ = ["PlannedJob", "describe", "plan_chain", "unmet_requests"]
 
 LOOK_SECONDS = 10.0
 """How long a dry run waits for the storage of a run."""
@@ -85,7 +85,9 @@ def _stage_of(entrypoint: str, runtime_env: dict[str, Any]) -> tuple[str | None,
     if outside:
         raise UserError(f"config {outside[0]} is not in {folder}, which is what travels to the cluster; copy it there")
     assignments = [word for word in words[2:] if "=" in word and not word.startswith("-") and word not in files]
-    return words[1], load_config(found, assignments)
+    config = load_config(found, assignments)
+    storage.set_places(config.storage)
+    return words[1], config
 
 
 def describe(chain: Sequence[PlannedJob], server: Server) -> Iterator[str]:
@@ -101,6 +103,19 @@ def describe(chain: Sequence[PlannedJob], server: Server) -> Iterator[str]:
             held = sum(_num_held(node, bundle) for node in nodes)
             verdict = f"the cluster holds {held} when empty" if held else "NO NODE HOLDS ONE"
             yield f"  {what}: {wanted} x {resources_text(bundle)}; {verdict}"
+
+
+def unmet_requests(chain: Sequence[PlannedJob], nodes: Sequence[dict[str, float]]) -> Iterator[str]:
+    """A line for each request that no node can hold; none where the nodes are not known.
+
+    Args:
+        chain: what will be submitted.
+        nodes: resources of each living node.
+    """
+    for planned in chain if nodes else ():
+        for what, bundle, _ in _requests(planned):
+            if not any(_num_held(node, bundle) for node in nodes):
+                yield f"{planned.job.name}: no node holds {resources_text(bundle)} for its {what}; it will wait for one"
 
 
 def _state(root: str, stage: str) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
+from clipmill import storage
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted, StageFailed, StorageUnavailable, UserError
 from clipmill.grace import seconds_until_kill
@@ -36,6 +37,7 @@ __all__ = [
     "spared_nodes",
     "stop_signals",
     "waiting_message",
+    "worker_environment",
 ]
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
@@ -54,6 +56,11 @@ GIVE_UP_SECONDS = 10.0
 """How long units that are given up get to remove their temporary files."""
 
 logger = logging.getLogger(__name__)
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables of every worker process, on any node; none of them is a secret."""
+    return WORKER_ENVIRONMENT | storage.places_environment()
 
 
 def is_embedded(config: ClusterConfig) -> bool:

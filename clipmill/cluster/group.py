@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clipmill.cluster.connection import WORKER_ENVIRONMENT, death, error_facts, is_death, last_line
+from clipmill.cluster.connection import death, error_facts, is_death, last_line, worker_environment
 from clipmill.cluster.mailbox import News, Report, start_mailbox
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted
@@ -144,7 +144,7 @@ class Group:
         import ray.train
         import ray.train.torch
 
-        environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(task["num_threads"])}
+        environment = {**worker_environment(), "OMP_NUM_THREADS": str(task["num_threads"])}
         if not config.use_gpu:
             # Ray shows a worker that asked for none of the GPUs all of them.
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

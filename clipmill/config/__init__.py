@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from clipmill.config.data import ClipConfig, DataConfig, MixPart, frame_size
 from clipmill.config.load import load_config, shipped_configs
+from clipmill.config.place import StoragePlace
 from clipmill.config.prior import PRESETS, PriorModelConfig
 from clipmill.config.recorded import with_recorded_clips
 from clipmill.config.reference import Key, SectionReference, all_sections, json_schema, markdown, schema_keys
@@ -45,6 +46,7 @@ __all__ = [
     "SectionReference",
     "SharpnessConfig",
     "SourceConfig",
+    "StoragePlace",
     "TableColumns",
     "TokenizeConfig",
     "TrainingConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from clipmill.config.data import DataConfig
+from clipmill.config.place import StoragePlace
 from clipmill.config.section import FREE, PLACE, Place, PositiveInt, Section
 from clipmill.config.training import PriorConfig, VQVAEConfig
 
@@ -217,6 +218,8 @@ class RunConfig(Section):
     """URL of the run's folder: ``runs/demo``, ``s3://bucket/runs/bair``."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of train/val split, random views, initial weights, sample order, and dropout."""
+    storage: Annotated[tuple[StoragePlace, ...], FREE] = ()
+    """Places that need other addresses or keys than the environment's: the root, the source, or any other."""
     data: DataConfig = DataConfig()
     vqvae: VQVAEConfig = VQVAEConfig()
     tokenize: TokenizeConfig = TokenizeConfig()

@@ -27,6 +27,7 @@ from clipmill.storage.objects import (
     stat,
     walk,
 )
+from clipmill.storage.places import places_environment, set_places
 from clipmill.storage.redact import is_secret_variable, redacted
 from clipmill.storage.retries import limit_retries
 from clipmill.storage.urls import (
@@ -67,6 +68,7 @@ __all__ = [
     "list_folders",
     "local_path",
     "open_to_read",
+    "places_environment",
     "publish_bytes",
     "publish_document",
     "publish_file",
@@ -78,6 +80,7 @@ __all__ = [
     "remove_tree",
     "resolve",
     "server",
+    "set_places",
     "shown",
     "split",
     "stat",

@@ -11,6 +11,7 @@ is refused, the credentials or the bucket are wrong.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import math
@@ -21,12 +22,12 @@ from http import HTTPStatus
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from clipmill.errors import StorageUnavailable, UserError
+from clipmill.storage.failures import NO_BUCKET, Refused, Unreadable, WebLost, WebUnavailable, server_answer, transient_reason
 from clipmill.storage.connection import connect
-from clipmill.storage.failures import S3_SCHEMES, Unreadable, WebLost, WebUnavailable, server_answer, transient_reason
 from clipmill.storage.retries import RetryBudget
-from clipmill.storage.urls import is_web, join, scheme, shown
+from clipmill.storage.urls import is_web, join, provider, server, shown
 
-__all__ = ["S3Folder", "call", "check_create", "create", "open_to_read", "s3_folder"]
+__all__ = ["S3Folder", "call", "check_create", "create", "in_bucket", "open_to_read", "s3_folder"]
 
 QUIET_RETRIES = 3
 
@@ -72,7 +73,8 @@ def _outage(url: str, error: BaseException, what: str) -> StorageUnavailable:
     if is_web(url):
         kind = WebLost if server_answer(error)[1] is None else WebUnavailable
         return kind(f"{shown(url)}: the server {what}")
-    advice = "check it and AWS_ENDPOINT_URL, then run the same command again"
+    setting = " and AWS_ENDPOINT_URL" if provider(url) == "s3" else ""
+    advice = f"check it{setting}, then run the same command again"
     return StorageUnavailable(f"{shown(url)}: the storage {what}; {advice}")
 
 
@@ -107,7 +109,19 @@ def create(url: str, data: bytes) -> bool:
             return data != b"" and filesystem.cat_file(path, max_concurrency=1) == data
         return True
 
-    return call(url, put)
+    return in_bucket(url, put)
+
+
+def in_bucket(url: str, operation: Callable[[Any, str], T]) -> T:
+    """As `call`, of an operation that misses something only where the bucket is missing: a put, a listing.
+
+    Raises:
+        Refused: there is no such bucket.
+    """
+    try:
+        return call(url, operation)
+    except FileNotFoundError as error:  # what gcsfs makes of any answer 404
+        raise Refused(NO_BUCKET.format(server(url), shown(url))) from error
 
 
 def check_create(folder_url: str) -> None:
@@ -120,7 +134,8 @@ def check_create(folder_url: str) -> None:
     try:
         is_fenced = create(url, b"first") and not create(url, b"second")
     finally:
-        call(url, lambda filesystem, path: filesystem.rm_file(path))
+        with contextlib.suppress(FileNotFoundError):
+            call(url, lambda filesystem, path: filesystem.rm_file(path))
     if not is_fenced:
         raise UserError(
             f"{folder_url}: this storage ignores If-None-Match, so two runs could own one folder; upgrade it, or use "
@@ -130,10 +145,10 @@ def check_create(folder_url: str) -> None:
 
 def open_to_read(url: str, block_bytes: int) -> BinaryIO:
     """The object as a file that can be read and sought, in requests of at least ``block_bytes``."""
-    if scheme(url) not in S3_SCHEMES and not is_web(url):
+    if provider(url) != "s3" and not is_web(url):
         return call(url, lambda filesystem, path: filesystem.open(path, "rb", block_size=block_bytes))
     info = call(url, lambda filesystem, path: filesystem.info(path))
-    version = [info["ETag"]] if scheme(url) in S3_SCHEMES and info.get("ETag") else []
+    version = [info["ETag"]] if provider(url) == "s3" and info.get("ETag") else []
     return io.BufferedReader(_Ranges(url, info["size"], version), block_bytes)
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from http import HTTPStatus
 
 from clipmill.errors import ClipmillError, StageFailed, StorageUnavailable, UserError
-from clipmill.storage.urls import is_web, scheme, server, shown
+from clipmill.storage.urls import is_web, provider, server, shown
 
 __all__ = [
-    "S3_SCHEMES",
+    "NO_BUCKET",
     "Refused",
     "ServerLost",
     "Unreadable",
@@ -24,11 +24,29 @@ __all__ = [
     "transient_reason",
 ]
 
-S3_SCHEMES = frozenset(("s3", "s3a"))
+NO_BUCKET = "the bucket {} of {} does not exist; create it, or correct the URL"
 
 _BOTOCORE_TRANSPORT_ERRORS = ("ConnectionError", "HTTPClientError", "IncompleteReadError")  # and their subclasses
-_CREDENTIALS_ADVICE = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and the bucket's permissions"
-_SETTINGS_ADVICE = "correct the URL, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_PROFILE or ~/.aws/config"
+_CREDENTIALS_ADVICE = {
+    "s3": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and the bucket's permissions",
+    "az": "check AZURE_STORAGE_CONNECTION_STRING, or _ACCOUNT_NAME and _ACCOUNT_KEY, and the container's permissions",
+    "gs": "check GOOGLE_APPLICATION_CREDENTIALS and the bucket's permissions",
+}
+_SETTINGS_ADVICE = {
+    "s3": "correct the URL, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_PROFILE or ~/.aws/config",
+    "az": "correct the URL, AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and _ACCOUNT_KEY",
+    "gs": "correct the URL, GOOGLE_APPLICATION_CREDENTIALS or STORAGE_EMULATOR_HOST",
+}
+_CLOUD_TRANSPORT_ERRORS = frozenset(
+    (
+        "ServiceRequestError",  # of Azure's SDK, as the next three
+        "ServiceRequestTimeoutError",
+        "ServiceResponseError",
+        "ServiceResponseTimeoutError",
+        "TransportError",  # of Google's
+        "ChecksumError",  # of gcsfs: the copy was damaged on its way
+    )
+)
 _TRANSIENT_CODES = frozenset(
     (
         "BadDigest",
@@ -47,11 +65,14 @@ _TRANSIENT_CODES = frozenset(
 _TRANSIENT_STATUSES = frozenset((HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS))
 _WRONG_CREDENTIALS = frozenset(
     (
+        "AuthenticationFailed",
         "AuthorizationHeaderMalformed",
         "ExpiredToken",
         "InvalidAccessKeyId",
+        "InvalidAuthenticationInfo",
         "InvalidSecurity",
         "InvalidToken",
+        "NoAuthenticationInformation",
         "NotSignedUp",
         "RequestTimeTooSkewed",
         "SignatureDoesNotMatch",
@@ -101,13 +122,14 @@ def transient_reason(url: str, error: Exception) -> str | None:
     names = {type(one).__name__ for one in causes(error)}
     if code == "InvalidObjectState":
         raise Unreadable(f"{name} is archived; restore it") from error
-    if code == "NoSuchBucket":
-        raise Refused(f"the bucket {server(url)} of {name} does not exist; create it, or correct the URL") from error
+    if code in ("NoSuchBucket", "ContainerNotFound"):
+        raise Refused(NO_BUCKET.format(server(url), name)) from error
     if names & {"NoCredentialsError", "PartialCredentialsError"}:
         raise UserError(f"{name}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-    if scheme(url) in S3_SCHEMES and (isinstance(error, PermissionError) or status in (401, 403)):
-        kind = UserError if code in _WRONG_CREDENTIALS else Refused
-        raise kind(f"{name}: access denied ({code or first_line(error)}); {_CREDENTIALS_ADVICE}") from error
+    if provider(url) in _CREDENTIALS_ADVICE and (isinstance(error, PermissionError) or status in (401, 403)):
+        kind = UserError if code in _WRONG_CREDENTIALS or status == HTTPStatus.UNAUTHORIZED else Refused
+        advice = _CREDENTIALS_ADVICE[provider(url)]
+        raise kind(f"{name}: access denied ({code or first_line(error)}); {advice}") from error
     if status == HTTPStatus.NOT_IMPLEMENTED:
         raise UserError(f"{name}: the storage does not support this request ({code}); use another storage") from error
     if isinstance(error, FileNotFoundError | FileExistsError):
@@ -120,7 +142,8 @@ def transient_reason(url: str, error: Exception) -> str | None:
         return first_line(error)
     if any(isinstance(one, ValueError | TypeError) or _is_botocore(one) for one in causes(error)):
         # The client itself refused the request: the region, endpoint, profile or bucket name is wrong.
-        raise UserError(f"{name}: {first_line(error)}; {_SETTINGS_ADVICE}") from error
+        advice = _SETTINGS_ADVICE.get(provider(url), "correct the URL or the settings of its client")
+        raise UserError(f"{name}: {first_line(error)}; {advice}") from error
     return None
 
 
@@ -158,7 +181,8 @@ def _status_text(status: int) -> str:
 def _is_network(error: BaseException) -> bool:
     return any(
         isinstance(one, ConnectionError | TimeoutError)
-        or type(one).__module__.startswith(("aiohttp", "botocore.httpchecksum"))
+        or type(one).__module__.startswith(("aiohttp", "botocore.httpchecksum", "requests.exceptions"))
+        or type(one).__name__ in _CLOUD_TRANSPORT_ERRORS
         or _is_botocore_transport(one)
         for one in causes(error)
     )
@@ -182,8 +206,12 @@ def server_answer(error: BaseException) -> tuple[str | None, int | None]:
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return response.get("Error", {}).get("Code"), status
-        if isinstance(getattr(one, "status", None), int):  # a web server's answer
-            return None, one.status  # type: ignore[attr-defined]
+        if isinstance(getattr(one, "status_code", None), int):  # of Azure
+            code = getattr(one, "error_code", None)
+            return None if code is None else str(getattr(code, "value", code)), one.status_code  # type: ignore[attr-defined]
+        for name in ("status", "code"):  # of a web server; of Google
+            if isinstance(getattr(one, name, None), int):
+                return None, getattr(one, name)
     return None, None
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from clipmill.errors import UserError
 from clipmill.storage import bucket, pages
 from clipmill.storage.entry import Entry
-from clipmill.storage.failures import S3_SCHEMES
-from clipmill.storage.urls import is_web, relative_name, scheme, shown
+from clipmill.storage.urls import is_web, provider, relative_name, shown
 
 __all__ = ["children", "entry_of", "walk"]
 
@@ -26,12 +25,12 @@ def children(url: str) -> list[tuple[Entry, bool]]:
 
 def walk(url: str, after: str) -> Iterator[Entry]:
     """The objects below a folder whose relative path is greater than ``after``, in key order."""
-    if scheme(url) in S3_SCHEMES:
+    if provider(url) == "s3":
         yield from _walk_s3(url, after)
         return
     if is_web(url):
         raise UserError(f"{shown(url)}: files of a web server cannot be listed; name them in a table")
-    folder, found = bucket.call(url, lambda filesystem, path: (path, filesystem.find(path, detail=True)))
+    folder, found = bucket.in_bucket(url, lambda filesystem, path: (path, filesystem.find(path, detail=True)))
     for name in sorted(found):
         if not _is_folder_marker(found[name]):
             entry = entry_of(found[name], folder)

@@ -172,7 +172,7 @@ def publish_bytes(url: str, data: bytes) -> None:
     if is_local(url):
         disk.publish(local_path(url), lambda file: file.write(data))
     else:
-        bucket.call(url, lambda filesystem, path: filesystem.pipe_file(path, data))
+        bucket.in_bucket(url, lambda filesystem, path: filesystem.pipe_file(path, data))
 
 
 def publish_file(path: Path, url: str) -> None:
@@ -181,7 +181,7 @@ def publish_file(path: Path, url: str) -> None:
         with path.open("rb") as original:
             disk.publish(local_path(url), lambda file: shutil.copyfileobj(original, file, 2**20))
     else:
-        bucket.call(url, lambda filesystem, remote: filesystem.put_file(str(path), remote))
+        bucket.in_bucket(url, lambda filesystem, remote: filesystem.put_file(str(path), remote))
 
 
 def create_bytes(url: str, data: bytes) -> bool:

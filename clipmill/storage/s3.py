@@ -15,6 +15,10 @@ from botocore.utils import parse_timestamp
 from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
+from clipmill.config.place import StoragePlace
+from clipmill.errors import UserError
+from clipmill.storage.places import secret
+
 __all__ = ["PAGE_KEYS", "TrueNames", "connected"]
 
 CONNECT_TIMEOUT_SECONDS = 10
@@ -92,9 +96,26 @@ def _timestamp(text: Any) -> datetime:
         return parse_timestamp(text)
 
 
-def connected() -> TrueNames:
-    """A new client with the credentials and the endpoint of the environment."""
-    session = AioSession()
+def _options(place: StoragePlace) -> dict[str, Any]:
+    """What s3fs is given for a place."""
+    options: dict[str, Any] = {"endpoint_url": place.endpoint_url, "anon": place.anonymous}
+    if place.region:
+        options["client_kwargs"] = {"region_name": place.region}
+    if place.credentials:
+        names = {"key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY", "token": "AWS_SESSION_TOKEN"}
+        options |= {option: secret(place, name) for option, name in names.items()}
+        if missing := [place.credentials + names[option] for option in ("key", "secret") if not options[option]]:
+            raise UserError(f"{place.url}: no credentials found; set {' and '.join(missing)} on every node")
+    return options
+
+
+def connected(place: StoragePlace | None) -> TrueNames:
+    """A new client with the credentials and the endpoint of a place; None: of the environment.
+
+    Raises:
+        UserError: the variables that the place names are not set.
+    """
+    session = AioSession(profile=place.profile if place else None)
     session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_timestamp)
     filesystem = TrueNames(
         session=session,
@@ -105,6 +126,7 @@ def connected() -> TrueNames:
             "read_timeout": READ_TIMEOUT_SECONDS,
             "retries": {"total_max_attempts": 1},
         },
+        **(_options(place) if place else {}),
     )
     filesystem.retries = 1
     filesystem.connect()

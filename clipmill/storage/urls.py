@@ -23,6 +23,7 @@ __all__ = [
     "join",
     "local_path",
     "object_path",
+    "provider",
     "relative_name",
     "request_url",
     "resolve",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 WEB_SCHEMES = frozenset(("http", "https"))
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)")
 """Scheme and server. `urlsplit` would take ``a:b`` for a URL, and drop the newlines of a name."""
@@ -61,6 +63,11 @@ def scheme(url: str) -> str:
     """The scheme of a URL in lower case; empty for a path."""
     found = _URL.match(url)
     return found[1].lower() if found else ""
+
+
+def provider(url: str) -> str:
+    """The scheme of a URL by its usual name: ``s3``, ``gs``, ``az``."""
+    return _OTHER_NAMES.get(scheme(url), scheme(url))
 
 
 def server(url: str) -> str:

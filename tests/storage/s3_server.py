@@ -84,6 +84,7 @@ class S3Server:
         fault: (request, how often it was made before) to what goes wrong, or None.
         knows_start_after: whether listings heed StartAfter.
         is_fenced: whether puts heed If-None-Match.
+        access_key: that requests must be signed with; None: any. The signature itself is not checked.
         delay_seconds: of each answer.
         most_at_once: requests that were answered at the same time.
     """
@@ -96,6 +97,7 @@ class S3Server:
         self.requests: Counter[str] = Counter()
         self.fault: Callable[[str, int], Answer | None] = lambda request, number: None
         self.knows_start_after = self.is_fenced = True
+        self.access_key: str | None = None
         self.delay_seconds = 0.0
         self.num_at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -136,6 +138,11 @@ class S3Server:
         if bucket in self.buckets:
             return self.buckets[bucket].get(key)
         return whole(self.objects[key]) if key in self.objects else None
+
+    def refusal(self, authorization: str) -> Answer | None:
+        """What a request gets that another key signed."""
+        is_known = self.access_key is None or f"Credential={self.access_key}/" in authorization
+        return None if is_known else (403, "InvalidAccessKeyId")
 
     def page(self, bucket: str, query: dict[str, str]) -> str:
         """An answer of ListObjectsV2."""
@@ -187,7 +194,7 @@ class S3Server:
                     server.num_at_once -= 1
                     number = server.requests[request]
                     server.requests[request] += 1
-                    fault = server.fault(request, number)
+                    fault = server.fault(request, number) or server.refusal(self.headers.get("Authorization", ""))
                     if fault is not None:
                         self._error(*fault)
                     elif request == "LIST":
