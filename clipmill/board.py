@@ -6,9 +6,10 @@ logger, each process has one board.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ NUM_CAUSES = 5
 MAX_CAUSES = 1000
 """Maximum number of distinct causes. Causes may name objects, so further ones are counted together."""
 OTHER_CAUSES = "other causes"
+MAX_LABELS = 30
+"""Different causes of one kind that metrics tell apart: each is a time series for as long as Prometheus keeps any."""
 
 Kind = Literal["failures", "quarantine"]
 
@@ -68,10 +71,12 @@ class Board:
     Attributes:
         stage: the running stage; None while no stage runs.
         attempt: number of its lease.
+        run: root of the run.
     """
 
     stage: str | None = None
     attempt: int | None = None
+    run: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _done: float = 0.0
     _total: float | None = None
@@ -80,11 +85,12 @@ class Board:
     """(monotonic seconds, amount done), one for each second in which more was done."""
     _facts: dict[str, Any] = field(default_factory=dict)
     _causes: dict[str, Counter[str]] = field(default_factory=dict)
+    _totals: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
 
-    def begin(self, stage: str, attempt: int) -> None:
-        """Clears the board for a new attempt at a stage."""
+    def begin(self, stage: str, attempt: int, run: str | None = None) -> None:
+        """Clears the board for a new attempt at a stage. Totals go on: they belong to the process."""
         with self._lock:
-            self.stage, self.attempt = stage, attempt
+            self.stage, self.attempt, self.run = stage, attempt, run
             self._marks.clear()
             self._done, self._unit = 0.0, ""
             self._facts, self._causes = {}, {}
@@ -111,6 +117,24 @@ class Board:
         with self._lock:
             causes = self._causes.setdefault(kind, Counter())
             causes[cause if cause in causes or len(causes) < MAX_CAUSES else OTHER_CAUSES] += 1
+            label, num_labels = kind_of_cause(cause), sum(name == kind for name, _ in self._totals)
+            self._totals[kind, label if (kind, label) in self._totals or num_labels < MAX_LABELS else OTHER_CAUSES] += 1
+
+    def add(self, name: str, amount: float, label: str = "") -> None:
+        """Adds to a total.
+
+        Args:
+            name: of a counter of `clipmill.cluster.metrics`.
+            amount: at least 0.
+            label: such as the host where it was done.
+        """
+        with self._lock:
+            self._totals[name, label] += amount
+
+    def totals(self) -> dict[tuple[str, str], float]:
+        """Amounts by name and label since the process began."""
+        with self._lock:
+            return dict(self._totals)
 
     def snapshot(self) -> Snapshot:
         """The current state of the board."""
@@ -130,6 +154,13 @@ class Board:
     def _forget_old_marks(self, now: float) -> None:
         while len(self._marks) > RATE_UPDATES and now - self._marks[1][0] > RATE_SECONDS:
             self._marks.popleft()
+
+
+def kind_of_cause(cause: str) -> str:
+    """A cause without what belongs to one object: names, numbers, everything behind the first sentence."""
+    line = cause.strip().splitlines()[0] if cause.strip() else "unknown"
+    words = [word if word.isascii() and not re.search(r"[\d/\\'\"]", word) else "..." for word in line.split()]
+    return re.sub(r"(\.\.\.[ ,;:]*)+", "... ", " ".join(words)).strip()[:80]
 
 
 def _most_frequent(counts: Counter[str]) -> list[tuple[str, int]]:

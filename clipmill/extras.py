@@ -13,10 +13,13 @@ library.
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import re
 import sys
 
-__all__ = ["EXTRAS", "explain_missing", "requirements"]
+from clipmill import __version__
+
+__all__ = ["EXTRAS", "explain_missing", "installed_versions", "requirements"]
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "sources": ("av", "decord", "google.protobuf", "google_crc32c", "h5py", "PIL", "pyarrow"),
@@ -27,6 +30,17 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 """The modules that each extra installs."""
 
 _EXTRA = re.compile(r"""(?:\s+and\s+)?extra\s*==\s*['"]([\w-]+)['"]""")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of clipmill, Python, and of the packages that decide what a run computes, as far as they are there."""
+    versions = {"clipmill": __version__, "python": platform.python_version()}
+    for name in ("torch", "ray", "deepspeed", "webdataset", "av", "decord", "decord2", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a GPU machine that only trains lacks some
+            continue
+    return versions
 
 
 def explain_missing(error: ModuleNotFoundError) -> str | None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
-import platform
 import signal
 import sys
 import time
@@ -19,11 +17,12 @@ from typing import Any, Literal
 
 import yaml
 
-from clipmill import __version__, storage
+from clipmill import storage
 from clipmill.cluster import launch
 from clipmill.cluster.connection import WORKER_ENVIRONMENT
 from clipmill.config import RunConfig, with_places, with_recorded_clips
 from clipmill.errors import Interrupted, UserError
+from clipmill.extras import installed_versions
 from clipmill.lease import Lease, hold
 from clipmill.preflight import check_later_stages
 from clipmill.progress import bar
@@ -97,6 +96,7 @@ def run_stage(name: str, config: RunConfig, more: str | None = None) -> dict[str
         StageFailed: the stage failed for another reason.
     """
     os.environ.update(WORKER_ENVIRONMENT)  # before a stage imports torch: some stages run in this process
+    storage.set_places(config.storage)
     config = _with_absolute_urls(config)
     with storage.disk_errors_explained(config.root):
         return _run_stage(name, config, more)
@@ -115,13 +115,18 @@ def _run_stage(name: str, config: RunConfig, more: str | None) -> dict[str, Any]
             stage.module.train(config, None, report, _studio(config))
         return None
     began = time.monotonic()
-    with hold(stage.module.folder_url(config), name) as lease, publishing(lease, name):
+    with hold(stage.module.folder_url(config), name) as lease, publishing(lease, name, run=config.root):
         if more is not None and not stage.module.plan_more(config, lease, more):
             logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
             return None
         _publish_config(config, stage.module.folder_url(config))
         facts = _train(name, config, lease) if stage.is_training else stage.module.run(config, lease)
-        summary = {"stage": name, **facts, "seconds": round(time.monotonic() - began, 3), "versions": _versions()}
+        summary = {
+            "stage": name,
+            **facts,
+            "seconds": round(time.monotonic() - began, 3),
+            "versions": installed_versions(),
+        }
         lease.check()
         storage.publish_document(storage.join(stage.module.folder_url(config), "summary.json"), summary, SUMMARY_SCHEMA)
     return summary
@@ -139,6 +144,7 @@ def export_model(name: str, config: RunConfig, step: int | None, dtype: Literal[
     Raises:
         UserError: there is no such checkpoint, or it was trained with other settings.
     """
+    storage.set_places(config.storage)
     config = _with_absolute_urls(config)
     with storage.disk_errors_explained(config.root):
         config = _with_recorded_clips(STAGES[name], config)
@@ -186,6 +192,7 @@ def repair(url: str, damaged: dict[str, set[int]], config: RunConfig | None = No
         found = _recorded_config(root) if config is None else _with_absolute_urls(config)
         if found.root != root:
             raise UserError(f"{url} does not belong to the run {found.root}; give its own config with --config")
+        storage.set_places(found.storage)
         module = STAGES["shard"].module
         with hold(module.folder_url(found), "verify --repair") as lease:
             module.run(found, lease, units_by_split)
@@ -247,17 +254,6 @@ def _without_credentials(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_credentials(item) for item in value]
     return storage.shown(value) if isinstance(value, str) else value
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "ray", "deepspeed", "webdataset", "av", "decord", "decord2", "numpy")
-    versions = {"clipmill": __version__, "python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a GPU machine that only trains lacks some
-            continue
-    return versions
 
 
 # --------------------------------------------------------------------------------- placement of training

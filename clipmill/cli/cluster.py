@@ -1,7 +1,8 @@
-"""Commands for a Ray cluster: ``submit``."""
+"""Commands for a Ray cluster: ``submit``, ``check``."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -10,7 +11,11 @@ from typing import Annotated
 
 import typer
 
-from clipmill.cli.app import app
+from clipmill import storage
+from clipmill.cli.app import Assignments, ConfigFiles, Json, app
+from clipmill.cli.output import wants_json
+from clipmill.config import load_config
+from clipmill.errors import UserError
 
 PANEL = "On a cluster"
 
@@ -38,7 +43,8 @@ def submit(
         typer.Option("--follow/--no-follow", help="Print the log of the running job; default: only on a terminal."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the chain, its state and its resources; submit nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show the chain, its state, and what the nodes lack; submit no stage."),
     ] = False,
 ) -> None:
     """Submit jobs and their dependencies to a Ray cluster, in order, and wait for them."""
@@ -55,6 +61,25 @@ def submit(
         since=_process_began(),
         confirm=typer.confirm if sys.stdin.isatty() else None,
     )
+
+
+@app.command("check", rich_help_panel=PANEL)
+def check(assignments: Assignments = None, config: ConfigFiles = None, as_json: Json = False) -> None:
+    """Look at every node of a cluster: its packages, and whether it can write to the root. `submit` does it first."""
+    from clipmill import cluster
+
+    run = load_config(config or [], assignments or [])
+    storage.set_places(run.storage)
+    reports = cluster.check_nodes(storage.absolute(run.root), run.cluster)
+    if wants_json(as_json):
+        print(json.dumps([report._asdict() for report in reports]))
+    else:
+        for report in reports:
+            print(f"{report.host}: {report.problem or 'fit'}")
+            print("  " + ", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    found = list(cluster.problems(reports))
+    if len(found) == len(reports):
+        raise UserError(f"no node can run stages; {found[0]}")
 
 
 def _process_began() -> float:

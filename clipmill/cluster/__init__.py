@@ -7,6 +7,7 @@ Importing this package does not import Ray: a machine without it can still run w
 
 from __future__ import annotations
 
+from clipmill.cluster.check import NodeReport, check_nodes, problems
 from clipmill.cluster.fanout import fan_out
 from clipmill.cluster.jobs import Job, JobsFile, in_order, load_jobs
 from clipmill.cluster.launch import Report, connect, is_embedded, run_workers
@@ -15,12 +16,15 @@ from clipmill.cluster.submission import submit
 __all__ = [
     "Job",
     "JobsFile",
+    "NodeReport",
     "Report",
+    "check_nodes",
     "connect",
     "fan_out",
     "in_order",
     "is_embedded",
     "load_jobs",
+    "problems",
     "run_workers",
     "submit",
 ]

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 from clipmill.board import BOARD
 from clipmill.cluster import connection
 from clipmill.cluster.actor import Outcome
+from clipmill.cluster.metrics import exporting
 from clipmill.cluster.nodes import NodeWatch
 from clipmill.cluster.queue import UnitQueue
 from clipmill.cluster.workers import Worker, Workers
@@ -53,7 +54,8 @@ def fan_out(
         arguments: of make_worker; picklable, absolute URLs only.
         units: picklable; the function must bear to do one twice.
         config: ``fanout_workers`` actors (never more than units) of ``fanout_cpus`` CPUs, and one GPU with ``use_gpu``.
-        on_result: called here with each finished unit and its small dict, in order of completion.
+        on_result: called here with each finished unit and its small dict, in order of completion. A dict ``work`` in
+            it (clips, bytes, frames: see `clipmill.cluster.metrics.COUNTERS`) is counted and taken out before.
         beside_cpus: CPUs of each actor beside those of ``fanout_cpus``, for threads that the function starts itself.
 
     A unit that raises is tried again on a fresh actor, at most ``config.max_failures`` times, after the other units
@@ -68,7 +70,7 @@ def fan_out(
     """
     if not units:
         return
-    with connection.connect(config), connection.stop_signals() as stop:
+    with connection.connect(config), exporting(), connection.stop_signals() as stop:
         driver = _Driver(make_worker, arguments, units, config, on_result, beside_cpus)
         try:
             driver.run(stop)
@@ -195,6 +197,9 @@ class _Driver(Generic[U]):
         if len(self._nodes.sick) > num_sick:
             for revived in self._queue.forgive(self._nodes.sick):
                 del self._failures[revived]
+        BOARD.add("units", 1, host := self._workers.cluster.host(worker.node))
+        for name, amount in result.pop("work", {}).items():
+            BOARD.add(name, amount, host)
         self._on_result(self._units[unit], result)
 
     def _take_failure(self, worker: Worker, unit: int, began: float, outcome: Outcome) -> None:
@@ -223,7 +228,9 @@ class _Driver(Generic[U]):
             cause if again or error else body,
             extra={"unit": self._name(unit)},
         )
-        if not again:
+        if again:
+            BOARD.add("retries", 1, self._workers.cluster.host(node))
+        else:
             self._failures[unit] = cause
         self._require_hope(cause)
 

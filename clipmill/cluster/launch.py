@@ -29,6 +29,7 @@ from clipmill.cluster.connection import (
 from clipmill.cluster.group import PEER_GRACE_SECONDS, Group, reason
 from clipmill.cluster.growth import Growth
 from clipmill.cluster.mailbox import Report
+from clipmill.cluster.metrics import exporting
 from clipmill.config import ClusterConfig
 from clipmill.errors import ClipmillError, Interrupted, StageFailed, UserError
 from clipmill.scratch import ScratchFolder
@@ -72,7 +73,7 @@ def run_workers(
     """
     sizes = _sizes(config, is_usable)
     failures = _Failures(config.max_failures, name, count_progress)
-    with connect(config), stop_signals() as stop:
+    with connect(config), exporting(), stop_signals() as stop:
         bundle = _training_bundle(config)
         storage = ScratchFolder("train")
         try:

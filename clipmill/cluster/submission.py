@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import signal
 import sys
@@ -26,6 +27,7 @@ from clipmill.cluster.chain import PlannedJob, describe, plan_chain
 from clipmill.cluster.connection import stop_signals
 from clipmill.cluster.jobs import Job
 from clipmill.cluster.pauses import pause
+from clipmill.cluster.preflight import findings
 from clipmill.cluster.server import Server, connect, resources_text
 from clipmill.errors import Interrupted, StageFailed, StopRequested, UserError
 
@@ -79,7 +81,7 @@ def submit(
         assignments: ``section.key=value``, appended to every entrypoint.
         config: replaces the ``config`` of the file.
         follow: print the log of the running job.
-        dry_run: print what would be submitted, and submit nothing.
+        dry_run: print what would be submitted, and what a check of the nodes finds; submit no stage.
         since: when it was asked for, seconds since the epoch; None: now. A job that has succeeded since is not
             submitted again, for somebody asked for it at the same instant.
         confirm: see `clipmill.cluster.server.connect`.
@@ -93,10 +95,13 @@ def submit(
     chain = plan_chain(path, names, assignments, config)
     server = connect(address, confirm)
     if dry_run:
-        for line in describe(chain, server):
+        for line in itertools.chain(describe(chain, server), findings(server, chain)):
             print(line)
         return
     seen = _attempts(server)
+    if not any(_is_running(seen.get(one.stem)) for one in chain):
+        for line in findings(server, chain):
+            logger.warning("%s", line)
     for one in chain:
         _run(server, one, seen.get(one.stem, (0, None)), since, follow)
         logger.info("job %s: finished", one.job.name)
@@ -148,6 +153,10 @@ def _run(server: Server, planned: PlannedJob, seen: tuple[int, JobDetails | None
             submission_id, ended.exit_code, seconds, num_failures, job.retries,
         )  # fmt: skip
         time.sleep(seconds)
+
+
+def _is_running(seen: tuple[int, JobDetails | None] | None) -> bool:
+    return seen is not None and seen[1] is not None and not seen[1].status.is_terminal()
 
 
 def _is_ours(details: JobDetails, since: float) -> bool:

@@ -29,6 +29,8 @@ __all__ = ["MIN_FREE_SHARE", "Worker", "Workers"]
 
 MIN_FREE_SHARE = 0.1
 """Of a node's memory. Ray kills workers at 5 %, whichever video happens to be in them."""
+MAX_WAITING = 64
+"""Workers that wait for room at once, where nobody said how many there shall be."""
 NODE_LABEL = "ray.io/node-id"
 """Ray sets it on every node."""
 
@@ -151,19 +153,27 @@ class Workers:
             elif not worker.is_started and self._nodes.may_start(worker.node, now):
                 self._call(worker, worker.actor.start.remote(*self._worker))
         self._judge_starts()
-        num_places = connection.num_bundles(self._bundle, self.cluster.all(), self._excluded)
-        wanted = min(self._config.fanout_workers or max(1, num_places), num_units)
+        wanted = min(self._config.fanout_workers or self._default_number(), num_units)
         unplaced = [worker for worker in self.all if not worker.node]
         for worker in unplaced[: max(0, len(self.all) - wanted)]:
             self.drop(worker)  # an autoscaler would add a node for it
         while len(self.all) < wanted and now >= self._next_place and self._verdict is None:
             self._ask()
 
+    def _default_number(self) -> int:
+        """As many as the cluster holds, and some that wait: they are what an autoscaler adds nodes for.
+
+        As many again as fit now, so that a cluster that may grow doubles, and one that may not has few to look through.
+        """
+        num_places = connection.num_bundles(self._bundle, self.cluster.all(), self._excluded)
+        num_waiting = 0 if connection.is_embedded(self._config) else min(num_places, MAX_WAITING)
+        return max(1, num_places + num_waiting)
+
     def _ask(self) -> None:
         actor_class = self._actor_class
         if excluded := self._excluded & self.cluster.ids():
             actor_class = actor_class.options(label_selector={NODE_LABEL: f"!in({','.join(sorted(excluded))})"})
-        actor = actor_class.remote(self._config.fanout_cpus, self._bell)
+        actor = actor_class.remote(self._config.fanout_cpus, self._bell, connection.worker_environment())
         self.all.append(Worker(actor, deque([_Call(actor.place.remote(), None)])))
 
     def give(self, worker: Worker, index: int, unit: Any) -> None:

@@ -90,7 +90,7 @@ class _Worker:
             "samples": self._measure_samples,
         }
         work[unit.measure](unit)
-        return {"hardware": hardware_name(self._device)}
+        return {"hardware": hardware_name(self._device), "work": {"clips": unit.num_clips}}
 
     def _measure_clips(self, unit: Unit) -> None:
         """Real clips, and through the tokenizer: the part of either that is missing, of both in one pass."""

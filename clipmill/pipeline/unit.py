@@ -103,7 +103,17 @@ def _shard_unit(
             uploads.begin(parts)
             uploads.wait()
         lease.check()
-        return digest(commit_unit(url, unit.number, parts, body, are_published=True))
+        record = commit_unit(url, unit.number, parts, body, are_published=True)
+        return digest(record) | {"work": _work(record)}
+
+
+def _work(record: dict[str, Any]) -> dict[str, int]:
+    """What the unit took and made, for metrics."""
+    return {
+        "clips": sum(video["clips"] for video in record["videos"]),
+        "frames": sum(video["num_frames"] for video in record["videos"]),
+        "bytes": sum(part["bytes"] for part in record["parts"]),
+    }
 
 
 def _shard_video(

@@ -116,8 +116,9 @@ class _Worker:
             parts = writer.finish()
             job.lease.check()
             versions = {**computed_with(self.prior.head.weight.device), "batch_size": batch_size}
-            commit_unit(job.url, unit.first, parts, {"recipe": job.recipe, "versions": versions})
-        return {"samples": unit.num_samples}
+            record = commit_unit(job.url, unit.first, parts, {"recipe": job.recipe, "versions": versions})
+        num_bytes = sum(part["bytes"] for part in record["parts"])
+        return {"samples": unit.num_samples, "work": {"clips": unit.num_samples, "bytes": num_bytes}}
 
     def _give(self, indices: range) -> _Drawn:
         job = self.job

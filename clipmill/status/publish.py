@@ -32,9 +32,11 @@ LAST_PATIENCE_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def publishing(lease: Lease, stage: str, every_seconds: float = EVERY_SECONDS) -> Iterator[None]:
+def publishing(
+    lease: Lease, stage: str, every_seconds: float = EVERY_SECONDS, run: str | None = None
+) -> Iterator[None]:
     """Publishes the status and the log of the stage that runs in the ``with`` block, in the folder of its lease."""
-    BOARD.begin(stage, lease.attempt)
+    BOARD.begin(stage, lease.attempt, run)
     publisher = _Publisher(lease, stage, every_seconds)
     try:
         yield

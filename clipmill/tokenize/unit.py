@@ -103,7 +103,13 @@ def _tokenize_unit(
         lease.check()
         record = commit_unit(config.folder("tokens", unit.split), unit.number, parts, body)
     times = (encode_seconds, ahead.wait_seconds, ahead.decode_seconds)
-    return record | dict(zip(TIMES, times, strict=True))
+    work = {
+        "clips": packed.num_clips,
+        "frames": packed.num_clips * clips[unit.split].recipe["clip"]["num_frames"],
+        "bytes": sum(part["bytes"] for part in record["parts"]),
+        "gpu_wait_seconds": ahead.wait_seconds,
+    }
+    return record | dict(zip(TIMES, times, strict=True)) | {"work": work}
 
 
 def _encode_all(encoder: Encoder, ahead: ClipsAhead, packed: _Packed) -> float:

@@ -85,8 +85,8 @@ def main(mode: str, folder: str, number: str = "15") -> int:
             config = ClusterConfig(num_cpus=2)
             run_workers(train, folder, config=config, name="test", on_progress=lambda _: print("at work"))
         elif mode == "grow":
-            config = ClusterConfig(fanout_workers=10)
-            fan_out(make_recording_worker, (folder,), range(30), config=config, on_result=lambda *_: None)
+            units = range(int(number))
+            fan_out(make_recording_worker, (folder,), units, config=ClusterConfig(), on_result=lambda *_: None)
         else:
             config = ClusterConfig(num_cpus=2, drain_seconds=int(number))
             make, num_units = FAN_OUTS[mode]

@@ -90,7 +90,7 @@ def autoscaler(tmp_path: Path) -> Iterator[str]:
 def test_a_cluster_grows_for_waiting_units(autoscaler: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("driver.py")
     done = subprocess.run(
-        [sys.executable, script, "grow", str(tmp_path / "nodes")],
+        [sys.executable, script, "grow", str(tmp_path / "nodes"), "30"],
         capture_output=True,
         text=True,
         timeout=300,

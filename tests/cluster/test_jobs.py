@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,15 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from clipmill.cluster import in_order, load_jobs, server, submission, submit
+from clipmill.cluster import in_order, load_jobs, preflight, server, submission, submit
+from clipmill.cluster.check import NodeReport
 from clipmill.cluster.jobs import submission_stem
 from clipmill.cluster.server import Server
 from clipmill.cluster.submission import _may_succeed_again
 from clipmill.errors import StageFailed, StopRequested, UserError
+from tests.cluster.head import started_head
 from tests.s3.proxy import Proxy
 
 REPOSITORY = Path(__file__).parents[2]
@@ -109,41 +109,10 @@ def test_a_driver_that_a_signal_killed_is_tried_again() -> None:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray head with a Jobs server, on ports of its own; yields the server's URL."""
-    ports = []
-    for _ in range(4):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            ports.append(server.getsockname()[1])
-    gcs, dashboard, agent, client = ports
-    log = tmp_path_factory.mktemp("head") / "log"
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2",
-        "--node-ip-address=127.0.0.2", f"--port={gcs}", f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
-        f"--object-store-memory={256 * 2**20}", "--disable-usage-stats",
-    ]  # fmt: skip
-    # A token file on this machine would switch authentication on for the servers but not for their clients.
-    environment = {**os.environ, "RAY_raylet_start_wait_time_s": "120", "RAY_AUTH_MODE": "disabled"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", dashboard), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        process.send_signal(signal.SIGTERM)
-        for survivor in psutil.wait_procs(family, timeout=30)[1]:
-            survivor.kill()
-        process.wait()
+def head() -> Iterator[str]:
+    """URL of a Jobs server."""
+    with started_head() as started:
+        yield started.jobs
 
 
 SCRIPT = """\
@@ -231,6 +200,45 @@ def test_a_jobs_server_that_is_away_is_asked_again(head: str, tmp_path: Path) ->
     assert not waiter.is_alive()
     assert proxy.num_cuts == 0
     assert mark.read_text().split() == ["run"]
+
+
+SUBMITTER = """\
+import sys, time
+from pathlib import Path
+from clipmill.cluster import submit
+
+folder, me, other, head = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+for number in range(20):
+    (folder / f"{number}-{me}").touch()
+    while not (folder / f"{number}-{other}").exists():
+        time.sleep(0.001)
+    submit(folder / f"{number}.yaml", [], head, since=time.time())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_submits_at_the_same_instant_are_one_attempt_on_a_cluster(head: str, tmp_path: Path) -> None:
+    for number in range(20):
+        path = write_jobs(tmp_path, [job(f"twice-{number}", entrypoint=f"echo run >> {tmp_path}/runs-{number}")])
+        path.rename(tmp_path / f"{number}.yaml")
+    command = [sys.executable, "-c", SUBMITTER, str(tmp_path)]
+    submitters = [
+        subprocess.Popen([*command, *names, head], stderr=subprocess.PIPE, text=True)
+        for names in (["a", "b"], ["b", "a"])
+    ]
+    for submitter in submitters:
+        _, errors = submitter.communicate(timeout=800)
+        assert submitter.returncode == 0, errors
+    runs = [(tmp_path / f"runs-{number}").read_text().split() for number in range(20)]
+    assert runs == [["run"]] * 20
+    from ray.job_submission import JobSubmissionClient
+
+    found = [
+        name for each in JobSubmissionClient(head).list_jobs() if (name := each.submission_id or "")[:6] == "twice-"
+    ]
+    assert len(found) == 20
+    assert all(name.endswith("-a1") for name in found)
 
 
 class FakeClient:
@@ -385,6 +393,10 @@ def test_credentials_are_not_given_to_ray(tmp_path: Path, monkeypatch: pytest.Mo
         submit(write_jobs(tmp_path, [job("a")]), [], None, ["data.source.url=https://me:MARKER@host/list.csv"])
 
 
+OLD_NODE = NodeReport("old", {"python": "3.12.1", "torch": "2.13.0"}, None)
+SICK_NODE = NodeReport("sick", {"python": "3.11.2"}, "s3://b/run: access denied (InvalidAccessKeyId)")
+
+
 def stages_file(folder: Path) -> Path:
     (folder / "my.yaml").write_text(f"root: {folder}/run\ncluster: {{fanout_workers: 3, fanout_cpus: 2}}\n")
     jobs = [job("shard", entrypoint="clipmill shard"), job("sample", "shard", entrypoint="clipmill sample")]
@@ -411,6 +423,8 @@ def test_a_dry_run_shows_the_chain_and_submits_nothing(
 ) -> None:
     client = fake(0)
     client.get_address = lambda: "http://head:8265"
+    monkeypatch.setattr(preflight, "_reports", lambda server, planned: [OLD_NODE, SICK_NODE])
+    monkeypatch.setattr(preflight, "installed_versions", lambda: {"python": "3.11.2", "torch": "2.13.0"})
     monkeypatch.setattr(Server, "nodes", lambda self: [{"CPU": 8.0}, {"CPU": 3.0}])
     path = stages_file(tmp_path)
     submit(path, [], None, ["seed=3"], dry_run=True)
@@ -423,8 +437,19 @@ def test_a_dry_run_shows_the_chain_and_submits_nothing(
         "  state: not begun",
         "  driver: 1 x 1 GPU; NO NODE HOLDS ONE",
         "  workers: 3 x 2 CPU; the cluster holds 5 when empty",
+        "sample: no node holds 1 GPU for its driver; it will wait for one",
+        "sick: s3://b/run: access denied (InvalidAccessKeyId)",
+        "python is 3.11.2 here, 3.12.1 on old",
+        "torch is 2.13.0 here, missing on sick",
     ]
     assert client.ends == {}
+
+
+def test_the_nodes_are_asked_with_the_config_of_a_stage() -> None:
+    command = "clipmill shard --config 'a b.yaml' -c c.yaml --extend root=s3://b/r data.crf=3"
+    assert preflight._entrypoint(command) == (
+        "clipmill check --config 'a b.yaml' -c c.yaml root=s3://b/r data.crf=3 --json"
+    )
 
 
 @pytest.mark.slow
