@@ -52,7 +52,7 @@ def check_nodes(root: str, config: ClusterConfig) -> list[NodeReport]:
         UserError: this process cannot write to the root.
     """
     mark = storage.join(root, f"probe-{uuid.uuid4().hex}")
-    with connection.connect(config), storage.disk_errors_explained(root), storage.within(STORAGE_SECONDS):
+    with connection.connect(config), storage.disk_errors_explained(root), storage.limit_retries(STORAGE_SECONDS):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -81,7 +81,7 @@ def _look(root: str, mark: str, environment: dict[str, str]) -> tuple[str, dict[
     os.environ.update(environment)
     problem = None
     try:
-        with storage.disk_errors_explained(root), storage.within(STORAGE_SECONDS):
+        with storage.disk_errors_explained(root), storage.limit_retries(STORAGE_SECONDS):
             if not storage.exists(mark):
                 problem = f"{storage.shown(root)} is not the head's folder; use one that all nodes share"
             elif storage.is_local(root):

@@ -22,8 +22,16 @@ from http import HTTPStatus
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from clipmill.errors import StorageUnavailable, UserError
-from clipmill.storage.failures import NO_BUCKET, Refused, Unreadable, WebLost, WebUnavailable, server_answer, transient_reason
 from clipmill.storage.connection import connect
+from clipmill.storage.failures import (
+    NO_BUCKET,
+    Refused,
+    Unreadable,
+    WebLost,
+    WebUnavailable,
+    server_answer,
+    transient_reason,
+)
 from clipmill.storage.retries import RetryBudget
 from clipmill.storage.urls import is_web, join, provider, server, shown
 

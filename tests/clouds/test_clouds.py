@@ -20,7 +20,7 @@ from clipmill.errors import StorageUnavailable, UserError
 from clipmill.lease import hold
 from clipmill.shards.prune import prune
 from clipmill.shards.verify import verify
-from clipmill.storage import connection, patience
+from clipmill.storage import connection, retries
 from tests.clouds.emulators import OTHER_KEY, Azurite, FakeGCS
 from tests.pipeline.corpus import run_config, write_corpus
 
@@ -100,7 +100,7 @@ def test_a_missing_bucket_is_one_line(emulator: Azurite | FakeGCS, operate) -> N
 
 
 def test_a_server_that_is_away_has_a_deadline(emulator: Azurite | FakeGCS, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(patience.RETRY_SECONDS_VARIABLE, "2")
+    monkeypatch.setenv(retries.RETRY_SECONDS_VARIABLE, "2")
     other = type(emulator)()  # nobody serves there
     for name, value in other.environment().items():
         monkeypatch.setenv(name, value)
