@@ -23,7 +23,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RAY_TMPDIR=${SLURM_TMPDIR:-/tmp}/clipmill-ray-$SLURM_JOB_ID
 
 srun --nodes 1 --ntasks 1 --nodelist "$head" \
-    ray start --head --port "$port" --dashboard-host 0.0.0.0 --temp-dir "$RAY_TMPDIR" --block &
+    RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=5000 RAY_health_check_failure_threshold=3 ray start --head --port "$port" --dashboard-host 0.0.0.0 --temp-dir "$RAY_TMPDIR" --block &
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     # The head's raylet must be there first; a worker tries until it is.
     srun --nodes $((SLURM_JOB_NUM_NODES - 1)) --ntasks $((SLURM_JOB_NUM_NODES - 1)) --exclude "$head" \

@@ -175,7 +175,7 @@ class ClusterConfig(Section):
     """CPUs of the embedded Ray. None uses all CPUs of this machine."""
     fanout_workers: Annotated[PositiveInt | None, FREE] = None
     """Number of workers of shard, tokenize, sample and evaluate. An autoscaler sees workers that do not fit yet as
-    demand. None starts the number that fits the cluster's CPUs (or GPUs)."""
+    demand. None asks for the number that fits the cluster's CPUs (or GPUs), and as many again that wait."""
     fanout_cpus: Annotated[PositiveInt, FREE] = 1
     """CPUs and threads of one such worker. Threads split sums, so the bytes of samples depend on it."""
     training_workers: Annotated[PositiveInt | WorkerRange, FREE] = 1

@@ -16,10 +16,24 @@ import psutil
 START_SECONDS = 120
 
 
-class Hosts:
-    """Hosts of one CPU each, the head first; `kill` takes the power of one away, `add` brings another."""
+HEALTH_CHECKS = {
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""What the files of deploy/ set for the head: a host that does not answer is given up after 21 s, not 65 s."""
 
-    def __init__(self, count: int) -> None:
+
+class Hosts:
+    """Hosts of one CPU each, the head first; `kill` takes the power of one away, `add` brings another.
+
+    Args:
+        count: of hosts to begin with.
+        more: variables of their processes.
+    """
+
+    def __init__(self, count: int, **more: str) -> None:
+        self._more = more
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it becomes part of a socket's path
         self._hosts: list[subprocess.Popen[bytes]] = []
         self._head = f"127.0.0.2:{free_port()}"
@@ -61,7 +75,7 @@ class Hosts:
                 [Path(sys.executable).with_name("ray"), "start", *place, address, *options],
                 stdout=output,
                 stderr=output,
-                env={**environment(), "TMPDIR": str(temporary)},
+                env={**environment(), **self._more, "TMPDIR": str(temporary)},
             )
         self._hosts.append(process)
         deadline = time.monotonic() + START_SECONDS

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from clipmill.cluster import submit
+from clipmill.cluster.server import connect
 from clipmill.errors import UserError
 from tests.cluster.head import Head, started_head
 from tests.storage.s3_server import S3Server
@@ -43,6 +45,9 @@ def head(server: S3Server) -> Iterator[Head]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     with started_head(**variables) as started:
+        jobs = connect(started.jobs)
+        while not jobs.nodes():  # its agent takes a while
+            time.sleep(0.5)
         yield started
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import Hosts, environment
+from tests.cluster.hosts import HEALTH_CHECKS, Hosts, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 120
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    cluster = Hosts(1)
+    cluster = Hosts(1, **HEALTH_CHECKS)
     try:
         yield cluster
     finally:

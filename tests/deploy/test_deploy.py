@@ -21,6 +21,7 @@ import yaml
 
 from clipmill.cluster.jobs import load_jobs
 from clipmill.stages import STAGES
+from tests.cluster.hosts import HEALTH_CHECKS
 
 REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "deploy"
@@ -201,3 +202,14 @@ def tool(name: str) -> str:
     found = shutil.which(name, path=str(BIN)) or shutil.which(name)
     assert found, f"{name} is not installed; it is one of the dev dependencies"
     return found
+
+
+@pytest.mark.parametrize(
+    "name", ["sky.yaml", "slurm.sh", "ray/aws.yaml", "ray/gcp.yaml", "ray/own-machines.yaml", "kuberay/raycluster.yaml"]
+)
+def test_a_head_notices_lost_hosts_soon(name: str) -> None:
+    text = (DEPLOY / name).read_text()
+    for variable, value in HEALTH_CHECKS.items():
+        assert f"{variable}={value}" in text or f'name: {variable}, value: "{value}"' in text
+    period, timeout, threshold = map(int, HEALTH_CHECKS.values())
+    assert threshold * (period + timeout) <= 25_000
