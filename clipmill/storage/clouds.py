@@ -1,4 +1,4 @@
-"""Azure by way of adlfs, Google by way of gcsfs: one attempt a request, and plain exceptions.
+"""Azure through adlfs, Google through gcsfs: one attempt per request, and plain exceptions.
 
 The retries of the SDKs are off: `bucket.call` rules with one deadline. Stacked, both wait for more than a minute before
 they say that a server is away.
