@@ -271,13 +271,25 @@ def load_prior(url: str) -> tuple[Prior, VQVAE, dict[str, Any], str]:
         body["num_classes"],
         None if shape is None else tuple(shape),
     )
-    prior.load_state_dict(own)
+    _load(prior, own, body)
     return prior.eval(), _build_vqvae(body["tokenizer"], tokenizer), body, body["sha8"]
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], body: dict[str, Any]) -> None:
+    """Refuses weights of other names or shapes, such as those of another version of clipmill, in one line."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        problem = str(error).strip().splitlines()[1].strip()
+        raise UserError(
+            f"the weights of export {body['sha8']} do not fit this version of clipmill ({problem[:200]}); "
+            "load it with the version that made it, or train again"
+        ) from error
 
 
 def _build_vqvae(body: dict[str, Any], tensors: dict[str, Tensor]) -> VQVAE:
     model = VQVAE(model_config(body, VQVAEModelConfig), body["pixel_variance"])
-    model.load_state_dict(tensors)
+    _load(model, tensors, body)
     # Store kernels in the features' memory format. Otherwise every call would copy them: 4 % of an encoding on a CPU.
     nn.utils.convert_conv3d_weight_memory_format(model, torch.channels_last_3d)
     return model.eval()

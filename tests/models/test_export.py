@@ -182,3 +182,11 @@ def test_settings_of_another_clipmill_are_named(tmp_path: Path) -> None:
     sha8 = save_prior(tmp_path / "prior", prior, tokenizer, body, num_heads="two", style="new")
     with pytest.raises(UserError, match=rf"the prior of exports/{sha8} .*model\.style: .*; model\.num_heads: .*"):
         load_prior(str(tmp_path / "prior"))
+
+
+def test_weights_of_another_version_are_refused_in_one_line(tmp_path: Path) -> None:
+    model = trained_vqvae()
+    model.encoder.renamed = torch.nn.Linear(2, 2)
+    save_vqvae(tmp_path, model, 7)
+    with pytest.raises(UserError, match=r"do not fit this version of clipmill \(Unexpected key\(s\).*encoder\.renamed"):
+        load_vqvae(str(tmp_path))
