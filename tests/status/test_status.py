@@ -189,7 +189,7 @@ def test_a_log_has_every_line_of_an_attempt_in_order(tmp_path: Path) -> None:
     assert [line.partition(" ")[2] for line in status.read_log(url).splitlines()] == lines
     assert status.read_log(url, attempt=1)
     assert max(path.stat().st_size for path in (tmp_path / "clips" / "logs").iterdir()) == PART_BYTES
-    with pytest.raises(UserError, match=r"no log of attempt 3 .* there are \[1, 2\]"):
+    with pytest.raises(UserError, match=r"no log of attempt 3 .* choose from \[1, 2\]"):
         status.read_log(url, attempt=3)
     with pytest.raises(UserError, match="no log at"):
         status.read_log(f"{tmp_path}/vqvae")
