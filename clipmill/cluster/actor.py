@@ -1,9 +1,9 @@
 """The worker's half of a fan-out: an actor that does units, and the bell that ends them.
 
-Ray kills an actor with SIGKILL, which leaves its temporary files behind. So the driver rings a bell first: a thread of
-each actor waits at it, and interrupts the unit that runs with an exception in the main thread, which cleans up on its
-way out. A worker that does not react in time is killed all the same. If the driver dies, the bell dies with it, which
-the actors take for ringing.
+Ray kills an actor with SIGKILL, which leaves its temporary files behind. The driver therefore rings a bell first. A
+thread of each actor waits for the bell, and then raises an exception in the main thread, so that the running unit
+cleans up and ends. A worker that does not react in time is killed. If the driver dies, the bell dies with it, and the
+actors react as if it had rung.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ Outcome = tuple[str, Any]
 None) for a unit that was not begun or was given up."""
 
 WATCH_SECONDS = 2.0
-"""How often an actor of a node that is short of memory looks again."""
+"""Seconds between two checks of free memory by an actor on a node that is short of it."""
 MAX_LISTENERS = 100_000
-"""Actors that wait at one bell: Ray's default for an async actor is 1,000 calls at a time."""
+"""Maximum number of actors waiting for one bell; Ray's default limit is 1,000 concurrent calls to an async actor."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 class Bell:
-    """Actor on the driver's node. It rings twice: begin no more units; give up the one that runs."""
+    """Actor on the driver's node. The first ring means: begin no more units. The second: give up the running unit."""
 
     def __init__(self) -> None:
         self._rung = (asyncio.Event(), asyncio.Event())
 
     async def ring(self, times: int) -> None:
-        """Rings until it has rung ``times`` times in all."""
+        """Rings until the total number of rings is ``times``."""
         for event in self._rung[:times]:
             event.set()
 

@@ -1,4 +1,4 @@
-"""What fan-out and training share: the connection to Ray, room on its nodes, signals, errors brought home."""
+"""Shared by fan-out and training: the connection to Ray, capacity of its nodes, signals, and errors from workers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-"""OpenMP threads that spin while they wait made a step 4 times slower as soon as another process wanted a core."""
+"""OpenMP threads must not spin while they wait: that made a step 4 times slower once another process used a core."""
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Only small dicts travel; Ray's default of 30 % of the memory belongs to the decoders and the models."""
+"""Only small dicts are sent, so the object store is small: decoders and models need Ray's default of 30 % of memory."""
 START_ATTEMPTS = 3
 CONNECT_TIMEOUT_SECONDS = 15
 POLL_SECONDS = 0.5
@@ -64,7 +64,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def is_embedded(config: ClusterConfig) -> bool:
-    """Whether ``connect`` would start a Ray of its own: workers then share this machine's files."""
+    """Whether ``connect`` would start an embedded Ray, whose workers share this machine's files."""
     return _address(config) is None
 
 
@@ -85,7 +85,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.wait_seconds + START_SPARE_SECONDS))
-    # That tokens guard an embedded Ray is nothing a user has to decide on.
+    # Hide Ray's token notice; users need not act on it.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         import ray

@@ -4,8 +4,8 @@ The driver holds all state: which units wait (`queue`), what is known about the 
 unit (`workers`). An actor is a place to run and nothing else, so losing one loses at most its running unit. A unit's
 result must be safe to produce twice (first commit wins): a cut network makes Ray report an actor dead that still works.
 
-A node that is short of memory gets no more units until it has some again: its actors say after each unit how much is
-left, and while they wait. If no unit runs anywhere, one is started despite low memory, to guarantee progress.
+A node that is short of memory gets no units until it has enough again: its actors report free memory after each unit
+and while they wait. If no unit runs anywhere, one is started despite low memory, to guarantee progress.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 U = TypeVar("U")
 
 WINDOW = 2
-"""Units an actor holds: the one it works on, and the next, so that it never waits for the driver."""
+"""Maximum number of units of an actor: the running one and the next, so that it never waits for the driver."""
 SLOW_UNIT_SECONDS = 600
 """How often a unit that still runs is mentioned: Ray has no time limit for a task, and only stages can know one."""
 
@@ -47,20 +47,20 @@ def fan_out(
     on_result: Callable[[U, dict[str, Any]], None],
     beside_cpus: int = 0,
 ) -> None:
-    """Does every unit once on the cluster, in order of the sequence as far as workers are free.
+    """Runs every unit once on the cluster, starting them in order as workers become free.
 
     Args:
         make_worker: runs once in each actor, ``make_worker(*arguments)``, and returns the function that does a unit.
         arguments: of make_worker; picklable, absolute URLs only.
-        units: picklable; the function must bear to do one twice.
+        units: picklable; the function must allow that a unit is done twice.
         config: ``fanout_workers`` actors (never more than units) of ``fanout_cpus`` CPUs, and one GPU with ``use_gpu``.
         on_result: called here with each finished unit and its small dict, in order of completion. A dict ``work`` in
             it (clips, bytes, frames: see `clipmill.cluster.metrics.COUNTERS`) is counted and taken out before.
-        beside_cpus: CPUs of each actor beside those of ``fanout_cpus``, for threads that the function starts itself.
+        beside_cpus: CPUs of each actor in addition to ``fanout_cpus``, for threads that the function starts itself.
 
-    A unit that raises is tried again on a fresh actor, at most ``config.max_failures`` times, after the other units
-    and if possible on another node. The death of its actor or node is not its failure, unless its actors die again
-    and again. A node on which units fail that succeed elsewhere gets no more.
+    A unit that raises is retried on a fresh actor, at most ``config.max_failures`` times, after the other units and if
+    possible on another node. The death of its actor or node does not count as a failure, unless its actors die
+    repeatedly. A node gets no more units if units fail there that succeed elsewhere.
 
     Raises:
         UserError: raised by a unit or a start, on a second node too if there is one; or no node can hold a worker.

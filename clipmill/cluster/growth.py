@@ -1,7 +1,7 @@
-"""Room for more workers than a training has: asked for all the time, taken when it is there.
+"""Requests room for more training workers continuously, and reports when there is enough to grow.
 
-Each missing worker is a placement group of its own, so that a cluster's autoscaler sees the demand, and a node that
-other jobs use is not taken for a free one.
+Each missing worker is a separate placement group. The cluster's autoscaler therefore sees the demand, and a node that
+other jobs use does not count as free.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 __all__ = ["Growth"]
 
 SETTLE_SECONDS = 20.0
-"""Nodes often come back one after the other: to grow once is better than to grow twice."""
+"""Wait before growing: nodes often return one after the other, and growing once is cheaper than twice."""
 
 
 class Growth:
-    """Reservations beside a group, given back at the end of the ``with`` block.
+    """Reservations in addition to a running group, released at the end of the ``with`` block.
 
     Args:
         bundle: resources of one worker.

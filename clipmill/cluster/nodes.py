@@ -1,12 +1,12 @@
 """Which nodes are sick: those on which units fail that succeed elsewhere. No Ray in here; times are passed in.
 
-A unit that fails says nothing yet: the unit, the node or the storage behind all nodes may be at fault. It counts
-against a node once the same unit has succeeded on another one. A node is sick when that has happened twice without a
-success of its own in between, and its second failure began after the first success elsewhere. An outage that hits all
-nodes therefore condemns none, and neither does a unit that fails everywhere.
+The failure of a unit alone is no evidence: the cause may be the unit, the node, or the shared storage. It counts
+against a node once the same unit has succeeded on another node. A node is sick once that has happened twice, with no
+success of the node in between, and its second failure began after the first success elsewhere. An outage that affects
+all nodes therefore excludes none of them, and neither does a unit that fails everywhere.
 
-Until then a node whose last units failed is a suspect. It gets one unit at a time, after growing pauses, and its newest
-failed unit is the next that another node gets, so that the verdict comes soon and few units fail there.
+Until then, a node whose last units failed is a suspect. It gets one unit at a time, after growing pauses, and another
+node gets its newest failed unit next, so that the decision comes soon and few units fail there.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class NodeWatch:
         """Units to try next on another node: the newest failed one of each suspect."""
         suspects = [record for node, record in self._records.items() if record.is_suspect and node not in self.sick]
         newest = {next(reversed(record.failed)) for record in suspects}
-        # A unit that has failed on several nodes is no witness any more.
+        # A unit that has failed on several nodes is no evidence against one of them.
         return {unit for unit in newest if sum(unit in record.failed for record in self._records.values()) == 1}
 
     def start_failed(self, node: str, cause: str, now: float) -> None:

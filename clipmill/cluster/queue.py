@@ -1,9 +1,9 @@
 """Which units wait, until when, and for which node. No Ray in here; times are passed in.
 
 Units are handed out in order. One that failed goes to the back, pauses, and prefers a node on which it has not failed.
-There are two kinds of trouble. A failure is an exception of the unit; ``max_failures`` of them are forgiven. A loss is
-the end of the worker that had the unit. If its node is gone, that costs the unit nothing. A worker that was killed on a
-living node may have been a bystander, so a unit is given up only after several such losses.
+A failure is an exception of the unit; the unit is retried after up to ``max_failures`` of them. A loss is the end of
+the worker that had the unit. A loss does not count if the worker's node is gone. If a worker is killed on a living
+node, the unit may not be the cause, so it is given up only after several such losses.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from clipmill.cluster.pauses import pause
 __all__ = ["UnitQueue"]
 
 MORE_LOSSES = 4
-"""Losses of its worker that a unit is forgiven beyond ``max_failures``: Ray's memory monitor kills bystanders too."""
+"""Losses allowed in addition to ``max_failures``, because Ray's memory monitor may kill a worker that is not at
+fault."""
 MAX_LOST_NODES = 20
-"""A unit that was lost with this many nodes is given up: it may be what ends them."""
+"""A unit that was lost with this number of nodes is given up, because it may be the cause of their loss."""
 
 
 @dataclass

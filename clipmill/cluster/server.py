@@ -1,6 +1,6 @@
-"""The Jobs server of a Ray cluster, as somebody sees it who waits for days: it may be away for a while.
+"""A client of a Ray cluster's Jobs server that tolerates outages of the server while jobs run for days.
 
-A question that gets no answer is asked again, with growing pauses, for 15 minutes. What runs on the cluster runs on.
+A request without an answer is retried, with growing pauses, for 15 minutes. Jobs on the cluster keep running.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The actors of one fan-out: asked for, placed, started, asked for answers, ended.
+"""The actors of one fan-out, from request to end.
 
-Actors are asked for without naming a node, so that Ray places them, and those that find no room are the demand that an
-autoscaler sees. Only sick nodes, and with ``spare_head`` the head, are excluded. After a failed start on a node, the
-next worker there starts after a growing pause; the stage ends only if no worker starts anywhere.
+Actors are requested without naming a node, so that Ray places them; an autoscaler sees the pending ones as demand. Only
+sick nodes, and with ``spare_head`` the head, are excluded. After a failed start on a node, the next worker there starts
+after a growing pause; the stage ends only if no worker starts anywhere.
 """
 
 from __future__ import annotations

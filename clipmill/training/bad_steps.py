@@ -1,8 +1,7 @@
-"""Bad steps: found and reported when the host looks.
+"""Finds and reports bad steps when metrics are fetched, so that no step waits for the device.
 
-A step is bad if the norm of its gradients, which is the same on all ranks, is not finite or a spike; then no rank
-applies it (see ``zero/guard.py``). The clips to blame are found later, when the metrics are fetched: no step waits for
-the device.
+A step is bad if the norm of its gradients, which is equal on all ranks, is not finite or a spike. No rank applies such
+a step (see ``zero/guard.py``). The clips that caused it are identified later, when the metrics are fetched.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["Ledger"]
 
 MOST_SKIPPED_IN_A_ROW = 10
 MOST_KEYS = 8
-"""Clips that an error names."""
+"""Maximum number of clips that an error names."""
 
 
 class _Step(NamedTuple):

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there, and that hold everything.
+"""Checkpoints: committed atomically, and complete.
 
 ``checkpoints/step-00001000/<attempt>/`` holds the files that `clipmill.training.saver` uploaded, and ``COMMITTED``,
 which lists exactly the files that belong together beside the training state. Only what a COMMITTED names is ever read,
 so a partial upload, a stale file of another world size or a second writer cannot become part of a checkpoint. Folders
 of other names belong to whoever made them: they are neither resumed from nor removed.
 
-The random number generators are not in it: every micro-step seeds them from (seed, step, micro-step, rank).
+Random number generators need no state: every micro-step seeds them from (seed, step, micro-step, rank).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which parameters weight decay applies to: matrices and kernels, not norms, biases, gains and positions.
 
-Decay pulls a parameter towards zero. For a gain or a position that is no simpler model, and one that gets no gradient
-for a while would vanish.
+Weight decay pulls a parameter towards zero. That does not simplify the model for a gain or a position, and a parameter
+without gradients for a while would vanish.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training will take, by arithmetic and a dry run: memory of a GPU, time, money, bytes on disk.
+"""Estimates a training by arithmetic and a dry run: GPU memory, time, cost, and bytes on disk.
 
 The model is built and run on fake tensors (shapes without memory), so one of any size is estimated on any machine.
 Parameters stay float32 in training, whatever the compute dtype (see `clipmill.training.zero.engine`).

@@ -1,7 +1,7 @@
-"""A training that starts from the weights of an export, which may be one of another model.
+"""Initialises a training with the weights of an export, which may belong to a different model.
 
-A weight is taken where the new model has one of the same name and size that means the same. What is not taken keeps its
-random start and is named, in the log and in ``initial.json`` of the training folder.
+A weight is copied if the new model has one of the same name, shape and meaning. All other weights keep their random
+initialisation; the log and ``initial.json`` in the training folder list them.
 """
 
 from __future__ import annotations

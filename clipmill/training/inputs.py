@@ -1,4 +1,4 @@
-"""What both training stages ask of the disk before they start."""
+"""Inputs of both training stages: checks before they start, data sets, and existing exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CUDA's kernels keep for the backward pass, counted on tensors without memory, on any machine.
+"""Counts the bytes that CUDA kernels keep for the backward pass, with fake tensors, on any machine.
 
 A CPU build of torch has no autograd for fake CUDA tensors, and a CPU keeps other tensors than a GPU: it materialises
 the L x L scores of an attention with dropout, and keeps dropout's noise as floats. Stand-ins for these operations keep

@@ -1,4 +1,6 @@
-"""Where a training goes on: from which checkpoint, whether it may, and how at another world size or ZeRO stage."""
+"""Resumes a training: chooses the checkpoint, checks that it fits, and converts it to this world size and ZeRO
+stage.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Writes checkpoints while the training goes on.
+"""Writes checkpoints while the training continues.
 
 Every rank stages its files on the local disk. One rank a node then uploads them in the background and writes
 ``node-k.done`` (names, bytes, SHA-256); rank 0 collects these and writes ``COMMITTED`` (see `checkpoint`). A checkpoint
-that cannot be staged or uploaded is removed at once and costs no more than itself, until that happens three times in a
+that cannot be staged or uploaded is removed at once and the training continues, unless that happens three times in a
 row.
 """
 

@@ -1,7 +1,7 @@
-"""Losses that reward sharp reconstructions: distances in other networks' eyes, and a discriminator's opinion.
+"""Losses that reward sharp reconstructions: distances in other networks' features, and an adversarial loss.
 
-All terms see the reconstruction behind a cut in the graph. Their gradients at the reconstruction are taken here, once,
-so that the discriminator's can be weighed against the others' and no network is walked through twice.
+All terms are computed on a detached reconstruction. Their gradients with respect to it are computed here once, so that
+the adversarial gradient can be scaled relative to the others, and no network runs backward twice.
 
 B: batch   T, H, W: frames, height, width   N: frames that networks see
 """

@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: metrics.jsonl, TensorBoard, Weights & Biases on request, the status line."""
+"""Output of a running training: metrics.jsonl, TensorBoard, Weights & Biases if configured, and the status line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a training goes, which share of the hardware's peak that is, and how long it waits for data."""
+"""Measures the speed of a training, its share of the hardware's peak (MFU), and the time it waits for data."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Ends a training that stands still, and says which rank holds it up.
+"""Ends a training that hangs, and names the rank that causes it.
 
-A collective whose peer never comes waits for minutes and then names nobody; a rank that is stuck in its own code, or
-stopped, says nothing at all. Here each rank tells the others, from a thread and through a store of their own, how far
-it is.
+If a peer never joins a collective, the collective waits for minutes and then names no rank. A rank that is stuck in its
+own code, or stopped, reports nothing at all. Here, a thread of each rank reports the rank's progress to the others
+through a separate store.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This process among its peers: who they are, and control messages between them."""
+"""The process group of a training: rank, world size, nodes, and control messages between ranks."""
 
 from __future__ import annotations
 

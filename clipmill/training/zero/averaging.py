@@ -1,8 +1,8 @@
-"""A moving average of the weights, beside those that are trained.
+"""An exponential moving average of the weights, in addition to the trained weights.
 
-The average of a parameter lies where its master does (see ``partitions.py``), as one more entry of the optimizer's
-state: so it is partitioned, offloaded, saved, resumed and converted with the moments, and costs 4 bytes of each
-parameter a rank has. Buffers (batch statistics, the codebook) are averaged alike, in buffers of their own.
+The average of a parameter is stored next to its float32 master (see ``partitions.py``), as one more entry of the
+optimizer's state. It is therefore partitioned, offloaded, saved, resumed and converted like the moments, and costs 4
+bytes for each parameter of a rank. Buffers (batch statistics, the codebook) are averaged too, in separate buffers.
 """
 
 from __future__ import annotations
