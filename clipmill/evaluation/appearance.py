@@ -1,4 +1,4 @@
-"""What clips look like, clip by clip, without any network: colours, motion, flicker, objects, a stand-in descriptor.
+"""Measures the appearance of each clip without a network: colours, motion, flicker, objects, and a simple descriptor.
 
 Pixels are uint8, so every sum over pixels is an exact integer: the same on any device and in any batches.
 
@@ -30,9 +30,9 @@ NUM_BINS = 32
 _GROUND_LEVELS = 8
 """The ground colour is looked for among colours of this many levels a channel."""
 _OBJECT_SHARES = (0.002, 0.4)
-"""Mean object size of a clip whose masks are easy: less is noise, and more leaves no one ground colour."""
+"""Range of mean object sizes for which masks are reliable: smaller is noise, larger has no single ground colour."""
 _OBJECT_STEP = 40
-"""A pixel is of an object when one of its colour values differs from the ground's by more, of 255."""
+"""A pixel belongs to an object if one of its colour values (0 to 255) differs from the ground's by more than this."""
 _CELLS = 4
 """Cells of the stand-in descriptor along time, height and width."""
 _FAINT = 1e-4

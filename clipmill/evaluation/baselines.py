@@ -1,10 +1,10 @@
-"""Table predictors of codes, the bar that a trained prior has to clear.
+"""Table predictors of codes: baselines that a trained prior must beat.
 
 Three tables are counted on the training codes: how often each code occurs (*unigram*), which code follows which at
 the same place one latent frame later (*temporal bigram*), and which follows which in raster order (*raster bigram*).
-Their cross-entropy on the validation codes is what a predictor without any learning reaches. Where a context is missing
-(the first latent frame, the first code of a clip) a bigram uses the unigram. Of several codebooks each has tables of
-its own, so their raster bigram looks at the place before, not at the other codes of the same place.
+Their cross-entropy on the validation codes is what counting alone achieves. Where a context is missing (the first
+latent frame, the first code of a clip), a bigram uses the unigram. With several codebooks, each has separate tables;
+their raster bigram depends on the previous place, not on the other codes of the same place.
 
 Smoothing (MacKay and Peto 1995, "A hierarchical Dirichlet language model"): with counts n, K codes and N tokens
     unigram p(c)     = (n(c) + a) / (N + a K)

@@ -12,7 +12,7 @@ import numpy as np
 __all__ = ["Chart", "Curve", "code_usage_chart", "curves_chart", "fvd_chart", "loss_chart"]
 
 _MAX_POINTS = 600
-"""More points than a chart has pixels only make the page heavy."""
+"""Maximum number of points in a curve: more points than pixels only make the page larger."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""``clipmill compare``: several evaluations on one page that needs nothing but itself.
+"""``clipmill compare``: shows several evaluations on one self-contained page.
 
-Numbers stand side by side, with their differences; curves lie over each other; samples drawn from the same noise play
-below each other. Evaluations that asked different questions, or asked them of different clips, are refused.
+The page shows metrics side by side with their differences, curves in common charts, and samples from the same noise
+below each other. Evaluations with different settings or different clips are refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["compare", "find_evaluation"]
 
 MAX_SAMPLES = 24
-"""Samples of each evaluation that are shown."""
+"""Number of samples to show of each evaluation."""
 
 
 class Number(NamedTuple):
-    """A number of ``metrics.json`` that the page puts side by side."""
+    """A metric of ``metrics.json`` that the page compares."""
 
     name: str
     path: str
@@ -108,7 +108,7 @@ def compare(evaluations: Sequence[Evaluation]) -> bytes:
 
 
 def _require_comparable(first: Evaluation, other: Evaluation) -> None:
-    """Refuses other settings and other clips: their numbers differ for more reasons than the models."""
+    """Refuses evaluations with other settings or clips, because their metrics differ for reasons besides the models."""
     reasons = changed_keys(first.metrics["settings"], other.metrics["settings"], "evaluate.")
     for key in ("split", "num_frames", "resolution", "num_clips"):
         then, now = first.metrics["clips"][key], other.metrics["clips"][key]

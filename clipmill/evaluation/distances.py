@@ -1,8 +1,8 @@
 """Distances between sets of videos: FVD, and the Inception Score of one set.
 
 FVD (Unterthiner et al. 2018, arXiv 1812.01717) is the Frechet distance of two Gaussians fitted to the I3D logits of two
-sets of clips. What is kept of a set is its size, sum and sum of outer products in float64: it can be summed batch by
-batch, machine by machine, and set by set, and the batches do not matter.
+sets of clips. A set is represented by its size, sum and sum of outer products in float64. These can be added over
+batches, machines and sets, and do not depend on how clips are batched.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FeatureStatistics:
 
     @property
     def is_singular(self) -> bool:
-        """Whether so few clips span fewer dimensions than the features have."""
+        """Whether the covariance is singular because there are not more clips than feature dimensions."""
         return self.num <= len(self.sum)
 
     @property
@@ -74,7 +74,9 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def _root(statistics: FeatureStatistics) -> NDArray[np.float64]:
-    """R of the covariance R R^T: [D, D]; eigenvalues that float64 does not resolve are none, or their roots add up."""
+    """R of the covariance R R^T, [D, D]. Eigenvalues below float64 resolution are zeroed; else their roots
+    accumulate.
+    """
     values, vectors = np.linalg.eigh(statistics.covariance)
     resolved = len(values) * np.finfo(np.float64).eps * (values[-1] + statistics.mean @ statistics.mean)
     return vectors * np.sqrt(np.where(values > resolved, values, 0))

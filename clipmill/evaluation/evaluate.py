@@ -1,4 +1,4 @@
-"""Stage ``evaluate``: the numbers a run is judged by, measured from what is on disk.
+"""Stage ``evaluate``: computes the metrics of a run from its data and models on disk.
 
 ``evaluate.what=vqvae`` judges the newest tokenizer by real clips. ``all`` does the same for the
 tokenizer inside the newest prior export, runs that prior over the tokens of ``val``, and looks at the samples. An
@@ -45,11 +45,11 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
 
 CLIPS_PER_UNIT = 64
-"""Clips of pixels that a worker measures at once. A constant: batches, and so last digits, depend on it."""
+"""Clips of pixels that a worker measures at once. Not configurable, because last digits depend on the batches."""
 TOKENS_PER_UNIT = 1024
 """Clips of codes."""
 FEW_CLIPS = 256
-"""So few clips of pixels are measured in this process: to start Ray and its workers takes as long."""
+"""Up to this number, clips of pixels are measured in this process: starting Ray and its workers would take longer."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether this very evaluation is on disk.
+    """Whether an evaluation with the same settings and inputs is on disk.
 
     Raises:
         UserError: a stage before this one has not run, its data belong to another tokenizer, the tokens come without

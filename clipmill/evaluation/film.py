@@ -1,4 +1,4 @@
-"""Clips as a single video for a page, so that what is compared cannot drift apart."""
+"""Combines clips into a single video for a page, so that they always play in sync."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipmill.video.pictures import playing_grid
 __all__ = ["USUAL_FPS", "Film", "Row"]
 
 USUAL_FPS = 8.0
-"""Of clips that do not say at which rate they play."""
+"""Frames per second of clips that do not state a rate."""
 _SHOWN_PIXELS = 128
 """Clips smaller than this are enlarged by whole pixels: h264 halves the resolution of colour."""
 _GAP_PIXELS = 6

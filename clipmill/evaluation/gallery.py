@@ -1,4 +1,4 @@
-"""The few clips that people look at: chosen and stored by ``evaluate``, shown by ``report``."""
+"""The few clips to display: ``evaluate`` chooses and stores them, ``report`` shows them."""
 
 from __future__ import annotations
 

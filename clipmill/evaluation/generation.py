@@ -1,4 +1,4 @@
-"""A prior in numbers: its cross-entropy on the validation codes, and its samples beside the real clips."""
+"""Metrics of a prior: its cross-entropy on the validation codes, and its samples compared with real clips."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _class_index(name: str | None, classes: list[str]) -> int:
 def prior_section(
     nats: NDArray[np.float64], clip: dict[str, Any], train: CodeTables, val: CodeTables
 ) -> dict[str, Any]:
-    """The prior beside the tables it has to beat, as plain JSON values.
+    """Metrics of the prior and of the baseline tables, as plain JSON values.
 
     ``bits_per_token`` is what the paper calls bits per dim (its dimensions are latents); ``bits_per_dim`` here spreads
     the same bits over the numbers of a clip, T * H * W * 3.

@@ -1,4 +1,4 @@
-"""What an evaluation asks, and of which data: its settings, and what it reads, found to belong together."""
+"""Settings and inputs of an evaluation, with checks that the inputs belong together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WEIGHTS = ("fvd", "is", "lpips")
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The question: every key of ``evaluate`` that changes a number, with the hashes of networks in place of URLs.
+    """Settings that determine the metrics: keys of ``evaluate``, with hashes of network files instead of their URLs.
 
     Raises:
         UserError: a network's file is not there.
@@ -35,10 +35,10 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def real_clips(config: RunConfig) -> Manifest:
-    """The clips to judge by.
+    """The real clips to compare with.
 
     Raises:
-        UserError: there are none, or they are too few or too short for the FVD that is asked for.
+        UserError: there are no clips, or they are too few or too short for the configured FVD.
     """
     clips = Manifest.require(config.folder("clips", split_of(config.evaluate)), "clips")
     if not clips.num_samples:
@@ -135,7 +135,7 @@ def _load_all(config: RunConfig, clips: Manifest) -> Inputs:
 
 
 def _require_samples(config: RunConfig, clips: Manifest, samples: Manifest, prior_sha8: str) -> None:
-    """Refuses samples that cannot be judged beside these clips."""
+    """Refuses samples that cannot be compared with these clips."""
     if samples.recipe["prior"] != prior_sha8:
         raise UserError(
             f"the samples at {samples.url} were made by prior {samples.recipe['prior']}, the newest is {prior_sha8}; "
@@ -157,7 +157,7 @@ def _require_samples(config: RunConfig, clips: Manifest, samples: Manifest, prio
 
 
 def refuse_other(found: Evaluation, settings: dict[str, Any], fingerprints: dict[str, str]) -> None:
-    """Refuses a folder that answers another question: an evaluation is never overwritten.
+    """Refuses a folder that holds an evaluation with other settings or inputs; an evaluation is never overwritten.
 
     Raises:
         UserError: the message names what differs.

@@ -1,4 +1,4 @@
-"""When, where and with what an evaluation was made: ``made.json``. Nothing here changes a number."""
+"""``made.json``: when, where and with which software an evaluation was made. Metrics do not depend on it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "numpy", "av", "torchmetrics")
 
 
 def provenance(hardware: Collection[str], seconds: float, root: str, samples: str | None) -> dict[str, Any]:
-    """What ``made.json`` says.
+    """The content of ``made.json``.
 
     Args:
         hardware: of the workers, of `hardware_name`; empty where all parts were there already.

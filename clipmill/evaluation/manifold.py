@@ -1,4 +1,4 @@
-"""More of the features behind FVD: kernel distance, precision and recall, density and coverage, seeds, clip counts.
+"""Further metrics on FVD's features: kernel distance, precision, recall, density, coverage, seeds, and clip counts.
 
 N, M: clips of two sets   D: features
 """
