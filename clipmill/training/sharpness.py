@@ -62,7 +62,7 @@ class Sharpness(nn.Module):
             self.discriminator = PatchDiscriminator(config.discriminator_dim, config.discriminator_layers)
 
     def forward(
-        self, base: Tensor, reconstruction: Tensor, video: Tensor, step: int
+        self, base: Tensor, reconstruction: Tensor, video: Tensor, step: int, num_frames: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The tokenizer's loss with these terms, and the discriminator's own.
 
@@ -72,6 +72,8 @@ class Sharpness(nn.Module):
             reconstruction: float [B, 3, T, H, W].
             video: float [B, 3, T, H, W] in [-0.5, 0.5].
             step: steps done so far.
+            num_frames: first frames of each clip that are its own, int64 [B]. The last of them takes the place of all
+                later ones on both sides: a picture is judged as a still video. None: all frames are.
 
         Returns:
             The sum, 0-d, and 0-d metrics: ``perceptual``, ``gram``, ``realism`` and ``discriminator``, as far as they
@@ -81,7 +83,7 @@ class Sharpness(nn.Module):
             return base, {}
         seen = reconstruction.detach().float().requires_grad_()
         with torch.autocast(video.device.type, enabled=False):
-            terms = self._compare(seen, video)
+            terms = self._compare(_still_after(seen, num_frames), _still_after(video, num_frames))
         costs = {"perceptual": self.config.perceptual_cost, "gram": self.config.gram_cost}
         gradient = torch.zeros_like(seen)
         loss = base
@@ -92,7 +94,9 @@ class Sharpness(nn.Module):
         metrics = {name: term.detach() for name, term in terms.items()}
         if self.discriminator is not None:
             (base_gradient,) = torch.autograd.grad(base, reconstruction, retain_graph=True)
-            own, adversarial, more = self._oppose(seen, video, gradient + base_gradient.float(), step)
+            own, adversarial, more = self._oppose(
+                seen, video, num_frames, gradient + base_gradient.float(), step
+            )
             gradient = gradient + adversarial
             loss = loss + own
             metrics |= more
@@ -143,13 +147,14 @@ class Sharpness(nn.Module):
         )
 
     def _oppose(
-        self, seen: Tensor, video: Tensor, others: Tensor, step: int
+        self, seen: Tensor, video: Tensor, num_frames: Tensor | None, others: Tensor, step: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The discriminator's own loss, its weighed gradient at the reconstruction, and metrics.
 
         Args:
             seen: the reconstruction behind the cut.
             video: the original.
+            num_frames: as of `forward`.
             others: the gradient of all other terms there.
             step: steps done so far.
         """
@@ -159,7 +164,7 @@ class Sharpness(nn.Module):
             # Gradients of zero, not none: the optimizer keeps a state of all parameters from the first step on.
             idle = torch.stack([parameter.sum() for parameter in self.discriminator.parameters()]).sum() * 0
             return idle, torch.zeros_like(seen), {"realism": idle.detach(), "discriminator": idle.detach()}
-        verdict = self.discriminator.judge(seen, video)
+        verdict = self.discriminator.judge(_still_after(seen, num_frames), _still_after(video, num_frames))
         own = verdict.loss + self.config.lecam_cost * verdict.lecam
         metrics = {"realism": verdict.realism.detach(), "discriminator": verdict.loss.detach()}
         if step < start:
@@ -169,6 +174,14 @@ class Sharpness(nn.Module):
         norms = sum_over_ranks(torch.stack((others.square().sum(), gradient.square().sum()))).sqrt()
         scale = (norms[0] / norms[1].clamp(min=1e-12)).clamp(max=MOST_ADVERSARIAL_SCALE)
         return own, self.config.adversarial_cost * scale * gradient, metrics
+
+
+def _still_after(video: Tensor, num_frames: Tensor | None) -> Tensor:
+    """A video [B, 3, T, H, W] whose clips stand still after their first frames int64 [B]."""
+    if num_frames is None:
+        return video
+    index = torch.arange(video.shape[2], device=video.device).minimum(num_frames[:, None] - 1)  # [B, T]
+    return video.gather(2, index[:, None, :, None, None].expand_as(video))
 
 
 def _frames(video: Tensor, chosen: Tensor) -> Tensor:

@@ -203,7 +203,9 @@ class VQVAEObjective(nn.Module):
         video = to_input(batch["video"])
         output = self.model(video, batch["weight"], batch.get("num_frames"))
         if self.training:
-            loss, metrics = self.sharpness(output.loss, output.reconstruction, video, batch["step"])
+            loss, metrics = self.sharpness(
+                output.loss, output.reconstruction, video, batch["step"], batch.get("num_frames")
+            )
             return loss, output.metrics | metrics
         shown = {"code_counts": output.counts, "reconstruction": to_pixels(output.reconstruction)}
         return output.loss, output.metrics | shown

@@ -87,6 +87,33 @@ def test_the_discriminators_gradient_has_its_share_and_starts_late() -> None:
     assert realism[1] > realism[0]
 
 
+def test_filler_behind_a_picture_changes_nothing(files: dict[str, str]) -> None:
+    """A picture that is filled up is judged as the still video that it stands for, whatever the filler holds."""
+    config = SharpnessConfig(**files, frames=4, adversarial_cost=0.5, adversarial_start=0, discriminator_dim=8)
+    torch.manual_seed(0)
+    sharpness = Sharpness(config, CPU)
+    anchors = sharpness.discriminator.anchors.clone()
+    num_frames = torch.tensor([4, 1])
+    found = []
+    for filler in (0.0, 0.3):
+        reconstruction, video = pair()
+        video[1, :, 1:] = filler
+        reconstruction = reconstruction.detach()
+        reconstruction[1, :, 1:] = filler  # as the tokenizer returns it
+        reconstruction.requires_grad_()
+        base = base_of(reconstruction, video)
+        sharpness.discriminator.anchors.copy_(anchors)
+        loss, metrics = sharpness(base, reconstruction, video, 1, num_frames)
+        (gradient,) = torch.autograd.grad(loss, reconstruction)
+        assert not gradient[1, :, 1:].any()
+        found.append((loss.detach() - base.detach(), gradient, metrics))
+    torch.testing.assert_close(found[0], found[1])
+    still = [each.detach()[1:, :, :1].expand(-1, -1, 4, -1, -1) for each in pair()]
+    expected = RandomDistance()(rows_of(still[0]), rows_of(still[1])).mean()
+    videos = RandomDistance()(*(rows_of(each[:1].detach()) for each in pair())).mean()
+    torch.testing.assert_close(found[0][2]["perceptual"], (expected + videos) / 2)
+
+
 def test_the_discriminators_loss_is_the_hinge_and_nothing_of_it_reaches_the_tokenizer() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(8, 2)
