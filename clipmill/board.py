@@ -86,14 +86,25 @@ class Board:
     _facts: dict[str, Any] = field(default_factory=dict)
     _causes: dict[str, Counter[str]] = field(default_factory=dict)
     _totals: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+    _began: float = field(default_factory=time.monotonic)
+    _earlier_seconds: float = 0.0
 
-    def begin(self, stage: str, attempt: int, run: str | None = None) -> None:
-        """Clears the board for a new attempt at a stage. Totals go on: they belong to the process."""
+    def begin(self, stage: str, attempt: int, run: str | None = None, earlier_seconds: float = 0.0) -> None:
+        """Clears the board for a new attempt at a stage; earlier attempts took ``earlier_seconds`` in all.
+
+        Totals go on: they belong to the process.
+        """
         with self._lock:
             self.stage, self.attempt, self.run = stage, attempt, run
+            self._began, self._earlier_seconds = time.monotonic(), earlier_seconds
             self._marks.clear()
             self._done, self._unit = 0.0, ""
             self._facts, self._causes = {}, {}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the stage has taken so far, those of its earlier attempts included."""
+        return self._earlier_seconds + time.monotonic() - self._began
 
     def advance(self, done: float, total: float | None, unit: str, facts: dict[str, Any]) -> None:
         """Sets the stage's progress and its facts."""

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType, ModuleType, TracebackType
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from clipmill import storage
+from clipmill.board import BOARD
 from clipmill.cluster import launch
 from clipmill.cluster.connection import WORKER_ENVIRONMENT
 from clipmill.config import RunConfig, with_places, with_recorded_clips
@@ -114,7 +114,6 @@ def _run_stage(name: str, config: RunConfig, more: str | None) -> dict[str, Any]
         with _LocalReport(name, quiet=True) as report:
             stage.module.train(config, None, report, _studio(config))
         return None
-    began = time.monotonic()
     with hold(stage.module.folder_url(config), name) as lease, publishing(lease, name, run=config.root):
         if more is not None and not stage.module.plan_more(config, lease, more):
             logger.info("%s: nothing to do, %s is complete", name, stage.module.folder_url(config))
@@ -124,7 +123,7 @@ def _run_stage(name: str, config: RunConfig, more: str | None) -> dict[str, Any]
         summary = {
             "stage": name,
             **facts,
-            "seconds": round(time.monotonic() - began, 3),
+            "seconds": round(BOARD.seconds, 3),
             "versions": installed_versions(),
         }
         lease.check()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipmill import storage
+from clipmill.board import BOARD
 from clipmill.cluster.connection import is_embedded
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
@@ -93,13 +93,11 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         Interrupted: stopped; finished parts are kept, and running it again goes on.
         StageFailed: a unit failed at every attempt; the others are kept.
     """
-    began = time.monotonic()
     inputs, settings = Inputs.load(config), settings_of(config)
     _is_on_disk(config, inputs, settings)  # another run may have finished one since `is_finished` looked
     with torch_settings_kept():
         job = Job(config, inputs, _measures(config, inputs, settings))
-        missing = _missing(job)
-        hardware = _measure(job, missing)
+        hardware = _measure(job, _missing(job))
         found = _Found.read(job)
         job = _with_shown(job, found)
         hardware |= _measure(job, job.measures["shown"].missing())
@@ -111,15 +109,16 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
             "inputs": inputs.fingerprints(),
             **_numbers(config, inputs, found),
         }
-    seconds = time.monotonic() - began
     samples = config.sample.name if config.evaluate.what == "all" else None
-    made = provenance(hardware, seconds, storage.shown(config.root), samples)
+    made = provenance(hardware, BOARD.seconds, storage.shown(config.root), samples)
     lease.check()
     evaluation = Evaluation(folder_url(config), metrics, made)
     _publish_gallery(evaluation, job, found)
     evaluation.publish()
     _warn_of_few_clips(metrics["fvd"])
-    clips_per_second = _num_clips(missing) / seconds
+    # Parts that another evaluation has measured count too: nobody knows any more whose attempt made which.
+    num_clips = sum(measure.num_clips for name, measure in job.measures.items() if name in ("real", "samples"))
+    clips_per_second = num_clips / BOARD.seconds
     return {"what": config.evaluate.what, **_headlines(metrics), "clips_per_second": clips_per_second}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
@@ -65,14 +64,14 @@ def run(config: RunConfig, lease: Lease, damaged: Mapping[str, Collection[int]] 
     tally = read_tally(config, plan, damaged)
     lost = find_lost(config, plan, tally, damaged)
     try:
-        clips_per_second = _shard_units(config, lease, plan, tally, lost)
+        _shard_units(config, lease, plan, tally, lost)
     finally:  # the list is most needed after a failure
         if lease.is_newest():  # a run that took over has a newer list
             publish_tally(config, tally)
             if tally.exclusions or len(plan.generations) > 1:  # a retry may have emptied it
                 storage.publish_bytes(config.folder("clips", "quarantine.jsonl"), tally.quarantine())
     lease.check()
-    return {**_freeze(config, plan, tally), "clips_per_second": clips_per_second}
+    return {**_freeze(config, plan, tally), "clips_per_second": tally.total("num_clips") / BOARD.seconds}
 
 
 def folder_url(config: RunConfig) -> str:
@@ -215,19 +214,14 @@ class _Recorder:
         _check_budget(self._config, self._tally, self._num_accepted)
 
 
-def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost: Lost) -> float:
-    """Processes the units that are not committed yet, within the failure budget, and restores the lost ones.
-
-    Returns:
-        Clips per second that this run has made.
-    """
+def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost: Lost) -> None:
+    """Processes the units that are not committed yet, within the failure budget, and restores the lost ones."""
     names = [
         (split, number)
         for split in SPLITS
         for number in range(plan.num_units(split))
         if number not in tally.parts[split] or (split, number) in lost
     ]
-    began, num_clips_before = time.monotonic(), tally.total("num_clips")
     num_accepted = _accepted_failures(config, plan)
     _check_budget(config, tally, num_accepted)
     with bar("shard", total=plan.num_videos, unit="videos") as progress:
@@ -244,7 +238,6 @@ def _shard_units(config: RunConfig, lease: Lease, plan: Plan, tally: Tally, lost
             f"{len(unrestored)} of {len(lost)} damaged units of {folder_url(config)} cannot be restored: "
             f"{unrestored[0]}. Restore their objects from a copy, or undo what changed and run the same command again"
         )
-    return (tally.total("num_clips") - num_clips_before) / (time.monotonic() - began)
 
 
 def _allowance(config: RunConfig, plan: Plan, tally: Tally, num_accepted: int) -> Allowance:

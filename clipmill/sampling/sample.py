@@ -10,9 +10,9 @@ with its settings. ``preview/`` beside the shards shows some samples (`clipmill.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
+from clipmill.board import BOARD
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig, SampleConfig, changed_keys, frame_size, identity
 from clipmill.errors import UserError
@@ -85,8 +85,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     """
     body, _ = require_prior(config.folder("prior"))
     job = new_job(config, lease, body)
-    began = time.monotonic()
-    shards, num_made = _make_missing(job)
+    shards = _make_missing(job)
     facts = {
         "classes": sorted({label for label in job.labels if label is not None}),
         "latent_shape": [job.length.num_latents, *body["latent_shape"][1:]],
@@ -107,18 +106,17 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     )
     return {
         "samples": manifest.num_samples,
-        "samples_per_second": num_made / (time.monotonic() - began),
+        "samples_per_second": manifest.num_samples / BOARD.seconds,
         "classes": len(facts["classes"]),
         "prior": body["sha8"],
         "bytes": sum(shard.bytes for shard in manifest.shards),
     }
 
 
-def _make_missing(job: Job) -> tuple[dict[int, tuple[ShardEntry, ...]], int]:
-    """Generates missing samples; returns the shards of all committed units, and the number of new samples."""
+def _make_missing(job: Job) -> dict[int, tuple[ShardEntry, ...]]:
+    """Generates missing samples; returns the shards of all committed units."""
     settings = job.config.sample
     shards = _committed_shards(job.url, {})
-    num_made = 0
     with bar("sample", total=settings.num_samples, unit="videos") as progress:
         # One pass suffices, unless a run that lost the lease commits a shorter unit of the same number meanwhile.
         while missing := missing_units(
@@ -130,14 +128,13 @@ def _make_missing(job: Job) -> tuple[dict[int, tuple[ShardEntry, ...]], int]:
             progress.update(done)
 
             def on_result(unit: Unit, facts: dict[str, Any]) -> None:
-                nonlocal done, num_made
+                nonlocal done
                 done += facts["samples"]
-                num_made += facts["samples"]
                 progress.update(done)
 
             fan_out(make_worker, (job,), missing, config=job.config.cluster, on_result=on_result)
             shards = _committed_shards(job.url, shards)
-    return shards, num_made
+    return shards
 
 
 def _committed_shards(url: str, known: dict[int, tuple[ShardEntry, ...]]) -> dict[int, tuple[ShardEntry, ...]]:

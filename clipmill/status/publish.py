@@ -21,7 +21,7 @@ from clipmill.board import BOARD, Snapshot
 from clipmill.errors import ClipmillError, Interrupted, StorageUnavailable
 from clipmill.lease import Lease
 from clipmill.status.log import LogParts
-from clipmill.status.record import CauseRecord, ProgressRecord, Record, State, write_record
+from clipmill.status.record import CauseRecord, ProgressRecord, Record, State, read_record, write_record
 
 __all__ = ["EVERY_SECONDS", "publishing"]
 
@@ -36,7 +36,7 @@ def publishing(
     lease: Lease, stage: str, every_seconds: float = EVERY_SECONDS, run: str | None = None
 ) -> Iterator[None]:
     """Publishes the status and the log of the stage that runs in the ``with`` block, in the folder of its lease."""
-    BOARD.begin(stage, lease.attempt, run)
+    BOARD.begin(stage, lease.attempt, run, _earlier_seconds(lease.url))
     publisher = _Publisher(lease, stage, every_seconds)
     try:
         yield
@@ -92,6 +92,7 @@ class _Publisher:
             pid=os.getpid(),
             began=self._began,
             written=time.time(),
+            seconds=BOARD.seconds,
             every_seconds=self._every_seconds,
             progress=None if progress is None else ProgressRecord(**vars(progress)),
             facts=board.facts,
@@ -99,6 +100,14 @@ class _Publisher:
             log=list(self._log.tail),
             **causes,
         )
+
+
+def _earlier_seconds(url: str) -> float:
+    """What the attempts before this one took together, as far as they said so."""
+    try:
+        return read_record(url).seconds
+    except (FileNotFoundError, ClipmillError):
+        return 0.0
 
 
 def _end(lease: Lease, error: BaseException | None) -> tuple[State, str | None]:

@@ -58,6 +58,7 @@ class Record(_Part):
         pid: process id of the driver.
         began: when the attempt began, in seconds since the epoch by the driver's clock.
         written: when this status was written, by the same clock.
+        seconds: duration of all attempts at the stage together; a killed attempt counts up to its last record.
         every_seconds: a running stage publishes again within this time.
         progress: None before the first unit of work is counted.
         facts: numbers and words about the stage: clips, loss, workers, nodes.
@@ -74,6 +75,7 @@ class Record(_Part):
     pid: int
     began: float
     written: float
+    seconds: Seconds = 0.0
     every_seconds: Seconds
     progress: ProgressRecord | None = None
     facts: dict[str, Any] = {}

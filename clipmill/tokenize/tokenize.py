@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter
 from typing import Any
 
+from clipmill.board import BOARD
 from clipmill.cluster.fanout import fan_out
 from clipmill.config import RunConfig
 from clipmill.errors import UserError
@@ -50,7 +50,6 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     num_codebooks = math.prod(recipe["latent_shape"][3:])
     tallies = {split: Tally(config.folder("tokens", split), recipe["num_codes"], num_codebooks) for split in SPLITS}
     pending = [unit for split in SPLITS for unit in _count_committed(config, clips[split], recipe, tallies[split])]
-    began, num_clips_before = time.monotonic(), _num_clips(tallies)
     times: Counter[str] = Counter(dict.fromkeys(TIMES, 0.0))
     with bar("tokenize", total=sum(manifest.num_samples for manifest in clips.values()), unit="clips") as progress:
 
@@ -77,10 +76,9 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
             if lease.is_newest():  # a later run that took over stores its own totals
                 for tally in tallies.values():
                     tally.publish()
-    clips_per_second = (_num_clips(tallies) - num_clips_before) / (time.monotonic() - began)
     lease.check()
     _note_waits(config, times)
-    return {**_freeze(config, clips, recipe, tallies), "clips_per_second": clips_per_second, **times}
+    return {**_freeze(config, clips, recipe, tallies), "clips_per_second": _num_clips(tallies) / BOARD.seconds, **times}
 
 
 def folder_url(config: RunConfig) -> str:

@@ -94,9 +94,7 @@ class Sharpness(nn.Module):
         metrics = {name: term.detach() for name, term in terms.items()}
         if self.discriminator is not None:
             (base_gradient,) = torch.autograd.grad(base, reconstruction, retain_graph=True)
-            own, adversarial, more = self._oppose(
-                seen, video, num_frames, gradient + base_gradient.float(), step
-            )
+            own, adversarial, more = self._oppose(seen, video, num_frames, gradient + base_gradient.float(), step)
             gradient = gradient + adversarial
             loss = loss + own
             metrics |= more

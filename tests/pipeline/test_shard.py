@@ -90,7 +90,6 @@ def test_a_finished_stage_stays_as_it_is(finished: tuple[RunConfig, dict[str, An
     before = files_of(Path(config.folder("clips")))
     again = run_shard(config)
     assert facts_of(again) == facts_of(summary)
-    assert again["clips_per_second"] == 0  # this run made none of them
     assert files_of(Path(config.folder("clips"))) == before
 
 

@@ -315,3 +315,19 @@ def test_the_log_as_json_lines_has_stage_attempt_and_unit_and_no_credentials(
     monkeypatch.setenv("CLIPMILL_LOG_FORMAT", "xml")
     with pytest.raises(UserError, match="CLIPMILL_LOG_FORMAT=xml"):
         status.formatter()
+
+
+def test_seconds_are_those_of_all_attempts(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    process = driver(root)
+    wait_for_progress(root)
+    process.kill()  # it counts up to its last word
+    process.wait()
+    killed = shard_of(root).record
+    assert killed is not None
+    assert 0 < killed.seconds <= killed.written - killed.began + 0.1
+    with shard(root):
+        assert killed.seconds <= BOARD.seconds < killed.seconds + 5
+    finished = shard_of(root).record
+    assert finished is not None
+    assert killed.seconds < finished.seconds
