@@ -67,13 +67,27 @@ def _print_report(url: str, report: VerifyReport, removed: list[str]) -> None:
 @app.command("inspect", rich_help_panel=PANEL)
 def inspect(
     url: Target,
-    sheet: Annotated[Path, typer.Option(help="Where to write the contact sheet.")] = Path("contact-sheet.png"),
+    sheet: Annotated[str, typer.Option(help="Where to write the contact sheet: a path or URL.")] = "contact-sheet.png",
+    duplicates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Find near-duplicates among the clips of tokens instead, and write the superfluous ones to FILE, "
+            "which data.exclude takes.",
+        ),
+    ] = None,
 ) -> None:
-    """Show the content of a data set: counts, classes, durations, and a contact sheet."""
-    from clipmill import stages
+    """Show the content of a data set: counts, classes, durations, and a contact sheet; or list its near-duplicates."""
+    from clipmill import stages, storage
     from clipmill.pipeline.inspect import inspect as describe
 
     found = stages.find_datasets(url)
+    if duplicates is not None:
+        from clipmill.pipeline.duplicates import write_duplicates
+
+        tokens = [dataset_url for dataset_url in found if Path(dataset_url).parent.name == "tokens"]
+        print(yaml.safe_dump(write_duplicates(tokens, storage.absolute(duplicates)), sort_keys=False), end="")
+        return
     clips = [dataset_url for dataset_url in found if Path(dataset_url).parent.name == "clips"]
     pictures = []
     for dataset_url in clips or found:
@@ -81,7 +95,7 @@ def inspect(
         pictures.append(facts.pop("contact_sheet"))
         print(yaml.safe_dump({dataset_url: facts}, sort_keys=False), end="")
     if pictures[0] is not None:
-        sheet.write_bytes(pictures[0])
+        storage.publish_bytes(storage.absolute(sheet), pictures[0])
         print(f"contact sheet: {sheet}")
 
 

@@ -127,6 +127,9 @@ class DataConfig(Section):
     mix: Annotated[tuple[MixPart, ...], FREE] = ()
     """Data sets that the training stages read, as a weighted mixture. An empty list reads this run's own data set. The
     identity of a training contains their fingerprints and shares."""
+    exclude: Annotated[str | None, FREE, PLACE] = None
+    """File of clips that trainings skip, as ``clipmill inspect ROOT --duplicates FILE`` writes it. Shards stay as they
+    are; the identity of a training contains which clips are missing."""
     clip: ClipConfig = ClipConfig()
     format: Literal["mp4", "npy", "mjpeg"] = "mp4"
     """How clips are stored. ``mp4``: h264, small. ``npy``: lossless uint8 [num_frames, height, width, 3]. ``mjpeg``:

@@ -178,7 +178,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         Raises:
             UserError: the shard is missing, or differs from the manifest.
         """
-        return self._read(self._cache.open(shard), row)
+        return self._read(self._cache.open(shard), self.manifest.stored_row(shard, row))
 
     def read_rows(self, shards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
         """Reads several samples like `read`. Each shard is opened and checked once.
@@ -188,7 +188,10 @@ class ShardDataset(Dataset[dict[str, Any]]):
             rows: int64 [n], rows in these shards.
         """
         opened = {shard: self._cache.open(shard) for shard in dict.fromkeys(shards.tolist())}
-        return [self._read(opened[shard], row) for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        return [
+            self._read(opened[shard], self.manifest.stored_row(shard, row))
+            for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
+        ]
 
     def _read(self, opened: OpenShard, row: int) -> dict[str, Any]:
         key, members = read_sample(opened.view, *opened.offsets[row : row + 2].tolist())

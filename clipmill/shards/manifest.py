@@ -8,9 +8,10 @@ same data set.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -39,17 +40,52 @@ class Manifest:
     kind: Kind
     shards: tuple[ShardEntry, ...]
     num_samples: int
+    """Without excluded ones."""
     fingerprint: str
     """SHA-256 (hex) over kind, recipe, and the shards' names, hashes and counts."""
     recipe: dict[str, Any]
     """How the samples were made: equal recipes and inputs give equal samples."""
     facts: dict[str, Any]
     """Facts for readers that are not part of the identity: class names, pixel statistics, versions."""
+    excluded: Mapping[int, np.ndarray] = field(default_factory=dict, compare=False)
+    """Rows that readers do not see, ascending int64, by the number of their shard: see `without`."""
 
     @property
     def counts(self) -> np.ndarray:
-        """Samples of each shard: int64 [num_shards]."""
-        return np.array([shard.samples for shard in self.shards], np.int64)
+        """Samples of each shard without excluded ones: int64 [num_shards]."""
+        counts = np.array([shard.samples for shard in self.shards], np.int64)
+        for shard, rows in self.excluded.items():
+            counts[shard] -= len(rows)
+        return counts
+
+    @property
+    def num_stored(self) -> int:
+        """Samples of all shards, excluded ones too."""
+        return sum(shard.samples for shard in self.shards)
+
+    def without(self, rows: Mapping[int, Sequence[int]]) -> Manifest:
+        """The same shards without some samples: readers number the others as if these had never been there.
+
+        Args:
+            rows: ascending, by the number of their shard.
+        """
+        if not rows:
+            return self
+        identity = {"of": self.fingerprint, "without": sorted([shard, list(found)] for shard, found in rows.items())}
+        return dataclasses.replace(
+            self,
+            num_samples=self.num_samples - sum(map(len, rows.values())),
+            fingerprint=fingerprint(identity),
+            excluded={shard: np.array(found, np.int64) for shard, found in rows.items()},
+        )
+
+    def stored_row(self, shard: int, row: int) -> int:
+        """Where a shard holds the sample that readers know by ``row``."""
+        if shard not in self.excluded:
+            return row
+        # Before the i-th excluded row there are rows[i] - i others.
+        rows = self.excluded[shard]
+        return row + int(np.searchsorted(rows - np.arange(len(rows)), row, side="right"))
 
     @property
     def clips_per_video(self) -> float:

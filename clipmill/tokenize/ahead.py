@@ -19,6 +19,7 @@ import numpy as np
 
 from clipmill.shards.dataset import ShardDataset, decode_clip
 from clipmill.shards.manifest import Manifest
+from clipmill.shards.signatures import signature_of
 
 __all__ = ["Clip", "ClipsAhead"]
 
@@ -35,11 +36,13 @@ class Clip(NamedTuple):
         key: key of the sample.
         video: uint8 [T, H, W, 3].
         copied: members that are copied to its tokens.
+        signature: uint8 [F, 16, 16], see `clipmill.shards.signatures`.
     """
 
     key: str
     video: np.ndarray
     copied: dict[str, bytes]
+    signature: np.ndarray
 
 
 class ClipsAhead:
@@ -119,4 +122,5 @@ def _decode(key: str, members: dict[str, memoryview]) -> tuple[Clip, float]:
     """Decodes a clip; also returns the CPU seconds that it took."""
     began = time.thread_time()
     copied = {name: bytes(members[name]) for name in COPIED if name in members}
-    return Clip(key, decode_clip(members)["video"], copied), time.thread_time() - began
+    video = decode_clip(members)["video"]
+    return Clip(key, video, copied, signature_of(video)), time.thread_time() - began

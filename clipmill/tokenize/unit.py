@@ -28,6 +28,7 @@ from clipmill.scratch import ScratchFolder
 from clipmill.shards.commits import commit_unit
 from clipmill.shards.format import Sample, UnitWriter, npy_bytes, parse_npy
 from clipmill.shards.manifest import SPLITS, Manifest
+from clipmill.shards.signatures import publish_signatures
 from clipmill.tokenize.ahead import Clip, ClipsAhead
 from clipmill.tokenize.encoder import Encoder, make_encoder
 from clipmill.tokenize.tally import pack_counts
@@ -101,6 +102,7 @@ def _tokenize_unit(
         }
         parts = packed.writer.finish()
         lease.check()
+        publish_signatures(config.folder("tokens", unit.split), unit.number, packed.keys, packed.signatures)
         record = commit_unit(config.folder("tokens", unit.split), unit.number, parts, body)
     times = (encode_seconds, ahead.wait_seconds, ahead.decode_seconds)
     work = {
@@ -147,6 +149,8 @@ class _Packed:
         num_clips: in them.
         counts: int64 [M * K], occurrences of each code.
         fields: what clips come with beside codes; see `clipmill.tokenize.tally.Tally`.
+        keys: of the clips.
+        signatures: of the clips.
     """
 
     def __init__(self, config: RunConfig, encoder: Encoder, writer: UnitWriter) -> None:
@@ -154,6 +158,8 @@ class _Packed:
         self.num_clips = 0
         self.counts = encoder.count([])
         self.fields: dict[str, dict[str, Any]] = {}
+        self.keys: list[str] = []
+        self.signatures: list[np.ndarray] = []
         self._config, self._encoder = config.tokenize, encoder
 
     def add(self, clips: list[Clip], codes: np.ndarray) -> None:
@@ -169,6 +175,8 @@ class _Packed:
             _count_fields(self.fields, members)
         self.counts += self._encoder.count(codes)
         self.num_clips += len(clips)
+        self.keys += [clip.key for clip in clips]
+        self.signatures += [clip.signature for clip in clips]
 
 
 @functools.lru_cache(maxsize=1)  # the clips of a video come one after the other

@@ -13,6 +13,7 @@ from clipmill.errors import UserError
 from clipmill.models.export import exported_steps, read_latest
 from clipmill.shards.cache import needed_cache_bytes
 from clipmill.shards.dataset import Decode, MixedDataset, ShardDataset
+from clipmill.shards.exclusions import exclude, read_exclusions
 from clipmill.shards.manifest import Kind, Manifest
 from clipmill.shards.mixture import NUM_SLOTS, apportion, node_streams, streams_of_datasets
 from clipmill.shards.order import same_video_pairs
@@ -33,19 +34,39 @@ logger = logging.getLogger(__name__)
 
 
 def require_manifests(config: RunConfig, kind: Kind, split: str) -> list[Manifest]:
-    """The manifest of this run's ``clips`` or ``tokens``, or those of the runs in its mix.
+    """The manifest of this run's ``clips`` or ``tokens``, or those of the runs in its mix, without excluded clips.
 
     Raises:
-        UserError: one is not there yet, or its train split is empty.
+        UserError: one is not there yet, or its train split is empty; or ``data.exclude`` is no list of clips, or of
+            other clips.
     """
-    roots = [part.url for part in config.data.mix] or [config.root]
-    return [_require_manifest(storage.join(root, kind, split), kind, is_mixed=bool(config.data.mix)) for root in roots]
+    manifests = [_require_manifest(config, root, kind, split) for root in _roots(config)]
+    if config.data.exclude is None:
+        return manifests
+    clips = read_exclusions(config.data.exclude)
+    left = [exclude(manifest, clips) for manifest in manifests]
+    if clips and split == "train" and not any(manifest.excluded for manifest in left):
+        others = [_require_manifest(config, root, kind, "val") for root in _roots(config)]
+        if not any(exclude(manifest, clips).excluded for manifest in others):
+            raise UserError(
+                f"data.exclude: no clip that {config.data.exclude} names is in {', '.join(_roots(config))}; write it "
+                "for these clips by `clipmill inspect ROOT --duplicates FILE`, or remove the key"
+            )
+    for manifest in left:
+        if not manifest.num_samples and manifest.num_stored:
+            raise UserError(f"data.exclude: {config.data.exclude} leaves nothing of {manifest.url}; shorten it")
+    return left
 
 
-def _require_manifest(url: str, kind: Kind, is_mixed: bool) -> Manifest:
-    mixed = "for that run first, or correct data.mix"
-    manifest = Manifest.require(url, kind, mixed) if is_mixed else Manifest.require(url, kind)
-    if url.endswith("/train") and manifest.num_samples == 0:
+def _roots(config: RunConfig) -> list[str]:
+    """Of the runs whose data sets are read."""
+    return [part.url for part in config.data.mix] or [config.root]
+
+
+def _require_manifest(config: RunConfig, root: str, kind: Kind, split: str) -> Manifest:
+    url, mixed = storage.join(root, kind, split), "for that run first, or correct data.mix"
+    manifest = Manifest.require(url, kind, mixed) if config.data.mix else Manifest.require(url, kind)
+    if split == "train" and manifest.num_samples == 0:
         raise UserError(f"the {kind} at {url} are empty; give `clipmill shard` longer or more videos")
     return manifest
 
@@ -136,6 +157,10 @@ def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingCon
             padding,
             batch + padding,
         )
+    for manifest in (one.manifest for one in dataset.datasets):
+        if manifest.excluded:
+            num_excluded = manifest.num_stored - manifest.num_samples
+            logger.info("%s: %d of %d clips are excluded", manifest.url, num_excluded, manifest.num_stored)
     streams = streams_of_datasets(batch, dataset.slots)
     for part, slots, part_streams in zip(dataset.datasets, dataset.slots.tolist(), streams, strict=True):
         share = batch * slots / NUM_SLOTS

@@ -337,9 +337,9 @@ def _condition_shape(config: RunConfig, manifests: list[Manifest]) -> tuple[int,
     for manifest in manifests:
         for name in wanted:
             found = manifest.facts.get("fields", {}).get(name, {"clips": 0, "shapes": []})
-            if found["clips"] < manifest.num_samples:
+            if found["clips"] < manifest.num_stored:
                 raise UserError(
-                    f"only {found['clips']} of the {manifest.num_samples} clips at {manifest.url} have {name}; "
+                    f"only {found['clips']} of the {manifest.num_stored} clips at {manifest.url} have {name}; "
                     f"{_SOURCES[name]}, or train without (prior.model.{_SWITCHES[name]})"
                 )
             shapes += [shape for shape in found["shapes"] if name == model.condition and shape not in shapes]

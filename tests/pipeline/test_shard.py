@@ -107,7 +107,7 @@ def test_inspect_describes_a_split(finished: tuple[RunConfig, dict[str, Any]]) -
     assert set(described["classes"]) <= {*CLASSES, "-"}
     assert 0 < described["video_seconds"]["min"] <= described["video_seconds"]["max"] < 2
     assert described["contact_sheet"].startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="holds no finished clips"):
+    with pytest.raises(UserError, match="holds no finished clips, tokens or samples"):
         inspect(config.folder("clips"))
 
 

@@ -19,14 +19,17 @@ from clipmill.lease import hold
 from clipmill.models.export import load_vqvae, save_export
 from clipmill.models.memory import largest_batch
 from clipmill.models.vqvae import VQVAE, latent_shape, to_input
+from clipmill.pipeline.inspect import inspect
 from clipmill.shards.commits import committed_units, read_commit
 from clipmill.shards.dataset import ShardDataset, decode_clip, decode_codes
 from clipmill.shards.format import code_dtype
 from clipmill.shards.manifest import SPLITS, Manifest
+from clipmill.shards.signatures import read_signatures, signature_of
 from clipmill.tokenize import tokenize, unit
 from clipmill.tokenize.ahead import ClipsAhead
 from clipmill.tokenize.encoder import Encoder
 from clipmill.tokenize.tally import Tally, pack_counts
+from clipmill.training.inputs import identity_of, require_manifests
 from tests.pipeline.corpus import NUM_FRAMES, RESOLUTION, facts_of, files_of, run_config, run_shard, write_corpus
 
 TALLIES = ("train/tally", "val/tally")
@@ -129,6 +132,51 @@ def test_the_manifest_names_tokenizer_and_clips(finished: tuple[RunConfig, dict[
     assert all(summary[name] > 0 for name in ("encode_seconds", "encoder_wait_seconds", "decode_seconds"))
     assert 5 < summary["train_perplexity"] <= summary["train_codes_used"] <= 300
     assert committed_units(config.folder("tokens", "train")) == committed_units(config.folder("clips", "train"))
+
+
+def test_every_clip_has_a_signature(finished: tuple[RunConfig, dict[str, Any]]) -> None:
+    config, _ = finished
+    found = read_signatures(Manifest.load(config.folder("tokens", "train"), "tokens"))
+    videos = open_split(config, "clips", "train")
+    assert found.keys == [videos[index]["key"] for index in range(len(videos))]
+    for index in range(len(videos)):
+        np.testing.assert_array_equal(found.grey[index], signature_of(videos[index]["video"]))
+
+
+def test_inspect_decodes_tokens(finished: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
+    config, _ = finished
+    described = inspect(config.folder("tokens", "val"))
+    assert described["tokens"] == Manifest.load(config.folder("tokens", "val")).num_samples
+    assert described["contact_sheet"].startswith(b"\x89PNG")
+    shutil.copytree(config.folder("tokens"), tmp_path / "tokens")
+    with pytest.raises(UserError, match="the tokenizer .* is not at"):
+        inspect(str(tmp_path / "tokens" / "val"))
+    (tmp_path / "tokens" / "config.yaml").write_text(json.dumps({"tokenize": {"tokenizer": config.tokenizer_url}}))
+    assert inspect(str(tmp_path / "tokens" / "val")) == described
+
+
+def test_both_trainings_skip_the_clips_that_a_file_names(
+    finished: tuple[RunConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The duplicates are made by hand here; what finds them has its own tests."""
+    config, _ = finished
+    found = read_signatures(Manifest.load(config.folder("tokens", "train"), "tokens"))
+    gone = [1, len(found.keys) - 1]
+    lines = [{"key": found.keys[i], "shard": found.shards[i], "row": int(found.rows[i])} for i in gone]
+    path = tmp_path / "excluded.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    excluding = config.model_copy(update={"data": config.data.model_copy(update={"exclude": str(path)})})
+    for kind, decode in (("clips", decode_clip), ("tokens", decode_codes)):
+        whole, left = (require_manifests(each, kind, "train")[0] for each in (config, excluding))
+        assert identity_of(config, [whole]) != identity_of(excluding, [left])
+        dataset = ShardDataset(left, decode)
+        keys = [dataset[index]["key"] for index in range(len(dataset))]
+        assert keys == [key for index, key in enumerate(found.keys) if index not in gone]
+        assert require_manifests(excluding, kind, "val") == require_manifests(config, kind, "val")
+    path.write_text(json.dumps(lines[0] | {"shard": "clips-000000-00-00000000.tar"}))
+    with pytest.raises(UserError, match="no clip that .* names is in"):
+        require_manifests(excluding, "clips", "train")
+    assert tokenize.is_finished(excluding)
 
 
 def test_codes_are_as_narrow_as_the_codebook_allows(finished: tuple[RunConfig, dict[str, Any]]) -> None:
