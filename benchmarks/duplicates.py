@@ -1,7 +1,7 @@
-"""Are copies of clips found, and nothing else? Real footage, robot episodes and the demo's videos, each copied three ways.
+"""Are copies of clips found, and nothing else? Footage, robot episodes and the demo's videos, copied three ways.
 
-Each video is re-encoded (x264, crf 32), cropped (5 % of width and height, at a random place) and trimmed (1 to 15 frames
-of its beginning), and originals and copies are sharded alike. A copied clip counts as found if it is paired with some
+Each video is re-encoded (x264, crf 32), cropped (5 % of width and height, at a random place) and trimmed (1 to 15
+frames of its beginning), and originals and copies are sharded alike. A copied clip counts as found if it is paired with some
 clip of its original video; all pairs of clips of different originals are false. Needs ffmpeg.
 
     python benchmarks/duplicates.py --videos /work/shared/videos --robot /work/shared/robot
@@ -94,9 +94,7 @@ def measure(grey: np.ndarray, names: list[str], ways: list[str]) -> dict[str, ob
     result: dict[str, object] = {"clips": int((ways_array == "original").sum()), "seconds": round(seconds, 2)}
     true = pairs[names_array[pairs[:, 0]] == names_array[pairs[:, 1]]]
     to_original = {
-        int(clip)
-        for clip, other in (*true.tolist(), *true[:, ::-1].tolist())
-        if ways_array[other] == "original"
+        int(clip) for clip, other in (*true.tolist(), *true[:, ::-1].tolist()) if ways_array[other] == "original"
     }
     for way in COPIES:
         copies = np.flatnonzero(ways_array == way)
@@ -124,7 +122,11 @@ def main() -> None:
         for path in originals(root / "made", arguments.videos, arguments.robot, arguments.demo):
             write_copies(path, root / "source" / path.stem, random)
         grey, names, ways = clips_of(root / "run", root / "source")
-        print(json.dumps({"benchmark": "duplicates", "largest_difference": LARGEST_DIFFERENCE, **measure(grey, names, ways)}))
+        print(
+            json.dumps(
+                {"benchmark": "duplicates", "largest_difference": LARGEST_DIFFERENCE, **measure(grey, names, ways)}
+            )
+        )
 
 
 if __name__ == "__main__":

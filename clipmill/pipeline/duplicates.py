@@ -1,15 +1,12 @@
 """Near-duplicates: clips of different videos that show the same, whatever re-encoded, cropped or trimmed them.
 
-Two clips are compared at every shift of time at which half of their frames overlap. Over the overlap two numbers say how
-much they differ, from 0 (the same) to about 1 (nothing in common): of the pictures, cell by cell and each clip less its
-mean, and of the movement, each cell less its mean over time. Both must be small at one shift: clips of one camera share
-their pictures, but not what moves in them.
+Candidates are found frame by frame, so that a shift of time costs nothing: frames are projected on their main
+directions and hashed (locality-sensitive hashing with random projections and offsets, M. Datar et al., 2004). Frames
+that share a hash make their clips a candidate, so the work grows with N log N. Candidates are compared in two steps:
+coarsely at each shift of time at which half of their frames overlap, and at the best shifts
+`clipmill.pipeline.alignment` says what is left once a crop is undone.
 
-Candidates are found frame by frame, so that a shift of time costs nothing: frames are projected on their main directions
-and hashed (locality-sensitive hashing with random projections and random offsets, M. Datar et al., 2004). Frames that
-share a hash make their clips a candidate. Work grows with N log N.
-
-    N: clips   F: frames of a signature   D: 64 cells of a frame   P: pairs
+    N: clips   F: frames of a signature   P: pairs
 """
 
 from __future__ import annotations
@@ -22,25 +19,28 @@ import numpy as np
 
 from clipmill import storage
 from clipmill.errors import UserError
+from clipmill.pipeline.alignment import difference, differences_when_aligned
 from clipmill.shards.manifest import Manifest
-from clipmill.shards.signatures import Signatures, read_signatures
+from clipmill.shards.signatures import CELLS, Signatures, read_signatures
 
-__all__ = ["Pair", "differences_of", "find_pairs", "write_duplicates"]
+__all__ = ["LARGEST_DIFFERENCE", "Pair", "find_pairs", "write_duplicates"]
 
-LARGEST_DIFFERENCE = 0.12
+LARGEST_DIFFERENCE = 0.035
 """Of two clips that count as the same (`benchmarks/duplicates.py` measures what follows from it)."""
-_PICTURE_WEIGHT = 1.0
-"""Of the difference of pictures beside that of movement."""
-_NOISE = 2.0
-"""Grey levels of a cell that coding and resizing change: less contrast, or less movement, says nothing."""
+_COARSE_CELLS = 8
+_LARGEST_COARSE_DIFFERENCE = 0.5
+"""Beyond this, no crop of 5 % makes two clips differ before it is undone."""
+_SHIFTS_ALIGNED = 2
+_NOISE = 4.0
+"""Grey levels of a direction that coding and resizing change: less contrast says nothing."""
 _DIRECTIONS = 16
 """Main directions of frames that are hashed."""
 _TABLES = 8
-_CELL = 1.0
-"""Width of a hash's cells in deviations of a direction."""
+_HASH_WIDTH = 1.0
+"""Width of a hash's steps in deviations of a direction."""
 _MOST_NEIGHBOURS = 32
 """Clips of one hash that a clip is compared with: scenes that stand still would make every pair a candidate."""
-_BLOCK = 2048
+_BLOCK = 1024
 _SEED = 0
 
 
@@ -113,70 +113,86 @@ def find_pairs(grey: np.ndarray, videos: np.ndarray) -> list[Pair]:
     """Near-duplicates among clips of different videos.
 
     Args:
-        grey: signatures uint8 [N, F, 8, 8], see `clipmill.shards.signatures`.
+        grey: signatures uint8 [N, F, 16, 16], see `clipmill.shards.signatures`.
         videos: number of each clip's video, int64 [N].
     """
-    pairs = _candidates(grey)
+    num_clips, num_frames = grey.shape[:2]
+    halves = (num_clips, num_frames, _COARSE_CELLS, CELLS // _COARSE_CELLS, _COARSE_CELLS, CELLS // _COARSE_CELLS)
+    coarse = np.empty((num_clips, num_frames, _COARSE_CELLS, _COARSE_CELLS), np.float32)
+    for start in range(0, num_clips, _BLOCK):
+        block = grey[start : start + _BLOCK]
+        coarse[start : start + _BLOCK] = block.reshape(len(block), *halves[1:]).mean((3, 5), dtype=np.float32)
+    pairs = _candidates(coarse)
     pairs = pairs[videos[pairs[:, 0]] != videos[pairs[:, 1]]]
-    differences = np.concatenate(
-        [differences_of(grey, pairs[start : start + _BLOCK]) for start in range(0, len(pairs), _BLOCK)]
-        or [np.zeros(0, np.float32)]
-    )
-    found = np.flatnonzero(differences <= LARGEST_DIFFERENCE)
-    return [Pair(*pairs[index].tolist(), float(differences[index])) for index in found]
+    found: list[Pair] = []
+    for start in range(0, len(pairs), _BLOCK):
+        block = pairs[start : start + _BLOCK]
+        best = _differences(grey, coarse, block)
+        for index in np.flatnonzero(best <= LARGEST_DIFFERENCE).tolist():
+            found.append(Pair(*block[index].tolist(), float(best[index])))
+    return found
 
 
-def differences_of(grey: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """How much the clips of each pair int64 [P, 2] differ at the best shift of time: float32 [P]."""
-    first, second = (grey[pairs[:, side]].reshape(len(pairs), grey.shape[1], -1).astype(np.float32) for side in (0, 1))
+def _differences(grey: np.ndarray, coarse: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """How much the clips of each pair int64 [P, 2] differ at the best shift of time, aligned: float32 [P]."""
+    most = grey.shape[1] // 2
+    shifts = range(-most, most + 1)
+    rough = np.stack([_rough_differences(coarse, pairs, shift) for shift in shifts])
     best = np.full(len(pairs), np.inf, np.float32)
-    num_frames = grey.shape[1]
-    for shift in range(-(num_frames // 2), num_frames // 2 + 1):
-        ours = first[:, max(0, shift) : num_frames + min(0, shift)]
-        theirs = second[:, max(0, -shift) : num_frames - max(0, shift)]
-        pictures = _difference(ours - ours.mean((1, 2), keepdims=True), theirs - theirs.mean((1, 2), keepdims=True))
-        movement = _difference(ours - ours.mean(1, keepdims=True), theirs - theirs.mean(1, keepdims=True))
-        best = np.minimum(best, np.maximum(_PICTURE_WEIGHT * pictures, movement))
+    is_near = rough.min(axis=0) <= _LARGEST_COARSE_DIFFERENCE
+    ranks = np.argsort(np.argsort(rough, axis=0), axis=0)
+    for index, shift in enumerate(shifts):
+        chosen = np.flatnonzero(is_near & (ranks[index] < _SHIFTS_ALIGNED))
+        if len(chosen):
+            ours, theirs = _overlap(grey, pairs[chosen], shift)
+            best[chosen] = np.minimum(best[chosen], differences_when_aligned(ours, theirs))
     return best
 
 
-def _difference(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Squared difference over squared contrast, [P], of values [P, F, D] with a mean of zero."""
-    contrast = np.square(ours).mean((1, 2)) + np.square(theirs).mean((1, 2))
-    return np.square(ours - theirs).mean((1, 2)) / (contrast + 2 * _NOISE**2)
+def _overlap(grey: np.ndarray, pairs: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """The frames that both clips of each pair show when the second begins ``shift`` frames into the first."""
+    num_frames = grey.shape[1]
+    ours, theirs = slice(max(0, shift), num_frames + min(0, shift)), slice(max(0, -shift), num_frames - max(0, shift))
+    return grey[pairs[:, 0], ours].astype(np.float32), grey[pairs[:, 1], theirs].astype(np.float32)
 
 
-def _candidates(grey: np.ndarray) -> np.ndarray:
+def _rough_differences(coarse: np.ndarray, pairs: np.ndarray, shift: int) -> np.ndarray:
+    ours, theirs = _overlap(coarse, pairs, shift)
+    everything = np.ones((len(pairs), 1, *coarse.shape[2:]), np.float32)
+    return difference(ours, theirs, everything)
+
+
+def _candidates(coarse: np.ndarray) -> np.ndarray:
     """Pairs of clips of which some frames share a hash: int64 [P, 2], the lower number first, each once."""
-    num_clips, num_frames = grey.shape[:2]
+    num_clips, num_frames = coarse.shape[:2]
     if num_clips < 2:
         return np.zeros((0, 2), np.int64)
-    features = _directions(grey)
+    features = _directions(coarse)
     random = np.random.default_rng(_SEED)
-    # Enough cells that clips spread over them, as few as that allows: each one may part a clip from its copy.
-    num_hashes = max(4, round(np.log2(num_clips) / 2) + 1)
+    # Enough steps that clips spread over them, as few as that allows: each one may part a clip from its copy.
+    num_hashes = max(2, round(np.log2(num_clips) / 2) - 1)
     found = []
     for _ in range(_TABLES):
         directions = random.normal(size=(features.shape[1], num_hashes))
         directions /= np.linalg.norm(directions, axis=0)
-        cells = np.floor(features @ (directions / _CELL) + random.random(num_hashes)).astype(np.int64)
-        hashes = cells @ random.integers(1, 2**62, num_hashes)  # modulo 2**64
+        steps = np.floor(features @ (directions / _HASH_WIDTH) + random.random(num_hashes)).astype(np.int64)
+        hashes = steps @ random.integers(1, 2**62, num_hashes)  # modulo 2**64
         clips = np.unique(np.stack([hashes, np.repeat(np.arange(num_clips), num_frames)], axis=1), axis=0)
+        # Neighbours of one hash come in random order, else those of a large one would all be of the same videos.
+        clips = clips[np.lexsort((random.random(len(clips)), clips[:, 0]))]
         for distance in range(1, _MOST_NEIGHBOURS + 1):
-            same = clips[distance:, 0] == clips[:-distance, 0]
-            if not same.any():
-                break
-            found.append(clips[:-distance, 1][same] * num_clips + clips[distance:, 1][same])
-    codes = np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+            ours, theirs = clips[:-distance], clips[distance:]
+            both = np.sort(np.stack([ours[:, 1], theirs[:, 1]], axis=1)[ours[:, 0] == theirs[:, 0]], axis=1)
+            found.append(both[:, 0] * num_clips + both[:, 1])
+    codes = np.unique(np.concatenate(found))
     return np.stack(np.divmod(codes, num_clips), axis=1)
 
 
-def _directions(grey: np.ndarray) -> np.ndarray:
+def _directions(coarse: np.ndarray) -> np.ndarray:
     """Frames along their main directions, in deviations: float32 [N * F, directions]."""
-    frames = grey.reshape(-1, grey.shape[2] * grey.shape[3])
-    sample = frames[:: -(-len(frames) // 100_000)].astype(np.float32)
-    sample -= sample.mean(axis=1, keepdims=True)
+    frames = coarse.reshape(-1, _COARSE_CELLS**2)
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    sample = frames[:: -(-len(frames) // 100_000)]
     variances, directions = np.linalg.eigh(np.cov(sample, rowvar=False))
     scaled = directions[:, -_DIRECTIONS:] / np.sqrt(variances[-_DIRECTIONS:].clip(min=0) + _NOISE**2)
-    centred = frames.astype(np.float32) - frames.mean(axis=1, keepdims=True, dtype=np.float32)
-    return (centred - sample.mean(axis=0)) @ scaled.astype(np.float32)
+    return (frames - sample.mean(axis=0)) @ scaled.astype(np.float32)

@@ -1,8 +1,8 @@
 """Signatures of clips: what near-duplicates are found by, small enough to keep for every clip.
 
-A signature is the mean grey of 8 x 8 cells of each frame. Stage ``tokenize`` makes it of the pixels that it has decoded
-anyway, and keeps those of a unit in ``signatures/000012.npz`` beside its shards. Without these files everything but the
-search for duplicates works.
+A signature is the mean grey of 16 x 16 cells of each frame: 4 KiB for 16 frames. Stage ``tokenize`` makes it of the
+pixels that it has decoded anyway, and keeps those of a unit in ``signatures/000012.npz`` beside its shards. Without
+these files everything but the search for duplicates works.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from clipmill.errors import UserError
 from clipmill.shards.commits import read_commits
 from clipmill.shards.manifest import Manifest
 
-__all__ = ["Signatures", "publish_signatures", "read_signatures", "signature_of"]
+__all__ = ["CELLS", "Signatures", "publish_signatures", "read_signatures", "signature_of"]
 
-CELLS = 8
+CELLS = 16
 """Along height and along width."""
 MOST_FRAMES = 32
 """Of a longer clip every second frame is kept, or every third, and so on."""
@@ -36,7 +36,7 @@ class Signatures(NamedTuple):
 
     keys: list[str]
     grey: np.ndarray
-    """uint8 [N, F, 8, 8]."""
+    """uint8 [N, F, 16, 16]."""
     shards: list[str]
     """Of each clip a shard of clips of its unit; see `clipmill.shards.exclusions`."""
     rows: np.ndarray
@@ -44,7 +44,7 @@ class Signatures(NamedTuple):
 
 
 def signature_of(video: np.ndarray) -> np.ndarray:
-    """The signature uint8 [F, 8, 8] of a clip uint8 [T, H, W, 3]."""
+    """The signature uint8 [F, 16, 16] of a clip uint8 [T, H, W, 3]."""
     grey = video[:: -(-len(video) // MOST_FRAMES)] @ _LUMA
     down, across = (_cells(length) for length in video.shape[1:3])
     return (down @ grey @ across.T).round().astype(np.uint8)
@@ -52,7 +52,7 @@ def signature_of(video: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _cells(length: int) -> np.ndarray:
-    """float32 [8, length]: how much of each cell each pixel covers; rows add up to 1."""
+    """float32 [16, length]: how much of each cell each pixel covers; rows add up to 1."""
     edges = np.linspace(0, length, CELLS + 1)
     starts = np.arange(length)
     overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)

@@ -67,7 +67,11 @@ def test_an_epoch_of_training_holds_each_other_sample_once(tokens: Manifest, tmp
 
 
 def test_clips_of_another_data_set_are_not_taken_for_these(tokens: Manifest) -> None:
-    others = [clip(2, 0, "clips-000002-00-dddddddd.tar"), clip(3, 99), ExcludedClip("x", "clips-000009-00-aaaaaaaa.tar", 0)]
+    others = [
+        clip(2, 0, "clips-000002-00-dddddddd.tar"),
+        clip(3, 99),
+        ExcludedClip("x", "clips-000009-00-aaaaaaaa.tar", 0),
+    ]
     assert exclude(tokens, others) is tokens
 
 
@@ -87,7 +91,14 @@ def test_a_file_is_read_and_its_lines_are_checked(tmp_path: Path) -> None:
     line = json.dumps({"key": "a", "shard": CLIPS[0], "row": 4, "like": "b"})
     path.write_text(f"{line}\n\n")
     assert read_exclusions(str(path)) == [ExcludedClip("a", CLIPS[0], 4)]
-    for bad in ("a", "[]", "3", json.dumps({"key": "a", "shard": CLIPS[0]}), line.replace("4", "-4"), line.replace("clips-", "")):
+    for bad in (
+        "a",
+        "[]",
+        "3",
+        json.dumps({"key": "a", "shard": CLIPS[0]}),
+        line.replace("4", "-4"),
+        line.replace("clips-", ""),
+    ):
         path.write_text(f"{line}\n{bad}\n")
         with pytest.raises(UserError, match="line 2 of"):
             read_exclusions(str(path))

@@ -149,7 +149,7 @@ def test_inspect_decodes_tokens(finished: tuple[RunConfig, dict[str, Any]], tmp_
     assert described["tokens"] == Manifest.load(config.folder("tokens", "val")).num_samples
     assert described["contact_sheet"].startswith(b"\x89PNG")
     shutil.copytree(config.folder("tokens"), tmp_path / "tokens")
-    with pytest.raises(UserError, match="the tokenizer .* is not at"):
+    with pytest.raises(UserError, match=r"the tokenizer .* is not at"):
         inspect(str(tmp_path / "tokens" / "val"))
     (tmp_path / "tokens" / "config.yaml").write_text(json.dumps({"tokenize": {"tokenizer": config.tokenizer_url}}))
     assert inspect(str(tmp_path / "tokens" / "val")) == described
@@ -174,7 +174,7 @@ def test_both_trainings_skip_the_clips_that_a_file_names(
         assert keys == [key for index, key in enumerate(found.keys) if index not in gone]
         assert require_manifests(excluding, kind, "val") == require_manifests(config, kind, "val")
     path.write_text(json.dumps(lines[0] | {"shard": "clips-000000-00-00000000.tar"}))
-    with pytest.raises(UserError, match="no clip that .* names is in"):
+    with pytest.raises(UserError, match=r"no clip that .* names is in"):
         require_manifests(excluding, "clips", "train")
     assert tokenize.is_finished(excluding)
 
