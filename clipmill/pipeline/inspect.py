@@ -24,8 +24,8 @@ def inspect(url: str) -> dict[str, Any]:
     """Describes one frozen split of clips (such as ``runs/demo/clips/train``) or of tokens, or a set of samples.
 
     Returns:
-        ``clips``, ``tokens`` or ``samples``, ``shards``, ``bytes``, ``fingerprint``, ``recipe``; ``contact_sheet``, a PNG
-        of up to `SHEET_CLIPS` clips spread evenly over the split, or None if it is empty; tokens are decoded by the
+        ``clips``, ``tokens`` or ``samples``, ``shards``, ``bytes``, ``fingerprint``, ``recipe``; ``contact_sheet``, a
+        PNG of up to `SHEET_CLIPS` clips spread evenly over the split, or None if it is empty; tokens are decoded by the
         tokenizer that made them. For clips also ``videos``; ``classes`` {label: clips} (clips without a label under
         ``"-"``); ``video_seconds`` {min, median, max, total} over the videos that state a duration; ``excluded``
         [{url, cause}].
