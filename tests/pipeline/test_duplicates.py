@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clipmill.cli.main import app
 from typer.testing import CliRunner
 
+from clipmill.cli.command import app
 from clipmill.errors import UserError
 from clipmill.pipeline.duplicates import LARGEST_DIFFERENCE, find_pairs, write_duplicates
 from clipmill.shards.commits import commit_unit
