@@ -96,7 +96,7 @@ def write_duplicates(urls: Sequence[str], out: str) -> dict[str, Any]:
 
 
 def _first_of_groups(num_clips: int, pairs: Sequence[Pair]) -> np.ndarray:
-    """The first clip of the group that each clip is in, by way of pairs: int64 [N]."""
+    """The first clip of the group that each clip is in through pairs: int64 [N]."""
     first = np.arange(num_clips)
     ends = np.array([(pair.first, pair.second) for pair in pairs], np.int64).reshape(-1, 2)
     while True:
@@ -129,7 +129,7 @@ def find_pairs(grey: np.ndarray, videos: np.ndarray) -> list[Pair]:
         block = pairs[start : start + _BLOCK]
         best = _differences(grey, coarse, block)
         for index in np.flatnonzero(best <= LARGEST_DIFFERENCE).tolist():
-            found.append(Pair(*block[index].tolist(), float(best[index])))
+            found.append(Pair(int(block[index, 0]), int(block[index, 1]), float(best[index])))
     return found
 
 

@@ -168,7 +168,7 @@ def test_a_network_of_another_kind_is_one_line(tmp_path: Path, files: dict[str, 
     ):
         with pytest.raises(UserError, match=message):
             Sharpness(SharpnessConfig(**{key: path}), CPU)(base, reconstruction, video, 0)
-    with pytest.raises(UserError, match=r"vqvae\.sharpness\.gram_weights .*absent\.pt is not there"):
+    with pytest.raises(UserError, match=r"vqvae\.sharpness\.gram_weights .*absent\.pt does not exist"):
         networks_sha256(SharpnessConfig(gram_weights=str(tmp_path / "absent.pt")))
 
 
