@@ -54,12 +54,11 @@ class Job(_Fields):
     needs: list[str] = []
     """Names of the jobs that must have succeeded before."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How often it is submitted again (`clipmill.cluster.submission`). After an attempt of ten minutes counting begins
-    anew."""
+    """Number of retries (`clipmill.cluster.submission`). The count restarts after an attempt of ten minutes."""
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
-    """From submission to end; then the job is stopped and counts as failed."""
+    """Time limit from submission to end; beyond it the job is stopped and counts as failed."""
     submission_id: Name | None = None
-    """Stem of the submission ids, ``-a<attempt>`` follows; none: ``<name>-<hash of what runs>``."""
+    """Stem of the submission ids, followed by ``-a<attempt>``; None uses ``<name>-<hash of what runs>``."""
     runtime_env: RuntimeEnv | None = None
     """None: that of the file."""
     metadata: dict[str, str] = {}

@@ -69,10 +69,10 @@ def submit(
     since: float | None = None,
     confirm: Callable[[str], bool] | None = None,
 ) -> None:
-    """Submits the named jobs (none: all) and what they need, one after the other, and waits for each.
+    """Submits the named jobs (an empty list: all jobs) and their dependencies, one after the other, and waits for each.
 
-    A job that still runs from an earlier call is waited for, not submitted twice. Stages skip what is finished, so
-    the whole chain may be submitted again at any time.
+    If a job still runs from an earlier call, this call waits for it instead of submitting it twice. Stages skip
+    finished work, so the whole chain may be submitted again at any time.
 
     Args:
         path: the jobs file.

@@ -1,4 +1,4 @@
-"""Evaluations on disk: ``evaluation/NAME/`` below a run, each the answer to one question.
+"""Evaluations on disk: ``evaluation/NAME/`` below a run, each for one set of settings and inputs.
 
 ``metrics.json`` holds every number, beside the settings and the identities of all that it was measured on; it is
 written last. ``made.json`` says when, where and with what software; ``gallery.npz`` holds the real clips and the
