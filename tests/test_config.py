@@ -28,7 +28,7 @@ def test_files_merge_left_to_right_and_assignments_win(tmp_path):
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("data.cilp.num_frames=8", "unknown key data.cilp (known here: source, mix, clip,"),
+        ("data.cilp.num_frames=8", "unknown key data.cilp (known here: source, mix, exclude, clip,"),
         ("nonsense=1", "unknown key nonsense"),
         ("data.clip.num_frames=0", "data.clip.num_frames"),
         ("vqvae.model.downsample=[3,4,4]", "powers of two"),

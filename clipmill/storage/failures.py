@@ -209,9 +209,10 @@ def server_answer(error: BaseException) -> tuple[str | None, int | None]:
         if isinstance(getattr(one, "status_code", None), int):  # of Azure
             code = getattr(one, "error_code", None)
             return None if code is None else str(getattr(code, "value", code)), one.status_code  # type: ignore[attr-defined]
-        for name in ("status", "code"):  # of a web server; of Google
-            if isinstance(getattr(one, name, None), int):
-                return None, getattr(one, name)
+        # Google's errors have a code, which is not the answer's status in others, such as aiohttp's of a cut transfer.
+        name = "code" if type(one).__module__.startswith(("gcsfs", "google")) else "status"
+        if isinstance(getattr(one, name, None), int):
+            return None, getattr(one, name)
     return None, None
 
 

@@ -373,7 +373,7 @@ def test_tokens_without_what_the_prior_is_told_are_refused(tmp_path: Path):
     clips = Manifest.load(config.folder("clips", "val"), "clips")
     write_tokens(config, clips, tmp_path / "other", num_actions=4)
     message = (
-        r"wants actions of shape \[8, 2\]; of the 7 clips at .*tokens/val 7 have some, of shapes \[\[4, 2\]\]; remove"
+        r"needs actions of shape \[8, 2\]; of the 7 clips at .*tokens/val 7 have it, with shapes \[\[4, 2\]\]; remove"
     )
     for ask in (evaluate.is_finished, run):
         with pytest.raises(UserError, match=message):

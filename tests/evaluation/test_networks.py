@@ -56,7 +56,7 @@ def test_a_file_that_is_missing_or_no_torchscript_is_named(tmp_path: Path):
         lambda: Network("evaluate.fvd_weights", absent, CPU),
         lambda: weights_sha256("evaluate.fvd_weights", absent),
     ):
-        with pytest.raises(UserError, match=r"evaluate\.fvd_weights .*absent\.pt is not there"):
+        with pytest.raises(UserError, match=r"evaluate\.fvd_weights .*absent\.pt does not exist"):
             ask()
     torch.save({"weight": torch.zeros(3)}, tmp_path / "state.pt")
     with pytest.raises(UserError, match=r"is not a TorchScript file"):

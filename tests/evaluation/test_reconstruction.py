@@ -221,7 +221,7 @@ def on_short_clips(config: RunConfig) -> RunConfig:
     [
         (without_clips, "no clips at .*run `clipmill shard`"),
         (without_tokenizer, "no tokenizer at .*run `clipmill train-vqvae`"),
-        (without_weights, r"evaluate\.fvd_weights absent\.pt is not there"),
+        (without_weights, r"evaluate\.fvd_weights absent\.pt does not exist"),
         (with_one_clip, r"at least 2 clips .*evaluate\.max_clips"),
         (on_other_clips, "was trained on clips with num_frames=9, .* have num_frames=8"),
         (on_short_clips, r"at least 9 frames, .* have 8; .*evaluate\.fvd_weights"),

@@ -133,7 +133,7 @@ def test_messages_hold_no_credentials(tmp_path: Path, monkeypatch: pytest.Monkey
     data = DataConfig.model_validate({"source": {"type": "table", "url": str(tmp_path / "list.csv")}})
     signed = f"{server.url}/a.npy?X-Amz-Signature=hidden"
     video = PlannedVideo("0" * 16, "a.mp4", 4, None, None, signed, None, None, None)
-    with pytest.raises(ExcludedVideo, match=r"Signature=\*\*\*: no \.npy file"):
+    with pytest.raises(ExcludedVideo, match=r"Signature=\*\*\*: not an \.npy file"):
         fetch_video(data, video, tmp_path, KeptFiles(tmp_path / "kept"))
     with pytest.raises(UserError, match=r"list\.csv\?token=\*\*\* has no column"):
         list(list_videos(SourceConfig(type="table", url=f"{server.url}/list.csv?token=hidden")))

@@ -22,5 +22,5 @@ def test_a_time_is_what_botocore_reads(text: str) -> None:
 
 
 def test_clients_read_times_so() -> None:
-    factory = connected().session.get_component("response_parser_factory")
+    factory = connected(None).session.get_component("response_parser_factory")
     assert factory._defaults["timestamp_parser"] is _timestamp

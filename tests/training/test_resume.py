@@ -293,7 +293,7 @@ def test_the_tokenizer_wants_the_clips_of_a_micro_step_unchanged(workspace, tmp_
         (attempt, *_) = sorted((root / "vqvae" / "tensorboard").iterdir())
         pictures = EventAccumulator(str(attempt / "reconstructions")).Reload().Images("reconstructions")
         (picture,) = pictures
-        assert (picture.step, picture.width, picture.height) == (2, 4 * 16, 2 * 2 * 16 + 2)  # frames; clips, pairs, gap
+        assert (picture.step, picture.width, picture.height) == (2, 4 * 16, 4 * 2 * 16 + 3 * 2)  # frames; pairs, gaps
         assert "converted from 1 ranks at ZeRO stage 1" in log.read_text()
     else:
         assert status != 0

@@ -160,7 +160,7 @@ def test_what_brings_down_its_reader_twice_is_the_files_fault(tmp_path, monkeypa
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "import h5py\n"
-        "if 'apart_child' in ' '.join(sys.orig_argv):\n"
+        "if 'isolated_child' in ' '.join(sys.orig_argv):\n"
         "    h5py.File = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
