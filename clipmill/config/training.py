@@ -258,7 +258,7 @@ class PriorTrainingConfig(TrainingConfig):
     sample_every: Annotated[PositiveInt | None, FREE] = 2000
     """Steps between two previews; the last step has one too. A preview is a few samples of every class, drawn with the
     settings of ``sample`` and the same noise each time. It goes to ``prior/previews``, TensorBoard, Weights & Biases
-    and the report. None draws no previews."""
+    and the report. None draws no previews; neither does ZeRO stage 3."""
 
 
 class PriorConfig(Section):

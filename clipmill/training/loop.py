@@ -175,9 +175,8 @@ class Steps:
                 raise Stopped
 
         with self.watchdog.patient(), self.engine.averaged():
-            prior = self.engine.whole_model(samples.build)
             if self.telemetry is not None:
-                preview = samples.make(cast(Prior, prior), on_progress)
+                preview = samples.make(cast(Prior, self.engine.objective.model), on_progress)
                 if preview is not None:
                     self.telemetry.log_preview(done, "samples", preview)
             self._world.barrier()

@@ -73,7 +73,6 @@ class Samples:
 
     Attributes:
         every: steps between two previews.
-        build: makes a prior of the same sizes, for ZeRO stage 3.
         studio: draws.
         tokenizer: decodes.
         num_classes: that the prior knows; 0: none.
@@ -83,7 +82,6 @@ class Samples:
     """
 
     every: int
-    build: Callable[[], Prior]
     studio: Studio
     tokenizer: VQVAE
     num_classes: int

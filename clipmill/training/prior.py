@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ __all__ = [
     "summary",
     "train",
 ]
+
+logger = logging.getLogger(__name__)
 
 _SOURCES = {
     "label": "label every video (data.source.label) and shard and tokenize again",
@@ -149,9 +152,13 @@ def _samples(
     every = config.prior.training.sample_every
     if studio is None or every is None:
         return None
+    if config.prior.training.zero_stage == 3:
+        # There each submodule gathers its weights when it is called, for which all ranks must call it, in the order of
+        # a training step: drawing on one rank hangs, and a gathered copy breaks DeepSpeed's record of that order.
+        logger.info("ZeRO stage 3 shows no samples during training; `clipmill sample` draws them from an export")
+        return None
     return Samples(
         every=every,
-        build=lambda: inputs.build(config),
         studio=studio,
         tokenizer=inputs.tokenizer,
         num_classes=len(inputs.classes),

@@ -224,26 +224,6 @@ class Engine:
         """Within it the model has the weights that will be exported: their average, if one is kept. Collective."""
         return contextlib.nullcontext() if self._averages is None else self._averages.in_place()
 
-    @torch.no_grad()
-    def whole_model(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """The model for use on rank 0 alone. Collective.
-
-        At ZeRO stage 3 that is a copy: each submodule of the model itself gathers and releases its weights when it is
-        called, for which all ranks must call it.
-
-        Args:
-            build: makes a model of the same sizes.
-        """
-        model = cast(Any, self.objective).model
-        if self._config.zero_stage < 3:
-            return model
-        with _import_deepspeed().zero.GatheredParameters(list(model.parameters())):
-            if self.world.rank > 0:
-                return model
-            copy = build().to(self.world.device)
-            copy.load_state_dict(model.state_dict())
-            return copy
-
     @property
     def grad_norm(self) -> Tensor:
         """Global norm of the last step's gradients before clipping, 0-d on the device."""
