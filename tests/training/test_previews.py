@@ -36,7 +36,7 @@ def parts(num_classes: int, clips: Any = None, prepare: Any = None, **keys: Any)
     tokenizer = VQVAE(config.vqvae.model, 0.08)
     shape = (1, 4) if keys else None
     prior = Prior(model, (1, 4, 4), 16, tokenizer.quantizer.codebook, num_classes, shape)
-    return prior, Samples(1, lambda: prior, studio_of(config), tokenizer, num_classes, clips, prepare, 8.0)
+    return prior, Samples(1, studio_of(config), tokenizer, num_classes, clips, prepare, 8.0)
 
 
 @pytest.mark.parametrize(
