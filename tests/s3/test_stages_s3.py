@@ -69,9 +69,10 @@ def shard(root: str, source: str, folder: Path, **environment: str) -> dict:
 
 
 def clips_of(root: str) -> dict[str, bytes]:
-    """Every object that is the data set's: what says who wrote it, where and when, is left out."""
+    """Every object of the data set, without what each attempt writes about itself."""
+    attempts = ("_lease/", "logs/", "status.json", "summary.json", "config.yaml")
     names = [entry.name for entry in storage.walk(f"{root}/clips")]
-    kept = [name for name in names if not name.startswith("_lease/") and name not in ("summary.json", "config.yaml")]
+    kept = [name for name in names if not name.startswith(attempts)]
     return {name: storage.read_bytes(f"{root}/clips/{name}") for name in kept}
 
 
