@@ -11,24 +11,18 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from tests.ports import free_port, wait_for_port
 
 START_SECONDS = 60
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """Azurite's, which everybody knows."""
 OTHER_KEY = KEY.replace("Eby8", "AAAA")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Emulator:
@@ -44,15 +38,7 @@ class Emulator:
 
     def serve(self) -> None:
         self._process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                assert self._process.poll() is None, self.command()
-                assert time.monotonic() < deadline, self.command()
-                time.sleep(0.1)
+        wait_for_port(self._process, self.port, START_SECONDS, self.command)
 
     def kill(self) -> None:
         assert self._process is not None

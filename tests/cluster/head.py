@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from tests.ports import wait_for_port
 
 HOST = "127.0.0.2"
 START_SECONDS = 120
@@ -54,7 +55,7 @@ def started_head(num_cpus: int = 2, **environment: str) -> Iterator[Head]:
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **more})
     try:
-        _wait_until_it_answers(process, dashboard, log)
+        wait_for_port(process, dashboard, START_SECONDS, log.read_text)
         yield Head(f"http://127.0.0.1:{dashboard}", f"http://{HOST}:{metrics}/metrics", folder)
     finally:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -63,15 +64,3 @@ def started_head(num_cpus: int = 2, **environment: str) -> Iterator[Head]:
             survivor.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)

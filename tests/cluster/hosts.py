@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from tests.ports import free_port
 
 START_SECONDS = 120
 
@@ -36,7 +37,7 @@ class Hosts:
         self._more = more
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it becomes part of a socket's path
         self._hosts: list[subprocess.Popen[bytes]] = []
-        self._head = f"127.0.0.2:{free_port()}"
+        self._head = f"127.0.0.2:{free_port('127.0.0.2')}"
         try:
             for _ in range(count):
                 self.add()
@@ -116,10 +117,3 @@ def environment() -> dict[str, str]:
         "RAY_raylet_start_wait_time_s": str(START_SECONDS),
         "RAY_agent_register_timeout_ms": str(1000 * START_SECONDS),
     }
-
-
-def free_port() -> int:
-    """A port of 127.0.0.2 that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
-        return int(probe.getsockname()[1])

@@ -12,7 +12,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,8 @@ import urllib.error
 import urllib.request
 import uuid
 from pathlib import Path
+
+from tests.ports import free_port
 
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool")
 ACCESS_KEY, SECRET_KEY = "clipmill", "clipmill-secret"
@@ -63,12 +64,6 @@ rgw data = {folder}/rgw
 def missing_programs() -> list[str]:
     """What has to be installed before a gateway can start."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Gateway:

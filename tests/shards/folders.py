@@ -11,6 +11,17 @@ from clipmill.shards.format import Part, Sample, UnitWriter, json_bytes, npy_byt
 from clipmill.shards.freeze import freeze
 from clipmill.shards.manifest import Manifest
 
+COUNTS = [5, 0, 12, 3, 9]
+"""Samples of each unit of the fixture ``manifest``."""
+KEYS = [f"{unit:016x}_{clip:06d}" for unit, count in enumerate(COUNTS) for clip in range(count)]
+
+
+def flip(path: Path) -> None:
+    """Flips one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
 
 def code_sample(video: int, clip: int) -> Sample:
     """Codes that begin with the numbers of video and clip."""

@@ -25,15 +25,7 @@ from clipmill.shards.format import Sample, UnitWriter, json_bytes, npy_bytes
 from clipmill.shards.freeze import freeze
 from clipmill.shards.order import Order, num_streams
 from clipmill.video import encode_mp4
-from tests.shards.folders import write_dataset
-
-COUNTS = [5, 0, 12, 3, 9]
-KEYS = [f"{unit:016x}_{clip:06d}" for unit, count in enumerate(COUNTS) for clip in range(count)]
-
-
-@pytest.fixture
-def manifest(tmp_path):
-    return write_dataset(tmp_path / "tokens", tmp_path, COUNTS)
+from tests.shards.folders import KEYS, flip, write_dataset
 
 
 @pytest.fixture
@@ -219,12 +211,6 @@ def test_clips(tmp_path, member):
 
 
 # ------------------------------------------------------------------------------------- verified access
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,7 @@ from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.shards.dataset import ShardDataset, decode_codes
 from clipmill.shards.manifest import Manifest
-from tests.shards.folders import write_dataset
-from tests.shards.test_dataset import flip
-
-COUNTS = [5, 0, 12, 3, 9]
-KEYS = [f"{unit:016x}_{clip:06d}" for unit, count in enumerate(COUNTS) for clip in range(count)]
-
-
-@pytest.fixture
-def manifest(tmp_path):
-    return write_dataset(tmp_path / "tokens", tmp_path, COUNTS)
+from tests.shards.folders import KEYS, flip
 
 
 @pytest.fixture

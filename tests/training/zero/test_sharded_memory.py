@@ -21,7 +21,7 @@ from clipmill.models.prior import Prior
 from clipmill.training.estimate import FLOAT, estimate, model_state_bytes
 from clipmill.training.world import World, join_world
 from clipmill.training.zero.engine import Engine, bucket_elements
-from tests.training.processes import free_port
+from tests.ports import free_port
 
 RATES = {"mfu": 0.4, "peak_tflops": 989.0, "gpus_per_node": 8, "upload_mb_per_second": 200.0}
 WORLD_SIZE = 64
