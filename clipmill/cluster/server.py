@@ -32,6 +32,7 @@ STATE_TIMEOUT_SECONDS = 10
 _REFUSAL = re.compile(r"status code 4(?!29)\d\d")
 """An answer that no repetition changes; 429 and 5xx are those of a server that restarts or is overloaded."""
 _UNKNOWN = "status code 404"
+_ENTRYPOINT_LINE = "Running entrypoint for job "
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 T = TypeVar("T")
@@ -92,9 +93,9 @@ class Server:
             return None
 
     def log_tail(self, submission_id: str, num_lines: int) -> list[str]:
-        """The last lines of a job's log."""
+        """The last lines of a job's log, without the one that Ray adds: it may come after what a short job said."""
         lines = self.ask(lambda: self.client.get_job_logs(submission_id)).splitlines()
-        return [line for line in lines if line.strip()][-num_lines:]
+        return [line for line in lines if line.strip() and not line.startswith(_ENTRYPOINT_LINE)][-num_lines:]
 
     def nodes(self) -> list[dict[str, float]]:
         """The resources of each living node; empty where the server does not say."""
