@@ -38,7 +38,7 @@ class StageStatus:
         stage: name of the stage.
         url: URL of its folder.
         shown: its state.
-        record: its last status; None if there is none, or it cannot be read.
+        record: its last status; None if it is missing or unreadable.
         age_seconds: age of the record by this machine's clock; None without a record.
         note: one more sentence for the operator, or "".
     """

@@ -200,7 +200,7 @@ def _is_botocore_transport(error: BaseException) -> bool:
 
 
 def server_answer(error: BaseException) -> tuple[str | None, int | None]:
-    """(error code, HTTP status) of the server's answer that caused an exception; None where there is none."""
+    """(error code, HTTP status) of the server's answer that caused an exception; either is None if it is not known."""
     for one in causes(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):

@@ -23,7 +23,7 @@ PLACES_VARIABLE = "CLIPMILL_STORAGE"
 
 
 def set_places(places: Sequence[StoragePlace]) -> None:
-    """Sets how places are reached, for this process and those that it starts. None leaves the environment as it is."""
+    """Sets how places are reached, for this process and those that it starts. An empty list changes nothing."""
     if places:
         os.environ[PLACES_VARIABLE] = json.dumps([place.model_dump(exclude_defaults=True) for place in places])
 
