@@ -125,14 +125,15 @@ def request_stop(url: str, attempt: int) -> None:
     storage.publish_document(_stop_url(Lease(url, attempt)), {"host": socket.gethostname()}, SCHEMA)
 
 
-def release_lost(url: str) -> bool:
+def release_lost(url: str, attempt: int) -> bool:
     """Releases the claim of a lost owner, so that the next run need not watch its heartbeat first.
 
     Returns:
-        Whether a claim was released. If its owner is alive after all, it continues until another run claims the folder.
+        Whether a claim was released; not if a later one has replaced it. If its owner is alive after all, its next
+        heartbeat takes the release back.
     """
-    lease = Lease(url, _newest_attempt(url))
-    document = _read_document(lease) if lease.attempt else None
+    lease = Lease(url, attempt)
+    document = _read_document(lease) if lease.is_newest() else None
     if document is None or document.get("released"):
         return False
     storage.publish_document(_claim_url(lease), {**document, "released": True}, SCHEMA)

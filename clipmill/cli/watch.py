@@ -90,7 +90,7 @@ def stop(
     root: Root,
     stage: Annotated[str | None, typer.Argument(help="A stage such as train-prior.", show_default=False)] = None,
     gone: Annotated[
-        bool, typer.Option("--gone", help="The cluster is lost: release its claims so that the next run need not wait.")
+        bool, typer.Option("--gone", help="The cluster is lost: release its folders after 15 s, not 60 s.")
     ] = False,
 ) -> None:
     """Stop a stage cleanly, through the run's storage."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from clipmill import storage
 from clipmill.errors import UserError
 from clipmill.lease import SILENCE_SECONDS, Claim, read_claim, release_lost, request_stop
 from clipmill.status.places import folder_of, stage_folders
+from clipmill.status.read import beats
 
 __all__ = ["release_gone", "stop"]
 
@@ -50,6 +52,30 @@ def _gone(root: str, stage: str, claim: Claim) -> str:
 def release_gone(root: str) -> list[str]:
     """Releases the folders of all stages; returns the names of the released stages. Call it if all drivers are gone.
 
-    Without it, the next run watches the heartbeat of a driver on another host for 60 s before it takes over.
+    Without it, the next run watches the heartbeat of a driver on another host for 60 s before it takes over. Here all
+    heartbeats are watched together, for 15 s: longer than the pause between two.
+
+    Raises:
+        UserError: a driver is alive. No folder has been released.
     """
-    return [stage for stage, url in stage_folders(root).items() if release_lost(url)]
+    claims = {stage: (url, claim) for stage, url in stage_folders(root).items() if (claim := _unreleased(url))}
+    with ThreadPoolExecutor(max(1, len(claims))) as pool:
+        lives = dict(zip(claims, pool.map(_is_alive, claims.values()), strict=True))
+    for stage, (_, claim) in claims.items():
+        if lives[stage]:
+            raise UserError(
+                f"nothing was released: {stage} still runs on {claim.host} (process {claim.pid}, attempt "
+                f"{claim.attempt}); stop it with `clipmill stop {storage.shown(root)} {stage}`"
+            )
+    return [stage for stage, (url, claim) in claims.items() if release_lost(url, claim.attempt)]
+
+
+def _unreleased(url: str) -> Claim | None:
+    claim = read_claim(url)
+    return None if claim is None or claim.is_released else claim
+
+
+def _is_alive(claimed: tuple[str, Claim]) -> bool:
+    """Whether the driver that holds a folder is alive, or another one has replaced it."""
+    url, claim = claimed
+    return beats(url, claim) if claim.is_alive is None else claim.is_alive

@@ -19,7 +19,7 @@ from clipmill.lease import HEARTBEAT_SECONDS, Claim, read_claim
 from clipmill.status.places import stage_folders
 from clipmill.status.record import Record, State, read_record
 
-__all__ = ["Shown", "StageStatus", "read_run", "read_stage"]
+__all__ = ["Shown", "StageStatus", "beats", "read_run", "read_stage"]
 
 WATCH_SECONDS = HEARTBEAT_SECONDS + 5
 """How long a heartbeat is watched before it counts as stopped."""
@@ -105,14 +105,14 @@ def _running(stage: str, url: str, record: Record, claim: Claim | None, note: st
         return _begun(stage, url, record, claim, note)
     if claim.is_alive is not None:
         return status("running") if claim.is_alive else status("lost", f"process {claim.pid} on this host is gone")
-    if 0 <= _age(record) <= record.every_seconds + GRACE_SECONDS or _beats(url, claim):
+    if 0 <= _age(record) <= record.every_seconds + GRACE_SECONDS or beats(url, claim):
         return status("running")
     return status("lost", f"its driver on {claim.host} does not respond; its cluster may be gone")
 
 
 def _begun(stage: str, url: str, record: Record | None, claim: Claim, note: str) -> StageStatus:
     """The state of a stage whose newest attempt has not written a status yet."""
-    if claim.is_alive or (claim.is_alive is None and _beats(url, claim)):
+    if claim.is_alive or (claim.is_alive is None and beats(url, claim)):
         shown: Shown = "starting" if claim.stage == stage.partition("/")[0] else "running"
         return StageStatus(stage, url, shown, None, None, note or f"{claim.stage}, attempt {claim.attempt}")
     age_seconds = None if record is None else _age(record)
@@ -128,8 +128,8 @@ def _claim_of(url: str) -> tuple[Claim | None, str]:
         return None, str(error)
 
 
-def _beats(url: str, claim: Claim) -> bool:
-    """Whether the heartbeat of a claim advances."""
+def beats(url: str, claim: Claim) -> bool:
+    """Whether the heartbeat of a claim advances; watches it for up to 15 s."""
     deadline = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < deadline:
         time.sleep(3)

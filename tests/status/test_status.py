@@ -254,6 +254,45 @@ def test_a_status_of_a_lost_cluster_is_shown_with_its_age(
         pass
 
 
+def driver_of_another_host(root: str) -> subprocess.Popen[str]:
+    """A driver in a namespace of processes of its own: to us, and to `status`, it is on another machine."""
+    isolated = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("cannot make a namespace of processes here")
+    process = subprocess.Popen(
+        [*isolated, sys.executable, "-c", DRIVER, f"{root}/clips"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_folders_are_released_only_if_their_cluster_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, here = str(tmp_path), f"process {os.getpid()}"
+    refusal = rf"^nothing was released: train-vqvae still runs on .*{here}.*stop it with"
+    with hold(f"{root}/vqvae", "train-vqvae"), pytest.raises(UserError, match=refusal):
+        status.release_gone(root)
+    process = driver_of_another_host(root)
+    try:
+        claim = read_claim(f"{root}/clips")
+        assert claim is not None
+        assert claim.is_alive is None
+        with pytest.raises(UserError, match=r"^nothing was released: shard still runs on") as refused:
+            status.release_gone(root)
+        assert "\n" not in str(refused.value)
+        with pytest.raises(UserError, match="is in use by shard"), hold(f"{root}/clips", "shard", silence_seconds=5):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    monkeypatch.setattr(read, "WATCH_SECONDS", 3)
+    assert status.release_gone(root) == ["shard"]
+    assert status.release_gone(root) == []
+    began = time.monotonic()
+    with hold(f"{root}/clips", "shard", silence_seconds=600):
+        assert time.monotonic() - began < 60
+
+
 def test_a_run_in_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     server = S3Server()
     server.use(monkeypatch)
