@@ -40,7 +40,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 class Bell:
-    """Actor on the driver's node. The first ring means: begin no more units. The second: give up the running unit."""
+    """Actor on the driver's node. The first ring means "begin no more units", the second "give up the running unit"."""
 
     def __init__(self) -> None:
         self._rung = (asyncio.Event(), asyncio.Event())
@@ -56,9 +56,9 @@ class Bell:
 
 
 def start_bell() -> ActorHandle:
-    """The bell of one fan-out. It lives on the driver's node, so that no other node's end takes it along.
+    """Starts the bell of one fan-out. It lives on the driver's node, so that the loss of another node does not end it.
 
-    Ray starts it again if its process dies, and asks it anew for the rings that actors wait for.
+    If its process dies, Ray restarts it and repeats the calls in which actors wait for a ring.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -75,14 +75,14 @@ def start_bell() -> ActorHandle:
 
 
 class _GivenUp(BaseException):
-    """Raised in the middle of a unit. Not an `Exception`, which code that distrusts a file may swallow."""
+    """Raised in the middle of a unit. Not an `Exception`: code that reads broken files may catch those."""
 
 
 class FanoutActor:
     """One worker process: builds the stage's worker once, then does one unit after the other."""
 
     def __init__(self, num_threads: int, bell: ActorHandle, environment: dict[str, str]) -> None:
-        # Before the stage's modules arrive with start(): libraries read these when they are loaded.
+        # Before start() imports the stage's modules: libraries read these variables when they are loaded.
         self._num_threads = num_threads
         os.environ.update(environment | dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
         self._begins_units, self._is_busy, self._gives_up = True, False, False
@@ -91,7 +91,7 @@ class FanoutActor:
         threading.Thread(target=self._listen, args=(bell,), name="bell", daemon=True).start()
 
     def place(self) -> str:
-        """Returns the id of its node as soon as the actor has been given its resources."""
+        """Returns the id of its node. The call returns as soon as the actor has its resources."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
@@ -109,7 +109,7 @@ class FanoutActor:
         return outcome
 
     def run(self, unit: Any) -> tuple[Outcome, float]:
-        """Does one unit; with it comes the share of the node's memory that is free afterwards."""
+        """Does one unit; returns its outcome, and the share of the node's memory that is free afterwards."""
         if not self._begins_units:
             return ("returned", None), free_share()
         outcome = self._attempt(lambda: self._work(unit))
@@ -118,7 +118,7 @@ class FanoutActor:
         return outcome, free_share()
 
     def watch(self) -> float:
-        """The share of the node's memory that is free a little later."""
+        """Waits a little, then returns the share of the node's memory that is free."""
         time.sleep(WATCH_SECONDS)
         return free_share()
 
@@ -127,7 +127,7 @@ class FanoutActor:
         try:
             self._is_busy = True
             try:
-                if self._gives_up:  # the signal came a moment before, when nothing ran
+                if self._gives_up:  # the signal came just before, while no unit ran
                     raise _GivenUp
                 return ("done", work())
             except ClipmillError as error:
@@ -140,20 +140,20 @@ class FanoutActor:
             return ("returned", None)
 
     def _listen(self, bell: ActorHandle) -> None:
-        """Runs in a thread of its own."""
+        """Waits for the bell; runs in its own thread."""
         import ray
 
         try:
             ray.get(bell.wait.remote(1))
             self._begins_units = False
             ray.get(bell.wait.remote(2))
-        except Exception:  # the driver died, and whatever kind of error says so
+        except Exception:  # the driver died; Ray reports that with errors of several types
             self._begins_units = False
         self._gives_up = True
         signal.pthread_kill(self._main_thread, signal.SIGTERM)  # a real signal: it ends a blocking system call
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        if not self._gives_up:  # from Ray, which ends the process: its own handler does so in order
+        if not self._gives_up:  # from Ray, to end the process: its own handler does that properly
             if callable(self._on_sigterm_before):
                 self._on_sigterm_before(number, frame)
         elif self._is_busy:

@@ -1,4 +1,4 @@
-"""The chain of jobs that is going to be submitted, checked before anything is: configs, credentials, resources."""
+"""Checks the whole chain of jobs before any job is submitted: configs, credentials, resources."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ LOOK_SECONDS = 10.0
 
 
 class PlannedJob(NamedTuple):
-    """A job as it is going to be submitted.
+    """A job as it will be submitted.
 
     Attributes:
-        job: of the jobs file.
-        stem: of its submission ids.
+        job: as in the jobs file.
+        stem: beginning of its submission ids.
         entrypoint: with the assignments of this call.
         runtime_env: with an absolute working_dir.
-        stage: of clipmill; None if it runs something else.
-        config: of the run; None if it runs something else, or only the cluster has the config's file.
+        stage: of clipmill; None if the job runs something else.
+        config: of the run; None if the job runs something else, or if only the cluster has the config file.
     """
 
     job: Job
@@ -46,7 +46,7 @@ class PlannedJob(NamedTuple):
 def plan_chain(
     path: str | Path, names: Sequence[str], assignments: Sequence[str], config: Sequence[str]
 ) -> list[PlannedJob]:
-    """The named jobs (none: all) and what they need, in order; see `clipmill.cluster.submission.submit`.
+    """The named jobs (all, if none is named) and the jobs they need, in order; see `submission.submit`.
 
     Raises:
         UserError: the file or the config of a stage is wrong, does not travel to the cluster, or holds credentials.
@@ -91,7 +91,7 @@ def _stage_of(entrypoint: str, runtime_env: dict[str, Any]) -> tuple[str | None,
 
 
 def describe(chain: Sequence[PlannedJob], server: Server) -> Iterator[str]:
-    """What submitting the chain would do: each job's state, what it asks for, and whether the cluster has that."""
+    """Lines for a dry run: each job's state, the resources it requests, and whether the cluster has them."""
     nodes = server.nodes()
     yield f"cluster at {server.client.get_address()}: {len(nodes)} nodes"
     for planned in chain:
@@ -106,7 +106,7 @@ def describe(chain: Sequence[PlannedJob], server: Server) -> Iterator[str]:
 
 
 def unmet_requests(chain: Sequence[PlannedJob], nodes: Sequence[dict[str, float]]) -> Iterator[str]:
-    """A line for each request that no node can hold; none where the nodes are not known.
+    """A line for each request that no node can hold; no line if the nodes are unknown.
 
     Args:
         chain: what will be submitted.
@@ -127,7 +127,7 @@ def _state(root: str, stage: str) -> str:
 
 
 def _requests(planned: PlannedJob) -> Iterator[tuple[str, dict[str, float], str]]:
-    """What a job asks for: (whose, resources of one, how many)."""
+    """The resources that a job requests: (for what, resources of one, how many)."""
     job, config = planned.job, planned.config
     driver = {"CPU": job.entrypoint_num_cpus or 0, "GPU": job.entrypoint_num_gpus or 0}
     driver |= {"memory": job.entrypoint_memory or 0, **(job.entrypoint_resources or {})}

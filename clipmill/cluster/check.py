@@ -1,4 +1,4 @@
-"""A look at the nodes of a cluster before stages run there: packages, Python, access to the root."""
+"""Checks the nodes of a cluster before stages run there: packages, Python, access to the root."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from clipmill.extras import installed_versions
 __all__ = ["NodeReport", "check_nodes", "differences", "problems"]
 
 NODE_SECONDS = 60.0
-"""How long the nodes together may take: a worker process has to start on each."""
+"""Time limit for all nodes together: a worker process has to start on each."""
 STORAGE_SECONDS = 20.0
-"""How long a node repeats requests to storage that is away."""
+"""How long a node retries requests to storage that does not answer."""
 
 logger = logging.getLogger(__name__)
 
 
 class NodeReport(NamedTuple):
-    """What one node says.
+    """The result of the check on one node.
 
     Attributes:
-        host: its name.
+        host: name of the node.
         versions: of Python, clipmill and its main packages.
-        problem: why it cannot run stages, in one line; None: nothing was found.
+        problem: why the node cannot run stages, in one line; None if no problem was found.
     """
 
     host: str
@@ -41,7 +41,7 @@ class NodeReport(NamedTuple):
 
 
 def check_nodes(root: str, config: ClusterConfig) -> list[NodeReport]:
-    """Looks at every living node of the cluster, at all of them at once.
+    """Checks all living nodes of the cluster at the same time.
 
     Args:
         root: absolute URL of a run. Each node writes an object into it and removes it, and must see one that this
@@ -77,7 +77,7 @@ def check_nodes(root: str, config: ClusterConfig) -> list[NodeReport]:
 
 
 def _look(root: str, mark: str, environment: dict[str, str]) -> tuple[str, dict[str, str], str | None]:
-    """Runs on a node."""
+    """Checks the node on which it runs."""
     os.environ.update(environment)
     problem = None
     try:
@@ -109,11 +109,11 @@ def problems(reports: Sequence[NodeReport]) -> Iterator[str]:
 
 
 def differences(reports: Sequence[NodeReport], local: dict[str, str]) -> Iterator[str]:
-    """A line for each package of which a node has another version than this machine.
+    """A line for each package whose version on a node differs from this machine's.
 
     Args:
         reports: of the nodes.
-        local: versions here; those of packages that are not installed here do not count.
+        local: versions on this machine; packages that are not installed here are ignored.
     """
     for name, version in local.items():
         others: dict[str, list[str]] = defaultdict(list)

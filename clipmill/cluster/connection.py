@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-"""OpenMP threads must not spin while they wait: that made a step 4 times slower once another process used a core."""
+"""OpenMP threads must not spin while they wait: that made a step 4 times slower when another process used a core."""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Only small dicts are sent, so the object store is small: decoders and models need Ray's default of 30 % of memory."""
 START_ATTEMPTS = 3
@@ -50,16 +50,16 @@ POLL_SECONDS = 0.5
 WAIT_WARNING_SECONDS = 60
 """Seconds between two warnings while a stage waits for resources."""
 START_SPARE_SECONDS = 600
-"""Ray Train gets this much longer than ``cluster.wait_seconds`` to start its workers, so that ours is the verdict."""
+"""Ray Train may take this much longer than ``cluster.wait_seconds`` to start workers, so our own limit ends first."""
 NODES_SECONDS = 2.0
 GIVE_UP_SECONDS = 10.0
-"""How long units that are given up get to remove their temporary files."""
+"""Time for units that are given up to remove their temporary files."""
 
 logger = logging.getLogger(__name__)
 
 
 def worker_environment() -> dict[str, str]:
-    """Variables of every worker process, on any node; none of them is a secret."""
+    """Environment variables of every worker process, on any node; none is a secret."""
     return WORKER_ENVIRONMENT | storage.places_environment()
 
 
@@ -77,7 +77,7 @@ def _address(config: ClusterConfig) -> str | None:
 def connect(config: ClusterConfig) -> Iterator[None]:
     """Holds a connection to Ray open; inside another connection it reuses that one.
 
-    An embedded Ray ends with the block, and with this process however it dies (its processes share our fate).
+    An embedded Ray ends with the block. It also ends if this process dies, in whatever way.
 
     Raises:
         UserError: Ray is not installed, or no cluster answers at the address.
@@ -115,14 +115,14 @@ def _start_embedded(config: ClusterConfig) -> None:
     """Starts a Ray on this machine that ends with this process.
 
     Raises:
-        StageFailed: it did not start. Ray gives a node 30 s, which a machine under heavy load can exceed.
+        StageFailed: it did not start. Ray allows a node 30 s, which may not be enough under heavy load.
     """
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(
-                address="local",  # else Ray joins any cluster that somebody else started on this machine
+                address="local",  # otherwise Ray joins any cluster that somebody else started on this machine
                 num_cpus=config.num_cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -140,7 +140,7 @@ def _start_embedded(config: ClusterConfig) -> None:
 
 
 def _join(address: str) -> None:
-    """Connects to a running cluster, or says why not: Ray itself retries a wrong address for minutes."""
+    """Connects to a running cluster, or says why it cannot: Ray itself retries a wrong address for minutes."""
     import ray
 
     if "://" in address:
@@ -166,7 +166,7 @@ def _require_reachable(address: str) -> None:
     except OSError as error:
         raise UserError(f"no Ray cluster answers at {address} ({error}): {advice}") from error
     if os.environ.get("RAY_USE_TLS", "0") in ("0", "false"):
-        # Something else may listen there; Ray would wait for its answer without a limit.
+        # Another program may listen there, and Ray would wait for its answer for ever.
         import grpc  # type: ignore[import-untyped]
 
         channel = grpc.insecure_channel(address)
@@ -182,7 +182,7 @@ def _require_reachable(address: str) -> None:
 def stop_signals() -> Iterator[threading.Event]:
     """An event that the first SIGTERM or SIGINT sets; a second SIGINT raises KeyboardInterrupt.
 
-    Outside the main thread Python takes no signals, so the event stays unset.
+    Only the main thread receives signals; in other threads the event stays unset.
     """
     stop = threading.Event()
 
@@ -238,7 +238,7 @@ def living_nodes() -> list[Node]:
 
 
 class LivingNodes:
-    """The living nodes as of NODES_SECONDS ago at most: asking costs a large cluster's head some work."""
+    """The living nodes, at most NODES_SECONDS old: the query loads the head of a large cluster."""
 
     def __init__(self) -> None:
         self._asked = float("-inf")
@@ -259,7 +259,7 @@ class LivingNodes:
     def host(self, node: str) -> str:
         """Host name of a node that lives or lived."""
         if node not in self._hosts:
-            self._asked = float("-inf")  # it came since
+            self._asked = float("-inf")  # the node joined after the last query
             self.all()
         return self._hosts.get(node, "an unknown host")
 
@@ -278,7 +278,7 @@ def spared_nodes(config: ClusterConfig, nodes: LivingNodes) -> frozenset[str]:
 
 
 def num_bundles(bundle: dict[str, float], nodes: Iterable[Node], excluded: Collection[str] = ()) -> int:
-    """How many workers that ask for ``bundle`` these nodes hold at once when empty."""
+    """How many workers of ``bundle`` fit on these nodes at once if nothing else runs there."""
     asked = {name: amount for name, amount in bundle.items() if amount > 0}
     return sum(
         int(min(node.resources.get(name, 0) // amount for name, amount in asked.items()))
@@ -296,11 +296,11 @@ def require_capacity(
 ) -> None:
     """Raises when ``count`` workers of ``bundle`` can never be placed.
 
-    An embedded Ray never grows, so that is known at once; a cluster gets ``cluster.wait_seconds`` to add nodes.
+    An embedded Ray never grows, so it is refused at once. A cluster has ``cluster.wait_seconds`` to add nodes.
 
     Raises:
-        UserError: names what was asked and what the embedded Ray has.
-        Interrupted: the same of a cluster, which may have more nodes later.
+        UserError: names the request and the resources of the embedded Ray.
+        Interrupted: the same for a cluster, which may have more nodes later.
     """
     if waited_seconds < config.wait_seconds and not is_embedded(config):
         return
@@ -344,16 +344,16 @@ def last_line(error: BaseException | str) -> str:
 
 
 _KINDS = (UserError, Interrupted, StorageUnavailable, StageFailed)
-"""What a worker's ClipmillError is at home; its exact class may be unknown there."""
+"""The error that the driver raises for a worker's ClipmillError, whose exact class it may not know."""
 
 
 def error_facts(error: ClipmillError) -> tuple[str, str]:
-    """A ClipmillError as a worker sends it home: the name of its kind, and its message."""
+    """A ClipmillError as a worker sends it to the driver: the name of its kind, and its message."""
     return next((kind.__name__ for kind in _KINDS if isinstance(error, kind)), StageFailed.__name__), str(error)
 
 
 def cluster_error(kind: str, message: str) -> ClipmillError:
-    """The ClipmillError that a worker sent home."""
+    """The ClipmillError that a worker sent to the driver."""
     return {one.__name__: one for one in _KINDS}.get(kind, StageFailed)(message)
 
 
@@ -365,6 +365,6 @@ def is_death(error: BaseException) -> bool:
 
 
 def death(error: BaseException) -> str:
-    """One line for a dead worker: of Ray's long report the sentence that tells how it ended."""
+    """One line about a dead worker: the sentence of Ray's long report that says how it ended."""
     detail = re.search(r"Worker exit detail: (.*?)\.(\s|$)", str(error))
     return f"the worker process died: {detail[1] if detail else last_line(error)}"

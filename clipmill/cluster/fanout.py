@@ -1,8 +1,8 @@
 """Runs one function over many units of work on Ray actors that may die at any time.
 
 The driver holds all state: which units wait (`queue`), what is known about the nodes (`nodes`), which actor has which
-unit (`workers`). An actor is a place to run and nothing else, so losing one loses at most its running unit. A unit's
-result must be safe to produce twice (first commit wins): a cut network makes Ray report an actor dead that still works.
+unit (`workers`). Actors hold none, so the loss of an actor costs at most its running unit. A unit must be safe to run
+twice (the first commit wins), because Ray may report an actor dead that only lost its network and still works.
 
 A node that is short of memory gets no units until it has enough again: its actors report free memory after each unit
 and while they wait. If no unit runs anywhere, one is started despite low memory, to guarantee progress.
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 U = TypeVar("U")
 
 WINDOW = 2
-"""Maximum number of units of an actor: the running one and the next, so that it never waits for the driver."""
+"""Maximum number of units per actor: the running one and the next, so that it never waits for the driver."""
 SLOW_UNIT_SECONDS = 600
-"""How often a unit that still runs is mentioned: Ray has no time limit for a task, and only stages can know one."""
+"""Seconds between two log lines about a unit that still runs. Ray has no time limit for tasks; only stages know one."""
 
 
 def fan_out(
@@ -52,10 +52,10 @@ def fan_out(
     Args:
         make_worker: runs once in each actor, ``make_worker(*arguments)``, and returns the function that does a unit.
         arguments: of make_worker; picklable, absolute URLs only.
-        units: picklable; the function must allow that a unit is done twice.
+        units: picklable; a unit may run twice.
         config: ``fanout_workers`` actors (never more than units) of ``fanout_cpus`` CPUs, and one GPU with ``use_gpu``.
-        on_result: called here with each finished unit and its small dict, in order of completion. A dict ``work`` in
-            it (clips, bytes, frames: see `clipmill.cluster.metrics.COUNTERS`) is counted and taken out before.
+        on_result: called in this process with each finished unit and its small dict, in order of completion. A dict
+            ``work`` in it (clips, bytes, frames: see `clipmill.cluster.metrics.COUNTERS`) is counted and removed first.
         beside_cpus: CPUs of each actor in addition to ``fanout_cpus``, for threads that the function starts itself.
 
     A unit that raises is retried on a fresh actor, at most ``config.max_failures`` times, after the other units and if
@@ -63,8 +63,8 @@ def fan_out(
     repeatedly. A node gets no more units if units fail there that succeed elsewhere.
 
     Raises:
-        UserError: raised by a unit or a start, on a second node too if there is one; or no node can hold a worker.
-        Interrupted: SIGTERM or SIGINT; finished units stay finished, running ones got ``config.drain_seconds``.
+        UserError: raised by a unit or a start, and on a second node too if there is one; or no node can hold a worker.
+        Interrupted: SIGTERM or SIGINT. Finished units stay finished; running ones had ``config.drain_seconds``.
         StageFailed: a unit is out of attempts (the others were finished first), units fail on every node one after the
             other, or no worker can be started.
     """
@@ -118,7 +118,7 @@ class _Driver(Generic[U]):
             self._note()
 
     def _drain(self) -> None:
-        """Running units get time to finish."""
+        """Waits for running units to finish, up to a limit."""
         seconds = connection.drain_seconds(self._config)[0]
         self._workers.ring(1)
         if seconds and any(worker.units for worker in self._workers.all):
@@ -152,7 +152,7 @@ class _Driver(Generic[U]):
         now = time.monotonic()
         workers, places = self._workers, self._workers.places()
         ready = [worker for worker in workers.all if worker.is_started and not worker.is_spent]
-        # Near the end a second unit would wait behind a first one while other actors have nothing to do.
+        # Near the end, a second unit would wait behind a first one while other actors are idle.
         window = WINDOW if self._queue.num_waiting > len(workers.all) else 1
         for depth in range(window):
             for worker in ready:
@@ -161,7 +161,7 @@ class _Driver(Generic[U]):
         self._watch_short([worker for worker in ready if worker.is_short and not worker.calls], places, now)
 
     def _give(self, worker: Worker, places: set[str], now: float) -> None:
-        """Hands the next unit to an actor, if its node may have one."""
+        """Hands the next unit to an actor, if its node may run one."""
         node = worker.node
         if not self._nodes.may_work(node, self._workers.num_running(node), now):
             return
@@ -171,7 +171,7 @@ class _Driver(Generic[U]):
             self._workers.give(worker, unit, self._units[unit])
 
     def _watch_short(self, idle: list[Worker], places: set[str], now: float) -> None:
-        """Idle actors of nodes short of memory tell when there is more; one of them works if nobody else does."""
+        """Has idle actors on nodes short of memory report free memory; starts one unit there if no other unit runs."""
         if idle and not any(worker.units for worker in self._workers.all):
             self._give(max(idle, key=lambda worker: worker.free_share), places, now)
         for worker in idle:
@@ -235,7 +235,7 @@ class _Driver(Generic[U]):
         self._require_hope(cause)
 
     def _located(self, error: ClipmillError, node: str) -> ClipmillError:
-        """The error with the name of its node, where there are several."""
+        """The error, with the name of its node if there are several."""
         return type(error)(f"{error} (on {self._nodes.name(node)})") if len(self._workers.cluster.ids()) > 1 else error
 
     def _require_hope(self, cause: str) -> None:

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["PEER_GRACE_SECONDS", "Group", "reason"]
 
 COLLECTIVE_TIMEOUT_SECONDS = 7200
-"""The watchdog, which can name a rank that hangs, must run out of patience long before its peers do."""
+"""Longer than the watchdog waits, because only the watchdog can name the rank that hangs."""
 PEER_GRACE_SECONDS = 30.0
-"""How long a rank that gave up lets the others come to the same end before it has the group torn down."""
+"""How long a rank that gave up waits for the others to end too, before it has the group torn down."""
 CONTROLLER_SECONDS = 30
-"""How long a group that is given up may take to begin or to end Ray Train's controller."""
+"""How long an abandoned group may take to start or to end Ray Train's controller."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,10 @@ def _run_rank(task: dict[str, Any]) -> None:
 
 
 def _await_peers(mailbox: ActorHandle) -> None:
-    """Gives the other ranks time to end too; one that waits for us in a collective never will.
+    """Gives the other ranks time to end too. A rank that waits for this one in a collective never ends.
 
-    Crashing is then the only way to have Ray Train tear the group down. The driver finds the verdict.
+    This rank then crashes, because only a crash makes Ray Train tear the group down. The driver finds the verdict in
+    the mailbox.
     """
     import ray
 
@@ -75,9 +76,9 @@ def _await_peers(mailbox: ActorHandle) -> None:
 def _trainer(base: type, mailbox: ActorHandle) -> type:
     """A trainer whose controller can be ended, and without Ray Train's detached cleaner of placement groups.
 
-    They go with the driver anyway, and without a dashboard the cleaner complains on the terminal every second.
-    Private API: should it be renamed, the noise comes back, and a training that is stopped while it waits for a node
-    can end with Ray's status (tests listen for both).
+    The placement groups end with the driver anyway, and without a dashboard the cleaner prints an error every second.
+    This uses private API. If it is renamed, the errors come back, and a training that is stopped while it waits for a
+    node can end with Ray's exit status (tests detect both).
     """
     own: list[Any] = []
     with contextlib.suppress(ImportError):
@@ -100,7 +101,7 @@ def _trainer(base: type, mailbox: ActorHandle) -> type:
 
 
 class Group:
-    """A running group. Ray Train's blocking ``fit`` has a thread of its own: the driver stays awake for signals.
+    """A running group. Ray Train's ``fit`` blocks, so it runs in a thread, and the driver can still handle signals.
 
     Args:
         train: see `clipmill.cluster.launch.run_workers`, as ``payload``.
@@ -139,17 +140,17 @@ class Group:
         self, task: dict[str, Any], config: ClusterConfig, bundle: dict[str, float], name: str, storage: str
     ) -> Any:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-        # It tells train functions of nodes about to go; ours restart from their checkpoints and do not ask.
+        # It warns train functions of nodes that will go away; ours do not ask, and restart from their checkpoints.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         import ray.train
         import ray.train.torch
 
         environment = {**worker_environment(), "OMP_NUM_THREADS": str(task["num_threads"])}
         if not config.use_gpu:
-            # Ray shows a worker that asked for none of the GPUs all of them.
+            # Workers that request no GPU still see all GPUs.
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return _trainer(ray.train.torch.TorchTrainer, self._mailbox)(
-            # As train_loop_config it would be unpickled, and the stage imported, in Ray Train's controller as well.
+            # Not passed as train_loop_config: Ray Train's controller would unpickle that too, and import the stage.
             functools.partial(_run_rank, task),
             torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
             scaling_config=ray.train.ScalingConfig(
@@ -158,10 +159,10 @@ class Group:
                 resources_per_worker={name: amount for name, amount in bundle.items() if amount},
             ),
             run_config=ray.train.RunConfig(
-                # A name that Ray Train has seen resumes that run in silence: ours are used once.
+                # Every name is used once: Ray Train silently resumes a run whose name it knows.
                 name=f"{name}-{uuid.uuid4().hex[:8]}",
                 storage_path=storage,
-                # Its own count of failures would go on over the whole life of a training.
+                # Ray Train would count failures over the whole training; ours are counted since the last checkpoint.
                 failure_config=ray.train.FailureConfig(max_failures=0),
                 worker_runtime_env={"env_vars": environment},
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -180,33 +181,33 @@ class Group:
         return not self._thread.is_alive()
 
     def news(self) -> News:
-        """What its ranks have told since the last call."""
+        """What its ranks have reported since the last call."""
         import ray
 
         return ray.get(self._mailbox.take.remote())
 
     def request_stop(self) -> None:
-        """Has the ranks save a checkpoint and end. When this returns, no rank begins to hold stops any more."""
+        """Asks the ranks to save a checkpoint and end. Once this has returned, no rank begins to hold stops."""
         import ray
 
         ray.get(self._mailbox.request_stop.remote())
 
     def abandon(self, grace_seconds: float) -> None:
-        """Leaves a group that still runs: its ranks get some time to end by themselves.
+        """Ends a group that still runs, after giving its ranks some time to end by themselves.
 
-        The thread must end too: what it asks of Ray after the connection was closed would end this process at once,
-        with a status of Ray's.
+        The thread must end too: a call to Ray after the connection is closed would end this process at once, with
+        Ray's exit status.
 
         Args:
-            grace_seconds: time for the ranks; 0 if they have nothing to lose.
+            grace_seconds: time for the ranks; 0 if they have nothing to save.
         """
         import ray
 
         if self._thread.is_alive():
-            self._mailbox.request_stop.remote()  # without the mailbox the ranks see no driver
+            self._mailbox.request_stop.remote()  # if the mailbox is gone, the ranks stop anyway
             self._thread.join(grace_seconds)
         deadline = time.monotonic() + CONTROLLER_SECONDS
-        with contextlib.suppress(ray.exceptions.RayError):  # the mailbox can be what failed
+        with contextlib.suppress(ray.exceptions.RayError):  # perhaps it was the mailbox that failed
             while self._thread.is_alive() and time.monotonic() < deadline:
                 controller = ray.get(self._mailbox.controller.remote(), timeout=CONTROLLER_SECONDS)
                 if controller is not None:

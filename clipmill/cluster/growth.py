@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["Growth"]
 
 SETTLE_SECONDS = 20.0
-"""Wait before growing: nodes often return one after the other, and growing once is cheaper than twice."""
+"""Time to wait before growing: nodes often return one after the other, and growing once is cheaper than twice."""
 
 
 class Growth:
@@ -43,7 +43,7 @@ class Growth:
             remove_placement_group(reservation)
 
     def is_ready(self) -> bool:
-        """Whether a larger group would find room. To be asked once the group is placed: this reserves resources."""
+        """Whether a larger group would fit. It reserves resources, so call it only once the group is placed."""
         from ray.util import placement_group, placement_group_table
 
         missing = self._sizes[-1] - self._num_workers

@@ -1,7 +1,7 @@
 """Reads ``ray_jobs.yaml``: the stages of a run as jobs of a Ray cluster.
 
 Fields that the Ray Jobs API knows pass through under its own names; ``config``, ``name``, ``needs``, ``retries`` and
-``timeout_seconds`` are ours, because a job that was submitted runs once: order and retries belong to the submitter.
+``timeout_seconds`` are ours. Ray runs a submitted job exactly once, so order and retries are up to the submitter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Job", "JobsFile", "RuntimeEnv", "in_order", "load_jobs", "submission
 NEWEST_SCHEMA = 1
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-"""Other characters make a job that Ray accepts and can then neither run nor stop."""
+"""With other characters, Ray accepts a job but can then neither run nor stop it."""
 
 
 class _Fields(BaseModel):
@@ -60,7 +60,7 @@ class Job(_Fields):
     submission_id: Name | None = None
     """Stem of the submission ids, followed by ``-a<attempt>``; None uses ``<name>-<hash of what runs>``."""
     runtime_env: RuntimeEnv | None = None
-    """None: that of the file."""
+    """None uses the one of the jobs file."""
     metadata: dict[str, str] = {}
     entrypoint_num_cpus: Annotated[float, Field(ge=0)] | None = None
     entrypoint_num_gpus: Annotated[float, Field(ge=0)] | None = None
@@ -160,7 +160,7 @@ def in_order(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
 
 def submission_stem(job: Job, runtime_env: dict[str, Any], entrypoint: str) -> str:
-    """``<name>-<hash8>``: what runs, including the bytes of the ``--config`` files that travel with working_dir."""
+    """``<name>-<hash8>``; the hash covers all that runs, with the bytes of ``--config`` files in working_dir."""
     words = shlex.split(entrypoint)
     folder = Path(runtime_env.get("working_dir") or ".")
     files = [folder / value for flag, value in itertools.pairwise(words) if flag == "--config"]

@@ -1,9 +1,8 @@
-"""Runs the ranks of one training on Ray, in as many groups as it takes.
+"""Runs the ranks of one training on Ray, as one group of ranks after another.
 
-A group that fails is followed by another one, which goes on from the newest checkpoint. Failures are counted anew
-after each checkpoint: three spot terminations in two weeks are not three in a row. With ``training_workers: {min,
-max}`` the next group has as many ranks as there are nodes for, and a group ends after a checkpoint when nodes come
-back.
+If a group fails, the next one resumes from the newest checkpoint. The count of failures restarts after each checkpoint:
+three spot terminations in two weeks are not three in a row. With ``training_workers: {min, max}``, the next group has
+as many ranks as fit on the nodes. When nodes return, a group ends after a checkpoint to make place for a larger one.
 """
 
 from __future__ import annotations
@@ -51,20 +50,21 @@ def run_workers(
     is_usable: Callable[[int], bool] = lambda num_workers: True,
     count_progress: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Runs ``train(payload, report)`` on each rank of one process group after another, until one has ended well.
+    """Runs ``train(payload, report)`` on each rank of one process group after another, until a group succeeds.
 
     RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set and torch.distributed is initialised (gloo, or
-    nccl with GPUs). A rank that crashes or is killed ends its group; ``train`` resumes in the next one from its own
-    checkpoints. SIGTERM or SIGINT here sets ``report.stop_requested``.
+    nccl with GPUs). A rank that crashes or is killed ends its group; in the next group, ``train`` resumes from its own
+    checkpoints. SIGTERM or SIGINT in this process sets ``report.stop_requested``.
 
     Args:
-        train: picklable; ends early by raising a ClipmillError, which is raised here as itself and not retried.
-        payload: picklable; absolute URLs only, for workers start in a folder of their own.
+        train: picklable; ends early by raising a ClipmillError, which is raised here unchanged and not retried.
+        payload: picklable; absolute URLs only, because workers start in another folder.
         config: where, and on how many workers.
         name: of the run, for Ray's own logs.
-        on_progress: called here with the newest dict of each rank that sent one since the last call (about 2 Hz).
+        on_progress: called in this process with the newest dict of each rank that sent one since the last call (about
+            2 Hz).
         is_usable: whether the training can run on this number of workers.
-        count_progress: grows with each checkpoint.
+        count_progress: returns a number that grows with each checkpoint.
 
     Raises:
         Interrupted: the ranks stopped after a clean checkpoint.
@@ -107,13 +107,13 @@ def _sizes(config: ClusterConfig, is_usable: Callable[[int], bool]) -> list[int]
 
 
 def _size_now(sizes: list[int], bundle: dict[str, float]) -> int:
-    """The largest that the living nodes hold; the smallest, which then waits for nodes, if they hold none."""
+    """The largest size that the living nodes hold. If they hold none, the smallest, which then waits for nodes."""
     room = num_bundles(bundle, living_nodes())
     return max((size for size in sizes if size <= room), default=sizes[0])
 
 
 def _training_bundle(config: ClusterConfig) -> dict[str, float]:
-    """What one training worker asks for; CPUs by default an even share that the nodes can hold."""
+    """The resources that one training worker requests. The default number of CPUs is an even share of a node's."""
     num_gpus = 1.0 if config.use_gpu else 0.0
     if config.training_cpus is not None:
         return {"CPU": float(config.training_cpus), "GPU": num_gpus}
@@ -129,7 +129,7 @@ class _Failures:
     """Failed groups since the last checkpoint.
 
     Args:
-        most: number that may follow each other.
+        most: maximum number of failures.
         name: of the run.
         count_progress: see `run_workers`.
     """
@@ -140,10 +140,10 @@ class _Failures:
         self._num_in_a_row = 0
 
     def add(self, error: Exception) -> None:
-        """Counts one.
+        """Counts a failure.
 
         Raises:
-            StageFailed: it was one too many.
+            StageFailed: there were more than ``most``.
         """
         progress = self._progress
         try:
@@ -184,10 +184,10 @@ class _Watch:
         self._is_stopping = self._is_growing = False
 
     def until_end(self) -> bool:
-        """Whether the group has ended by itself; False if another number of workers is to go on.
+        """Waits for the end of the group. False if it ended so that another number of workers can continue.
 
         Raises:
-            ClipmillError: the verdict of the ranks, or `Interrupted` because a stop found nothing to save.
+            ClipmillError: the verdict of the ranks, or `Interrupted` if a stop came when there was nothing to save.
         """
         grace_seconds = PEER_GRACE_SECONDS
         try:
@@ -204,7 +204,7 @@ class _Watch:
                 elif self._is_stopping and not news.holds:
                     grace_seconds = 0.0
                     raise Interrupted(STOPPED)
-                elif self._is_stopping and self._room() < self._group.num_workers:  # nobody is there to checkpoint
+                elif self._is_stopping and self._room() < self._group.num_workers:  # no ranks could save a checkpoint
                     raise Interrupted("stopped while a node was missing; submit the same command again")
                 elif not news.has_begun and self._must_shrink():
                     grace_seconds = 0.0
@@ -233,11 +233,11 @@ class _Watch:
         return num_bundles(self._bundle, living_nodes())
 
     def _must_shrink(self) -> bool:
-        """Whether this group waits for a node that is gone, and a smaller one need not."""
+        """Whether this group waits for a lost node although a smaller group would fit."""
         return self._room() < self._group.num_workers and _size_now(self._sizes, self._bundle) < self._group.num_workers
 
     def _warn_if_no_room(self, has_begun: bool) -> None:
-        """Tells of a group that is not yet placed, or lost a node: Ray Train waits in silence and without an end."""
+        """Warns if the group is not yet placed or lost a node: Ray Train waits for ever, without a message."""
         if (now := time.monotonic()) < self._next_look:
             return
         self._next_look = now + WAIT_WARNING_SECONDS

@@ -1,8 +1,8 @@
 """The mailbox in which the driver of a training and its ranks meet: an actor on the driver's node.
 
-Ranks leave their newest progress there, because Ray Train's own ``report`` is a barrier without a timeout. The driver
-leaves its wish to stop. A rank that ends with a `ClipmillError` leaves it as its verdict. Each group of ranks has a
-mailbox of its own.
+Ranks put their newest progress there, because Ray Train's own ``report`` is a barrier without a timeout. The driver
+puts requests to stop there. A rank that ends with a `ClipmillError` puts the error there, as its verdict. Each group of
+ranks has its own mailbox.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class News(NamedTuple):
 
 
 class Mailbox:
-    """Actor on the driver's node: progress and verdicts of one group of ranks, and the driver's wish to stop it."""
+    """Actor on the driver's node: progress and verdicts of one group of ranks, and the driver's request to stop it."""
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
@@ -53,7 +53,7 @@ class Mailbox:
         """Registers a rank.
 
         Returns:
-            The attempt's number. None: there is a verdict already, or the driver wants to stop.
+            The attempt's number; None if there is a verdict already, or if the driver wants to stop.
         """
         self._attempts += 1
         self._finished.discard(rank)
@@ -63,9 +63,9 @@ class Mailbox:
         return self._attempts if self._verdict is None else None
 
     async def hold(self, rank: int) -> bool:
-        """A rank has something to lose from here on; False if the driver wants to stop, and the rank must end.
+        """From now on a rank has work to save. False if the driver wants to stop, and the rank must end.
 
-        Once one rank holds stops, the others may hold them even after a stop: they agree on the step to end after.
+        Once one rank holds stops, the others may too, even after a stop: the ranks agree on the last step together.
         """
         if self._stop.is_set() and not self._holding:
             return False
@@ -77,17 +77,17 @@ class Mailbox:
         self._holding.discard(rank)
 
     async def put(self, rank: int, number: tuple[int, int], progress: dict[str, Any]) -> None:
-        """Keeps the newest progress of a rank, by (attempt, update): async actors may run calls out of order."""
+        """Keeps the newest progress of a rank. The order is by (attempt, update): async calls may run out of order."""
         if number > self._newest.get(rank, (0, 0)):
             self._newest[rank] = number
             self._progress[rank] = progress
 
     async def log(self, level: int, text: str) -> None:
-        """Keeps a message of a rank's log for the driver's."""
+        """Keeps a log message of a rank for the driver's log."""
         self._log.append((level, text))
 
     async def finish(self, rank: int, verdict: tuple[str, str] | None) -> None:
-        """A rank ends; the first verdict (class name and message of a ClipmillError) stands."""
+        """A rank ends. Only the first verdict (class name and message of a ClipmillError) counts."""
         self._verdict = self._verdict or verdict
         self._finished.add(rank)
         if len(self._finished) == self._num_ranks:
@@ -102,7 +102,7 @@ class Mailbox:
         return News(progress, self._attempts > 0, bool(self._holding), self._verdict)
 
     async def register_controller(self, controller: ActorHandle) -> None:
-        """Ray Train's controller of the ranks begins."""
+        """Ray Train's controller of the ranks has started."""
         self._controller = controller
 
     async def controller(self) -> ActorHandle | None:
@@ -114,7 +114,7 @@ class Mailbox:
         self._stop.set()
 
     async def stopped(self) -> None:
-        """Returns when the driver wants to stop: a rank holds this call open instead of asking again and again."""
+        """Returns when the driver wants to stop: a rank keeps this call open instead of polling."""
         await self._stop.wait()
 
     async def all_finished(self) -> None:
@@ -123,7 +123,7 @@ class Mailbox:
 
 
 class Report:
-    """A training rank's line to the driver; neither direction ever blocks the training step."""
+    """A training rank's connection to the driver; neither direction ever blocks a training step."""
 
     def __init__(self, mailbox: ActorHandle, rank: int, attempt: int) -> None:
         self._mailbox = mailbox
@@ -141,7 +141,7 @@ class Report:
         self._sent = self._mailbox.log.remote(level, text)
 
     def flush(self) -> None:
-        """Waits until what was sent last has arrived."""
+        """Waits until everything sent so far has arrived."""
         import ray
 
         if self._sent is not None:
@@ -149,10 +149,10 @@ class Report:
 
     @contextlib.contextmanager
     def hold_stops(self) -> Iterator[None]:
-        """Within it a stop waits for this rank; outside it the driver ends the group at once.
+        """Inside the block, a stop waits for this rank; outside, the driver ends the group at once.
 
         Raises:
-            Interrupted: on entry, if the driver wants to stop already.
+            Interrupted: on entry, if the driver already wants to stop.
         """
         import ray
 
@@ -163,7 +163,7 @@ class Report:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the driver was told to stop (or is gone): checkpoint, then raise Interrupted."""
+        """Whether the driver wants to stop, or is gone: then save a checkpoint and raise Interrupted."""
         import ray
 
         ready, _ = ray.wait([self._stopped], timeout=0)
@@ -175,6 +175,6 @@ def start_mailbox(num_ranks: int) -> ActorHandle:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # It must not die with another node, and one that outlives the driver has nobody to serve.
+    # On the driver's node: it must not die with another node, and without the driver it is useless.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote(num_ranks)

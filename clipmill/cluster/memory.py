@@ -1,4 +1,4 @@
-"""How much memory a node has left, seen from inside a container too."""
+"""How much memory a node has left; works inside a container too."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_share(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> float:
-    """The share of this node's memory that a new process can have: of the machine, or of our cgroup where that is less.
+    """The free share of memory, of the machine or of our cgroup, whichever is smaller.
 
-    1.0 where neither is known: whoever cannot measure must not wait.
+    1.0 if both are unknown: a worker must not wait for a value that cannot be measured.
     """
     return min(_machine_share(meminfo), _cgroup_share(cgroup))
 
@@ -27,9 +27,9 @@ def _machine_share(meminfo: Path) -> float:
 
 
 def _cgroup_share(cgroup: Path) -> float:
-    """Free share of memory by cgroup v2. The page cache counts as used there; inactive page cache is reclaimable."""
+    """Free share of memory by cgroup v2. It counts page cache as used, but inactive page cache is reclaimable."""
     try:
-        limit = int((cgroup / "memory.max").read_text())  # "max": no limit
+        limit = int((cgroup / "memory.max").read_text())  # the text "max" means no limit
         used = int((cgroup / "memory.current").read_text())
         statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         return 1 - (used - int(statistics["inactive_file"])) / limit

@@ -1,7 +1,7 @@
-"""What a stage does, as metrics of Ray: each node's agent offers them to Prometheus, beside Ray's own.
+"""Exports the state of a stage as Ray metrics, which each node's agent offers to Prometheus beside Ray's own.
 
-The driver knows everything (`clipmill.board`), so it alone exports: a node is a label, not a source. A stage without
-Ray has no metrics, but it has its status and summary.
+Only the driver exports, because it knows everything (`clipmill.board`): a node is a label, not a source. A stage
+without Ray has no metrics, but still has its status and summary.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from clipmill.board import BOARD, Board
 __all__ = ["COUNTERS", "GAUGES", "PREFIX", "exporting"]
 
 PREFIX = "clipmill_"
-"""Before each name; Prometheus sees ``ray_clipmill_...``."""
+"""Prefix of each name; Prometheus sees ``ray_clipmill_...``."""
 EVERY_SECONDS = 2.0
 """Ray collects every 10 s unless RAY_metrics_report_interval_ms says otherwise."""
 
 
 class Metric(NamedTuple):
-    """One metric; ``stage`` and ``run`` are labels of all."""
+    """One metric. All metrics have the labels ``stage`` and ``run``."""
 
     description: str
     label: str | None = None
@@ -53,12 +53,12 @@ GAUGES = {
     "data_wait_share": Metric("Share of a training's time in which it waited for data."),
     "mfu": Metric("Share of the peak FLOP/s that a training reaches."),
 }
-"""Facts of the board, as far as a stage has them."""
+"""Gauges; each stage sets those that it knows."""
 
 
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
-    """Exports the board within the block, which must hold a connection to Ray."""
+    """Exports the board during the block; needs an open connection to Ray."""
     exporter = _Exporter(BOARD)
     is_over = threading.Event()
 
@@ -91,7 +91,7 @@ class _Exporter:
         }
 
     def export(self) -> None:
-        """Hands what is new to Ray."""
+        """Passes new amounts and values to Ray."""
         board = self._board
         common = {"stage": board.stage or "none", "run": storage.shown(board.run or "none")}
         for (name, label), amount in board.totals().items():
@@ -109,7 +109,7 @@ def _tags(metric: Metric) -> tuple[str, ...]:
 
 
 def _facts(board: Board) -> dict[str, float]:
-    """The gauges that the board can fill."""
+    """Values of the gauges that the board knows."""
     snapshot = board.snapshot()
     facts: dict[str, Any] = dict(snapshot.facts)
     facts["sick_nodes"] = len(facts.get("sick_nodes", ()))

@@ -5,8 +5,8 @@ against a node once the same unit has succeeded on another node. A node is sick 
 success of the node in between, and its second failure began after the first success elsewhere. An outage that affects
 all nodes therefore excludes none of them, and neither does a unit that fails everywhere.
 
-Until then, a node whose last units failed is a suspect. It gets one unit at a time, after growing pauses, and another
-node gets its newest failed unit next, so that the decision comes soon and few units fail there.
+Until then, a node whose last units failed is a suspect. It gets one unit at a time, after growing pauses. Its newest
+failed unit goes to another node next, so that the decision comes soon and few units fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clipmill.cluster.pauses import pause
 __all__ = ["NodeWatch"]
 
 NUM_PROOFS = 2
-"""Units that failed on a node and succeeded elsewhere, in the order described above, before it is sick."""
+"""Number of units that fail on a node and succeed elsewhere, in the order described above, before it is sick."""
 SUSPECT_FAILURES = 2
 """A single failed unit is no reason to slow a node down."""
 HOPELESS_UNITS = 8
@@ -51,7 +51,7 @@ class _Record:
         return self.failures >= SUSPECT_FAILURES
 
     def clear(self) -> None:
-        """A unit succeeded; whether workers start is another matter."""
+        """Forgets failed units after a success; failed starts of workers are counted separately."""
         self.failed = {}
         self.failures, self.paused_until = 0, 0.0
         self.proofs, self.proven_at = 0, float("-inf")
@@ -78,7 +78,7 @@ class NodeWatch:
         return f"{self._records[node].host} ({node})"
 
     def succeeded(self, node: str, unit: int, now: float) -> None:
-        """A unit succeeded on a node: that clears it, and counts against the nodes on which the unit failed."""
+        """A unit succeeded on a node: this clears the node, and counts against nodes on which the unit failed."""
         self._last_success = now
         self._records[node].clear()
         for other, record in self._records.items():
@@ -111,7 +111,7 @@ class NodeWatch:
         """Units to try next on another node: the newest failed one of each suspect."""
         suspects = [record for node, record in self._records.items() if record.is_suspect and node not in self.sick]
         newest = {next(reversed(record.failed)) for record in suspects}
-        # A unit that has failed on several nodes is no evidence against one of them.
+        # A unit that failed on several nodes is not evidence against any of them.
         return {unit for unit in newest if sum(unit in record.failed for record in self._records.values()) == 1}
 
     def start_failed(self, node: str, cause: str, now: float) -> None:
@@ -133,7 +133,7 @@ class NodeWatch:
         return now >= self._records[node].start_paused_until
 
     def num_failed_starts(self, node: str) -> int:
-        """Failed starts on a node since the last that succeeded."""
+        """Failed starts on a node since the last successful one."""
         return self._records[node].failed_starts
 
     def cannot_start(self, node: str) -> None:
@@ -141,11 +141,11 @@ class NodeWatch:
         self._condemn(node, f"no worker can start there, at last: {self._records[node].cause}")
 
     def is_hopeless(self, alive: Collection[str], places: Collection[str]) -> bool:
-        """Whether every living node that is not sick fails one unit after the other, and none has succeeded since.
+        """Whether units fail one after the other on all living nodes that are not sick, without a success in between.
 
         Args:
             alive: the living nodes.
-            places: nodes that work or may soon: one on which no worker was placed yet has not been tried.
+            places: nodes that work or may soon work; a node without a worker so far has not been tried.
         """
         if any(node not in self._records for node in places):
             return False

@@ -1,4 +1,4 @@
-"""What `clipmill submit` looks at before the first stage: the nodes by `clipmill check` as a job, and resources."""
+"""Checks of `clipmill submit` before the first stage: of the nodes, by `clipmill check` as a job, and of resources."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from clipmill.extras import installed_versions
 __all__ = ["findings"]
 
 CHECK_SECONDS = 180.0
-"""A check that has not ended by then is given up: its runtime environment is being made, or the cluster is full."""
+"""A longer check is given up: its runtime environment is still being installed, or the cluster is full."""
 POLL_SECONDS = 0.5
 NOT_THERE = (126, 127)
-"""Exit statuses of a shell that finds no program."""
+"""Exit statuses of a shell that cannot find or run a program."""
 
 logger = logging.getLogger(__name__)
 
 
 def findings(server: Server, chain: Sequence[PlannedJob]) -> Iterator[str]:
-    """A line for each thing that is not as it should be, though the chain may run.
+    """A line for each problem that does not prevent the chain from running.
 
     Raises:
         UserError: no node can run stages.
@@ -46,7 +46,7 @@ def findings(server: Server, chain: Sequence[PlannedJob]) -> Iterator[str]:
 
 
 def _reports(server: Server, planned: PlannedJob) -> list[NodeReport] | None:
-    """What the nodes say, asked with the config and the runtime environment of a stage; None: they take too long."""
+    """Reports of the nodes, with the config and runtime environment of a stage; None if they take too long."""
     submission_id, began = f"check-{uuid.uuid4().hex[:8]}", time.monotonic()
     server.ask(
         lambda: server.client.submit_job(

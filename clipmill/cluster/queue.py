@@ -1,6 +1,7 @@
 """Which units wait, until when, and for which node. No Ray in here; times are passed in.
 
-Units are handed out in order. One that failed goes to the back, pauses, and prefers a node on which it has not failed.
+Units are handed out in order. A failed unit goes to the back, pauses, and prefers a node on which it has not failed.
+
 A failure is an exception of the unit; the unit is retried after up to ``max_failures`` of them. A loss is the end of
 the worker that had the unit. A loss does not count if the worker's node is gone. If a worker is killed on a living
 node, the unit may not be the cause, so it is given up only after several such losses.
@@ -20,12 +21,12 @@ MORE_LOSSES = 4
 """Losses allowed in addition to ``max_failures``, because Ray's memory monitor may kill a worker that is not at
 fault."""
 MAX_LOST_NODES = 20
-"""A unit that was lost with this number of nodes is given up, because it may be the cause of their loss."""
+"""A unit that was lost together with this number of nodes is given up, because it may have killed them."""
 
 
 @dataclass
 class _Trouble:
-    """What went wrong with a unit so far; each list holds the node of each event."""
+    """What went wrong with a unit so far: lists with the node of each event."""
 
     failures: list[str] = field(default_factory=list)
     losses: list[str] = field(default_factory=list)
@@ -42,7 +43,7 @@ class UnitQueue:
 
     Args:
         num_units: units 0 to ``num_units - 1`` wait.
-        max_failures: failures of a unit after which it is tried again.
+        max_failures: maximum number of failures after which a unit is still retried.
 
     Attributes:
         num_unfinished: units that are neither done nor given up.
@@ -65,8 +66,8 @@ class UnitQueue:
 
         Args:
             node: where it will run.
-            others: other nodes that work or may soon; a unit that failed on ``node`` waits for one of them to take it.
-            trials: units that go first on a node where they have not failed.
+            others: other nodes that work or may soon work; a unit that failed on ``node`` waits for one of them.
+            trials: units that take precedence on nodes where they have not failed.
             now: monotonic seconds.
         """
         for unit in self._again:
@@ -85,31 +86,31 @@ class UnitQueue:
         return None
 
     def put_back(self, unit: int) -> None:
-        """A unit was taken but not begun: it keeps its place."""
+        """Returns a unit that was taken but not begun; it keeps its place."""
         if unit in self._troubles:
             self._again = {unit: None, **self._again}
         else:
             heapq.heappush(self._fresh, unit)
 
     def finish(self, unit: int) -> None:
-        """A unit that was taken is done."""
+        """Notes that a unit is done."""
         self.num_unfinished -= 1
 
     def fail(self, unit: int, node: str, sick: Set[str], now: float) -> bool:
-        """A unit that was taken failed on a node; whether it is tried again."""
+        """Notes that a unit failed on a node; returns whether it will be retried."""
         trouble = self._troubles.setdefault(unit, _Trouble())
         trouble.failures.append(node)
         trouble.is_failed = self._has_failed(trouble, sick)
         return self._try_again(unit, trouble.is_failed, now)
 
     def lose(self, unit: int, node: str, alive: Collection[str], now: float) -> bool:
-        """The worker that had a unit ended on a node; whether the unit is tried again.
+        """Notes that the worker that had a unit ended; returns whether the unit will be retried.
 
         Args:
-            unit: it was taken.
+            unit: the unit.
             node: where it ran.
-            alive: the living nodes that are not sick. Ray finds out late that a node is gone, so that older losses are
-                judged anew.
+            alive: the living nodes that are not sick. Earlier losses are judged again by them, because Ray notices late
+                that a node is gone.
             now: monotonic seconds.
         """
         trouble = self._troubles.setdefault(unit, _Trouble())
@@ -124,7 +125,7 @@ class UnitQueue:
         return len(trouble.failures) + len(trouble.losses)
 
     def forgive(self, sick: Set[str]) -> list[int]:
-        """Failures on sick nodes no longer count; returns the units that had failed for good and now wait again."""
+        """Forgets failures on sick nodes; returns the units that were given up and now wait again."""
         revived = []
         for unit, trouble in self._troubles.items():
             if trouble.is_failed and not self._has_failed(trouble, sick):

@@ -24,13 +24,13 @@ __all__ = ["Server", "connect"]
 logger = logging.getLogger(__name__)
 
 AWAY_SECONDS = 900.0
-"""A Jobs server that has not answered for this long is given up."""
+"""Outages of the Jobs server that last longer end the submission."""
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 15.0
 MENTION_SECONDS = 60.0
 STATE_TIMEOUT_SECONDS = 10
 _REFUSAL = re.compile(r"status code 4(?!29)\d\d")
-"""An answer that no repetition changes; 429 and 5xx are those of a server that restarts or is overloaded."""
+"""Answers that a retry does not change. 429 and 5xx come from a server that restarts or is overloaded."""
 _UNKNOWN = "status code 404"
 _ENTRYPOINT_LINE = "Running entrypoint for job "
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -42,8 +42,8 @@ def connect(address: str | None, confirm: Callable[[str], bool] | None = None) -
     """The Jobs server of a cluster.
 
     Args:
-        address: ``http://HOST:8265``; None: that of RAY_ADDRESS, else this machine's if somebody confirms it.
-        confirm: asks a person a question; None: nobody is there.
+        address: ``http://HOST:8265``. None uses RAY_ADDRESS, or else the server on this machine if ``confirm`` agrees.
+        confirm: asks the user a question; None if no user can answer.
 
     Raises:
         UserError: no server answers, it wants a token, or nobody has named the cluster.
@@ -74,7 +74,7 @@ def connect(address: str | None, confirm: Callable[[str], bool] | None = None) -
 
 
 class Server:
-    """Asks the Jobs server, again where it is away."""
+    """Sends requests to the Jobs server, and retries them while it does not answer."""
 
     def __init__(self, client: JobSubmissionClient) -> None:
         self.client = client
@@ -84,7 +84,7 @@ class Server:
         return self.ask(self.client.list_jobs)
 
     def job(self, submission_id: str, stop: threading.Event | None = None) -> JobDetails | None:
-        """One job; None: the server does not know it, for it was deleted or its cluster was started anew."""
+        """One job; None if the server does not know it: it was deleted, or the cluster was restarted."""
         try:
             return self.ask(lambda: self.client.get_job_info(submission_id), stop)
         except RuntimeError as error:
@@ -93,19 +93,19 @@ class Server:
             return None
 
     def log_tail(self, submission_id: str, num_lines: int) -> list[str]:
-        """The last lines of a job's log, without the one that Ray adds: it may come after what a short job said."""
+        """The last lines of a job's log, without the line that Ray adds, which can follow a short job's own output."""
         lines = self.ask(lambda: self.client.get_job_logs(submission_id)).splitlines()
         return [line for line in lines if line.strip() and not line.startswith(_ENTRYPOINT_LINE)][-num_lines:]
 
     def nodes(self) -> list[dict[str, float]]:
-        """The resources of each living node; empty where the server does not say."""
+        """The resources of each living node; empty if the server does not list them."""
         from ray.util.state import list_nodes
 
         try:
             found = list_nodes(
                 address=self.client.get_address(), timeout=STATE_TIMEOUT_SECONDS, raise_on_missing_output=False
             )
-        except Exception as error:  # of many kinds; it only explains
+        except Exception as error:  # of many types; the answer is only used in messages
             logger.debug("cannot list the nodes: %s", error)
             return []
         return [node.resources_total or {} for node in found if node.state == "ALIVE"]
@@ -115,19 +115,19 @@ class Server:
 
         Args:
             question: calls the server; it must be safe to repeat.
-            stop: set by a signal, while there is a handler.
+            stop: event that a signal sets; None if no handler sets one.
 
         Raises:
             RuntimeError: the server refuses.
-            UserError: it wants a token, or what is to be submitted is wrong.
-            Interrupted: it was away for `AWAY_SECONDS`, or a signal came meanwhile.
+            UserError: the server wants a token, or the submitted job is invalid.
+            Interrupted: the server did not answer for `AWAY_SECONDS`, or a signal arrived.
         """
         began = mentioned = 0.0
         num_failures = 0
         while True:
             try:
                 return question()
-            except Exception as error:  # of requests, of a proxy's page in place of JSON, of Ray: they share no base
+            except Exception as error:  # of requests, of Ray, or from a proxy's HTML page: they share no base class
                 _raise_final(error)
                 line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             now = time.monotonic()
@@ -145,11 +145,11 @@ class Server:
 
 
 def _raise_final(error: Exception) -> None:
-    """Raises what asking again does not change."""
+    """Raises errors that a retry does not change; returns for others."""
     if type(error).__name__ == "AuthenticationError":
         raise UserError(f"the Ray Jobs server refuses the token: {str(error).splitlines()[0]}") from error
     if isinstance(error, OSError):
-        return  # of requests, also for an answer that is no JSON
+        return  # of requests; it also raises these if the answer is not JSON
     if isinstance(error, ValueError | TypeError):  # of Ray's client, before it asks
         raise UserError(f"Ray does not take this job: {' '.join(str(error).split())}") from error
     if isinstance(error, RuntimeError) and _REFUSAL.search(str(error)):
@@ -157,7 +157,7 @@ def _raise_final(error: Exception) -> None:
 
 
 def _sleep(seconds: float, stop: threading.Event | None) -> None:
-    """Sleeps, in steps: a signal's handler only sets an event. (`Event.wait` would hold the lock that it needs.)"""
+    """Sleeps in steps, because a signal only sets ``stop``. (`Event.wait` would hold a lock that the handler needs.)"""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0 and not (stop is not None and stop.is_set()):
         time.sleep(min(left, 0.5))

@@ -1,11 +1,11 @@
 """Submits the jobs of ``ray_jobs.yaml`` to a Ray cluster, in order, and brings each to its end.
 
-A job that was submitted runs once, so whoever submits it also tries it again: after exit status 75 (interrupted, or
-storage away), after a signal killed its driver, and after its supervisor was lost. Pauses grow from 10 s to 10 minutes.
-A user's error (exit 2) and a stop (76) are not tried again.
+Ray runs a submitted job once, so the submitter retries it: after exit status 75 (interrupted, or storage unavailable),
+after a signal killed its driver, and after its supervisor was lost. Pauses grow from 10 s to 10 minutes. A user's error
+(exit status 2) and a stop (76) are not retried.
 
-Attempts are numbered, and Ray takes each number once. Of several submitters of the same job one therefore submits an
-attempt, and the others wait for it.
+Attempts are numbered, and Ray accepts each number once. If several submitters run the same job, exactly one of them
+submits an attempt, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 MENTION_SECONDS = 60.0
-"""How often a job that neither starts nor ends is mentioned."""
+"""Seconds between two log lines about a job that neither starts nor ends."""
 PENDING_SECONDS = 10.0
-"""A job that has not begun by then is explained."""
+"""If a job has not begun by then, a log line says why."""
 FIRST_PAUSE_SECONDS = 10.0
 MAX_PAUSE_SECONDS = 600.0
 PROGRESS_SECONDS = 600.0
-"""An attempt that ran this long has got somewhere: failures are counted anew."""
+"""After an attempt that ran this long, the count of failures restarts: it probably made progress."""
 LOG_TAIL_LINES = 20
 
 
 class _Ended(NamedTuple):
-    """How an attempt ended: Ray's status, and the exit status of the driver if there is one."""
+    """How an attempt ended: Ray's status, and the driver's exit status if it has one."""
 
     status: str
     exit_code: int | None
@@ -81,15 +81,15 @@ def submit(
         assignments: ``section.key=value``, appended to every entrypoint.
         config: replaces the ``config`` of the file.
         follow: print the log of the running job.
-        dry_run: print what would be submitted, and what a check of the nodes finds; submit no stage.
-        since: when it was asked for, seconds since the epoch; None: now. A job that has succeeded since is not
-            submitted again, for somebody asked for it at the same instant.
+        dry_run: print what would be submitted, and the result of a check of the nodes; submit no stage.
+        since: time of this request, seconds since the epoch; None means now. A job that succeeded after it is not
+            submitted again: another submitter ran it at the same time.
         confirm: see `clipmill.cluster.server.connect`.
 
     Raises:
         UserError: the file is wrong, no server answers, or a job ended with exit status 2.
-        StageFailed: a job failed, was out of retries or of time; names it and the end of its log.
-        Interrupted: somebody stopped a job, or this process (its job runs on).
+        StageFailed: a job failed, or has no retries or time left; the message has the end of its log.
+        Interrupted: somebody stopped a job, or stopped this process (its job continues).
     """
     since = time.time() if since is None else since
     chain = plan_chain(path, names, assignments, config)
@@ -123,14 +123,14 @@ def _attempts(server: Server) -> dict[str, tuple[int, JobDetails | None]]:
 
 
 def _run(server: Server, planned: PlannedJob, seen: tuple[int, JobDetails | None], since: float, follow: bool) -> None:
-    """Brings one job to its end, submitting it again where that helps.
+    """Runs one job to its end, with retries where they help.
 
     Args:
         server: of the cluster.
         planned: the job.
-        seen: the newest attempt when the chain began; a later one is somebody's who began at the same time.
-        since: when the chain was asked for.
-        follow: print its log.
+        seen: the newest attempt when the chain began; a later attempt comes from another submitter.
+        since: time of the request for the chain.
+        follow: print the job's log.
     """
     job, num_failures = planned.job, 0
     attempt = seen[0] - 1 if seen[1] is not None and _is_ours(seen[1], since) else seen[0]
@@ -160,14 +160,14 @@ def _is_running(seen: tuple[int, JobDetails | None] | None) -> bool:
 
 
 def _is_ours(details: JobDetails, since: float) -> bool:
-    """Whether an attempt is as good as one that is submitted now: it runs, or has succeeded since."""
+    """Whether an attempt makes a new one unnecessary: it is running, or has succeeded since the request."""
     if not details.status.is_terminal():
         return True
     return details.status.value == "SUCCEEDED" and (details.end_time or 0) / 1000 > since
 
 
 def _next_attempt(server: Server, planned: PlannedJob, after: int) -> int:
-    """The number of the first attempt behind ``after``: another submitter's, else one that is submitted here."""
+    """The number of the first attempt after ``after``: another submitter's, or else a new one."""
     newest, _ = _attempts(server).get(planned.stem, (0, None))
     if newest > after:
         return newest
@@ -175,7 +175,7 @@ def _next_attempt(server: Server, planned: PlannedJob, after: int) -> int:
     while not _submit(server, planned, f"{planned.stem}-a{number}"):
         if server.job(f"{planned.stem}-a{number}") is not None:
             return number  # another submitter was quicker
-        number += 1  # it was deleted: no longer listed, but its id stays used
+        number += 1  # the job was deleted: it is not listed, but its id stays in use
     return number
 
 
@@ -196,23 +196,23 @@ def _submit(server: Server, planned: PlannedJob, submission_id: str) -> bool:
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            return False  # or ours: the answer to an earlier request was lost
+            return False  # perhaps by our own earlier request, whose answer was lost
         return True
 
     return server.ask(request)
 
 
 def _may_succeed_again(exit_code: int | None) -> bool:
-    """Whether a driver ended for a reason that another attempt may not meet.
+    """Whether another attempt may succeed.
 
-    That is 75 (interrupted), no status (its supervisor died), or a signal, such as the kernel's when memory runs out:
-    negative where the driver was Ray's own child, above 128 where a shell stood between.
+    It may after 75 (interrupted), after no status (the supervisor died), and after a signal, such as the kernel's when
+    memory runs out. A signal is a negative status if the driver was Ray's child, and above 128 if a shell started it.
     """
     return exit_code is None or exit_code == 75 or exit_code < 0 or 128 < exit_code < 128 + signal.NSIG
 
 
 def _failure(server: Server, job: Job, submission_id: str, exit_code: int | None) -> Exception:
-    """What a job's failure becomes here: the same kind of error, with the end of its log."""
+    """The error to raise for a failed job: the same kind as the job's own, with the end of its log."""
     lines = server.log_tail(submission_id, LOG_TAIL_LINES)
     what = f"job {job.name} ({submission_id})"
     if exit_code in (UserError.exit_status, StopRequested.exit_status):
@@ -227,7 +227,7 @@ def _failure(server: Server, job: Job, submission_id: str, exit_code: int | None
 
 
 def _wait(server: Server, planned: PlannedJob, submission_id: str, follow: bool) -> _Ended:
-    """Logs a job's status until Ray says how it ended."""
+    """Logs a job's status until it ends."""
     job, began, last = planned.job, time.monotonic(), ""
     mention_at, is_out_of_time = began + PENDING_SECONDS, False
     with stop_signals() as stop, _following(server, submission_id, follow):
@@ -236,7 +236,7 @@ def _wait(server: Server, planned: PlannedJob, submission_id: str, follow: bool)
             if details is None:
                 if is_out_of_time:
                     raise _out_of_time(submission_id, last, job)
-                return _Ended("FAILED", None)  # the cluster was started anew, and has forgotten it
+                return _Ended("FAILED", None)  # the cluster was restarted and no longer knows the job
             status, now = str(details.status.value), time.monotonic()
             is_due = now > mention_at
             if status != last or is_due:
@@ -254,7 +254,7 @@ def _wait(server: Server, planned: PlannedJob, submission_id: str, follow: bool)
                 is_out_of_time = True
                 server.ask(lambda: server.client.stop_job(submission_id), stop)
                 logger.warning("job %s is out of time; Ray stops one that is PENDING once it begins", submission_id)
-            time.sleep(POLL_SECONDS)  # not stop.wait: the handler would wait for a lock that its own thread holds
+            time.sleep(POLL_SECONDS)  # not stop.wait: it holds a lock that the signal handler needs
             if stop.is_set():
                 raise Interrupted(f"job {submission_id} runs on; give the same command to wait for it again")
 
@@ -264,7 +264,7 @@ def _out_of_time(submission_id: str, status: str, job: Job) -> StageFailed:
 
 
 def _pending_reason(server: Server, planned: PlannedJob) -> str:
-    """What a job that has not begun waits for."""
+    """Why a job has not begun."""
     job = planned.job
     wanted = {
         "CPU": job.entrypoint_num_cpus or 0,
@@ -287,7 +287,7 @@ def _pending_reason(server: Server, planned: PlannedJob) -> str:
 
 @contextlib.contextmanager
 def _following(server: Server, submission_id: str, follow: bool) -> Iterator[None]:
-    """Prints a job's log within the block."""
+    """Prints a job's log during the block."""
     if not follow:
         yield
         return
@@ -302,7 +302,7 @@ def _following(server: Server, submission_id: str, follow: bool) -> Iterator[Non
 
 
 def _follow(server: Server, submission_id: str, is_over: threading.Event) -> None:
-    """Prints a log to its end; the server sends it from the start again after each lost connection."""
+    """Prints a log to its end, without repeats: after a lost connection the server sends it from the start again."""
     num_printed = 0
 
     async def tail() -> None:
@@ -317,7 +317,7 @@ def _follow(server: Server, submission_id: str, is_over: threading.Event) -> Non
                 num_printed = num_seen
 
     while True:
-        with contextlib.suppress(Exception):  # of aiohttp and of Ray; the waiting thread tells who is away
+        with contextlib.suppress(Exception):  # of aiohttp and of Ray; the waiting thread reports an outage
             asyncio.run(tail())
         if is_over.wait(POLL_SECONDS):
             return

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["MIN_FREE_SHARE", "Worker", "Workers"]
 
 MIN_FREE_SHARE = 0.1
-"""Of a node's memory. Ray kills workers at 5 %, whichever video happens to be in them."""
+"""Minimum free share of a node's memory. At 5 % Ray kills workers, whatever video they are decoding."""
 MAX_WAITING = 64
-"""Workers that wait for room at once, where nobody said how many there shall be."""
+"""Maximum number of workers that wait for room at once if ``fanout_workers`` is not set."""
 NODE_LABEL = "ray.io/node-id"
-"""Ray sets it on every node."""
+"""Label that Ray sets on every node."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +45,20 @@ class _Call(NamedTuple):
 
 @dataclass(eq=False)
 class Worker:
-    """An actor and the calls it still owes us, in the order in which it answers them."""
+    """An actor and its pending calls, in the order in which it answers them."""
 
     actor: ActorHandle
     calls: deque[_Call]
     created: float = field(default_factory=time.monotonic)
     began: float = field(default_factory=time.monotonic)
-    """When it began the oldest of its calls."""
+    """When it began the oldest pending call."""
     node: str = ""
-    """Ray's id of the node where it was placed, "" before."""
+    """Ray's id of the node where it was placed; "" before that."""
     is_started: bool = False
     is_spent: bool = False
-    """It begins no more units and ends when it has answered its calls: a failed unit may have damaged its process."""
+    """It gets no more units and ends after its pending calls, because a failed unit may have damaged its process."""
     free_share: float = 1.0
-    """Of its node's memory, when it last said so."""
+    """Free share of its node's memory, as last reported."""
 
     @property
     def is_short(self) -> bool:
@@ -67,7 +67,7 @@ class Worker:
 
     @property
     def units(self) -> list[int]:
-        """The units it has; it works on the first."""
+        """Its units; it works on the first."""
         return [call.unit for call in self.calls if call.unit is not None]
 
 
@@ -78,11 +78,11 @@ class Workers:
         make_worker: runs once in each actor.
         arguments: of make_worker.
         config: how many actors, and of what size.
-        nodes: what is known about the nodes; starts are recorded here.
-        beside_cpus: CPUs of an actor beside those of ``fanout_cpus``.
+        nodes: what is known about the nodes; starts are recorded there.
+        beside_cpus: CPUs of an actor in addition to ``fanout_cpus``.
 
     Attributes:
-        all: in the order in which they were asked for.
+        all: in the order in which they were requested.
         cluster: the living nodes.
     """
 
@@ -103,7 +103,7 @@ class Workers:
         self._spared = connection.spared_nodes(config, self.cluster)
         connection.require_capacity(config, self._bundle, 1, waited_seconds=0, excluded=self._excluded)
         self._bell = start_bell()
-        # Once into the object store instead of once an actor: arguments may hold a model's weights.
+        # Put into the object store once instead of once per actor: arguments may contain a model's weights.
         self._worker = (ray.put(make_worker), ray.put(arguments))
         self._actor_class = ray.remote(
             num_cpus=self._bundle["CPU"], num_gpus=self._bundle["GPU"], max_restarts=0, max_task_retries=0
@@ -111,7 +111,7 @@ class Workers:
         self._failed_places = 0
         self._next_place = 0.0
         self._verdict: ClipmillError | None = None
-        """Ends the stage unless a worker that is on its way starts after all."""
+        """Error that ends the stage, unless a worker that is still starting succeeds."""
         self._next_warning = time.monotonic() + connection.WAIT_WARNING_SECONDS
 
     @property
@@ -119,11 +119,11 @@ class Workers:
         return self._spared | self._nodes.sick
 
     def nodes_at_work(self) -> set[str]:
-        """The nodes with a started worker that still get units."""
+        """Nodes that still get units and have a started worker."""
         return {worker.node for worker in self.all if worker.is_started} - self._nodes.sick
 
     def places(self) -> set[str]:
-        """The nodes that work or may soon: a worker that was asked for lately may start on any of them."""
+        """Nodes that work or may soon work: a worker that was requested recently may start on any node."""
         now = time.monotonic()
         young = [
             worker
@@ -141,7 +141,7 @@ class Workers:
         return sum(worker.node == node and bool(worker.units) for worker in self.all)
 
     def fill(self, num_units: int) -> None:
-        """Asks for workers as far as ``num_units`` units need them, and starts those that were placed.
+        """Requests as many workers as ``num_units`` units need, and starts those that were placed.
 
         Raises:
             StageFailed, UserError: no worker starts anywhere.
@@ -156,14 +156,15 @@ class Workers:
         wanted = min(self._config.fanout_workers or self._default_number(), num_units)
         unplaced = [worker for worker in self.all if not worker.node]
         for worker in unplaced[: max(0, len(self.all) - wanted)]:
-            self.drop(worker)  # an autoscaler would add a node for it
+            self.drop(worker)  # otherwise an autoscaler would add a node for it
         while len(self.all) < wanted and now >= self._next_place and self._verdict is None:
             self._ask()
 
     def _default_number(self) -> int:
-        """As many as the cluster holds, and some that wait: they are what an autoscaler adds nodes for.
+        """As many as the cluster holds, and some more, for which an autoscaler adds nodes.
 
-        As many again as fit now, so that a cluster that may grow doubles, and one that may not has few to look through.
+        As many again wait as fit now, up to a limit. A cluster that can grow therefore doubles, and in one that cannot,
+        few workers wait in vain.
         """
         num_places = connection.num_bundles(self._bundle, self.cluster.all(), self._excluded)
         num_waiting = 0 if connection.is_embedded(self._config) else min(num_places, MAX_WAITING)
@@ -181,7 +182,7 @@ class Workers:
         self._call(worker, worker.actor.run.remote(unit), index)
 
     def watch(self, worker: Worker) -> None:
-        """Has an idle worker tell a little later how much memory is free."""
+        """Asks an idle worker to report, a little later, how much memory is free."""
         self._call(worker, worker.actor.watch.remote())
 
     def _call(self, worker: Worker, ref: ObjectRef, unit: int | None = None) -> None:
@@ -192,7 +193,7 @@ class Workers:
     def answers(self, timeout_seconds: float) -> Iterator[tuple[Worker, int, float, Outcome]]:
         """Waits for answers; yields those about units: (worker, unit, when the unit began, outcome).
 
-        The outcome of a unit whose actor ended is ("lost", one line). The other answers are dealt with here.
+        The outcome of a unit whose actor ended is ("lost", one line). All other answers are handled here.
         """
         import ray
 
@@ -201,7 +202,7 @@ class Workers:
         if not ready and heads:
             ready, _ = ray.wait(list(heads), num_returns=1, timeout=timeout_seconds)
         elif not heads:
-            time.sleep(timeout_seconds)  # all pause
+            time.sleep(timeout_seconds)  # every worker pauses
         for ref in ready:
             worker = heads[ref]
             call, began = worker.calls.popleft(), worker.began
@@ -218,12 +219,12 @@ class Workers:
             elif isinstance(answer, float):
                 worker.free_share = answer
             else:
-                self.drop(worker)  # it died, with nothing in its hands
+                self.drop(worker)  # it died while it had no unit
 
     def _take_place(self, worker: Worker, answer: str | Outcome) -> None:
         if not isinstance(answer, str):
             self._lose_start(worker, answer)
-        elif answer in self._excluded:  # asked for before that was so
+        elif answer in self._excluded:  # the node was excluded after the request
             self.drop(worker)
         else:
             worker.node = answer
@@ -247,7 +248,7 @@ class Workers:
         if node:
             self._nodes.start_failed(node, cause, now)
             num_failed = self._nodes.num_failed_starts(node)
-        else:  # Ray does not say where
+        else:  # Ray does not say on which node
             self._failed_places += 1
             self._next_place = now + pause(self._failed_places)
             num_failed = self._failed_places
@@ -259,7 +260,7 @@ class Workers:
             self._verdict = error or StageFailed(f"no worker can start, at last: {cause}")
 
     def _judge_starts(self) -> None:
-        """Raises the verdict once no other node may still start a worker."""
+        """Raises the verdict if no other node may still start a worker."""
         if self._verdict is None:
             return
         now = time.monotonic()
@@ -277,7 +278,7 @@ class Workers:
         ray.kill(worker.actor)
 
     def ring(self, times: int) -> None:
-        """Has all workers begin no more units (once), or give up the units that run (twice)."""
+        """Tells all workers to begin no more units (1), or to give up their running units (2)."""
         self._bell.ring.remote(times)
 
     def end(self, give_up_seconds: float) -> None:
@@ -292,11 +293,11 @@ class Workers:
         finally:
             for worker in list(self.all):
                 self.drop(worker)
-            # Not killed: Ray ends the bell with its last handle. Actors that still wait at it would call it again, and
-            # Ray would say so on the terminal.
+            # The bell is not killed: actors that still wait for it would call it again, and Ray would print errors. It
+            # ends with its last handle.
 
     def mention_unplaced(self) -> None:
-        """Warns now and then while workers wait for room.
+        """Warns from time to time while workers wait for room.
 
         Raises:
             UserError: no node can ever hold one.
@@ -308,13 +309,13 @@ class Workers:
         self._next_warning = now + connection.WAIT_WARNING_SECONDS
         waited_seconds = now - min(worker.created for worker in unplaced)
         if len(unplaced) < len(self.all) or waited_seconds < connection.WAIT_WARNING_SECONDS:
-            return  # while others work, they are demand for an autoscaler
+            return  # others work, and waiting workers are demand for an autoscaler
         connection.require_capacity(self._config, self._bundle, 1, waited_seconds, self._excluded)
         logger.warning("fan-out: %s", connection.waiting_message(self._bundle, len(unplaced), waited_seconds))
 
 
 def _read(ref: ObjectRef) -> Any:
-    """The answer to a call; ("lost", one line) if its actor ended, ("failed", text) if Ray could not make the call."""
+    """The answer to a call: ("lost", one line) if its actor ended, ("failed", text) if Ray could not make the call."""
     import ray
 
     try:
