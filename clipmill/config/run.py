@@ -131,7 +131,8 @@ class EvaluateConfig(Section):
     fvd_seeds: Annotated[int, Field(ge=0)] = 5
     """Number of random halves of the clips from which the deviation of FVD is estimated. 0 skips the estimate."""
     max_train_clips: PositiveInt = 2048
-    """Maximum number of clips of the split ``train`` from which the table baselines are estimated."""
+    """Maximum number of clips of the split ``train`` from which the table baselines are estimated, and among which the
+    nearest one of each sample is searched."""
     fvd_weights: Annotated[str | None, PLACE] = None
     """I3D network for rFVD, FVD and FVD*. None skips them."""
     is_weights: Annotated[str | None, PLACE] = None

@@ -53,6 +53,7 @@ NUMBERS = (
     Number("contrast, of the real clips'", "samples.appearance.ratio.pixel_variance", "one"),
     Number("colour distance", "samples.appearance.colour_distance", "low"),
     Number("stand-in distance", "samples.appearance.stand_in_distance", "low"),
+    Number("distance to the nearest training clip, of validation clips'", "samples.nearest.median", "one"),
     Number("difference of code histograms", "samples.code_total_variation", "low"),
     Number("rFVD", "fvd.rfvd", "low"),
     Number("FVD", "fvd.fvd", "low"),

@@ -10,6 +10,7 @@ what they find is merged in order. docs/evaluation.md defines every number.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from clipmill.evaluation.gallery import Gallery, pick_clips
 from clipmill.evaluation.generation import fvd_of_all, prior_section, sample_section
 from clipmill.evaluation.inputs import Inputs, real_clips, refuse_other, settings_of
 from clipmill.evaluation.made import provenance
+from clipmill.evaluation.nearest import nearest_section
 from clipmill.evaluation.networks import I3D_CHANNELS
 from clipmill.evaluation.parts import Arrays, Measure, Unit
 from clipmill.evaluation.protocols import most_clips, protocol_section
@@ -100,7 +102,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         hardware = _measure(job, _missing(job))
         found = _Found.read(job)
         job = _with_shown(job, found)
-        hardware |= _measure(job, job.measures["shown"].missing())
+        hardware |= _measure(job, [unit for name in _SHOWN for unit in job.measures[name].missing()])
         torch.set_num_threads(config.cluster.fanout_cpus)  # what is left to compute gives the same bits on any driver
         protocol = protocol_section(config.evaluate, settings["weights_sha256"])
         metrics = {
@@ -113,7 +115,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     made = provenance(hardware, BOARD.seconds, storage.shown(config.root), samples)
     lease.check()
     evaluation = Evaluation(folder_url(config), metrics, made)
-    _publish_gallery(evaluation, job, found)
+    _publish_galleries(evaluation, job, found)
     evaluation.publish()
     _warn_of_few_clips(metrics["fvd"])
     # Parts that another evaluation has measured count too: nobody knows any more whose attempt made which.
@@ -203,13 +205,18 @@ def _num_clips(units: Sequence[Unit]) -> int:
 
 
 def _with_shown(job: Job, found: _Found) -> Job:
-    """The job with the clips that people look at: those of the gallery, and the worst and the best."""
+    """The job with the clips that people look at: those of the gallery, the worst and the best, and possible copies."""
     picked = pick_clips(found.real["key"].tolist(), found.real["label"].tolist(), job.inputs.classes)
     shown = sorted({*picked, *(clip for clips in extreme_clips(found.real, found.copies) for clip in clips)})
-    tokenizer = job.measures["tokenizer"]
-    depends_on = {"of": tokenizer.url.rpartition("/")[2], "clips": shown}
-    measure = Measure.of(job.config.root, "shown", len(shown), len(shown), depends_on)
-    return dataclasses.replace(job, measures={**job.measures, "shown": measure}, shown=tuple(shown))
+    nearest = [tuple(pair["numbers"]) for pair in (found.nearest or {"pairs": []})["pairs"]]
+
+    def measure(name: str, clips: Sequence[Any], *of: str) -> Measure:
+        depends_on = {"of": [job.measures[one].url.rpartition("/")[2] for one in of], "clips": clips}
+        return Measure.of(job.config.root, name, len(clips), max(1, len(clips)), depends_on)
+
+    measures = {**job.measures, "shown": measure("shown", shown, "tokenizer")}
+    measures["nearest"] = measure("nearest", nearest, *(("samples", "train") if nearest else ()))
+    return dataclasses.replace(job, measures=measures, shown=tuple(shown), nearest=tuple(nearest))
 
 
 # ---------------------------------------------------------------------------------------------- what was found
@@ -223,8 +230,9 @@ class _Found:
     copies: Arrays
     code_counts: NDArray[np.int64]
     """[M, K], of the real clips."""
-    nats: NDArray[np.float64] | None = None
-    """Of each validation clip; this and all below are None for a tokenizer alone."""
+    val: Arrays | None = None
+    """Of the validation codes; this and all below are None for a tokenizer alone."""
+    train: Arrays | None = None
     val_tables: CodeTables | None = None
     train_tables: CodeTables | None = None
     samples: Arrays | None = None
@@ -239,19 +247,27 @@ class _Found:
         if job.inputs.prior is None:
             return cls(real, copies, code_counts)
         num_codebooks, num_codes = code_counts.shape
-        rows, _, val_tables = measures["val"].merged()
-        _, _, train_tables = measures["train"].merged()
+        val, _, val_tables = measures["val"].merged()
+        train, _, train_tables = measures["train"].merged()
         samples, sample_sums, _ = measures["samples"].merged()
         return cls(
             real,
             copies,
             code_counts,
-            rows["nats"],
+            val,
+            train,
             CodeTables.merged(val_tables, num_codes, num_codebooks),
             CodeTables.merged(train_tables, num_codes, num_codebooks),
             samples,
             sample_sums["code_counts"],
         )
+
+    @functools.cached_property
+    def nearest(self) -> dict[str, Any] | None:
+        """Of `nearest_section`."""
+        if self.samples is None or self.val is None or self.train is None:
+            return None
+        return nearest_section(self.samples, self.val, self.train)
 
 
 def _numbers(config: RunConfig, inputs: Inputs, found: _Found) -> dict[str, Any]:
@@ -261,7 +277,7 @@ def _numbers(config: RunConfig, inputs: Inputs, found: _Found) -> dict[str, Any]
     if inputs.prior is None:
         return sections
     assert inputs.samples is not None
-    assert found.nats is not None
+    assert found.val is not None
     assert found.val_tables is not None
     assert found.train_tables is not None
     assert found.samples is not None
@@ -270,20 +286,34 @@ def _numbers(config: RunConfig, inputs: Inputs, found: _Found) -> dict[str, Any]
         **sections,
         "steps": {**sections["steps"], "prior": inputs.prior["step"]},
         "fvd": fvd_of_all(sections["fvd"], found.real, found.copies, found.samples, config.evaluate.fvd_seeds),
-        "prior": prior_section(found.nats, inputs.clips.recipe["clip"], found.train_tables, found.val_tables),
-        "samples": sample_section(
-            inputs.given_frames, found.samples, found.sample_code_counts, found.real, found.val_tables.unigram
-        ),
+        "prior": prior_section(found.val["nats"], inputs.clips.recipe["clip"], found.train_tables, found.val_tables),
+        "samples": {
+            **sample_section(
+                inputs.given_frames, found.samples, found.sample_code_counts, found.real, found.val_tables.unigram
+            ),
+            "nearest": found.nearest,
+        },
     }
 
 
-def _publish_gallery(evaluation: Evaluation, job: Job, found: _Found) -> None:
-    rows, _, _ = job.measures["shown"].merged()
-    real = {name: found.real[name][list(job.shown)].tolist() for name in ("key", "label", "fps")}
-    labels = tuple(label or None for label in real["label"])
-    rates = tuple(USUAL_FPS if math.isnan(rate) else rate for rate in real["fps"])
-    gallery = Gallery(rows["real"], rows["reconstruction"], labels, tuple(real["key"]), rates)
-    gallery.save(storage.join(evaluation.url, "gallery.npz"))
+_SHOWN = ("shown", "nearest")
+"""The measurements of clips that people look at, chosen by what the others found."""
+
+
+def _publish_galleries(evaluation: Evaluation, job: Job, found: _Found) -> None:
+    _gallery(job.measures["shown"], found.real, job.shown).save(storage.join(evaluation.url, "gallery.npz"))
+    if job.nearest:
+        assert found.samples is not None
+        gallery = _gallery(job.measures["nearest"], found.samples, [number for number, _ in job.nearest])
+        gallery.save(storage.join(evaluation.url, "nearest.npz"))
+
+
+def _gallery(measure: Measure, found: Arrays, numbers: Sequence[int]) -> Gallery:
+    """What was measured of some clips, with the facts about them in ``found``."""
+    clips, _, _ = measure.merged()
+    keys, labels, rates = (found[name][list(numbers)].tolist() for name in ("key", "label", "fps"))
+    rates = tuple(USUAL_FPS if math.isnan(rate) else rate for rate in rates)
+    return Gallery(clips, tuple(label or None for label in labels), tuple(keys), rates)
 
 
 def _headlines(metrics: dict[str, Any]) -> dict[str, Any]:

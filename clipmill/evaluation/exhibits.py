@@ -15,7 +15,7 @@ from clipmill.evaluation.results import Evaluation
 from clipmill.shards.dataset import ShardDataset, decode_clip
 from clipmill.shards.manifest import Manifest
 
-__all__ = ["Group", "SampledClip", "class_groups", "extreme_films", "read_samples", "wall_films"]
+__all__ = ["Group", "SampledClip", "class_groups", "extreme_films", "nearest_film", "read_samples", "wall_films"]
 
 COLUMNS = 4
 """Clips beside each other in a film: readable on a phone, and several films fit beside each other elsewhere."""
@@ -99,10 +99,7 @@ def _films(
         if gallery is not None:
             chosen = real[start : start + COLUMNS]
             rates, titles = [gallery.rates[row] for row in chosen], [gallery.keys[row] for row in chosen]
-            rows += [
-                Row(kind, [videos[row] for row in chosen], rates, titles)
-                for kind, videos in (("real", gallery.real), ("reconstruction", gallery.reconstruction))
-            ]
+            rows += [Row(kind, [videos[row] for row in chosen], rates, titles) for kind, videos in gallery.rows.items()]
         rows.append(_sample_row("sample", made[start : start + COLUMNS], num_given))
         film = Film.of(f"{name} {start // COLUMNS + 1}", rows)
         if film is not None:
@@ -141,14 +138,24 @@ def extreme_films(judged: Evaluation) -> list[Film]:
         rates = [gallery.rates[row] for row in rows]
         film = Film.of(
             end,
-            [
-                Row(kind, [videos[row] for row in rows], rates, titles)
-                for kind, videos in (("real", gallery.real), ("reconstruction", gallery.reconstruction))
-            ],
+            [Row(kind, [videos[row] for row in rows], rates, titles) for kind, videos in gallery.rows.items()],
         )
         if film is not None:
             films.append(film)
     return films
+
+
+def nearest_film(judged: Evaluation) -> Film | None:
+    """The samples that are closest to training clips, above those; None if the evaluation has no such pairs."""
+    nearest = judged.metrics.get("samples", {}).get("nearest")
+    if not nearest:
+        return None
+    gallery = Gallery.load(storage.join(judged.url, "nearest.npz"))
+    titles = [
+        f"sample {pair['numbers'][0]} and {pair['training']}: {pair['distance']:.2f} of the usual distance"
+        for pair in nearest["pairs"]
+    ]
+    return Film.of("nearest", [Row(kind, list(videos), gallery.rates, titles) for kind, videos in gallery.rows.items()])
 
 
 def _quality(psnr_db: float | None) -> str:

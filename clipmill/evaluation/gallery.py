@@ -22,12 +22,13 @@ MIN_PER_CLASS, MAX_PER_CLASS = 3, 8
 
 @dataclass(frozen=True)
 class Gallery:
-    """Real clips and their reconstructions, decoded again clip by clip: a grey level from those scored at most."""
+    """Clips beside each other: real ones and their reconstructions, or samples and their nearest training clips.
 
-    real: NDArray[np.uint8]
-    """[N, T, H, W, 3]"""
-    reconstruction: NDArray[np.uint8]
-    """[N, T, H, W, 3]"""
+    Those from the tokenizer are decoded again clip by clip, and differ by a grey level at most from those scored.
+    """
+
+    rows: dict[str, NDArray[np.uint8]]
+    """Clips [N, T, H, W, 3] by kind (``real``), from top to bottom."""
     labels: tuple[str | None, ...]
     """Class of each clip, None without classes."""
     keys: tuple[str, ...]
@@ -39,9 +40,7 @@ class Gallery:
         file = io.BytesIO()
         labels = np.array([label or "" for label in self.labels], dtype=np.str_)  # no class has an empty name
         keys = np.array(self.keys, dtype=np.str_)
-        np.savez_compressed(
-            file, real=self.real, reconstruction=self.reconstruction, labels=labels, keys=keys, rates=self.rates
-        )
+        np.savez_compressed(file, labels=labels, keys=keys, rates=self.rates, **self.rows)  # type: ignore[arg-type]
         storage.publish_bytes(url, file.getvalue())
 
     @classmethod
@@ -52,10 +51,9 @@ class Gallery:
             FileNotFoundError: there is none.
         """
         with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
-            labels = tuple(str(label) or None for label in arrays["labels"])
-            keys = tuple(map(str, arrays["keys"]))
-            rates = tuple(arrays["rates"].tolist())
-            return cls(arrays["real"], arrays["reconstruction"], labels, keys, rates)
+            rows = dict(arrays)
+        labels = tuple(str(label) or None for label in rows.pop("labels"))
+        return cls(rows, labels, tuple(map(str, rows.pop("keys"))), tuple(rows.pop("rates").tolist()))
 
 
 def clips_per_class(classes: list[str]) -> dict[str | None, int]:

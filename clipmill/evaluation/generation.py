@@ -125,6 +125,7 @@ def sample_arrays(
         **appearance_of(video),
         "key": np.array(batch["key"], np.str_),
         "label": np.array([label or "" for label in batch["label"]], np.str_),
+        "fps": np.array([meta.get("fps", np.nan) for meta in batch["meta"]], np.float64),
     }
     if networks.i3d is not None:
         rows["features"] = networks.i3d.features(batch["video"])

@@ -27,7 +27,7 @@ __all__ = ["Arrays", "Measure", "Part", "Unit"]
 
 Arrays = dict[str, NDArray[Any]]
 
-PARTS_SCHEMA = 2
+PARTS_SCHEMA = 3
 """Raised when the same inputs begin to give other parts."""
 
 

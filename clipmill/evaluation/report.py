@@ -17,7 +17,7 @@ from clipmill import storage
 from clipmill.config import RunConfig, fingerprint
 from clipmill.errors import UserError
 from clipmill.evaluation.charts import Chart, code_usage_chart, fvd_chart, loss_chart
-from clipmill.evaluation.exhibits import class_groups, extreme_films, read_samples, wall_films
+from clipmill.evaluation.exhibits import class_groups, extreme_films, nearest_film, read_samples, wall_films
 from clipmill.evaluation.film import Film
 from clipmill.evaluation.gallery import MAX_CLIPS
 from clipmill.evaluation.pages import MEDIA_FOLDER, PlacedFilm, place_films, render
@@ -212,9 +212,15 @@ def _exhibits(
     clips = read_samples(samples) if samples else []
     groups = class_groups(judged, classes, clips, num_given)
     extremes = extreme_films(judged) if judged else []
+    nearest = nearest_film(judged) if judged else None
     num_shown = min(len(clips), MAX_CLIPS)
     wall = list(wall_films(clips, num_given)) if len(clips) > num_shown else []
-    films: list[Film] = [*chain.from_iterable(group.films for group in groups), *extremes, *wall]
+    films: list[Film] = [
+        *chain.from_iterable(group.films for group in groups),
+        *extremes,
+        *filter(None, [nearest]),
+        *wall,
+    ]
     placed, files = place_films(films)
     taken = iter(placed)
 
@@ -224,6 +230,7 @@ def _exhibits(
     return {
         "groups": [(group, next_films(len(group.films))) for group in groups],
         "extremes": next_films(len(extremes)),
+        "nearest": next_films(1) if nearest else [],
         "wall": next_films(len(wall)),
         "num_classes": len(classes),
         "num_wall": len(clips),

@@ -16,7 +16,7 @@ from clipmill.models.export import require_vqvae
 
 __all__ = ["METRICS_SCHEMA", "Evaluation", "find_evaluations", "folder_url", "read_evaluation"]
 
-METRICS_SCHEMA = 6
+METRICS_SCHEMA = 7
 """6: protocols. 5: the energy of high frequencies. 4: one document an evaluation, with its settings. 3: of a limited
 number of clips those of as many videos."""
 MADE_SCHEMA = 1

@@ -120,6 +120,7 @@ def sample_rows(result: dict[str, Any]) -> list[Row]:
     appearance = result["samples"]["appearance"]
     ratio, distance = appearance["ratio"], appearance["stand_in_distance"]
     easy = short(100 * appearance["other"]["easy_masks"])
+    nearest = result["samples"]["nearest"]
     return [
         ("motion", f"{short(ratio['motion_energy'])} x", "the real clips' energy of changes from frame to frame"),
         ("flicker", f"{short(ratio['flicker_energy'])} x", "theirs of changes that turn back"),
@@ -131,6 +132,24 @@ def sample_rows(result: dict[str, Any]) -> list[Row]:
         ("contrast", f"{short(ratio['pixel_variance'])} x", "the variance of their pixels"),
         ("colours", short(appearance["colour_distance"]), "distance of the histograms, 0 to 1"),
         ("stand-in distance", short(distance), "of pixels and energies in cells; compares with itself alone"),
+        *(_nearest_rows(nearest) if nearest else []),
+    ]
+
+
+def _nearest_rows(nearest: dict[str, Any]) -> list[Row]:
+    """How close the samples are to the training clips."""
+    searched = f"of {short(nearest['num_training'])} training clips"
+    return [
+        (
+            "nearest clip",
+            f"{short(nearest['median'])} x",
+            f"a validation clip's distance to the nearest {searched}; median",
+        ),
+        (
+            "close samples",
+            f"{short(100 * nearest['close_share'])} %",
+            "closer to one than 99 % of the validation clips",
+        ),
     ]
 
 

@@ -17,6 +17,7 @@ from clipmill.evaluation.baselines import CodeTables
 from clipmill.evaluation.generation import decode_sample, sample_arrays, token_nats
 from clipmill.evaluation.inputs import Inputs
 from clipmill.evaluation.made import hardware_name
+from clipmill.evaluation.nearest import describe_codes
 from clipmill.evaluation.networks import Networks
 from clipmill.evaluation.parts import Measure, Part, Unit
 from clipmill.evaluation.protocols import most_clips
@@ -25,7 +26,7 @@ from clipmill.evaluation.reconstruction import copies_of, real_arrays, tokenizer
 from clipmill.models.export import load_prior, load_vqvae
 from clipmill.models.prior import Prior
 from clipmill.models.provenance import make_process_deterministic
-from clipmill.models.vqvae import VQVAE
+from clipmill.models.vqvae import VQVAE, to_pixels
 from clipmill.shards.dataset import Decode, decode_clip, decode_codes
 from clipmill.shards.manifest import Manifest
 
@@ -42,9 +43,11 @@ class Job:
     config: RunConfig
     inputs: Inputs
     measures: dict[str, Measure]
-    """By name: ``real``, ``tokenizer``, ``val``, ``train``, ``samples``, ``shown``."""
+    """By name: ``real``, ``tokenizer``, ``val``, ``train``, ``samples``, ``shown``, ``nearest``."""
     shown: tuple[int, ...] = ()
     """Numbers of the clips that the measure ``shown`` keeps with their reconstructions."""
+    nearest: tuple[tuple[int, int], ...] = ()
+    """Numbers of the samples and of the training clips that the measure ``nearest`` keeps."""
 
 
 def decode_cpus(config: RunConfig) -> int:
@@ -88,6 +91,7 @@ class _Worker:
             "val": self._measure_tokens,
             "train": self._measure_tokens,
             "samples": self._measure_samples,
+            "nearest": self._measure_nearest,
         }
         work[unit.measure](unit)
         return {"hardware": hardware_name(self._device), "work": {"clips": unit.num_clips}}
@@ -116,7 +120,7 @@ class _Worker:
         self._job.measures["shown"].publish(unit, part)
 
     def _measure_tokens(self, unit: Unit) -> None:
-        """Tables of codes; of the validation codes also what the prior makes of them."""
+        """Tables and features of codes; of the validation codes also what the prior makes of them."""
         inputs = self._job.inputs
         of_val = unit.measure == "val"
         manifest = inputs.val_tokens if of_val else inputs.train_tokens
@@ -127,8 +131,10 @@ class _Worker:
             unit.first, unit.stop, self._batch_size
         ):
             tables.update(batch["codes"])
+            rows = {"key": np.array(batch["key"], np.str_), "place": self._place(batch)}
             if of_val:
-                part.add({"nats": token_nats(batch, self._prior, inputs.prior["classes"], self._device)})
+                rows["nats"] = token_nats(batch, self._prior, inputs.prior["classes"], self._device)
+            part.add(rows)
         part.tables = tables.arrays()
         self._job.measures[unit.measure].publish(unit, part)
 
@@ -137,8 +143,29 @@ class _Worker:
         assert samples is not None
         for batch in self._reader("samples", samples, decode_sample).batches(unit.first, unit.stop, self._batch_size):
             video = self._to_device(batch["video"])
-            part.add(*sample_arrays(batch, video, self._networks, *self._codebooks))
+            rows, sums = sample_arrays(batch, video, self._networks, *self._codebooks)
+            part.add({**rows, "place": self._place(batch)}, sums)
         self._job.measures["samples"].publish(unit, part)
+
+    def _measure_nearest(self, unit: Unit) -> None:
+        """Samples, and their nearest training clips as the tokenizer reconstructs them: samples are no sharper."""
+        inputs, part = self._job.inputs, Part()
+        assert inputs.samples is not None
+        assert inputs.train_tokens is not None
+        samples = self._reader("samples", inputs.samples, decode_sample)
+        train = self._reader("train", inputs.train_tokens, decode_codes)
+        for sample, clip in self._job.nearest[unit.first : unit.stop]:
+            (made,) = samples.batches(sample, sample + 1, 1)
+            (codes,) = train.batches(clip, clip + 1, 1)
+            training = to_pixels(self._tokenizer.decode(self._codes(codes)))
+            part.add({"sample": made["video"], "training clip": training.cpu().numpy()})
+        self._job.measures["nearest"].publish(unit, part)
+
+    def _codes(self, batch: dict[str, Any]) -> Tensor:
+        return torch.from_numpy(batch["codes"].astype(np.int64)).to(self._device)
+
+    def _place(self, batch: dict[str, Any]) -> np.ndarray:
+        return describe_codes(self._codes(batch), self._tokenizer)
 
     def _reader(self, name: str, manifest: Manifest, decode: Decode) -> Picked:
         if name not in self._readers:

@@ -147,8 +147,8 @@ def test_codebook_and_samples_are_counted(config: RunConfig):
 def test_the_gallery_holds_the_clips_that_were_scored(config: RunConfig):
     gallery = Gallery.load(config.folder("evaluation", "default", "gallery.npz"))
     assert gallery.labels == tuple(CLASSES[number % 3] for number in range(7))
-    assert np.array_equal(gallery.real, np.stack([clip_pixels("val", number) for number in range(7)]))
-    error = np.mean((gallery.real / 255 - gallery.reconstruction / 255) ** 2)
+    assert np.array_equal(gallery.rows["real"], np.stack([clip_pixels("val", number) for number in range(7)]))
+    error = np.mean((gallery.rows["real"] / 255 - gallery.rows["reconstruction"] / 255) ** 2)
     assert error == pytest.approx(metrics_of(config)["reconstruction"]["mse"], rel=1e-9)
 
 
@@ -216,7 +216,7 @@ def test_a_limited_evaluation_reads_the_same_clips_for_every_number(config: RunC
     run(config)
     spread = [0, 1, 3, 5]
     gallery = Gallery.load(config.folder("evaluation", "few", "gallery.npz"))
-    assert np.array_equal(gallery.real, np.stack([clip_pixels("val", number) for number in spread]))
+    assert np.array_equal(gallery.rows["real"], np.stack([clip_pixels("val", number) for number in spread]))
     metrics = metrics_of(config)
     assert circumstances(metrics).startswith("4 of 7 clips of the split val")
     prior, _, _, _ = load_prior(config.folder("prior"))
@@ -294,7 +294,7 @@ def test_all_three_distances_and_the_inception_score(tmp_path: Path):
     networks = {key: Network(key, path, torch.device("cpu")) for key, path in files.items()}
     real, copies, sampled = (
         FeatureStatistics.of(networks["fvd_weights"].features(videos))
-        for videos in (gallery.real, gallery.reconstruction, made)
+        for videos in (gallery.rows["real"], gallery.rows["reconstruction"], made)
     )
     fvd = metrics["fvd"]
     assert fvd["rfvd"] == pytest.approx(frechet_distance(real, copies), rel=1e-4)  # other batches round otherwise

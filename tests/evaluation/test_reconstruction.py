@@ -114,7 +114,7 @@ def test_any_tokenizer_is_judged_by_the_whole_split(model: str, tmp_path: Path):
     assert [clip["key"] for clip in result["extremes"]["worst"]] == [f"{n:016x}_000000" for n in order[::-1][:4]]
     assert [clip["key"] for clip in result["extremes"]["best"]] == [f"{n:016x}_000000" for n in order[:4]]
     gallery = Gallery.load(evaluate.folder_url(config) + "/gallery.npz")
-    assert np.array_equal(gallery.real, real)
+    assert np.array_equal(gallery.rows["real"], real)
     assert gallery.labels == tuple(CLASSES[number % 3] for number in range(7))
 
 

@@ -50,8 +50,8 @@ def write(config: RunConfig) -> tuple[Page, str]:
     return Page(text), text
 
 
-NUM_FILMS = len(CLASSES) + 2
-"""One of each class, and those of the worst and the best clips."""
+NUM_FILMS = len(CLASSES) + 3
+"""One of each class, those of the worst and the best clips, and that of the samples nearest to training clips."""
 
 
 def test_the_page_plays_every_class_and_shows_the_measured_numbers(config: RunConfig):

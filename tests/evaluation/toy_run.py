@@ -113,7 +113,8 @@ def write_tokenizer(config: RunConfig, clips: Manifest, step: int = 8) -> str:
     clip = config.data.clip
     model = VQVAE(config.vqvae.model, pixel_variance=0.08)
     pixels = np.stack([clip_pixels("train", number, clip.num_frames) for number in range(4)])
-    model(to_input(torch.from_numpy(pixels)))
+    for _ in range(30):  # until batch norm knows its statistics: before, all latents get one code
+        model(to_input(torch.from_numpy(pixels)))
     body = {
         "kind": "vqvae",
         "model": identity(config.vqvae.model),
