@@ -11,8 +11,9 @@ demo: $(VENV)/installed
 	$(BIN)/clipmill demo
 
 # Files of tests run side by side. A test that needs a machine for itself belongs to the slow set.
+# One BLAS thread each: on two cores, those of two files would only wait for each other.
 test: $(VENV)/installed-dev
-	$(BIN)/pytest -n 2 --dist loadfile
+	OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/pytest -m slow --timeout 1800

@@ -18,12 +18,13 @@ def started(kind: type[Azurite] | type[FakeGCS]) -> Iterator[Azurite | FakeGCS]:
     emulator.kill()
 
 
-@pytest.fixture(scope="session")
+# Not for the session: fake-gcs-server computes without end after some of the tests.
+@pytest.fixture(scope="module")
 def azurite() -> Iterator[Azurite | FakeGCS]:
     yield from started(Azurite)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fake_gcs() -> Iterator[Azurite | FakeGCS]:
     yield from started(FakeGCS)
 
