@@ -32,17 +32,17 @@ class _Step(NamedTuple):
 
 
 class Ledger:
-    """The steps since the last look, and what follows from the bad ones among them.
+    """Collects steps until the next look, and acts on the bad ones among them.
 
     Args:
-        world: this process among its peers.
+        world: this rank and its peers.
         policy: ``stop`` or ``skip``, see ``TrainingConfig.bad_steps``.
         folder_url: the training folder, for its checkpoints.
         num_skipped: steps skipped before.
 
     Attributes:
-        num_skipped: steps skipped in all.
-        num_in_a_row: the last steps that were all skipped.
+        num_skipped: all steps skipped so far.
+        num_in_a_row: number of steps that were skipped since the last applied one.
     """
 
     def __init__(self, world: World, policy: str, folder_url: str, num_skipped: int) -> None:
@@ -52,22 +52,22 @@ class Ledger:
         self.num_skipped = num_skipped
 
     def add(self, number: int, keys: list[str], loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """Notes a step without looking at it.
+        """Notes a step without waiting for its values.
 
         Args:
-            number: of steps done with it.
-            keys: of this rank's clips.
+            number: steps done, including this one.
+            keys: keys of this rank's clips.
             loss: sum over this rank's clips, 0-d on the device.
-            norm: of the gradients of all ranks, 0-d on the device.
-            skipped: whether no rank applied them, bool 0-d on the device.
+            norm: gradient norm over all ranks, 0-d on the device.
+            skipped: whether all ranks skipped the step, bool 0-d on the device.
         """
         self._steps.append(_Step(number, keys, loss, norm, skipped))
 
     def look(self) -> None:
-        """Looks at the steps since the last time. Collective; waits for the device.
+        """Looks at the steps since the last call. Collective; waits for the device.
 
         Raises:
-            StageFailed: one of them was bad and that ends the run, or too many in a row were.
+            StageFailed: a step was bad and the policy is ``stop``, or too many steps in a row were bad.
         """
         steps, self._steps = self._steps, []
         numbers = torch.stack([torch.stack([part.float() for part in step[2:]]) for step in steps]).tolist()
@@ -87,7 +87,7 @@ class Ledger:
                 )
 
     def _stop(self, step: _Step, loss: float, norm: float) -> None:
-        """Raises on all ranks the error of the first whose own loss was bad; of rank 0, if only gradients were."""
+        """Raises on all ranks the error of the first rank whose loss was bad; of rank 0 if only gradients were bad."""
         own = not math.isfinite(loss)
         clips = ", ".join(step.keys[:MOST_KEYS])
         if len(step.keys) > MOST_KEYS:
@@ -101,11 +101,11 @@ class Ledger:
         self._world.raise_first(error)
 
     def last_good(self) -> str:
-        """Which checkpoint a user can go back to, for a message."""
+        """Says, for a message, which checkpoint a user can go back to."""
         saved = checkpoint.newest(self._folder_url)
         return f"the last good checkpoint is {saved.url}" if saved else "no checkpoint was written before"
 
 
 def _or_factor(norm: float) -> str:
-    """What else helps against a step that was skipped for this norm of its gradients."""
+    """Further advice against a step that was skipped because of this gradient norm."""
     return ", or raise spike_factor," if math.isfinite(norm) else ""

@@ -1,9 +1,9 @@
 """Checkpoints: committed atomically, and complete.
 
-``checkpoints/step-00001000/<attempt>/`` holds the files that `clipmill.training.saver` uploaded, and ``COMMITTED``,
-which lists exactly the files that belong together beside the training state. Only what a COMMITTED names is ever read,
-so a partial upload, a stale file of another world size or a second writer cannot become part of a checkpoint. Folders
-of other names belong to whoever made them: they are neither resumed from nor removed.
+``checkpoints/step-00001000/<attempt>/`` holds the files that `clipmill.training.saver` uploaded, and ``COMMITTED``.
+COMMITTED holds the training state and lists exactly the files that belong together. Only these files are ever read, so
+a partial upload, a stale file of another world size or a second writer cannot become part of a checkpoint. Folders with
+other names belong to the user: they are neither resumed from nor removed.
 
 Random number generators need no state: every micro-step seeds them from (seed, step, micro-step, rank).
 """
@@ -56,11 +56,11 @@ class Checkpoint:
     files: tuple[dict[str, Any], ...]
     """``{"name", "bytes", "sha256"}`` of each file, names relative to ``url``."""
     state: dict[str, Any]
-    """The training state beside the tensors: identity, data set fingerprint, world size, ZeRO stage."""
+    """The training state besides the tensors: identity, data set fingerprint, world size, ZeRO stage."""
 
     @property
     def is_good(self) -> bool:
-        """Whether its probe loss is finite; older versions of clipmill saved ruined weights too."""
+        """Whether its probe loss is finite; older versions of clipmill also saved weights that are not finite."""
         loss = self.state.get("probe_loss")
         return loss is None or math.isfinite(loss)
 
@@ -71,7 +71,7 @@ def attempt_url(folder_url: str, step: int, attempt: str) -> str:
 
 
 def list_checkpoints(folder_url: str) -> list[Checkpoint]:
-    """The good checkpoints of a training folder, oldest first; of one step the newest attempt last.
+    """The good checkpoints of a training folder, oldest first; within a step, the newest attempt comes last.
 
     Raises:
         UserError: a COMMITTED is damaged.
@@ -85,20 +85,20 @@ def newest(folder_url: str) -> Checkpoint | None:
     Raises:
         UserError: the COMMITTED of a newer one is damaged.
     """
-    for step in reversed(_steps(folder_url)):  # a record lists all files of all ranks: read no more than one
+    for step in reversed(_steps(folder_url)):  # records are large (all files of all ranks): read only one
         if found := _of_step(folder_url, step):
             return found[-1]
     return None
 
 
 def newest_step(folder_url: str) -> int:
-    """Steps behind the newest checkpoint; 0 if there is none."""
+    """Number of steps of the newest checkpoint; 0 if there is none."""
     found = newest(folder_url)
     return 0 if found is None else found.step
 
 
 def _steps(folder_url: str) -> list[int]:
-    """Steps of which there are folders, in order."""
+    """Steps that have a folder, in order."""
     names = storage.list_folders(storage.join(folder_url, "checkpoints"))
     return sorted(int(found[1]) for name in names if (found := _STEP.fullmatch(name)))
 
@@ -112,7 +112,7 @@ def _attempt_urls(folder_url: str, step: int) -> list[str]:
 
 def _of_step(folder_url: str, step: int) -> list[Checkpoint]:
     found = [_read(url) for url in _attempt_urls(folder_url, step)]
-    # One that names another step is a copy under another name.
+    # A record that names another step is a copy under a wrong name.
     return [one for one in found if one is not None and one.step == step and one.is_good]
 
 
@@ -131,11 +131,11 @@ def _read(url: str) -> Checkpoint | None:
 
 
 def fetch(checkpoint: Checkpoint, folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Brings committed files into a local folder, each verified, and no others. Those of a local disk become links.
+    """Copies exactly the committed files into a local folder and verifies each. Files on a local disk become links.
 
     Args:
-        checkpoint: which.
-        folder: the local folder, for reading alone.
+        checkpoint: the checkpoint.
+        folder: the local folder; its files must only be read.
         is_wanted: chooses files by name; all by default.
 
     Raises:
@@ -168,15 +168,15 @@ def prune(folder_url: str, keep_last: int, keep_every: int | None, lease: Lease 
 
     Args:
         folder_url: the training folder.
-        keep_last: number of the newest checkpoints that stay.
-        keep_every: those at multiples of this number of steps stay too; None keeps no others.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: also keep those at multiples of this number of steps; None keeps no others.
         lease: claim on the training folder.
     """
     if lease is not None:
         lease.check()
     try:
         found = list_checkpoints(folder_url)
-    except DamagedDocument as error:  # a resume needs somebody to decide on it; a run that goes on does not
+    except DamagedDocument as error:  # only a resume needs the user to decide; this run can continue
         logger.warning("no checkpoint is removed: %s", error)
         return
     if not found:
@@ -191,13 +191,13 @@ def prune(folder_url: str, keep_last: int, keep_every: int | None, lease: Lease 
 
 
 def _names_step(url: str, step: int) -> bool:
-    """Whether an attempt's folder is of this step: a copy under the name of another step belongs to its maker."""
+    """Whether an attempt's folder belongs to this step. A copy under the name of another step belongs to the user."""
     found = _read(url)
     return found is None or found.step == step
 
 
 def remove_leftovers(folder_url: str, attempt: str, lease: Lease | None) -> None:
-    """Removes what earlier attempts uploaded and did not commit: they were killed, or have lost the lease.
+    """Removes files that earlier attempts uploaded but did not commit: they were killed, or lost the lease.
 
     Args:
         folder_url: the training folder.

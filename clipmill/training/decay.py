@@ -1,7 +1,7 @@
 """Which parameters weight decay applies to: matrices and kernels, not norms, biases, gains and positions.
 
-Weight decay pulls a parameter towards zero. That does not simplify the model for a gain or a position, and a parameter
-without gradients for a while would vanish.
+Weight decay pulls a parameter towards zero. For a gain or a position, that does not make the model simpler, and one
+that gets no gradients for a while would vanish.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """Groups of parameters for an optimizer: those that decay, then those that do not.
 
     Args:
-        module: what is trained.
-        weight_decay: of the optimizer; 0 makes one group of all, because ZeRO costs host time for each group.
+        module: the module that is trained.
+        weight_decay: of the optimizer. 0 makes a single group, because ZeRO costs host time for each group.
     """
     parameters = dict(module.named_parameters())
     constant = _constant_names(module) if weight_decay else set()

@@ -1,6 +1,6 @@
 """Estimates a training by arithmetic and a dry run: GPU memory, time, cost, and bytes on disk.
 
-The model is built and run on fake tensors (shapes without memory), so one of any size is estimated on any machine.
+The model is built and run on fake tensors (shapes without memory), so any machine can estimate a model of any size.
 Parameters stay float32 in training, whatever the compute dtype (see `clipmill.training.zero.engine`).
 
 P: parameters   W: GPUs   B: clips of a micro-batch   L: tokens of a clip
@@ -32,9 +32,9 @@ LIVE_ELEMENTS = 1_000_000_000
 """Parameters that stage 3 gathers at once: DeepSpeed's default."""
 TAR_BLOCK = 512
 COMPILED_SHARE = 0.8
-"""Activations of compiled blocks over those of others: 0.79 (preset 100m) and 0.80 (1b) in bfloat16 on an H100."""
+"""Activations of compiled blocks relative to uncompiled ones. On an H100 in bfloat16: 0.79 (`100m`) and 0.80 (`1b`)."""
 USABLE_SHARE = 0.94
-"""Of a GPU's memory; the CUDA context and gaps between tensors take the rest."""
+"""Usable share of a GPU's memory; the CUDA context and gaps between tensors take the rest."""
 SECONDS_PER_DAY = 86_400
 
 Stage = Literal["vqvae", "prior"]
@@ -69,8 +69,7 @@ class Estimate:
     activations: int
     """Activations of one micro-batch, with the ``checkpointed_share`` of the config."""
     checkpointed_activations: int
-    """The same with those of every block recomputed (``prior.model.checkpointed_share=1``); a tokenizer has no such
-    choice."""
+    """The same if every block is recomputed (``prior.model.checkpointed_share=1``); a tokenizer cannot recompute."""
     largest_rows: tuple[int, ...]
     """Clips of the largest micro-batch that fits the GPU, by ZeRO stage; 0 if none does."""
     flops_per_token: float
@@ -97,11 +96,11 @@ def estimate(
     """Estimates the training of a prior or a tokenizer.
 
     Args:
-        config: of the run; nothing of it needs to exist.
+        config: of the run, which need not exist yet.
         num_gpus: W.
-        mfu: share of the peak that is reached.
+        mfu: assumed share of the peak.
         peak_tflops: of one GPU, dense, in the precision of the training.
-        gpus_per_node: each node uploads its part of a checkpoint.
+        gpus_per_node: GPUs of a node; each node uploads its part of a checkpoint.
         upload_mb_per_second: of one node, 10^6 bytes.
         memory_gib: of one GPU.
         stage: which training.
@@ -141,7 +140,7 @@ def estimate(
 
 
 def _sizes(config: RunConfig, stage: Stage) -> tuple[int, int, float]:
-    """Parameters of the model, parameters of its largest block, FLOPs of a token."""
+    """Parameters of the model, parameters of its largest block, FLOPs per token."""
     clip = config.data.clip
     shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
     with FakeTensorMode():
@@ -162,7 +161,7 @@ def _num_parameters(module: torch.nn.Module) -> int:
 
 
 def _kept_of(config: RunConfig, stage: Stage) -> Callable[[int], int]:
-    """Activations of a micro-batch by its clips, as the config recomputes them."""
+    """A function from the clips of a micro-batch to its activation bytes, with the recomputation of the config."""
     share = config.prior.model.checkpointed_share if stage == "prior" else 0.0
     return lambda rows: activation_bytes(config, rows, share, stage)
 
@@ -177,19 +176,20 @@ def _largest_rows(kept: Callable[[int], int], room: float, most: int) -> int:
 
 
 def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_block: int, accumulation: int) -> Memory:
-    """Weights, gradients and AdamW's states on one GPU (ZeRO, arXiv 1910.02054, with all of it in float32).
+    """Weights, gradients and AdamW's states on one GPU (ZeRO, arXiv 1910.02054), all in float32.
 
-    DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition, and collect gradients in a
-    bucket before they send them, at stages 1 and 2 in two, since the backward pass goes on meanwhile; stage 0 flattens
-    gradients into such a bucket when there are several GPUs. Stage 1 keeps a part of the gradients, as stage 2 does; it
-    keeps them whole only while it accumulates micro-batches.
+    - Weights: DeepSpeed's stages 1 to 3 keep a second copy of the weights in the optimizer's partition.
+    - Buckets: gradients are collected in a bucket before they are sent. Stages 1 and 2 have two buckets, because the
+      backward pass fills one while the other is sent. Stage 0 has a bucket only with several GPUs.
+    - Gradients: stages 1 and 2 keep a part of the gradients. Stage 1 keeps all of them while it accumulates
+      micro-batches.
 
     Args:
         num_parameters: P.
-        stage: of ZeRO, 0 to 3.
+        stage: ZeRO stage, 0 to 3.
         num_gpus: W.
         largest_block: parameters of the largest block, which stage 3 gathers whole.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches per step.
     """
     whole = FLOAT * num_parameters
     part = FLOAT * math.ceil(num_parameters / num_gpus)
@@ -206,9 +206,10 @@ def model_state_bytes(num_parameters: int, stage: int, num_gpus: int, largest_bl
 
 
 def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float, stage: Stage = "prior") -> int:
-    """Bytes that a GPU keeps of one micro-batch between its forward and its backward pass.
+    """Bytes of activations that a GPU keeps between forward and backward pass of one micro-batch.
 
-    All blocks of a prior are alike: two runs, of one block and of two, show what a block keeps and what the rest keeps.
+    All blocks of a prior are alike. A run with one block and a run with two show what a block keeps, and what the rest
+    of the model keeps.
 
     Args:
         config: of the run.
@@ -227,7 +228,7 @@ def activation_bytes(config: RunConfig, rows: int, checkpointed_share: float, st
     again = round(checkpointed_share * model.num_layers)
     is_narrow = _is_bfloat16(config.prior.training) and model.style == "modern"  # bfloat16 between blocks
     block_input = (2 if is_narrow else FLOAT) * rows * math.prod(shape) * model.hidden_dim
-    # While one block is recomputed, all of its activations are there beside the inputs of the others.
+    # While one block is recomputed, all its activations are in memory, and so are the inputs of the other blocks.
     return rest + block * (model.num_layers - again) + block_input * again + (block if again else 0)
 
 
@@ -236,7 +237,7 @@ def _is_bfloat16(training: TrainingConfig) -> bool:
 
 
 def _kept_of_prior(config: RunConfig, model: PriorModelConfig, rows: int) -> int:
-    """What a prior of this size keeps, every block of it."""
+    """Activation bytes of a prior of this size, with all its blocks."""
     clip = config.data.clip
     shape = codes_shape(config.vqvae.model, clip.num_frames, clip.size)
     with FakeTensorMode():
@@ -252,7 +253,7 @@ def _kept_of_prior(config: RunConfig, model: PriorModelConfig, rows: int) -> int
 
 
 def _kept_of_vqvae(config: RunConfig, rows: int) -> int:
-    """What a tokenizer keeps; the initial codes do not matter, and clusters of fake rows cannot be computed."""
+    """Activation bytes of a tokenizer. Skips k-means, which cannot run on fake tensors: initial codes do not matter."""
     clip = config.data.clip
     crop = config.vqvae.training.random_crop
     size = clip.size if crop is None else frame_size(crop)
@@ -268,7 +269,7 @@ def _kept(model: torch.nn.Module, run: Callable[[], Tensor], training: TrainingC
 
 
 def build_prior(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ...]) -> Prior:
-    """A prior as large as the one to be trained, as far as its size is known without data."""
+    """A prior as large as the one that will be trained, as far as its size is known without data."""
     tokenizer = config.vqvae.model
     codebook = torch.zeros(
         tokenizer.num_codes * tokenizer.num_codebooks, tokenizer.latent_dim // tokenizer.num_codebooks
@@ -278,7 +279,7 @@ def build_prior(config: RunConfig, model: PriorModelConfig, shape: tuple[int, ..
 
 
 def _condition_shape(config: RunConfig) -> tuple[int, ...] | None:
-    """Shape of a condition: from the config, or a common one (8 numbers an action, 77 x 768 of CLIP for a text)."""
+    """Shape of a condition: from the config, or a common one (8 numbers per action, CLIP's 77 x 768 for a text)."""
     clip = config.data.clip
     shapes = {
         "frames": (max(1, config.tokenize.condition_frames), *clip.size, 3),

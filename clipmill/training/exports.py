@@ -1,4 +1,4 @@
-"""Exports out of committed checkpoints: at the end of a training, or by `clipmill export`."""
+"""Exports of committed checkpoints: at the end of a training, or by `clipmill export`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def find_checkpoint(
 
     Args:
         folder_url: the training folder.
-        step: its steps; None takes the newest.
-        identity: of the training as it is configured.
-        training: its settings.
+        step: number of steps of the checkpoint; None takes the newest.
+        identity: of the training as configured now.
+        training: settings of the training.
 
     Raises:
-        UserError: there is none, or it was trained with other identity keys or on other data.
+        UserError: there is no such checkpoint, or it was trained with other identity keys or on other data.
     """
     found = checkpoint.list_checkpoints(folder_url)
     wanted = [one for one in found if step in (None, one.step)]
@@ -46,7 +46,7 @@ def export_checkpoint(found: Checkpoint, export: Callable[[dict[str, Deferred], 
 
     Args:
         found: the checkpoint.
-        export: publishes the model's float32 state dict after that number of steps, and names the export.
+        export: takes the model's float32 state dict and the number of steps, publishes them, returns the export's name.
     """
     prefix = "model."
     with ScratchFolder("export") as folder:

@@ -104,7 +104,7 @@ def _state(job: Job, engine: Engine, rows: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Without Python's collector of cycles, whose rounds hold up a step of one rank and so of all."""
+    """Disables Python's cyclic garbage collector during the block: a collection on one rank delays a step on all."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -116,8 +116,11 @@ def _without_collector() -> Iterator[None]:
 
 
 def _claim_attempt(folder_url: str, lease: Lease | None) -> tuple[str, int]:
-    """A name no other group of workers has, and how many had the lease before: Ray Train restarts them under one."""
-    assert lease is not None  # only the other ranks go without
+    """A unique name for this group of workers, and how many groups came before it under the same lease.
+
+    Ray Train restarts groups within one lease.
+    """
+    assert lease is not None  # only ranks other than 0 have none
     for restart in range(10_000):
         attempt = f"{lease.attempt:06d}-{restart:04d}"
         if storage.create_bytes(storage.join(folder_url, "metrics", f"{attempt}.jsonl"), b""):

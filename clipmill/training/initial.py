@@ -30,13 +30,13 @@ class Source(NamedTuple):
     """Weights to start from."""
 
     sha8: str
-    """Of the export."""
+    """Name of the export."""
     tensors: Mapping[str, Tensor]
-    """By name."""
+    """The weights by name."""
     strange: Mapping[str, str] = {}
-    """Why weights whose names begin so mean something else, whatever their size."""
+    """Prefixes of names whose weights must not be copied even if the size fits, each with the reason."""
     whole: tuple[str, ...] = ()
-    """Beginnings of names whose weights are taken all or none: parts of them would contradict each other."""
+    """Prefixes of names whose weights are copied all or not at all, because some without the others are useless."""
 
 
 def initialise(
@@ -45,10 +45,10 @@ def initialise(
     """Gives a fresh model the weights that ``training.init_from`` names, unless the training resumes. Collective.
 
     Args:
-        model: with its random start, which stays where nothing fits.
-        training: its settings.
-        folder_url: the training folder; a checkpoint in it is where the training goes on.
-        world: this process among its peers.
+        model: randomly initialised; weights that are not copied stay random.
+        training: settings of the training.
+        folder_url: the training folder; if it has a checkpoint, the training resumes and nothing is copied.
+        world: this rank and its peers.
         read: loads the export at a URL.
 
     Raises:
@@ -69,7 +69,7 @@ def initialise(
 
 
 def initial_facts(folder_url: str) -> dict[str, Any]:
-    """What a training began with, for its summary; nothing if that was random."""
+    """Which weights a training started from, for its summary; empty if they were random."""
     try:
         facts = storage.read_document(storage.join(folder_url, _FILE), SCHEMA)
     except FileNotFoundError:
@@ -79,7 +79,11 @@ def initial_facts(folder_url: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _take(model: nn.Module, source: Source) -> list[str]:
-    """Copies what fits; a line for each weight of the model that stays as it was, and each of the source left over."""
+    """Copies all weights that fit.
+
+    Returns:
+        A line for each weight of the model that was not copied, and for each unused weight of the source.
+    """
     state = model.state_dict()
     reasons = {name: reason for name in state if (reason := _misfit(name, state[name], source))}
     for prefix in source.whole:
@@ -97,7 +101,7 @@ def _take(model: nn.Module, source: Source) -> list[str]:
 
 
 def _misfit(name: str, tensor: Tensor, source: Source) -> str | None:
-    """Why a weight cannot be taken; None if it can."""
+    """Why a weight cannot be copied; None if it can."""
     for prefix, reason in source.strange.items():
         if name.startswith(prefix):
             return reason

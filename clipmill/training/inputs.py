@@ -37,8 +37,8 @@ def require_manifests(config: RunConfig, kind: Kind, split: str) -> list[Manifes
     """The manifest of this run's ``clips`` or ``tokens``, or those of the runs in its mix, without excluded clips.
 
     Raises:
-        UserError: one is not there yet, or its train split is empty; or ``data.exclude`` is no list of clips, or of
-            other clips.
+        UserError: a manifest does not exist yet, or its train split is empty; or ``data.exclude`` is not a list of
+            clips, or lists clips of other data sets.
     """
     manifests = [_require_manifest(config, root, kind, split) for root in _roots(config)]
     if config.data.exclude is None:
@@ -59,7 +59,7 @@ def require_manifests(config: RunConfig, kind: Kind, split: str) -> list[Manifes
 
 
 def _roots(config: RunConfig) -> list[str]:
-    """Of the runs whose data sets are read."""
+    """Roots of the runs whose data sets are read."""
     return [part.url for part in config.data.mix] or [config.root]
 
 
@@ -72,10 +72,10 @@ def _require_manifest(config: RunConfig, root: str, kind: Kind, split: str) -> M
 
 
 def slots_of(config: RunConfig) -> np.ndarray:
-    """The shares of the data sets in the mix, or of this run's own, in thousandths: int64 [num data sets].
+    """The shares of the data sets in the mix, in thousandths: int64 [num data sets]; without a mix, [1,000].
 
     Raises:
-        UserError: one has less than a thousandth.
+        UserError: a share is less than a thousandth.
     """
     slots = apportion(NUM_SLOTS, [part.weight for part in config.data.mix] or [1.0])
     for part, share in zip(config.data.mix, slots, strict=False):
@@ -88,7 +88,7 @@ def slots_of(config: RunConfig) -> np.ndarray:
 
 
 def identity_of(config: RunConfig, manifests: list[Manifest]) -> str | list[str]:
-    """What a training's identity says of its data: the fingerprint, or of a mix each with its share."""
+    """The data in a training's identity: its fingerprint, or for a mix the share and fingerprint of each data set."""
     if not config.data.mix:
         return manifests[0].fingerprint
     shares = zip(slots_of(config), manifests, strict=True)
@@ -98,16 +98,16 @@ def identity_of(config: RunConfig, manifests: list[Manifest]) -> str | list[str]
 def open_dataset(
     config: RunConfig, manifests: list[Manifest], decode: Decode, training: TrainingConfig
 ) -> ShardDataset | MixedDataset:
-    """The samples of a run's manifests, through the cache that all workers of a node share."""
+    """Opens the samples of a run's manifests, through the cache that all workers of a node share."""
     parts = [ShardDataset(manifest, decode, cache_bytes=training.cache_bytes) for manifest in manifests]
     return MixedDataset(parts, slots_of(config)) if config.data.mix else parts[0]
 
 
 def require_rows(training: TrainingConfig, world_size: int, section: str) -> None:
-    """Whether every rank has a clip in each step.
+    """Checks that every rank has a clip in each step.
 
     Raises:
-        UserError: some have none.
+        UserError: some ranks have none.
     """
     if training.global_batch < world_size:
         raise UserError(
@@ -119,7 +119,7 @@ def require_rows(training: TrainingConfig, world_size: int, section: str) -> Non
 def check_cache(
     dataset: ShardDataset | MixedDataset, training: TrainingConfig, *, world_size: int, local_size: int
 ) -> None:
-    """Whether the shards that a node reads at once fit the cache, if they are downloaded at all.
+    """Checks that the shards that a node reads at once fit the cache, if they are downloaded at all.
 
     Args:
         dataset: the training split.
@@ -128,7 +128,7 @@ def check_cache(
         local_size: ranks of each node.
 
     Raises:
-        UserError: they do not, and each would be downloaded again and again.
+        UserError: they do not fit, so each would be downloaded again and again.
     """
     nodes = node_streams(training.global_batch, dataset.slots, local_size, world_size)
     needed, streams = 0, 0
@@ -146,7 +146,7 @@ def check_cache(
 
 
 def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingConfig, world_size: int) -> None:
-    """Logs what the order does to a batch: padding, and how many of its pairs of clips share a video."""
+    """Logs properties of the batches: padding, and how many pairs of clips in a batch come from one video."""
     batch = training.global_batch
     padding = -batch % world_size
     if padding:
@@ -179,9 +179,10 @@ def describe_batches(dataset: ShardDataset | MixedDataset, training: TrainingCon
 
 
 def finished_step(folder_url: str, identity: dict[str, Any], training: TrainingConfig) -> int:
-    """Steps behind the latest export of a training folder, 0 without one.
+    """Number of steps of the latest export of a training folder; 0 without an export.
 
-    Behind the newest checkpoint, if that has been exported too and somebody has made an earlier one the latest since.
+    If the newest checkpoint has been exported too, its steps count, even if a user has since exported an earlier
+    checkpoint and so made that the latest.
 
     Raises:
         UserError: the export or the newest checkpoint was trained with other identity keys or on other data.

@@ -1,4 +1,4 @@
-"""What a training stage brings to the loop, and the loss of a few clips that says how good its weights are."""
+"""What a training stage passes to the loop, and the probe loss: the loss on a few fixed clips."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from clipmill.training.zero.engine import Engine
 __all__ = ["PROBE_CLIPS", "Job", "probe"]
 
 PROBE_CLIPS = 32
-"""Whose loss a checkpoint records, so that a conversion to another world size can show that it gives the same."""
+"""Number of clips of the probe loss. Checkpoints record it, so that a conversion can be checked against it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a training stage brings to the loop."""
+    """What a training stage passes to the loop."""
 
     folder_url: str
     objective: nn.Module
-    """See `Engine`: its ``model`` attribute is what gets exported. In training its batches say the ``step``, an int."""
+    """See `Engine`; its ``model`` attribute is exported. In training, its batches also contain ``step``, an int."""
     prepare: Callable[[dict[str, Any]], dict[str, Any]]
-    """Turns a collated micro-batch into what the objective takes, tensors still on the CPU."""
+    """Converts a collated micro-batch to the objective's input, with tensors still on the CPU."""
     train: ShardDataset | MixedDataset
     val: ShardDataset | MixedDataset
     config: TrainingConfig
@@ -37,25 +37,25 @@ class Job:
     identity: dict[str, Any]
     """Identity keys and data set fingerprints; a resume with others is refused."""
     batch_statistics: bool
-    """Whether the model normalises over the clips of a micro-step, so that their number is part of the training."""
+    """Whether the model normalises over the clips of a micro-step; their number must then stay the same."""
     export: Callable[[dict[str, Deferred], int], str]
-    """Publishes the model's float32 state dict after that number of steps, and names the export."""
+    """Takes the model's float32 state dict and the number of steps, publishes them, returns the export's name."""
     score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
-    """Scores of the objective's 1-d metrics, summed over a validation: for what no mean of batches gives."""
+    """Scores computed from 1-d metrics that are summed over a validation: they are not means over batches."""
     tokens_per_clip: int | None = None
-    """For the rate in tokens; none of a model that knows only clips."""
+    """For the rate in tokens; None if the model has no tokens."""
     flops_per_clip: Callable[[], float] | None = None
-    """Forward and backward, without what checkpointing repeats."""
+    """Forward and backward, without recomputation."""
     augment: Augment | None = None
-    """Changes the samples that are trained on."""
+    """Augments the training samples."""
     samples: Samples | None = None
-    """What a prior shows while it trains."""
+    """Draws samples of a prior while it trains."""
     studio: Studio | None = None
-    """Encodes previews; without it TensorBoard and W&B alone have them."""
+    """Encodes previews as files; without it only TensorBoard and W&B show them."""
 
 
 def probe(job: Job, engine: Engine, on_batch: Callable[[], object]) -> float | None:
-    """Loss on the same few clips, of the weights themselves; training clips if there are no others. Part of a save."""
+    """Loss of the weights (not of their average) on a few fixed clips of ``val``, or else ``train``. Part of a save."""
 
     def go_on() -> bool:
         on_batch()

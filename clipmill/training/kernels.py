@@ -22,7 +22,7 @@ __all__ = ["AsOnCuda", "saved_bytes"]
 
 
 class AsOnCuda(TorchFunctionMode):
-    """Within it attention and dropout keep what they keep on CUDA. Their results are empty: for fake tensors only."""
+    """Makes attention and dropout keep what they keep on CUDA. Only for fake tensors, because the results are empty."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -33,14 +33,14 @@ class AsOnCuda(TorchFunctionMode):
         if func is F.dropout:
             return _dropout(*args, **kwargs)
         if func is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return True  # CUDA's attention takes grouped heads as they are
+            return True  # so that grouped heads are not repeated: CUDA's attention takes them as they are
         return func(*args, **kwargs)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of q [B, N, L, D], k and v [B, M, S, D]; kept are these, the result, and the log of each row's sum."""
+        """Takes q [B, N, L, D], k and v [B, M, S, D]. Keeps these, the result, and the log-sum-exp of each row."""
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
@@ -49,7 +49,7 @@ class _Attention(torch.autograd.Function):
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Kept is which elements stay, a byte for each."""
+        """Keeps the dropout mask, one byte per element."""
         ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
         return torch.empty_like(x)
 
@@ -71,7 +71,7 @@ def saved_bytes(run: Callable[[], Any], own: Iterable[Tensor]) -> int:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in counted:
-            held[storage._cdata] = tensor  # alive, so that no other storage takes its address
+            held[storage._cdata] = tensor  # keeps it alive, so that no other storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -1,4 +1,4 @@
-"""The steps of one attempt, and what follows from each: records, validations, checkpoints, the end."""
+"""The steps of one attempt, with the records, validations and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Steps:
-    """The steps of one attempt, and what follows from each: records, validations, checkpoints.
+    """The steps of one attempt, with the records, validations and checkpoints between them.
 
-    Until the first step is done a stop ends the process at once: nothing would be lost, and to compile takes minutes.
-    From then on it is agreed between the ranks after each step and each batch of a validation; then a checkpoint is
-    saved.
+    Until the first step is done, a stop ends the process at once: nothing would be lost, and compilation takes minutes.
+    Later, the ranks agree on a stop after each step and after each batch of a validation, and then save a checkpoint.
     """
 
     job: Job
@@ -61,7 +60,7 @@ class Steps:
         self._ledger = Ledger(self._world, job.config.bad_steps, job.folder_url, self.start.skipped_steps)
         self._save_due = False
         self._validation_due = self.start.validation_due
-        """A stop skips the validation of its step; the next attempt makes up for it."""
+        """Set while a validation is due: a stop skips it, and the next attempt repeats it."""
 
     def run(self) -> None:
         """All steps that are left.
@@ -106,7 +105,7 @@ class Steps:
         self._ledger.add(step + 1, keys, self._means.sum_of("loss"), self.engine.grad_norm, self.engine.skipped)
 
     def _after_step(self, done: int) -> None:
-        """What is due after a step.
+        """Does everything that is due after a step.
 
         Raises:
             Interrupted: a stop was requested; the steps so far are in a checkpoint, unless the message says otherwise.
@@ -118,7 +117,7 @@ class Steps:
         self._validation_due = last or done % config.val_every == 0
         if stop or begins_save or done % config.log_every == 0:
             self._record(done)
-        elif self._save_due:  # put off by an earlier step: is this one good?
+        elif self._save_due:  # an earlier step was bad, which delayed the save
             self._ledger.look()
         elif self.telemetry is not None:
             self.telemetry.progress(done)
@@ -135,22 +134,22 @@ class Steps:
                 self._end(done, problem)
 
     def _stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop. Two integers over gloo: it waits for hosts, not for devices."""
+        """Whether any rank was asked to stop. Sends two integers over gloo, which does not wait for the GPU."""
         return self._world.any(self.report.stop_requested)
 
     def _record(self, done: int) -> None:
         facts = self._means.fetch(self._world)
-        self._ledger.look()  # before a checkpoint could be made of it
+        self._ledger.look()  # a bad step must be found before a checkpoint is saved
         facts |= {"grad_norm": self.engine.grad_norm.item(), "lr": learning_rate(self._config, done - 1)}
         facts |= self._stopwatch.facts()
-        self._stopwatch.reset()  # recording takes time too, of the next window
+        self._stopwatch.reset()  # the time that recording takes belongs to the next window
         if self._config.bad_steps == "skip":
             facts["skipped_steps"] = self._ledger.num_skipped
         if self.telemetry is not None:
             self.telemetry.log(done, "train", facts)
 
     def _validate(self, done: int) -> None:
-        """Records scores and picture, unless a stop ends the validation."""
+        """Validates and records scores and picture, unless a stop ends the validation."""
 
         def on_batch() -> bool:
             self.watchdog.advance()
@@ -183,13 +182,13 @@ class Steps:
         self._stopwatch.reset()
 
     def _save(self, done: int, is_last: bool) -> str | None:
-        """Saves a checkpoint, if it would be a good one; else it stays due.
+        """Saves a checkpoint if the weights are good; otherwise the save stays due.
 
         Returns:
             Why it was not saved; None if it was.
 
         Raises:
-            StageFailed: these were all steps, and it would not be a good one.
+            StageFailed: this was the last step, and the weights are not good.
         """
         problem, probe_loss = self._ruin(is_last)
         if problem is not None:
@@ -217,10 +216,10 @@ class Steps:
         return None if is_staged else "it could not be staged"
 
     def _ruin(self, is_last: bool) -> tuple[str | None, float | None]:
-        """What speaks against saving these weights, if anything does; and their probe loss, if it was computed.
+        """Why these weights must not be saved (None if they may be), and their probe loss, if it was computed.
 
-        Steps that are skipped in a row are often what follows from weights that a step has ruined. A single one may be
-        the first of them, so a save waits for the next step, if there is one.
+        A step that ruins the weights is often followed by skipped steps. After even a single skipped step, a save
+        therefore waits for the next step, if there is one.
         """
         in_a_row = self._ledger.num_in_a_row
         if in_a_row > (1 if is_last else 0):
@@ -257,7 +256,7 @@ def _validate(job: Job, engine: Engine, max_clips: int, on_batch: Callable[[], b
 
 
 def train_step(job: Job, engine: Engine, step: int, micro_batches: list[dict[str, Any]]) -> WeightedMeans:
-    """One optimizer step; the means over this rank's rows are on the device, not yet waited for."""
+    """One optimizer step. The returned means over this rank's rows are on the device; nothing waits for them."""
     means = WeightedMeans()
     with engine.step(learning_rate(job.config, step), average_weight(job.config, step)):
         for index, micro_batch in enumerate(micro_batches):
@@ -269,6 +268,6 @@ def train_step(job: Job, engine: Engine, step: int, micro_batches: list[dict[str
 
 
 def _seed(*key: int) -> None:
-    """Makes dropout and the like a function of the place in the run, so no generator state needs saving."""
+    """Seeds torch from the position in the run, so that dropout needs no saved generator state."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

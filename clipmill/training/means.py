@@ -11,7 +11,7 @@ __all__ = ["WeightedMeans"]
 
 
 class WeightedMeans:
-    """Means of 0-d tensors, each over clips that have a weight."""
+    """Means of 0-d tensors over weighted clips."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -26,7 +26,7 @@ class WeightedMeans:
         return self._sums[name]
 
     def fetch(self, world: World) -> dict[str, float]:
-        """The means over all ranks' clips, none if no rank added any. Collective; waits for the device."""
+        """The means over all ranks' clips; empty if no rank added any. Collective; waits for the device."""
         if not self._sums:
             return {}
         names = sorted(self._sums)

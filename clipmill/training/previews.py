@@ -1,4 +1,4 @@
-"""What a prior makes while it trains: a few samples of every class, from the same noise each time.
+"""Samples that a prior draws while it trains: a few of every class, from the same noise each time.
 
 They go to ``previews/step-NNNNNNNN.png`` and ``.mp4`` in the training folder, to TensorBoard and to W&B.
 """
@@ -28,7 +28,7 @@ MOST_SAMPLES = 16
 SAMPLES_OF_A_CLASS = 2
 SAMPLES_WITHOUT_CLASSES = 4
 MOST_SEARCHED = 256
-"""Validation clips that are read to find some of each class, for a prior that has another condition."""
+"""Validation clips that are searched for some of each class, if the prior has conditions besides the class."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Draw(Protocol):
 
 
 class Preview(NamedTuple):
-    """A picture, and the clips that it shows if they are to be played."""
+    """A picture, and its clips if they should be playable."""
 
     picture: np.ndarray
     """uint8 [H, W, 3]."""
@@ -54,13 +54,13 @@ class Preview(NamedTuple):
 
 @dataclass(frozen=True)
 class Studio:
-    """What a training cannot do by itself: it imports neither the sampler nor codecs. See `clipmill.studio`."""
+    """Draws and encodes, because training imports neither the sampler nor codecs. See `clipmill.studio`."""
 
     draw: Draw
     encode: Callable[[Preview], dict[str, bytes]]
-    """Files by their kind, ``png`` and for clips ``mp4``; none on a machine without codecs."""
+    """Files by kind: ``png``, and for clips ``mp4``; empty on a machine without codecs."""
     usual_fps: float
-    """Of clips whose videos have rates of their own."""
+    """Frames per second of a film if the videos have their own rates."""
 
 
 class Stopped(Exception):
@@ -73,10 +73,10 @@ class Samples:
 
     Attributes:
         every: steps between two previews.
-        studio: draws.
-        tokenizer: decodes.
-        num_classes: that the prior knows; 0: none.
-        clips: whose conditions and classes are taken; None of a prior without a condition.
+        studio: draws the codes.
+        tokenizer: decodes them.
+        num_classes: number of classes of the prior; 0 if it has none.
+        clips: source of conditions and classes; None for a prior without conditions.
         prepare: see `clipmill.training.job.Job`.
         fps: frames per second of the films.
     """
@@ -90,11 +90,11 @@ class Samples:
     fps: float
 
     def make(self, prior: Prior, on_progress: Callable[[int], None]) -> Preview | None:
-        """Draws and decodes; None, with a warning, if the prior cannot or the memory of the GPU does not suffice.
+        """Draws and decodes samples. None, with a warning, if the prior cannot be sampled or GPU memory runs out.
 
         Args:
-            prior: with whole weights in place; in eval mode afterwards.
-            on_progress: called about once a latent frame; may raise `Stopped`.
+            prior: with its whole weights on this rank; in eval mode afterwards.
+            on_progress: called about once per latent frame; may raise `Stopped`.
         """
         num_samples, labels, condition = self._given
         try:
@@ -102,7 +102,7 @@ class Samples:
             clips = decode_to_pixels(self.tokenizer.to(codes.device).eval(), codes, codes.shape[1:4]).numpy()
         except Stopped:
             return None
-        except (UserError, torch.OutOfMemoryError) as error:  # no reason to lose the training
+        except (UserError, torch.OutOfMemoryError) as error:  # must not end the training
             logger.warning("no samples at this step: %s", error)
             return None
         finally:

@@ -60,10 +60,10 @@ def folder_url(config: RunConfig) -> str:
 
 
 def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The recipe of the clips behind the tokens, by the URL of what this stage reads.
+    """The recipe of the clips from which the tokens were made, by the URL of the tokens.
 
     Raises:
-        UserError: there are none yet.
+        UserError: there are no tokens yet.
     """
     return {
         tokens.url: tokens.recipe.get("clip", {})
@@ -72,11 +72,11 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether an export of ``steps`` steps or more is there.
+    """Whether there is an export of ``steps`` steps or more.
 
     Raises:
-        UserError: there are no tokens yet, another tokenizer made them, they come without the prior's condition or
-            class, or the folder holds another model.
+        UserError: there are no tokens yet, another tokenizer made them, they lack the prior's condition or class, or
+            the folder holds another model.
     """
     config = _without_pictures(config)
     tokens = _tokens(config)
@@ -86,13 +86,13 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio | None = None) -> None:
-    """Trains and exports, as one rank of whatever process group this process is in. Collective.
+    """Trains and exports, as one rank of this process's group. Collective.
 
     Args:
         config: of the run.
-        lease: see `fit`, as the next.
-        report: shows the progress.
-        studio: draws and encodes what ``sample_every`` asks for; None draws nothing.
+        lease: see `fit`.
+        report: see `fit`.
+        studio: draws and encodes samples every ``sample_every`` steps; None draws nothing.
     """
     config = _without_pictures(config)
     training = config.prior.training
@@ -117,7 +117,7 @@ def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio
         return prepared
 
     tokens_per_clip = math.prod(inputs.recipe["latent_shape"])
-    flops = prior_flops_per_token(model) * tokens_per_clip  # before ZeRO takes the parameters apart
+    flops = prior_flops_per_token(model) * tokens_per_clip  # before ZeRO partitions the parameters
     clip = inputs.recipe["clip"]["clip"]
     values_per_clip = math.prod((clip["num_frames"], *frame_size(clip["resolution"]), 3))
     train_set = open_dataset(config, tokens, decode_codes, training)
@@ -153,8 +153,9 @@ def _samples(
     if studio is None or every is None:
         return None
     if config.prior.training.zero_stage == 3:
-        # There each submodule gathers its weights when it is called, for which all ranks must call it, in the order of
-        # a training step: drawing on one rank hangs, and a gathered copy breaks DeepSpeed's record of that order.
+        # At stage 3 each submodule gathers its weights when it is called, so all ranks must call submodules in the
+        # order of a training step. Drawing on one rank hangs, and a gathered copy breaks DeepSpeed's record of the
+        # order.
         logger.info("ZeRO stage 3 shows no samples during training; `clipmill sample` draws them from an export")
         return None
     return Samples(
@@ -184,13 +185,13 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
     Args:
         config: of the run.
         step: of the checkpoint; None takes the newest.
-        dtype: of the prior's weights in the export; its tokenizer's are float32.
+        dtype: of the prior's weights in the export; the tokenizer's weights stay float32.
 
     Returns:
         The export's sha8.
 
     Raises:
-        UserError: there is no such checkpoint, or it is of other settings.
+        UserError: there is no such checkpoint, or it has other settings.
     """
     config = _without_pictures(config)
     inputs = _inputs(config)
@@ -204,7 +205,7 @@ def summary(config: RunConfig) -> dict[str, Any]:
 
 
 def _source(inputs: _Inputs, url: str) -> Source:
-    """The weights of another prior. Rows of codes and classes mean what its tokenizer and its data meant by them."""
+    """The weights of another prior. Its rows for codes and classes only fit its own tokenizer and classes."""
     model, _, body, sha8 = load_prior(url)
     strange = {"input.codebook": "that of the tokens' tokenizer"}
     if body["tokenizer"]["sha8"] != inputs.tokenizer_body["sha8"]:
@@ -215,7 +216,7 @@ def _source(inputs: _Inputs, url: str) -> Source:
 
 
 def _without_pictures(config: RunConfig) -> RunConfig:
-    """The config without those parts of its mix that hold pictures for the tokenizer and have no tokens."""
+    """The config without those data sets of its mix that hold pictures for the tokenizer, and so have no tokens."""
     parts = tuple(part for part in config.data.mix if not _holds_pictures(part.url))
     return config.model_copy(update={"data": config.data.model_copy(update={"mix": parts})})
 
@@ -230,11 +231,11 @@ def _holds_pictures(root: str) -> bool:
 
 
 class PriorObjective(nn.Module):
-    """The prior's loss as the loop wants it (see `clipmill.training.zero.engine.Engine`).
+    """The prior's loss in the form that the loop needs (see `clipmill.training.zero.engine.Engine`).
 
     Args:
         model: the prior.
-        tokens_per_value: tokens of a clip over its pixels' values (T x H x W x 3).
+        tokens_per_value: tokens of a clip divided by its pixel values (T x H x W x 3).
     """
 
     def __init__(self, model: Prior, tokens_per_value: float) -> None:
@@ -243,11 +244,11 @@ class PriorObjective(nn.Module):
         self._tokens_per_value = tokens_per_value
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch: ``codes`` int64 [B, t, h, w] or [B, t, h, w, M], ``label`` int64 [B] if class-conditional,
-        ``condition`` if it has another (see `clipmill.models.conditioning`), ``weight`` float32 [B].
+        """Batch: ``codes`` int64 [B, t, h, w] or [B, t, h, w, M], ``weight`` float32 [B], ``label`` int64 [B] if the
+        prior is class-conditional, ``condition`` if it has one (see `clipmill.models.conditioning`).
 
-        The loss is the mean cross-entropy in nats per token. The metrics give it in bits: ``bits_per_token`` (what the
-        paper calls bits per dim) and ``bits_per_dim``, spread over the values of the clip's pixels.
+        The loss is the mean cross-entropy in nats per token. The metrics give it in bits: ``bits_per_token`` (the
+        paper calls this bits per dim) and ``bits_per_dim`` (per pixel value of the clip).
         """
         per_clip = self.model.loss(batch["codes"], batch.get("label"), batch.get("condition"))
         weight = batch["weight"]
@@ -268,7 +269,7 @@ class _Inputs(NamedTuple):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Recipe of the tokens; equal in all data sets as far as it is read, since they share a tokenizer."""
+        """Recipe of the tokens. What is read of it is equal in all data sets, because they share a tokenizer."""
         return self.tokens[0].recipe
 
     def build(self, config: RunConfig) -> Prior:
@@ -304,7 +305,7 @@ def _export(config: RunConfig, inputs: _Inputs, weights: dict[str, Deferred], st
 
 
 def _tokens(config: RunConfig) -> list[Manifest]:
-    """The training tokens, if they are the configured tokenizer's."""
+    """The training tokens; refuses those of another tokenizer than the configured one."""
     manifests = require_manifests(config, "tokens", "train")
     _, sha8 = require_vqvae(config.tokenizer_url)
     for tokens in manifests:
@@ -333,10 +334,10 @@ def _index_of(name: str | None, class_index: dict[str, int]) -> int:
 
 
 def _condition_shape(config: RunConfig, manifests: list[Manifest]) -> tuple[int, ...] | None:
-    """Shape of the condition that every clip comes with; None if the prior takes none.
+    """Shape of the clips' condition; None if the prior has no condition.
 
     Raises:
-        UserError: some clips come without the condition or the class that the prior needs.
+        UserError: some clips lack the condition or the class that the prior needs.
     """
     model = config.prior.model
     wanted = (["label"] if model.class_conditional else []) + ([model.condition] if model.condition else [])
@@ -359,7 +360,7 @@ def _condition_shape(config: RunConfig, manifests: list[Manifest]) -> tuple[int,
 
 
 def _check_codes(batch: dict[str, Any], num_codes: int, urls: str) -> None:
-    """Without this check, a code out of range is an assertion on the GPU that names neither clip nor code."""
+    """Checks the range of codes. Without it, the GPU fails with an assertion that names neither clip nor code."""
     codes = batch["codes"]
     bad = ((codes < 0) | (codes >= num_codes)).flatten(1).any(1)
     if bad.any():
@@ -372,7 +373,7 @@ def _check_codes(batch: dict[str, Any], num_codes: int, urls: str) -> None:
 
 
 def _check_condition(condition: Tensor, keys: list[str], what: str) -> None:
-    """Pixels are integers and codes are checked: only a condition can hold NaN."""
+    """Checks that a condition is finite. Pixels and codes are integers, so only a condition can contain NaN."""
     if condition.is_floating_point() and not condition.isfinite().all():
         row = int((~condition.isfinite()).flatten(1).any(1).nonzero()[0])
         raise UserError(
@@ -384,7 +385,7 @@ def _identity(config: RunConfig, tokens: list[Manifest]) -> dict[str, Any]:
     return {
         "prior": identity(config.prior),
         "tokens": identity_of(config, tokens),
-        # Other tokens may be accepted, but never another tokenizer's, nor with other classes: each has weights.
+        # A resume may accept other tokens, but the weights depend on the tokenizer and on the classes.
         "tokenizer": tokens[0].recipe["tokenizer"],
         "classes": f"{len(classes)}, {fingerprint(classes)[:8]}" if (classes := _classes(config, tokens)) else None,
         "seed": config.seed,

@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
-    """Where a training goes on."""
+    """Where a training continues."""
 
     step: int = 0
-    """Steps done."""
+    """Number of steps done."""
     dataset_since: int = 0
-    """After how many of them this data set began: its loader counts from there."""
+    """The step at which this data set began; its loader counts from there."""
     skipped_steps: int = 0
-    """Steps skipped among them."""
+    """Number of these steps that were skipped."""
     validation_due: bool = False
-    """A stop has cut the validation of the last step."""
+    """Whether a stop cut the validation of the last step."""
 
 
 def resume(
@@ -55,18 +55,18 @@ def resume(
     """Restores the checkpoint that ``config.resume`` asks for. Collective.
 
     Args:
-        engine: fresh.
+        engine: before its first step.
         config: training settings.
         folder_url: the training folder.
-        state: what this run would save: ``identity``, ``world_size``, ``zero_stage``, ``offload``, ``rows`` of a
+        state: what this run would save: ``identity``, ``world_size``, ``zero_stage``, ``offload``, and ``rows`` of a
             micro-step over all ranks.
-        is_restart: this run has begun before and its ranks were replaced: it may have checkpoints of its own.
-        batch_statistics: the model normalises over these rows, so another number of them is another training.
-        probe: loss on a few clips that are always the same; none where there are none.
+        is_restart: this run began before and its ranks were replaced, so the folder may have checkpoints of this run.
+        batch_statistics: the model normalises over these rows, so their number must stay the same.
+        probe: returns the loss on a few fixed clips; None if there are no clips.
 
     Raises:
-        UserError: the checkpoint belongs to another configuration or data set, there is none where one is asked for,
-            that has all its steps behind it, or this folder has an export and its checkpoints are gone.
+        UserError: the checkpoint belongs to another configuration or data set; ``config.resume`` names one that does
+            not exist or has already done all steps; or this folder has an export but no checkpoints.
         StageFailed: the converted weights give another loss.
     """
     world = engine.world
@@ -77,13 +77,14 @@ def resume(
             _warn_of_lost_checkpoints(folder_url)
         return Start()
     _compare(found, state, batch_statistics, config.accept_new_dataset)
-    # With another offload DeepSpeed would clip as the checkpoint did: as well as `Guard`, or not at all. Checkpoints of
-    # before this was recorded clipped in DeepSpeed.
-    layout = {"num_groups": 1, **found.state}  # checkpoints of before this was recorded had one group
+    # `offload` is part of the layout because a loaded checkpoint brings its clipping along: after a change, gradients
+    # would be clipped twice (by DeepSpeed and by `Guard`) or not at all. Old checkpoints, which do not record it, were
+    # clipped by DeepSpeed.
+    layout = {"num_groups": 1, **found.state}  # old checkpoints, which do not record it, have one group
     same_layout = all(layout.get(key) == state[key] for key in ("world_size", "zero_stage", "offload", "num_groups"))
     _load(engine, found, folder_url, same_layout)
     dataset_since = _dataset_since(found, state["identity"], is_first=world.rank == 0)
-    if not same_layout and dataset_since < found.step:  # the loss that was recorded is of clips of that data set
+    if not same_layout and dataset_since < found.step:  # on another data set, the losses are not comparable
         _check_continuity(found, probe())
     if world.rank == 0:
         how = (
@@ -98,7 +99,7 @@ def resume(
 def _load(engine: Engine, found: Checkpoint, folder_url: str, same_layout: bool) -> None:
     world = engine.world
     folder = staging_folder(folder_url, world.node)
-    if world.local_rank == 0:  # once a node
+    if world.local_rank == 0:  # once per node
         shutil.rmtree(folder, ignore_errors=True)
         local_ranks = range(world.rank, world.rank + world.local_size)
         checkpoint.fetch(found, folder, lambda name: not same_layout or owner(name) in (None, *local_ranks))
@@ -107,7 +108,7 @@ def _load(engine: Engine, found: Checkpoint, folder_url: str, same_layout: bool)
         engine.load(folder)
     else:
         engine.load_converted(folder, found.state["zero_stage"])
-    engine.usual_norm = found.state.get("usual_norm")  # checkpoints of before this was recorded learn it anew
+    engine.usual_norm = found.state.get("usual_norm")  # old checkpoints do not record it
     world.barrier()
     if world.local_rank == 0:
         shutil.rmtree(folder)
@@ -115,7 +116,7 @@ def _load(engine: Engine, found: Checkpoint, folder_url: str, same_layout: bool)
 
 def _dataset_since(found: Checkpoint, identity: dict[str, Any], is_first: bool) -> int:
     if not refused_changes(found.state["identity"], identity, accept_new_dataset=False):
-        return found.state.get("dataset_since", 0)  # checkpoints of before this was recorded had one data set
+        return found.state.get("dataset_since", 0)  # old checkpoints, which do not record it, saw one data set
     if is_first:
         logger.warning("another data set than that of %s: its first epoch starts at step %d", found.url, found.step)
     return found.step
@@ -129,7 +130,7 @@ def _find(wish: str, folder_url: str, steps: int) -> Checkpoint | None:
             "resume=auto to go on"
         )
     if own is not None:
-        return own  # also where a URL is named: this run has come further than its start
+        return own  # even if a URL is named: this run has already started from there
     if wish in ("auto", "never"):
         _refuse_to_replace(folder_url, wish)
         return None
@@ -145,7 +146,7 @@ def _find(wish: str, folder_url: str, steps: int) -> Checkpoint | None:
 
 
 def _refuse_to_replace(folder_url: str, wish: str) -> None:
-    """A training that began anew beside an export would replace it as the latest, after the same number of steps."""
+    """Refuses to restart beside an export: after the same number of steps, the new one would replace it as latest."""
     latest = read_latest(folder_url)
     if latest is not None:
         raise UserError(

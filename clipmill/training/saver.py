@@ -1,6 +1,6 @@
 """Writes checkpoints while the training continues.
 
-Every rank stages its files on the local disk. One rank a node then uploads them in the background and writes
+Every rank stages its files on the local disk. One rank per node then uploads them in the background and writes
 ``node-k.done`` (names, bytes, SHA-256); rank 0 collects these and writes ``COMMITTED`` (see `checkpoint`). A checkpoint
 that cannot be staged or uploaded is removed at once and the training continues, unless that happens three times in a
 row.
@@ -35,7 +35,7 @@ __all__ = ["Saver", "staging_folder"]
 NODE_WAIT_SECONDS = 1800.0
 """How long rank 0 waits for the slowest node's upload."""
 MOST_FAILED_IN_A_ROW = 3
-"""Storage that is away for a while costs checkpoints, not the training."""
+"""A short outage of the storage costs checkpoints, but does not end the training."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ class Saver:
     """Saves checkpoints of one attempt. Making one is collective.
 
     Args:
-        world: this process among its peers.
-        folder_url: the training folder; what earlier attempts left uncommitted in it is removed.
+        world: this rank and its peers.
+        folder_url: the training folder; uncommitted files of earlier attempts in it are removed.
         attempt: unique name of this group of workers, the same on all ranks.
         lease: claim on the training folder, read again before each commit; only rank 0 needs it.
-        facts: JSON facts of every checkpoint, which a resume compares.
-        keep_last: see `checkpoint.prune`, as the next.
+        facts: JSON facts for every checkpoint, which a resume compares.
+        keep_last: see `checkpoint.prune`.
         keep_every: see `checkpoint.prune`.
         on_progress: called on every rank when its own part of the work is done, before it waits for the others.
     """
@@ -76,16 +76,16 @@ class Saver:
         world.from_rank_zero(lambda: checkpoint.remove_leftovers(folder_url, attempt, lease))
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], *, is_last: bool) -> bool:
-        """Stages a checkpoint and starts its upload. Collective; the upload before has ended when it returns.
+        """Stages a checkpoint and starts its upload, after the previous upload has ended. Collective.
 
-        If it cannot be staged, or the one before could not be uploaded, the training goes on with a warning; the third
-        time in a row ends it.
+        If the checkpoint cannot be staged, or the previous one could not be uploaded, the training continues with a
+        warning. The third failure in a row ends it.
 
         Args:
-            engine: what to save.
+            engine: the engine to save.
             step: steps done so far.
-            state: further JSON facts, of this step, which a resume restores.
-            is_last: the training ends after this one: return when it is committed, and raise what went wrong.
+            state: JSON facts of this step, which a resume restores.
+            is_last: the training ends after this checkpoint: wait until it is committed, and raise any error.
 
         Returns:
             Whether it was staged; its upload may still fail.
@@ -127,13 +127,13 @@ class Saver:
             self._world.raise_first(error)
         except Exception:
             if self._world.rank == 0 and url is not None:
-                _remove_failed(url)  # nodes that were slower than rank 0's removal have uploaded more since
+                _remove_failed(url)  # again: slower nodes may have uploaded files after rank 0 removed the checkpoint
             raise
         if url is not None:
             self._num_failed = 0
 
     def join(self) -> None:
-        """Waits for this process's upload alone: for a rank that ends without its peers."""
+        """Waits for this process's upload only; for a rank that ends without its peers."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -149,8 +149,8 @@ class Saver:
         """Writes the files of all ranks of this node into its staging folder. Collective.
 
         Raises:
-            DiskUnusable: on whichever node; the staged files are removed.
-            UserError: the disk of one is too small even when it is empty.
+            DiskUnusable: raised on every rank if any node's disk fails; the staged files are removed.
+            UserError: a node's disk is too small even if it were empty.
         """
         world = self._world
         staging = staging_folder(self._folder_url, world.node)
@@ -179,7 +179,7 @@ class Saver:
             _upload(staging, url, self._world.node)
             if is_first:
                 _commit(url, step, len(self._world.nodes), self._lease, state)
-        except Exception as error:  # the training learns of it at its next checkpoint
+        except Exception as error:  # reported at the next checkpoint
             self._error = _explained(error, self._folder_url, num_bytes)
             if is_first:
                 _remove_failed(url)
@@ -192,23 +192,23 @@ class Saver:
     def _prune(self) -> None:
         try:
             checkpoint.prune(self._folder_url, self._keep_last, self._keep_every, self._lease)
-        except (OSError, ClipmillError) as error:  # the next time removes these too; the next commit reads the lease
+        except (OSError, ClipmillError) as error:  # pruned next time; a lost lease is noticed at the next commit
             logger.warning("cannot remove old checkpoints of %s: %s", self._folder_url, error)
 
 
 def staging_folder(folder_url: str, node: int) -> Path:
-    """Where the ranks of a node meet: the same path for all of them, another for each user and training folder.
+    """The folder in which the ranks of a node stage files: one path per user, training folder and node.
 
     Args:
         folder_url: the training folder.
-        node: number of this node, for those that share their temporary folder.
+        node: number of this node; nodes may share their temporary folder.
     """
     name = hashlib.sha256(folder_url.encode()).hexdigest()[:16]
     return private_folder() / f"checkpoint-{name}-{node}"
 
 
 def _make_room(staging: Path, num_bytes: int) -> Exception | None:
-    """An empty staging folder; what speaks against staging a checkpoint there."""
+    """Empties the staging folder; returns an error if a checkpoint cannot be staged there."""
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of a group that was killed while it staged
         staging.mkdir(parents=True)
@@ -230,7 +230,7 @@ def _make_room(staging: Path, num_bytes: int) -> Exception | None:
 
 
 def _explained(error: Exception, root: str | None, num_bytes: int, staging: Path | None = None) -> Exception:
-    """The error, in one line if a disk is to blame.
+    """The error, replaced by a one-line error if a disk is the cause.
 
     Args:
         error: of staging or of an upload.
@@ -263,7 +263,7 @@ def _upload(staging: Path, url: str, node: int) -> None:
         with contextlib.suppress(OSError):
             for file_url in uploaded:
                 storage.remove(file_url)
-        with contextlib.suppress(OSError):  # rank 0 need not wait for this node
+        with contextlib.suppress(OSError):  # tells rank 0 not to wait for this node
             storage.publish_document(storage.join(url, f"node-{node}.failed"), {"cause": str(error)}, SCHEMA)
         raise
 
@@ -271,7 +271,7 @@ def _upload(staging: Path, url: str, node: int) -> None:
 def _remove_failed(url: str) -> None:
     try:
         checkpoint.remove(url)
-    except (OSError, ClipmillError) as error:  # the next attempt removes it
+    except (OSError, ClipmillError) as error:  # the next attempt removes the files
         logger.warning("cannot remove %s, which was not uploaded whole: %s", url, error)
 
 

@@ -1,4 +1,4 @@
-"""What changes from step to step, as functions of the step: learning rate, and weight of the newest weights."""
+"""Functions of the step: the learning rate, and how fast the average of the weights moves."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def average_weight(config: TrainingConfig, step: int) -> float:
-    """Weight of the newest weights in their average, after the step with index ``step``.
+    """Weight of the newest weights in the running average, after the step with index ``step``.
 
-    At first the average follows a tenth of the run so far, so that it forgets the start: it begins as the weights.
+    The average starts as a copy of the weights. At first its window is a tenth of the run so far, so it soon forgets
+    the random start.
     """
     return 0.0 if config.weights_ema is None else max(1 - config.weights_ema, 10 / (10 + step))

@@ -1,9 +1,9 @@
 """Losses that reward sharp reconstructions: distances in other networks' features, and an adversarial loss.
 
-All terms are computed on a detached reconstruction. Their gradients with respect to it are computed here once, so that
-the adversarial gradient can be scaled relative to the others, and no network runs backward twice.
+All terms are computed on a detached reconstruction, and their gradients with respect to it are computed here, once. The
+adversarial gradient can thus be scaled relative to the others, and no network runs backward twice.
 
-B: batch   T, H, W: frames, height, width   N: frames that networks see
+B: batch   T, H, W: frames, height, width   N: frames that the networks see
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Sharpness", "networks_sha256"]
 
 SECTION = "vqvae.sharpness"
 MOST_ADVERSARIAL_SCALE = 1e4
-"""Largest weight of the discriminator's gradient, for the steps in which it hardly has one."""
+"""Maximum weight of the discriminator's gradient; limits it in steps where that gradient is nearly zero."""
 
 
 def networks_sha256(config: SharpnessConfig) -> dict[str, str]:
@@ -38,14 +38,14 @@ def networks_sha256(config: SharpnessConfig) -> dict[str, str]:
 
 
 class Sharpness(nn.Module):
-    """The configured terms. Its discriminator is trained beside the tokenizer, by the same optimizer.
+    """The configured terms. The tokenizer's optimizer also trains the discriminator in here.
 
     Args:
         config: which terms, and their weights.
-        device: of the networks that are not trained. They are no submodules: nobody moves, trains or saves them.
+        device: of the fixed networks. They are not submodules, so they are not moved, trained or saved.
 
     Raises:
-        UserError: a file is not there, or is no TorchScript.
+        UserError: a file does not exist, or is not TorchScript.
     """
 
     def __init__(self, config: SharpnessConfig, device: torch.device) -> None:
@@ -67,13 +67,13 @@ class Sharpness(nn.Module):
         """The tokenizer's loss with these terms, and the discriminator's own.
 
         Args:
-            base: the loss without them, 0-d. Its gradient at the reconstruction is what the discriminator's is weighed
-                against, as that of the squared error alone.
+            base: the loss without them, 0-d. The discriminator's gradient at the reconstruction is scaled relative to
+                the gradient of this loss and of the fixed networks' terms.
             reconstruction: float [B, 3, T, H, W].
             video: float [B, 3, T, H, W] in [-0.5, 0.5].
             step: steps done so far.
-            num_frames: first frames of each clip that are its own, int64 [B]. The last of them takes the place of all
-                later ones on both sides: a picture is judged as a still video. None: all frames are.
+            num_frames: real frames of each clip, int64 [B]; later frames are padding. The last real frame replaces them
+                in reconstruction and video, so a picture is treated as a still video. None: all frames are real.
 
         Returns:
             The sum, 0-d, and 0-d metrics: ``perceptual``, ``gram``, ``realism`` and ``discriminator``, as far as they
@@ -98,12 +98,12 @@ class Sharpness(nn.Module):
             gradient = gradient + adversarial
             loss = loss + own
             metrics |= more
-        # Worth nothing, but with the gradient that was found.
+        # Adds zero to the loss, but has the gradient that was computed above.
         surrogate = (reconstruction.float() * gradient).sum()
         return loss + surrogate - surrogate.detach(), metrics
 
     def _compare(self, seen: Tensor, video: Tensor) -> dict[str, Tensor]:
-        """What the networks that are not trained say, 0-d each."""
+        """Losses of the fixed networks, 0-d each."""
         if not self._networks:
             return {}
         chosen = torch.rand(video.shape[0], video.shape[2], device=video.device).argsort(1)[:, : self.config.frames]
@@ -147,19 +147,19 @@ class Sharpness(nn.Module):
     def _oppose(
         self, seen: Tensor, video: Tensor, num_frames: Tensor | None, others: Tensor, step: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The discriminator's own loss, its weighed gradient at the reconstruction, and metrics.
+        """The discriminator's own loss, its scaled gradient at the reconstruction, and metrics.
 
         Args:
-            seen: the reconstruction behind the cut.
+            seen: the detached reconstruction.
             video: the original.
-            num_frames: as of `forward`.
-            others: the gradient of all other terms there.
+            num_frames: see `forward`.
+            others: the gradient of all other terms at the reconstruction.
             step: steps done so far.
         """
         assert self.discriminator is not None
         start = self.config.adversarial_start
         if step < start // 2:
-            # Gradients of zero, not none: the optimizer keeps a state of all parameters from the first step on.
+            # The gradients must be zero, not None: the optimizer needs states of all parameters from the first step.
             idle = torch.stack([parameter.sum() for parameter in self.discriminator.parameters()]).sum() * 0
             return idle, torch.zeros_like(seen), {"realism": idle.detach(), "discriminator": idle.detach()}
         verdict = self.discriminator.judge(_still_after(seen, num_frames), _still_after(video, num_frames))
@@ -168,14 +168,14 @@ class Sharpness(nn.Module):
         if step < start:
             return own, torch.zeros_like(seen), metrics
         (gradient,) = torch.autograd.grad(-verdict.realism, seen, retain_graph=True)
-        # One weight on all ranks, as if one had all clips.
+        # All ranks use one scale, as if a single rank had all clips.
         norms = sum_over_ranks(torch.stack((others.square().sum(), gradient.square().sum()))).sqrt()
         scale = (norms[0] / norms[1].clamp(min=1e-12)).clamp(max=MOST_ADVERSARIAL_SCALE)
         return own, self.config.adversarial_cost * scale * gradient, metrics
 
 
 def _still_after(video: Tensor, num_frames: Tensor | None) -> Tensor:
-    """A video [B, 3, T, H, W] whose clips stand still after their first frames int64 [B]."""
+    """A video [B, 3, T, H, W]; each clip repeats a frame after its first ``num_frames`` (int64 [B]) frames."""
     if num_frames is None:
         return video
     index = torch.arange(video.shape[2], device=video.device).minimum(num_frames[:, None] - 1)  # [B, T]

@@ -29,9 +29,9 @@ from clipmill.training.previews import Preview, Studio
 __all__ = ["Report", "Telemetry", "require_wandb", "summarise"]
 
 UPLOAD_SECONDS = 30.0
-"""How often records are published: buckets cannot append, so each time as whole files."""
+"""Seconds between two uploads. Each upload writes whole files, because buckets cannot append."""
 WANDB_NAME_LENGTH = 128
-"""Most that Weights & Biases takes."""
+"""Maximum that Weights & Biases accepts."""
 _STATUS = (
     "loss",
     "tokens_per_second",
@@ -42,34 +42,34 @@ _STATUS = (
     "data_wait_share",
     "skipped_steps",
 )
-"""What the status line shows of a training's facts."""
+"""The facts of a training that the status line shows."""
 
 logger = logging.getLogger(__name__)
 
 
 class Report(Protocol):
-    """The line between a training worker and whoever started it."""
+    """The connection between a training worker and the process that started it."""
 
     @property
     def stop_requested(self) -> bool:
         """Whether the run was asked to stop: it should checkpoint and raise `Interrupted`."""
 
     def hold_stops(self) -> AbstractContextManager[None]:
-        """Within it a request to stop only sets `stop_requested`; outside it ends this process at once, status 75.
+        """Inside the block, a stop only sets `stop_requested`; outside, it ends this process at once, with status 75.
 
         Raises:
             Interrupted: on entry, if the stop was requested before.
         """
 
     def update(self, facts: dict[str, Any]) -> None:
-        """Hands over the newest progress, ``{"step", "total", ...}``, without waiting."""
+        """Reports the newest progress, ``{"step", "total", ...}``, without waiting."""
 
 
 def require_wandb(project: str | None) -> None:
-    """Checks that Weights & Biases can record if it is asked to. Asks no server.
+    """If a project is set, checks that Weights & Biases can record. Sends no request.
 
     Raises:
-        UserError: the package is missing, or nobody has logged in on this machine.
+        UserError: the package is missing, or this machine is not logged in.
     """
     if project is None:
         return
@@ -80,7 +80,7 @@ def require_wandb(project: str | None) -> None:
         return
     try:
         logged_in = wandb.login(prompt=False, verify=False)
-    except TypeError:  # an older one can only ask; its `init` will tell
+    except TypeError:  # older versions can only prompt; their `init` will report a missing login
         return
     if not logged_in:
         raise UserError(_without_wandb(project, "nobody has logged in on this machine"))
@@ -104,7 +104,7 @@ class Telemetry:
         studio: encodes previews as files; None writes none.
 
     Raises:
-        UserError: Weights & Biases was asked for and lets nobody in.
+        UserError: Weights & Biases is configured and refuses the login.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Telemetry:
         self._wandb: Any = None
         if config.wandb_project is not None:
             wandb = importlib.import_module("wandb")  # not a dependency
-            # A run of its own for each attempt: W&B drops steps that a resumed run goes through again.
+            # Each attempt is its own run: W&B drops steps that a resumed run repeats.
             group = folder_url[-WANDB_NAME_LENGTH:]
             try:
                 self._wandb = wandb.init(project=config.wandb_project, group=group, name=attempt, config=hparams)
@@ -132,8 +132,8 @@ class Telemetry:
         self._uploaded = time.monotonic()
 
     def log(self, step: int, split: str, facts: dict[str, float]) -> None:
-        """Records the facts of one split after ``step`` steps, as far as they are finite, and shows some."""
-        facts = {name: value for name, value in facts.items() if math.isfinite(value)}  # NaN is no JSON
+        """Records the finite facts of one split after ``step`` steps, and shows some of them."""
+        facts = {name: value for name, value in facts.items() if math.isfinite(value)}  # JSON has no NaN
         self._metrics.write({"step": step, "split": split, **facts})
         for name, value in facts.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
@@ -149,7 +149,7 @@ class Telemetry:
         self.progress(step)
 
     def _write_texts(self, hparams: dict[str, Any]) -> None:
-        """The keys of the training, and the config of the run as its folder has it."""
+        """Writes the keys of the training, and the run's config from the training folder."""
         rows = [f"| {name} | {value} |" for name, value in hparams.items()]
         self._writer.add_text("hparams", "\n".join(["| key | value |", "|---|---|", *rows]), 0)
         with contextlib.suppress(FileNotFoundError):
@@ -157,9 +157,9 @@ class Telemetry:
             self._writer.add_text("config", textwrap.indent(config, "    "), 0)  # to Markdown this is code
 
     def log_preview(self, step: int, name: str, preview: Preview) -> None:
-        """Shows a picture, and clips that play, in the folder's ``previews/``, TensorBoard and W&B.
+        """Shows a picture, and playable clips, in the folder's ``previews/``, TensorBoard and W&B.
 
-        Each has a file of events of its own: that with the numbers is published as a whole again and again, and stays
+        Each preview has its own event file. The file with the numbers is uploaded whole every time, so it must stay
         small.
         """
         picture, clips, fps = preview
@@ -188,7 +188,7 @@ class Telemetry:
     def upload(self) -> None:
         """Publishes everything recorded so far.
 
-        Called before each commit too: a checkpoint must not be ahead of its curve, which a resumed run goes on from.
+        Also called before each commit: a resumed run continues the curve, so the curve must reach the checkpoint.
         """
         self._uploaded = time.monotonic()
         try:
@@ -200,7 +200,7 @@ class Telemetry:
                     name = path.relative_to(self._events).as_posix()
                     storage.publish_file(path, storage.join(self._tensorboard_url, name))
                     self._published[path] = size
-        except OSError as error:  # no reason to lose the training: the next upload has it all
+        except OSError as error:  # must not end the training; the next upload contains everything
             logger.warning("cannot upload metrics: %s", error)
 
     def close(self) -> None:
@@ -214,8 +214,8 @@ class Telemetry:
 
 
 def _playing(name: str, clips: np.ndarray, fps: float) -> Summary:
-    """Clips uint8 [N, T, H, W, 3] beside each other as a GIF, which TensorBoard plays; its own writer needs moviepy."""
-    from PIL import Image  # TensorBoard brings it
+    """A GIF of clips uint8 [N, T, H, W, 3], side by side. TensorBoard plays it; its own GIF writer needs moviepy."""
+    from PIL import Image  # installed with TensorBoard
 
     frames = [Image.fromarray(np.concatenate(list(frame), axis=1)) for frame in clips.swapaxes(0, 1)]
     file = io.BytesIO()
@@ -226,7 +226,7 @@ def _playing(name: str, clips: np.ndarray, fps: float) -> Summary:
 
 
 def summarise(folder_url: str) -> dict[str, Any]:
-    """The numbers of a training folder's metrics that a summary shows."""
+    """The metrics of a training folder that a summary shows."""
     records = read_metrics(folder_url)
     train = [record for record in records if record["split"] == "train"]
     val = [record for record in records if record["split"] == "val"]

@@ -22,7 +22,7 @@ __all__ = ["Stopwatch", "peak_flops", "peak_share_per_clip", "prior_flops_per_to
 logger = logging.getLogger(__name__)
 
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense, without sparsity, as the makers' data sheets give them. Longer names first: the first that fits counts.
+    # Dense, without sparsity, from the manufacturers' data sheets. The first matching name counts: longer names first.
     "H100 PCIe": {"bfloat16": 756, "tf32": 378, "float32": 51},
     "H100 NVL": {"bfloat16": 835, "tf32": 417, "float32": 60},
     "H100": {"bfloat16": 989, "tf32": 495, "float32": 67},
@@ -47,7 +47,7 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
 
 
 _LOOKED_UP = {"input.embedding", "norms.table"}
-"""Lookup tables: a token takes rows of them, without arithmetic."""
+"""Lookup tables: reading rows of them needs no arithmetic."""
 _OF_CONDITION = re.compile(r"condition\.|blocks\.\d+\.cross\.kv\.")
 
 
@@ -66,10 +66,10 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def prior_flops_per_token(prior: Prior) -> float:
-    """Floating-point operations of a token, forward and backward, without recomputation.
+    """Floating-point operations per token, forward and backward, without recomputation.
 
-    Without those of a condition, too, which depend on its own length: a conditioned prior uses more of a device than
-    this number says.
+    Operations on a condition are not counted, because they depend on its length. A conditioned prior therefore needs
+    more operations than this.
     """
     config = prior.config
     in_products = sum(
@@ -77,16 +77,16 @@ def prior_flops_per_token(prior: Prior) -> float:
         for name, parameter in prior.named_parameters()
         if parameter.dim() > 1 and name not in _LOOKED_UP and not _OF_CONDITION.match(name)
     )
-    in_products -= (prior.input.num_codebooks - 1) * prior.num_codes * config.hidden_dim  # logits of the others
+    in_products -= (prior.input.num_codebooks - 1) * prior.num_codes * config.hidden_dim  # logits of other codebooks
     attended = prior.num_positions * (1.0 if prior.mask is None else prior.mask.share)
-    # Twice a multiply-add forward, twice that backward; a position attends to half the clip on average.
+    # A multiply-add is 2 operations forward and 4 backward; a position attends to half the clip on average.
     return 6 * in_products + 6 * config.num_layers * config.hidden_dim * attended
 
 
 def vqvae_flops_per_clip(config: VQVAEModelConfig, num_frames: int, size: tuple[int, int]) -> float:
-    """Floating-point operations of a clip of (H, W) pixels, forward and backward, counted on tensors without memory."""
+    """Floating-point operations per clip of (H, W) pixels, forward and backward, counted on tensors without memory."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model = VQVAE(config, pixel_variance=1.0).eval()  # a step in eval mode talks to no other rank
+        model = VQVAE(config, pixel_variance=1.0).eval()  # in eval mode it has no collectives
         model(torch.zeros(1, 3, num_frames, *size)).loss.backward()
     return counter.get_total_flops()
 
@@ -98,8 +98,8 @@ def peak_share_per_clip(
 
     Args:
         flops_per_clip: floating-point operations of a clip; None if they are unknown.
-        config: precision, and perhaps the peak.
-        world: the devices.
+        config: gives the precision, and the peak if it is set.
+        world: gives the devices.
     """
     if world.device.type != "cuda" or flops_per_clip is None:
         return None
@@ -112,10 +112,10 @@ def peak_share_per_clip(
 
 
 class Stopwatch:
-    """Rate of the loop since the last look, and the share of it spent waiting for data.
+    """Rate of the loop in the current window, and the share of time spent waiting for data.
 
     Args:
-        tokens_per_clip: also gives the rate in tokens; None where clips have none.
+        tokens_per_clip: for the rate in tokens; None if clips have no tokens.
         peak_share_per_clip: seconds per clip at the combined peak of all devices; None if the peak is unknown.
     """
 
@@ -134,7 +134,7 @@ class Stopwatch:
         self._waited += waited_seconds
 
     def facts(self) -> dict[str, float]:
-        """Rates of this window and its share of waiting; call when the device has finished its steps."""
+        """Rates of this window and its share of waiting. Call it once the device has finished the steps."""
         seconds = time.perf_counter() - self._began
         rate = self._clips / seconds
         facts = {"clips_per_second": rate, "data_wait_share": self._waited / seconds, "memory_bytes": _memory_bytes()}
@@ -146,7 +146,7 @@ class Stopwatch:
 
 
 def _memory_bytes() -> int:
-    """Peak memory of this process: on the GPU if there is one, else resident."""
+    """Peak memory of this process: on the GPU if there is one, or else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

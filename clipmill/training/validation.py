@@ -1,4 +1,4 @@
-"""Evaluations during a training: scores of a data set, and a picture of what the model makes of it."""
+"""Validation during a training: scores of a data set, and a picture of clips with their reconstructions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _WHITE = 255
 
 
 class Validation(NamedTuple):
-    """Result of an evaluation; empty where there are no clips."""
+    """Result of a validation; empty if there are no clips."""
 
     scores: dict[str, float]
     picture: np.ndarray | None
-    """uint8 [H, W, 3], on rank 0 of a model that reconstructs: see `film_strips`."""
+    """uint8 [H, W, 3], on rank 0 if the model reconstructs: see `film_strips`."""
 
 
 def validate(
@@ -39,19 +39,19 @@ def validate(
     score_counts: Callable[[dict[str, Tensor]], dict[str, float]] | None,
     on_batch: Callable[[], bool],
 ) -> Validation | None:
-    """Evaluates clips of a data set (see `eval_batches`) with the weights that are in place. Collective.
+    """Evaluates clips of a data set (see `eval_batches`) with the current weights. Collective.
 
     Args:
         engine: in training.
-        dataset: the clips, perhaps none.
-        prepare: see `Job`, as ``score_counts``.
-        rows: clips of a batch.
+        dataset: the clips; may be empty.
+        prepare: see `Job`.
+        rows: clips per batch.
         max_clips: maximum number of clips.
         score_counts: see `Job`.
-        on_batch: called after each batch; True, on all ranks, ends the evaluation.
+        on_batch: called after each batch; if it returns True (on all ranks), the validation ends.
 
     Returns:
-        None if ``on_batch`` has ended it.
+        The result; None if ``on_batch`` ended it.
     """
     num_clips = min(max_clips, len(dataset))
     if num_clips == 0:
@@ -78,7 +78,7 @@ def validate(
 
 
 class _Pictured:
-    """Clips beside their reconstructions: the first of each class, and others where there are few classes."""
+    """Clips with their reconstructions: the first of each class, and further ones if there are few classes."""
 
     def __init__(self) -> None:
         self._classes: set[str | None] = set()
@@ -86,7 +86,7 @@ class _Pictured:
         self._others: list[tuple[Tensor, Tensor]] = []
 
     def add(self, collated: dict[str, Any], reconstructions: Tensor) -> None:
-        """Takes those that are wanted of a batch; rows without weight are padding."""
+        """Takes the clips of a batch that are still needed; rows without weight are padding."""
         for row, label in enumerate(collated["label"]):
             wanted = self._others if label in self._classes else self._firsts
             if collated["weight"][row] and len(wanted) < PICTURED_CLIPS:
@@ -94,18 +94,18 @@ class _Pictured:
                 self._classes.add(label)
 
     def picture(self) -> np.ndarray | None:
-        """See `film_strips`; None of a model that reconstructs nothing."""
+        """See `film_strips`; None if the model does not reconstruct."""
         shown = (self._firsts + self._others)[:PICTURED_CLIPS]
         return film_strips(*(torch.stack(kind).numpy() for kind in zip(*shown, strict=True))) if shown else None
 
 
 def film_strips(*kinds: np.ndarray) -> np.ndarray:
-    """Frames of each clip from left to right, and below them those of its reconstruction, if they are given.
+    """A picture of clips: frames from left to right, with those of the reconstruction below them if there is one.
 
-    Not `clipmill.video.contact_sheet`: a machine that only trains has no codecs.
+    `clipmill.video.contact_sheet` is not used because a machine that only trains has no codecs.
 
     Args:
-        kinds: clips uint8 [N, T, H, W, 3], and perhaps their reconstructions, of the same shape.
+        kinds: clips uint8 [N, T, H, W, 3], optionally followed by their reconstructions, of the same shape.
 
     Returns:
         uint8 [N rows or 2 N, frames, 3], with white gaps below each clip or pair.

@@ -53,7 +53,7 @@ __all__ = [
 
 
 LEAST_VARIANCE = 1e-8
-"""Of pixels in 0 to 1: a single grey level among 1,500 equal pixels. The loss is divided by it."""
+"""Minimum variance of pixels in [0, 1], by which the loss is divided: one pixel of 1,500 differs by a grey level."""
 
 
 def folder_url(config: RunConfig) -> str:
@@ -62,28 +62,28 @@ def folder_url(config: RunConfig) -> str:
 
 
 def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The recipe of the clips, by the URL of what this stage reads.
+    """The recipe of the clips, by the URL of the clips.
 
     Raises:
-        UserError: there are none yet.
+        UserError: there are no clips yet.
     """
     clips = require_manifests(config, "clips", "train")
     longest = _longest(clips)
     recipes = {longest.url: longest.recipe}
     for each in clips:
         rule = each.recipe["clip"]
-        if rule["num_frames"] < longest.recipe["clip"]["num_frames"]:  # pictures beside the clips that are configured
+        if rule["num_frames"] < longest.recipe["clip"]["num_frames"]:  # pictures, which the config does not describe
             rule = {key: value for key, value in rule.items() if key != "num_frames"}
         recipes.setdefault(each.url, {**each.recipe, "clip": rule})
     return recipes
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether an export of ``steps`` steps or more is there.
+    """Whether there is an export of ``steps`` steps or more.
 
     Raises:
-        UserError: there are no clips yet, they differ in shape, the downsampling or the crop does not fit them, or
-            another model is in the folder.
+        UserError: there are no clips yet, they differ in shape, the downsampling or the crop does not fit them, or the
+            folder holds another model.
     """
     clips = _clips(config)
     _codes_shape(config, clips)
@@ -92,12 +92,12 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio | None = None) -> None:
-    """Trains and exports, as one rank of whatever process group this process is in. Collective.
+    """Trains and exports, as one rank of this process's group. Collective.
 
     Args:
         config: of the run.
-        lease: see `fit`, as the next.
-        report: shows the progress.
+        lease: see `fit`.
+        report: see `fit`.
         studio: encodes the pictures of validations as files; None writes none.
 
     Raises:
@@ -133,7 +133,10 @@ def train(config: RunConfig, lease: Lease | None, report: Report, studio: Studio
 
 
 def is_usable(config: RunConfig, num_workers: int) -> bool:
-    """Whether the training can run on this number of ranks: with batch statistics, on as many clips as on the most."""
+    """Whether the training can run on this number of ranks.
+
+    With batch statistics, a micro-step must have as many clips as on the largest number of ranks.
+    """
     training, most = config.vqvae.training, config.cluster.most_workers
     if not config.vqvae.model.has_batch_statistics:
         return num_workers <= training.global_batch
@@ -158,7 +161,7 @@ def export(config: RunConfig, step: int | None, dtype: Dtype) -> str:
         The export's sha8.
 
     Raises:
-        UserError: there is no such checkpoint, or it is of other settings.
+        UserError: there is no such checkpoint, or it has other settings.
     """
     clips = _clips(config)
     found = find_checkpoint(folder_url(config), step, _identity(config, clips), config.vqvae.training)
@@ -171,7 +174,7 @@ def summary(config: RunConfig) -> dict[str, Any]:
 
 
 def _source(config: RunConfig, url: str) -> Source:
-    """The weights of another tokenizer. A codebook without its counts, or of another quantizer, is none."""
+    """The weights of another tokenizer. A codebook is only copied from the same quantizer, and with its counts."""
     model, _, sha8 = load_vqvae(url)
     mine, its = config.vqvae.model, model.config
     keys = ("quantizer", "distance", "num_codebooks")
@@ -181,11 +184,11 @@ def _source(config: RunConfig, url: str) -> Source:
 
 
 class VQVAEObjective(nn.Module):
-    """The tokenizer's loss as the loop wants it (see `clipmill.training.zero.engine.Engine`).
+    """The tokenizer's loss in the form that the loop needs (see `clipmill.training.zero.engine.Engine`).
 
     Args:
         model: the tokenizer.
-        sharpness: further terms, in training alone.
+        sharpness: additional terms of the training loss.
     """
 
     def __init__(self, model: VQVAE, sharpness: Sharpness) -> None:
@@ -194,10 +197,10 @@ class VQVAEObjective(nn.Module):
         self.sharpness = sharpness
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B], in a mix with pictures ``num_frames`` [B], in
-        training ``step``.
+        """Batch: ``video`` uint8 [B, T, H, W, 3], ``weight`` float32 [B], ``num_frames`` [B] in a mix with pictures,
+        ``step`` in training.
 
-        In eval mode the metrics have the 1-d ``code_counts`` too, see `score_counts`, and the ``reconstruction``,
+        In eval mode the metrics also contain the 1-d ``code_counts`` (see `score_counts`) and the ``reconstruction``,
         uint8 [B, T, H, W, 3].
         """
         video = to_input(batch["video"])
@@ -211,13 +214,13 @@ class VQVAEObjective(nn.Module):
         return output.loss, output.metrics | shown
 
     def score_counts(self, counts: dict[str, Tensor]) -> dict[str, float]:
-        """Usage and perplexity of the codebook over all counted codes; a mean over batches would not give them."""
+        """Usage and perplexity of the codebook over all counted codes. They are not means over batches."""
         scores = codebook_metrics(counts["code_counts"], self.model.config.num_codebooks)
         return {name: value.item() for name, value in scores.items()}
 
 
 def _require_even_rows(config: RunConfig, world_size: int) -> None:
-    """Refuses rows of padding, which would enter batch statistics."""
+    """Refuses padding rows if they would enter batch statistics."""
     training = config.vqvae.training
     if not config.vqvae.model.has_batch_statistics:
         require_rows(training, world_size, "vqvae")
@@ -233,7 +236,7 @@ def _require_even_rows(config: RunConfig, world_size: int) -> None:
 
 
 def _clips(config: RunConfig) -> list[Manifest]:
-    """The training clips, which have one size, and one length unless the model can take pictures beside them."""
+    """The training clips. They must have one size, and one length unless the model can also take pictures."""
     clips, model = require_manifests(config, "clips", "train"), config.vqvae.model
     for manifest in clips:
         wanted, found = (each.recipe["clip"] for each in (_longest(clips), manifest))
@@ -264,12 +267,12 @@ def _clips(config: RunConfig) -> list[Manifest]:
 
 
 def _longest(clips: list[Manifest]) -> Manifest:
-    """The first of the data sets whose clips have most frames: what the tokenizer is for."""
+    """The first of the data sets with the longest clips; these are what the tokenizer is for."""
     return max(clips, key=lambda each: each.recipe["clip"]["num_frames"])
 
 
 def _decode(clips: list[Manifest]) -> Decode:
-    """Makes a batch of clips of one length, also where the data sets differ in it."""
+    """Decodes batches of clips to one length, also if the data sets have different lengths."""
     lengths = {each.recipe["clip"]["num_frames"] for each in clips}
     return decode_clip if len(lengths) == 1 else functools.partial(decode_clip_filled_up, num_frames=max(lengths))
 
@@ -286,7 +289,7 @@ def _codes_shape(config: RunConfig, clips: list[Manifest]) -> tuple[int, ...]:
 
 
 def _pixel_variance(config: RunConfig, clips: list[Manifest]) -> float:
-    """Variance of all pixels, by the shares of the mixture: mean of the variances plus variance of the means."""
+    """Variance of all pixels, weighted by the mixture's shares: mean of the variances plus variance of the means."""
     if len(clips) == 1:
         return float(clips[0].facts["pixel_variance"])
     shares = slots_of(config) / NUM_SLOTS

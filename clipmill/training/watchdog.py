@@ -23,11 +23,11 @@ from clipmill.training.world import World
 __all__ = ["Watchdog"]
 
 LOOKS = 10
-"""How often a rank looks around in ``hang_seconds``."""
+"""Number of times that a rank looks at the others' progress in ``hang_seconds``."""
 ANSWER_SECONDS = 10.0
 PATIENT_SECONDS = 3600.0
-"""How long the ranks may wait at one place of a save for a rank that answers: longer than rank 0 waits for a node's
-upload, shorter than a collective waits."""
+"""How long the ranks may wait during a save for a rank that still responds. Longer than rank 0 waits for a node's
+upload; shorter than the timeout of a collective."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,19 +55,19 @@ class _Question:
         threading.Thread(target=lambda: self._answers.append(ask()), daemon=True).start()
 
     def answer(self) -> _Standings | None:
-        """The standings; None as long as they may still come."""
+        """The standings; None while they may still arrive."""
         if self._answers:
             return self._answers[0]
         return _Standings(silent=[0], behind=[]) if time.monotonic() > self._deadline else None
 
 
 class Watchdog:
-    """Watches one rank of several. Making one is collective.
+    """Watches one rank of several. Creating one is collective.
 
     Args:
-        world: this process among its peers.
-        hang_seconds: after this time without progress, the process ends itself with status 1: torchrun and Ray Train
-            then tear the group down, and Ray Train starts it again from its last checkpoint.
+        world: this rank and its peers.
+        hang_seconds: after this time without progress, the process ends itself with status 1. torchrun and Ray Train
+            then tear the group down, and Ray Train restarts it from its last checkpoint.
     """
 
     def __init__(self, world: World, hang_seconds: float) -> None:
@@ -84,18 +84,18 @@ class Watchdog:
         port = world.from_rank_zero(lambda: own.port if own is not None else None)
         self._store = own or dist.TCPStore(host, port, is_master=False, timeout=patience)
         self._tell(0)
-        world.barrier()  # from here on every rank has told something
+        world.barrier()  # now every rank has reported at least once
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def advance(self) -> None:
-        """A step, or any part of the work that all ranks do together, is done."""
+        """Call it after each step, and after every other part of the work that all ranks do together."""
         self._progress += 1
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """For loading, saving and exporting, whose parts may take `PATIENT_SECONDS`.
+        """Raises the limit to `PATIENT_SECONDS` during the block: for loading, saving and exporting.
 
-        A rank that does not even answer is named after ``hang_seconds`` here too.
+        A rank that does not respond at all is still named after ``hang_seconds``.
         """
         self._limit_seconds = max(self._hang_seconds, PATIENT_SECONDS)
         try:
@@ -113,7 +113,7 @@ class Watchdog:
         question: _Question | None = None
         while not self._ended.wait(self._hang_seconds / LOOKS):
             look += 1
-            # In a thread: while the process with the store is stopped, not even a call with a timeout returns.
+            # In a thread: while the process with the store is stopped, even a call with a timeout does not return.
             threading.Thread(target=self._tell, args=(look,), daemon=True).start()
             if self._progress != seen:
                 seen, since, question = self._progress, time.monotonic(), None

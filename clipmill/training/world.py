@@ -15,22 +15,23 @@ import torch.distributed as dist
 __all__ = ["World", "join_world"]
 
 TIMEOUT_SECONDS = 7200.0
-"""Of every collective. Peers wait in one while rank 0 waits for the slowest node's upload, which must run out of
-patience first, as must the watchdog, who names the rank that all wait for: NCCL's own ten minutes would name nobody."""
+"""Timeout of every collective. It must be longer than two other limits: that of rank 0 for the slowest node's upload,
+during which the peers wait in a collective, and that of the watchdog, which names the rank that all wait for. NCCL's
+default of ten minutes would end the training without a name."""
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What tells a process its place in a group; DeepSpeed looks for MPI unless all five are set."""
+"""Environment variables that give a process its place in a group. DeepSpeed looks for MPI unless all five are set."""
 
 
 class World:
-    """This process among its peers.
+    """This rank and its peers.
 
     Attributes:
         rank: index of this process among ``size``.
         local_rank: index among the ``local_size`` processes of this machine.
-        nodes: the ranks that are first on their machine.
-        node: which of these is this machine's.
-        device: where the model lives.
+        nodes: the first rank of each machine.
+        node: index of this machine in ``nodes``.
+        device: of the model.
     """
 
     def __init__(self, *, is_ours: bool, is_alone: bool = False) -> None:
@@ -39,7 +40,7 @@ class World:
         self.local_rank = int(os.environ["LOCAL_RANK"])
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.device = torch.device("cuda", self.local_rank) if _has_cuda() else torch.device("cpu")
-        # Control messages go over gloo: on NCCL even one integer would wait for the GPU's stream.
+        # Control messages use gloo: with NCCL, even one integer would wait for the GPU's stream.
         self._control = dist.new_group(backend="gloo", timeout=_patience()) if self.size > 1 else None
         firsts = [0.0] * self.size
         firsts[self.rank] = float(self.local_rank == 0)
@@ -69,7 +70,7 @@ class World:
         if self.rank == 0:
             try:
                 outcome[0] = make()
-            except Exception as error:  # the peers must not wait for a broadcast that never comes
+            except Exception as error:  # otherwise the peers would wait for a broadcast that never comes
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self._control)
         if outcome[1] is not None:
@@ -92,20 +93,20 @@ class World:
             dist.barrier(group=self._control)
 
     def leave(self) -> None:
-        """Ends the process group, unless Ray Train, which made it, will. Collective.
+        """Ends the process group, unless Ray Train created it and will end it. Collective.
 
-        A rank that merely exits tears connections down that its peers may still close: now and then one aborts.
+        If a rank just exited, its connections would break while its peers close theirs, and sometimes a peer aborts.
         """
         if self._is_ours:
             self.barrier()
             dist.destroy_process_group()
-        if self._is_alone:  # what this process starts or trains next is not a rank of this group
+        if self._is_alone:  # later trainings and child processes must not look like ranks of this group
             for name in _ENVIRONMENT:
                 os.environ.pop(name, None)
 
 
 def join_world() -> World:
-    """Joins the process group of Ray Train or torchrun, or makes one of a single process."""
+    """Joins the process group of Ray Train or torchrun, or creates a group of one process."""
     cuda = _has_cuda()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -121,7 +122,7 @@ def join_world() -> World:
 
 
 def _has_cuda() -> bool:
-    """Whether to compute on a GPU, as DeepSpeed will decide too."""
+    """Whether to compute on a GPU; DeepSpeed decides in the same way."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 

@@ -1,3 +1,3 @@
-"""ZeRO: what knows DeepSpeed, and how it lays out weights, gradients, optimizer states and checkpoints."""
+"""ZeRO: all code that depends on DeepSpeed, and on its layout of weights, gradients, states and checkpoints."""
 
 __all__: list[str] = []

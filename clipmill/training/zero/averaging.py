@@ -19,12 +19,12 @@ from clipmill.training.zero.partitions import masters, optimizer_states, refresh
 __all__ = ["AVERAGE", "Averages", "BufferAverages", "averaged_buffers"]
 
 AVERAGE = "average"
-"""Name of the entry."""
+"""Name of the entry in the optimizer's state."""
 _MODULE = "averages"
 
 
 class BufferAverages(nn.Module):
-    """Copies of a module's floating-point buffers, in whose state they are from then on."""
+    """Averages of a module's floating-point buffers, kept as buffers in the module's own state."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class BufferAverages(nn.Module):
 
 
 def averaged_buffers(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers of a checkpoint, each as its average where there is one."""
+    """The buffers of a checkpoint, each replaced by its average if there is one."""
     prefix = f"{_MODULE}."
     averages = {
         name.removeprefix(prefix).replace("/", "."): value for name, value in buffers.items() if name.startswith(prefix)
@@ -47,8 +47,8 @@ class Averages:
     """The averages of one engine.
 
     Args:
-        engine: DeepSpeed's.
-        buffers: of the module in it.
+        engine: DeepSpeed's engine.
+        buffers: averages of its module's buffers.
     """
 
     def __init__(self, engine: Any, buffers: BufferAverages) -> None:
@@ -58,23 +58,23 @@ class Averages:
 
     @torch.no_grad()
     def update(self, weight: float, applied: Tensor) -> None:
-        """Moves the averages towards what a step has made.
+        """Moves the averages towards the weights and buffers after a step.
 
         Args:
-            weight: of the newest weights; 1 takes them as they are.
-            applied: float32 0-d; 0 for a skipped step, which changes nothing.
+            weight: weight of the new values; 1 replaces the averages by them.
+            applied: float32 0-d; 0 for a skipped step, which leaves the averages unchanged.
         """
         states = optimizer_states(self._engine)
         for master in masters(self._engine):
             state = states.get(master)
-            if state and AVERAGE not in state:  # there is none before the first step
+            if state and AVERAGE not in state:  # at the first step
                 state[AVERAGE] = master.detach().clone()
         for current, average in self._pairs():
             average.lerp_(current, (weight * applied).to(average.device, non_blocking=True))
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the model has its averages in place of weights and buffers; no step may be taken. Collective."""
+        """Replaces weights and buffers by their averages during the block; no step may be taken. Collective."""
         self._exchange()
         try:
             yield

@@ -1,10 +1,10 @@
-"""A checkpoint of any world size and ZeRO stage as whole tensors, and these in an engine of any other.
+"""Reads a checkpoint of any world size and ZeRO stage as whole tensors, and loads these into an engine of any other.
 
 DeepSpeed's own way (``ds_to_universal``, then ``load_universal``) stays within one ZeRO stage and leaves buffers
 behind, among them the tokenizer's codebook; it also writes every tensor to the disk twice. Here the files of all ranks
-are mapped into memory, and a whole tensor is put together when it is asked for. Both sides touch DeepSpeed's private
-state: tests/training/test_resume.py goes from stage to stage (ZeRO 1 to 3 in the default set, the others in the slow
-one) and fails when it moves.
+are mapped into memory, and a whole tensor is assembled when it is needed. Both sides use private state of DeepSpeed. If
+that changes, tests/training/test_resume.py fails: it converts between stages (ZeRO 1 to 3 in the default set, all
+others in the slow set).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from clipmill.training.zero.partitions import masters, optimizer_states, refresh
 __all__ = ["GROUPS", "WholeTensors", "load_whole"]
 
 GROUPS = "parameter_groups"
-"""Key of a checkpoint: names of the parameters in each of the optimizer's groups; one group of all if it is absent."""
+"""Key in a checkpoint: names of the parameters in each group of the optimizer. If absent, there is one group."""
 
 
 class _Piece(NamedTuple):
-    """Part of a parameter, flat, in a file of one rank."""
+    """A flat piece of a parameter in a file of one rank."""
 
     parts: Mapping[str, Tensor]
     start: int
@@ -35,21 +35,21 @@ class _Piece(NamedTuple):
 
 
 class WholeTensors:
-    """What a checkpoint of all ranks holds, put together from their files.
+    """The tensors of a checkpoint, assembled from the files of all ranks.
 
     Args:
-        saved: the files that `Engine.save` wrote under its tag, of all ranks.
+        saved: folder of the files that `Engine.save` wrote under its tag, of all ranks.
         zero_stage: of the run that saved them.
 
     Attributes:
-        shapes: of each parameter, by name.
+        shapes: shape of each parameter, by name.
         buffers: the module's persistent buffers, by name.
-        moments: what there is of each parameter beside its weights: ``exp_avg``, ``exp_avg_sq``, perhaps ``average``.
+        moments: states of each parameter besides its weights: ``exp_avg``, ``exp_avg_sq``, perhaps ``average``.
         num_steps: optimizer steps done, float32, 0-d.
     """
 
     def __init__(self, saved: Path, zero_stage: int) -> None:
-        model = _load(_by_rank(saved, "model_states")[0])  # shapes and buffers are every rank's
+        model = _load(_by_rank(saved, "model_states")[0])  # shapes and buffers are the same on every rank
         self._pieces: dict[str, list[_Piece]] = {}
         self.shapes: dict[str, torch.Size]
         if zero_stage == 0:
@@ -66,12 +66,12 @@ class WholeTensors:
         self.num_steps = torch.as_tensor(states[0]["step"], dtype=torch.float32)
 
     def read(self, name: str, part: str) -> Tensor:
-        """Float32 tensor of a parameter, whole: its ``weights``, or one of `moments`."""
+        """A whole float32 tensor of a parameter: its ``weights``, or one of `moments`."""
         pieces = [piece.parts[part].flatten().narrow(0, *piece[1:]).float() for piece in self._pieces[name]]
         return torch.cat(pieces).view(self.shapes[name])
 
     def _add_plain(self, model: dict[str, Any]) -> Any:
-        """Without ZeRO one file holds module and optimizer, whose state goes by the number of the parameter in it."""
+        """Without ZeRO, one file holds module and optimizer. The optimizer's state is indexed by parameter number."""
         states = model["optimizer"]["state"]
         groups = model.get(GROUPS) or [list(self.shapes)]
         for number, name in enumerate(itertools.chain.from_iterable(groups)):
@@ -80,7 +80,7 @@ class WholeTensors:
         return states
 
     def _add_zero12(self, document: dict[str, Any], _: list[dict[str, torch.Size]], __: int) -> Any:
-        """Each rank has one flat part of each group, and says where in it a parameter, or some of it, lies."""
+        """Each rank has one flat part of each group, and a map of where (a part of) each parameter is in it."""
         states = document["base_optimizer_state"]["state"]
         for number, fragments in enumerate(document["param_slice_mappings"]):
             parts = {**states[number], "weights": document["single_partition_of_fp32_groups"][number]}
@@ -89,7 +89,7 @@ class WholeTensors:
         return states
 
     def _add_zero3(self, document: dict[str, Any], shapes: list[dict[str, torch.Size]], num_ranks: int) -> Any:
-        """Of each parameter each rank has one part of equal length, the last filled up with zeros."""
+        """Each rank has one part of each parameter. All parts have one length; the last is padded with zeros."""
         states = document["optimizer_state_dict"]["state"]
         for number, group in enumerate(shapes):
             parts = {**states[number], "weights": document["fp32_flat_groups"][number]}
@@ -104,13 +104,13 @@ class WholeTensors:
 
 
 def _by_rank(saved: Path, kind: str) -> list[Path]:
-    """The files of one kind, rank 0's first; without ZeRO they name no rank and are one."""
+    """The files of one kind, in the order of ranks. Without ZeRO there is one file, whose name has no rank."""
     ranks = {path: re.search(r"pp_rank_(\d+)", path.name) for path in saved.glob(f"*{kind}.pt")}
     return sorted(ranks, key=lambda path: int(rank[1]) if (rank := ranks[path]) else 0)
 
 
 def _load(path: Path) -> Any:
-    # Its hash was compared with the one we wrote, so unpickling it is safe.
+    # Unpickling is safe: the file has the hash that we recorded when we wrote it.
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
@@ -149,7 +149,7 @@ def _place_zero12(engine: Any, whole: WholeTensors, part: str, targets: list[Ten
     for parameters, target in zip(optimizer.bit16_groups, targets, strict=True):
         for parameter in parameters:
             mapping = parameter._hp_mapping
-            if mapping is None:  # other ranks have it
+            if mapping is None:  # this parameter is on other ranks
                 continue
             source, own = mapping.lp_fragment_address, mapping.hp_fragment_address
             values = whole.read(optimizer.param_names[parameter], part).flatten()

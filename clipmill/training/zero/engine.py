@@ -1,6 +1,6 @@
 """DeepSpeed behind a few verbs: step, evaluate, save, load.
 
-The traps of DeepSpeed that this module keeps from its callers are noted where each is met.
+Comments name the traps of DeepSpeed, where this module avoids them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from clipmill.training.zero.writer import Writer
 __all__ = ["Engine", "bucket_elements", "deepspeed_config", "set_cuda_arithmetic", "whole_state"]
 
 TAG = "state"
-"""DeepSpeed's files lie in a folder of this name."""
+"""Name of the folder with DeepSpeed's files."""
 
 
 BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default: room for gradients that wait to be sent."""
+"""Gradients per bucket: DeepSpeed's default."""
 OVERLAPPED_ELEMENTS = 50_000_000
-"""The same where buckets are sent while the backward pass goes on: it fills the next one meanwhile."""
+"""Maximum number of gradients per bucket if a bucket is sent while the backward pass fills the next one."""
 FEWEST_OVERLAPPED = 8
-"""Buckets of a small model: the last one of a backward pass hides behind nothing."""
+"""Minimum number of such buckets: the last one is sent after the backward pass, so it should be small."""
 
 
 def deepspeed_config(
@@ -53,21 +53,21 @@ def deepspeed_config(
     Args:
         config: our settings.
         rows: clips of one micro-batch on one rank.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches per step.
         world_size: number of ranks.
         num_parameters: of the model.
     """
     overlaps = config.zero_stage in (1, 2) and not config.offload and world_size > 1
     bucket = bucket_elements(num_parameters, overlaps)
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": bucket}
-    if config.zero_stage < 3:  # at stage 3 DeepSpeed overlaps by itself
+    if config.zero_stage < 3:  # at stage 3 DeepSpeed overlaps by default
         zero["overlap_comm"] = overlaps
     if config.offload:
-        # torch's own AdamW steps on the CPU as well; DeepSpeed's would be compiled at the first start.
+        # torch's AdamW also works on the CPU; DeepSpeed's would be compiled at the first start.
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     guarded = _is_guarded(config)
     if guarded and config.zero_stage:
-        zero["compute_grad_norm"] = False  # `Guard` does, in one pass over the flat gradients
+        zero["compute_grad_norm"] = False  # `Guard` computes it, in one pass over the flat gradients
     document: dict[str, Any] = {
         "train_batch_size": rows * accumulation * world_size,
         "train_micro_batch_size_per_gpu": rows,
@@ -76,21 +76,20 @@ def deepspeed_config(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,  # telemetry prints, not DeepSpeed
+        "steps_per_print": 2**31,  # never: our telemetry prints
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-step
     }
     if config.precision == "bfloat16":
-        # On CUDA DeepSpeed switches an autocast of ours off and says so in a log line. No module is named whose
-        # gradients may go between ranks in bfloat16: theirs stay float32.
+        # On CUDA DeepSpeed would disable an autocast of ours. The list is empty: all gradients are reduced in float32.
         document["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return _merged(document, config.deepspeed)
 
 
 def bucket_elements(num_parameters: int, overlaps: bool) -> int:
-    """Gradients that are reduced together.
+    """Number of gradients that are reduced together.
 
-    A bucket is allocated whole, however few gradients there are: 2 GB beside a model of 2 MB. There are two where the
-    reduction overlaps the backward pass.
+    A bucket is allocated whole, even for a small model: the default takes 2 GB beside a model of 2 MB. There are two
+    buckets if the reduction overlaps the backward pass.
     """
     if overlaps:
         return min(-(-num_parameters // FEWEST_OVERLAPPED), OVERLAPPED_ELEMENTS)
@@ -98,7 +97,7 @@ def bucket_elements(num_parameters: int, overlaps: bool) -> int:
 
 
 def _is_guarded(config: TrainingConfig) -> bool:
-    """Whether clipping and the choice to leave a step out are ours; else DeepSpeed's."""
+    """Whether `Guard` clips and skips steps, or DeepSpeed does."""
     return config.zero_stage < 3 and not config.offload
 
 
@@ -114,13 +113,13 @@ class Engine:
     """A model with its optimizer under ZeRO.
 
     Args:
-        objective: called with one micro-batch (a dict of tensors with ``weight`` float32 [rows]) it returns the
-            mean loss over the weighted rows, 0-d, and a dict of 0-d metrics of the same weighting. Its
-            ``model.blocks`` are what is compiled.
+        objective: called with one micro-batch (a dict of tensors with ``weight`` float32 [rows]). It returns the mean
+            loss over the weighted rows, 0-d, and a dict of 0-d metrics with the same weighting. Its ``model.blocks``
+            are compiled.
         config: training settings.
-        world: this process among its peers.
+        world: this rank and its peers.
         rows: clips of one micro-batch on one rank.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches per step.
     """
 
     def __init__(
@@ -161,30 +160,31 @@ class Engine:
         zero = document["zero_optimization"]
         if zero.get("overlap_comm") and zero["stage"] in (1, 2) and world.device.type == "cpu" and not config.offload:
             Overlap(self.deepspeed.optimizer)
-        # It would copy scripts into every checkpoint that convert its files: `whole_state` does.
+        # DeepSpeed would copy conversion scripts into every checkpoint; `whole_state` converts instead.
         self.deepspeed._copy_recovery_script = lambda _: None
         self._averages = Averages(self.deepspeed, averages) if averages else None
         if config.compile:
-            # A prior names its blocks, which are alike, so that one compilation serves all; a tokenizer its two halves.
+            # A prior's blocks are alike, so one compilation serves all. A tokenizer has two halves here.
             for block in cast(Any, objective).model.blocks:
                 block.compile()
 
     @property
     def objective(self) -> nn.Module:
-        """The module being trained, without DeepSpeed's wrapping."""
+        """The trained module, without DeepSpeed's wrapper."""
         return self.deepspeed.module
 
     @contextlib.contextmanager
     def step(self, lr: float, average_weight: float) -> Iterator[None]:
-        """Holds the micro-steps of one step.
+        """Context of the micro-steps of one step.
 
         Args:
             lr: learning rate of this step.
-            average_weight: of the new weights in their average, if one is kept.
+            average_weight: weight of the new weights in the running average, if there is one.
         """
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr  # the schedule is a function of the step: no scheduler state to restore
-        # The forward pass moves buffers (statistics, codebook) before anybody knows what the gradients are.
+            group["lr"] = lr  # the schedule is a function of the step, so a resume needs no scheduler state
+        # Buffers are kept in case the step is skipped: the forward pass changes them (statistics, codebook) before the
+        # gradients are known.
         restores = self._config.bad_steps == "skip"
         before = [(buffer, buffer.clone()) for buffer in self.objective.buffers()] if restores else []
         yield
@@ -195,7 +195,7 @@ class Engine:
             self._averages.update(average_weight, (~skipped).float())
 
     def micro_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward, backward, and on the last micro-batch of a step the optimizer.
+        """Forward and backward pass, and after the last micro-batch of a step the optimizer.
 
         Args:
             batch: on the device.
@@ -205,23 +205,23 @@ class Engine:
         """
         self.deepspeed.train()
         loss, metrics = self.deepspeed(batch)
-        # DeepSpeed averages over ranks and micro-batches; what we want is the sum over rows divided by the global
-        # batch, in which padding rows of uneven ranks weigh nothing.
+        # DeepSpeed averages over ranks and micro-batches. We need the sum over rows divided by the global batch, so
+        # that padding rows of uneven ranks have no weight.
         share = batch["weight"].sum() * (self.world.size * self._accumulation / self._config.global_batch)
         self.deepspeed.backward(loss * share)
-        self.deepspeed.step()  # knows itself which micro-batch ends the step; clips and zeroes too
+        self.deepspeed.step()  # finds out which micro-batch ends the step; also clips and zeroes gradients
         return loss.detach(), {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward without dropout or statistics updates."""
         self.deepspeed.eval()
-        # Not compiled: that would take as long again, for a few batches now and then.
+        # Not compiled: a second compilation is not worth it for a few batches from time to time.
         with torch.compiler.set_stance("force_eager"):
             return self.deepspeed(batch)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Within it the model has the weights that will be exported: their average, if one is kept. Collective."""
+        """In the block, the model has the weights that would be exported: the average, if there is one. Collective."""
         return contextlib.nullcontext() if self._averages is None else self._averages.in_place()
 
     @property
@@ -234,14 +234,14 @@ class Engine:
 
     @property
     def skipped(self) -> Tensor:
-        """Whether the last step was not applied, for what its gradients were, bool 0-d on the device."""
+        """Whether the last step was skipped because of its gradients, bool 0-d on the device."""
         return ~self.grad_norm.isfinite() if self._guard is None else self._guard.skipped
 
     @property
     def usual_norm(self) -> list[float] | None:
-        """State for a checkpoint beside `save`: see `Guard.usual`; none where nobody keeps it."""
+        """State for a checkpoint in addition to `save`: see `Guard.usual`. None without a ``spike_factor``."""
         if self._guard is None or self._config.spike_factor is None:
-            return None  # what was usual before would be a trap for a later run with a factor
+            return None  # an outdated norm would mislead a later run that has a factor
         return self._guard.usual.tolist()
 
     @usual_norm.setter
@@ -250,17 +250,17 @@ class Engine:
             self._guard.usual = torch.tensor(usual)
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The tensors of a batch where the model is, without waiting for them."""
+        """Copies the tensors of a batch to the model's device, without waiting for the copies."""
         return {name: self._moved(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def _moved(self, tensor: Tensor) -> Tensor:
         if self.world.device.type == "cuda":
-            tensor = tensor.pin_memory()  # from other memory a copy waits for everything before it
+            tensor = tensor.pin_memory()  # a copy from pageable memory would wait for all earlier work
         return tensor.to(self.world.device, non_blocking=True)
 
     @property
     def num_groups(self) -> int:
-        """Groups of the optimizer's parameters; checkpoints of another number have another layout."""
+        """Number of the optimizer's parameter groups; it is part of a checkpoint's layout."""
         return len(self._group_names)
 
     @torch.no_grad()
@@ -282,7 +282,7 @@ class Engine:
         return sum(part.nbytes for part in parts)
 
     def _states(self) -> list[Tensor]:
-        """This rank's part of the weights, in float32, and of the optimizer's states of them."""
+        """This rank's part of the float32 weights and of the optimizer's states."""
         states = optimizer_states(self.deepspeed)
         own = masters(self.deepspeed)
         return own + [value for master in own for value in states.get(master, {}).values()]
@@ -295,14 +295,14 @@ class Engine:
             on_written: called once this rank's files are written, before it waits for the others.
 
         Raises:
-            Exception: a file could not be written; raised on that rank alone, after DeepSpeed's barriers.
+            Exception: a file could not be written; raised only on that rank, after DeepSpeed's barriers.
         """
         ours = self.deepspeed.checkpoint_engine
         writer = Writer(ours, on_written)
         self.deepspeed.checkpoint_engine = writer
         try:
-            # save_latest writes the pointer file whose absence makes load_checkpoint start afresh in silence:
-            # our own commit record takes its place.
+            # save_latest would write a pointer file; without it, load_checkpoint silently starts afresh. Our commit
+            # record takes its place.
             state = {GROUPS: self._group_names}
             self.deepspeed.save_checkpoint(str(folder), tag=TAG, client_state=state, save_latest=False)
         finally:
@@ -327,13 +327,13 @@ class Engine:
 
 
 def whole_state(folder: Path, zero_stage: int) -> dict[str, Deferred]:
-    """The whole float32 state dict of a checkpoint, read from its files when it is needed; averages if they were kept.
+    """The whole float32 state dict of a checkpoint, with averages if there are any. Tensors are read when needed.
 
     Args:
-        folder: holds the files of all ranks, as `Engine.save` wrote them, until the last tensor has been read.
+        folder: the files of all ranks, as `Engine.save` wrote them; keep it until the last tensor has been read.
         zero_stage: of the run that saved.
     """
-    _import_deepspeed()  # the files hold objects of its
+    _import_deepspeed()  # the files contain DeepSpeed's objects
     whole = WholeTensors(folder / TAG, zero_stage)
     part = AVERAGE if AVERAGE in whole.moments else "weights"
     weights = {
@@ -350,8 +350,8 @@ def whole_state(folder: Path, zero_stage: int) -> dict[str, Deferred]:
 def set_cuda_arithmetic(precision: str) -> None:
     """Sets, for this whole process, how CUDA computes float32 products, and lets cuDNN time its kernels.
 
-    torch lets convolutions compute in TF32 unless told otherwise. Timing pays where shapes stay the same, as they do in
-    a training; another process may then choose other kernels, whose last digits differ.
+    By default torch computes convolutions in TF32. Timing pays off because shapes stay the same in a training. Two
+    processes may choose different kernels, whose last digits differ.
 
     Args:
         precision: of the training.
@@ -367,14 +367,14 @@ def _require_compiler(device: torch.device) -> None:
 
 
 def _import_deepspeed() -> Any:
-    """Imports DeepSpeed late (it takes seconds) and keeps it quiet and from compiling at every start."""
+    """Imports DeepSpeed only when needed, because that takes seconds; silences it, and avoids compiling at each start."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On a CPU every start would compile a shared-memory all-reduce (up to 90 s); gloo does without. Private name:
-    # tests/training/zero/test_engine.py fails when it moves.
+    # On a CPU every start would compile a shared-memory all-reduce (up to 90 s), which gloo does not need. The name is
+    # private: tests/training/zero/test_engine.py fails if it changes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # ZeRO-3 calls collectives by names that torch 2.13 renames: a line for every step.
+    # ZeRO-3 uses deprecated names of collectives: torch 2.13 would warn in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     return deepspeed

@@ -1,7 +1,7 @@
-"""Clips gradients, and leaves steps out where they are not finite or far larger than usual, without asking the host.
+"""Clips gradients, and skips steps whose gradients are not finite or spike, without waiting for the device.
 
-At ZeRO stages 0 to 2. At stage 3, and with the optimizer offloaded, DeepSpeed does both by itself; it reads the norm on
-the host in every step, which no setting avoids.
+It works at ZeRO stages 0 to 2. At stage 3, and with an offloaded optimizer, DeepSpeed does both itself. It then reads
+the norm on the host in every step, and no setting avoids that.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 __all__ = ["Guard"]
 
 USUAL_STEPS = 50
-"""That the usual norm is a moving average of."""
+"""Number of steps in the running average of the norm."""
 STEPS_TO_LEARN = 20
-"""Before which nothing is a spike."""
+"""Number of steps before the first that can be a spike."""
 
 
 class Guard:
-    """Clips the gradients and leaves bad steps out, from within the optimizer's step.
+    """Clips gradients and skips bad steps, in a hook of the optimizer's step.
 
     Args:
-        optimizer: fused AdamW, whose kernel takes both decisions from tensors.
+        optimizer: fused AdamW, whose kernel reads both decisions from tensors.
         max_norm: maximum global gradient norm; 0 disables clipping.
-        num_ranks: that share the training.
-        partitioned: each rank has the gradients of its own part (ZeRO 1 and 2), else all have all of them.
+        num_ranks: number of ranks.
+        partitioned: each rank has the gradients of its own part (ZeRO 1 and 2); if False, each rank has all gradients.
         spike_factor: skip steps whose norm exceeds this multiple of the running mean; None disables the check.
 
     Attributes:
-        norm: of the newest step before clipping, float32 0-d on the device; none before the first.
-        skipped: whether that step was, bool 0-d on the device.
-        usual: the usual norm and the number of steps that it comes from, float32 [2]; zeros without a ``spike_factor``.
+        norm: of the newest step before clipping, float32 0-d on the device; not set before the first step.
+        skipped: whether that step was skipped, bool 0-d on the device.
+        usual: running mean of the norm and its number of steps, float32 [2]; zeros without a ``spike_factor``.
     """
 
     norm: Tensor | None = None
@@ -61,21 +61,21 @@ class Guard:
         if self._num_ranks > 1 and self._partitioned:
             dist.all_reduce(square)
         elif self._num_ranks > 1:
-            dist.broadcast(square, 0)  # a last bit that differs must not let one rank step and another not
+            dist.broadcast(square, 0)  # so that a different last bit cannot make ranks decide differently
         self.norm = square.sqrt()
         self.skipped = ~self.norm.isfinite()
         if self._spike_factor is not None:
             self._look_for_spike(self.norm, self._spike_factor)
-        optimizer.found_inf = self.skipped.float()  # the kernel then touches nothing
+        optimizer.found_inf = self.skipped.float()  # if 1, the kernel changes nothing
         if self._max_norm:
-            optimizer.grad_scale = ((self.norm + 1e-6) / self._max_norm).clamp(min=1)  # it divides by this
+            optimizer.grad_scale = ((self.norm + 1e-6) / self._max_norm).clamp(min=1)  # the kernel divides by this
 
     def _look_for_spike(self, norm: Tensor, factor: float) -> None:
         self.usual = self.usual.to(norm.device)
         mean, count = self.usual
         learned = count >= STEPS_TO_LEARN
         limit = torch.where(learned, factor * mean, torch.inf)
-        # A spike counts as the largest norm that is none: what has come to stay becomes usual within some steps.
+        # A spike enters the mean as the limit, so a lasting new level is accepted after some steps.
         newest = mean + (norm.minimum(limit) - mean) / (count + 1).clamp(max=USUAL_STEPS)
         self.usual = torch.where(norm.isfinite(), torch.stack((newest, count + 1)), self.usual)
         self.skipped |= norm > limit

@@ -1,8 +1,8 @@
-"""Reduction of gradients beside the backward pass over gloo, at ZeRO stages 1 and 2.
+"""Reduces gradients over gloo during the backward pass, at ZeRO stages 1 and 2.
 
-With ``overlap_comm`` DeepSpeed reduces each bucket as soon as the backward pass has filled it. On CUDA that happens in
-a stream of its own. Over gloo its reduction blocks the backward pass, and all ranks get all gradients. Here a bucket is
-sent while the backward pass fills the next one, and each slice to its owner alone: half the bytes.
+With ``overlap_comm``, DeepSpeed reduces each bucket as soon as the backward pass has filled it. On CUDA that happens in
+a separate stream. Over gloo it blocks the backward pass, and all ranks receive all gradients. Here, a bucket is sent
+while the backward pass fills the next one, and each slice goes only to its owner, which halves the bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["Overlap"]
 
 @dataclass
 class _Flight:
-    """A bucket on its way.
+    """A bucket that is being sent.
 
     Attributes:
-        slices: of the bucket's gradients, by the rank that owns them; averaged already over nobody but this rank.
-        copies: arguments of DeepSpeed's ``copy_grads_in_partition``, which moves what is reduced out of the bucket.
+        slices: slices of the bucket's gradients, by the rank that owns them; already divided by the number of ranks.
+        copies: arguments for DeepSpeed's ``copy_grads_in_partition``, which copies reduced gradients out of the bucket.
     """
 
     slices: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class _Flight:
         self.work = dist.all_to_all_single(self.received.view(-1), sent, [sizes[rank]] * size, sizes, async_op=True)
 
     def land(self, rank: int, copy: Any) -> None:
-        """Waits, and puts the sums where the own slices were."""
+        """Waits, and replaces this rank's own slices by the sums."""
         if self.work is not None and self.received is not None:
             self.work.wait()
             sums = self.received.sum(0)
@@ -54,9 +54,9 @@ class _Flight:
 
 
 class Overlap:
-    """Takes the place of DeepSpeed's reduction of buckets.
+    """Replaces DeepSpeed's reduction of buckets.
 
-    It replaces private methods of its optimizer: ``tests/training/zero/test_overlap.py`` fails when they move.
+    It overrides private methods of DeepSpeed's optimizer; ``tests/training/zero/test_overlap.py`` fails if they change.
 
     Args:
         optimizer: DeepSpeed's, of ZeRO stage 1 or 2, with ``overlap_comm`` and without offload.
@@ -66,13 +66,13 @@ class Overlap:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._reduce, self._copy = optimizer.reduce_ipg_grads, optimizer.copy_grads_in_partition
         self._filling, self._flying = _Flight(), _Flight()
-        optimizer.use_multi_rank_bucket_allreduce = False  # a slice for each owner, not all of it for everybody
+        optimizer.use_multi_rank_bucket_allreduce = False  # passes one slice per owner instead of the whole bucket
         optimizer.reduce_ipg_grads = self._reduce_bucket
         optimizer.allreduce_no_retain = self._take
         optimizer.copy_grads_in_partition = self._put_off
 
     def _reduce_bucket(self, comm_dtype: torch.dtype | None = None) -> None:
-        """Starts a bucket and ends the one before it, whose buffer is filled next; without an argument ends both."""
+        """Starts a bucket and ends the previous one, whose buffer is filled next; without an argument ends both."""
         self._filling = _Flight()
         self._reduce(comm_dtype)
         self._filling.start(self._rank, self._size)

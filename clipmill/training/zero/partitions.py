@@ -1,8 +1,8 @@
-"""Where DeepSpeed keeps what its optimizer updates, at each ZeRO stage.
+"""Finds the tensors that DeepSpeed's optimizer updates, at each ZeRO stage.
 
-At stage 0 these are the parameters. At 1 to 3 they are float32 copies of this rank's part of all parameters, laid flat
-("masters"), from which the compute weights are recomputed after each step. All of it is private
-state of DeepSpeed: tests/training/test_resume.py and zero/test_stages.py go through the stages and fail when it moves.
+At stage 0 these are the parameters. At stages 1 to 3 they are flat float32 copies of this rank's part of all parameters
+("masters"), from which the compute weights are recomputed after each step. All of this is private state of DeepSpeed:
+tests/training/test_resume.py and zero/test_stages.py cover the stages and fail if it changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PART = re.compile(r"(?:.*[/_])?zero_pp_rank_(\d+)_[^/]*")
 
 
 def owner(file_name: str) -> int | None:
-    """The rank whose part of a checkpoint a file is: the only one that loads it. None: every rank loads it."""
+    """The rank that owns a file of a checkpoint, and is the only one to load it. None if every rank loads it."""
     found = _PART.fullmatch(file_name)
     return None if found is None else int(found[1])
 
@@ -45,12 +45,12 @@ def optimizer_states(engine: Any) -> dict[Tensor, dict[str, Tensor]]:
 
 @torch.no_grad()
 def refresh_weights(engine: Any) -> None:
-    """Makes the weights that the model computes with from the masters, as after a step. Collective."""
+    """Recomputes the model's compute weights from the masters, as after a step. Collective."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:
-        optimizer.checkpoint_event_prologue()  # small parameters stay gathered between steps: not now
+        optimizer.checkpoint_event_prologue()  # releases small parameters, which stay gathered between steps
         groups = (optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat)
         for flat, computing, partitions in zip(*groups, optimizer.fp16_partitioned_groups, strict=True):
             computing.copy_(flat)

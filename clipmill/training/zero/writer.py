@@ -1,4 +1,4 @@
-"""DeepSpeed's writer of checkpoint files, with ours around it."""
+"""Wraps DeepSpeed's writer of checkpoint files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Writer"]
 class Writer:
     """Keeps the first error until all ranks have written their files.
 
-    Raised at once, it would leave the other ranks waiting in a barrier.
+    If the error were raised at once, the other ranks would wait in a barrier for ever.
 
     Args:
-        inner: DeepSpeed's.
+        inner: DeepSpeed's writer.
         on_written: called after the last file of this rank.
 
     Attributes:
