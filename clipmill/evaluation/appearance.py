@@ -5,9 +5,9 @@ Pixels are uint8, so every sum over pixels is an exact integer: the same on any 
 B: clips   T, H, W: frames, height, width   x_t: frame t, in units of [0, 1]
 
     motion energy   mean of (x_t+1 - x_t)^2
-    flicker energy  mean of (x_t+2 - 2 x_t+1 + x_t)^2: what jumps back and forth has four times its motion energy
-    saturation      mean over pixels of the largest colour value less the smallest
-    object size     share of a frame that differs from the clip's ground colour, of clips that have one such colour
+    flicker energy  mean of (x_t+2 - 2 x_t+1 + x_t)^2: four times the motion energy if pixels jump back and forth
+    saturation      mean over pixels of the largest colour value minus the smallest
+    object size     share of a frame that differs from the background colour, for clips that have a single one
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from clipmill.evaluation.parts import Arrays
 __all__ = ["APPEARANCE", "appearance_numbers", "appearance_of", "compare_appearance", "total_variation"]
 
 NUM_BINS = 32
-"""Of a colour's histogram."""
+"""Bins of a colour's histogram."""
 _GROUND_LEVELS = 8
-"""The ground colour is looked for among colours of this many levels a channel."""
+"""To find the background colour, each channel is reduced to this number of levels."""
 _OBJECT_SHARES = (0.002, 0.4)
-"""Range of mean object sizes for which masks are reliable: smaller is noise, larger has no single ground colour."""
+"""Range of mean object sizes for which masks are reliable: smaller is noise; larger has no single background colour."""
 _OBJECT_STEP = 40
-"""A pixel belongs to an object if one of its colour values (0 to 255) differs from the ground's by more than this."""
+"""A pixel belongs to an object if a colour value (0 to 255) differs from the background's by more than this."""
 _CELLS = 4
 """Cells of the stand-in descriptor along time, height and width."""
 _FAINT = 1e-4
-"""Added to energies before their logarithm: half a grey level of 255 squared is 4e-6, h264's own noise 1e-5."""
+"""Added to energies before the logarithm. For scale: half a grey level, squared, is 4e-6; h264's noise is 1e-5."""
 
 _POSITIVE = (
     "pixel_variance", "frame_change", "motion_energy", "flicker_energy", "saturation",
     "object_size", "object_variation",
 )  # fmt: skip
-"""Numbers that are positive, so that a ratio says something."""
+"""Positive numbers, for which a ratio is meaningful."""
 APPEARANCE = (
     "sizes", "sums", "squares", "change", "change_squares", "jerk_squares", "saturation", "histogram",
     "object_size", "object_variation", "descriptor",
@@ -54,12 +54,17 @@ def appearance_of(video: Tensor) -> Arrays:
     """Measures clips uint8 [B, T, H, W, 3].
 
     Returns:
-        By name, one row a clip: ``sizes`` int64 [B, 3] (T, H, W); ``sums`` and ``squares`` int64 [B, 3] of each
-        colour; ``change``, ``change_squares``, ``jerk_squares`` int64 [B], sums over all values of the absolute and
-        the squared first difference and of the squared second one; ``saturation`` int64 [B]; ``histogram`` int64
-        [B, 3, NUM_BINS]; ``object_size`` and ``object_variation`` float64 [B], mean of the object's share of a frame
-        and its deviation over the frames relative to that mean, NaN where masks are not easy; ``descriptor`` float32
-        [B, D].
+        Arrays by name, with one row per clip:
+
+        - ``sizes`` int64 [B, 3]: T, H, W
+        - ``sums`` and ``squares`` int64 [B, 3]: of each colour
+        - ``change``, ``change_squares`` int64 [B]: sums of the absolute and of the squared first difference in time
+        - ``jerk_squares`` int64 [B]: sum of the squared second difference in time
+        - ``saturation`` int64 [B]
+        - ``histogram`` int64 [B, 3, NUM_BINS]
+        - ``object_size`` float64 [B]: mean share of the frame that the object covers; NaN if masks are not reliable
+        - ``object_variation`` float64 [B]: standard deviation of that share over frames, divided by its mean; or NaN
+        - ``descriptor`` float32 [B, D]
     """
     change = _difference(video.to(torch.int16))
     jerk = _difference(change)
@@ -96,7 +101,7 @@ def _objects(video: Tensor) -> tuple[Tensor, Tensor]:
     sizes = torch.full((len(video),), torch.nan, dtype=torch.float64)
     variations = sizes.clone()
     step = 256 // _GROUND_LEVELS
-    for number, clip in enumerate(video):  # a clip at a time: its int64 colours take eight times its bytes
+    for number, clip in enumerate(video):  # one clip at a time: as int64, its colours take eight times the memory
         levels = torch.div(clip.flatten(0, 2), step, rounding_mode="floor").long()
         colours = (levels[:, 0] * _GROUND_LEVELS + levels[:, 1]) * _GROUND_LEVELS + levels[:, 2]
         counts = torch.bincount(colours, minlength=_GROUND_LEVELS**3)
@@ -137,13 +142,13 @@ def appearance_numbers(found: Arrays) -> dict[str, Any]:
     """Numbers of a set of clips, as plain JSON values.
 
     Args:
-        found: the arrays of `APPEARANCE`, one row a clip.
+        found: the arrays of `APPEARANCE`, one row per clip.
 
     Returns:
-        ``num_clips``; ``pixel_mean`` and ``pixel_variance`` of all values; ``frame_change``, mean absolute change of a
-        value to the next frame; ``motion_energy``, ``flicker_energy``; ``colour_mean`` and ``colour_deviation`` of red,
-        green and blue; ``saturation``; ``easy_masks``, the share of clips whose objects stand out from one ground
-        colour, and of these the means of ``object_size`` and ``object_variation`` (None without any).
+        ``num_clips``; ``pixel_mean`` and ``pixel_variance`` of all values; ``frame_change``, the mean absolute change
+        of a value to the next frame; ``motion_energy``, ``flicker_energy``; ``colour_mean`` and ``colour_deviation`` of
+        red, green and blue; ``saturation``; ``easy_masks``, the share of clips with reliable masks; ``object_size`` and
+        ``object_variation``, means over these clips (None if there are none).
     """
     sizes = found["sizes"].astype(object)  # Python's integers: sums of a large set leave int64
     frames, pixels = sizes[:, 0], sizes[:, 1] * sizes[:, 2]
@@ -181,17 +186,17 @@ def variance_of(count: int, total: int, total_of_squares: int) -> float:
 
 
 def compare_appearance(real: Arrays, other: Arrays) -> dict[str, Any]:
-    """A set of clips beside the real ones, as plain JSON values.
+    """Compares a set of clips with the real ones, as plain JSON values.
 
     Args:
         real: the arrays of `APPEARANCE` of the real clips.
-        other: the same of the others.
+        other: the same arrays of the other clips.
 
     Returns:
-        ``real`` and ``other``: `appearance_numbers` of each; ``ratio``: other over real of every number that
-        is positive (None where real has none); ``colour_distance``: total variation of the colour
-        histograms, mean over colours, from 0 to 1; ``stand_in_distance``: Frechet distance of the descriptors (None
-        with fewer than two clips in a set). It needs no network, and compares with nothing but itself.
+        ``real`` and ``other``: `appearance_numbers` of each; ``ratio``: other / real of the positive numbers (None if
+        real is 0 or missing); ``colour_distance``: total variation distance of the colour histograms, mean over
+        colours, from 0 to 1; ``stand_in_distance``: Frechet distance of the descriptors (None with fewer than two clips
+        in a set), only comparable with other values of itself.
     """
     ours, theirs = appearance_numbers(other), appearance_numbers(real)
     distance = None
@@ -215,7 +220,7 @@ def compare_appearance(real: Arrays, other: Arrays) -> dict[str, Any]:
 
 
 def total_variation(first: NDArray[np.integer], second: NDArray[np.integer]) -> float:
-    """Half the summed difference of two histograms' shares: 0 the same, 1 nothing in common."""
+    """Total variation distance of two histograms: 0 if their shares are equal, 1 if they have nothing in common."""
     return float(np.abs(first / first.sum() - second / second.sum()).sum() / 2)
 
 

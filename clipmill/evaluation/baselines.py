@@ -2,15 +2,15 @@
 
 Three tables are counted on the training codes: how often each code occurs (*unigram*), which code follows which at
 the same place one latent frame later (*temporal bigram*), and which follows which in raster order (*raster bigram*).
-Their cross-entropy on the validation codes is what counting alone achieves. Where a context is missing (the first
-latent frame, the first code of a clip), a bigram uses the unigram. With several codebooks, each has separate tables;
-their raster bigram depends on the previous place, not on the other codes of the same place.
+Their cross-entropy on the validation codes is what counting alone achieves. If a context is missing (in the first
+latent frame, or for the first code of a clip), a bigram uses the unigram. Each codebook has separate tables. A raster
+bigram depends on the same codebook's code at the previous place, not on other codes at the same place.
 
 Smoothing (MacKay and Peto 1995, "A hierarchical Dirichlet language model"): with counts n, K codes and N tokens
     unigram p(c)     = (n(c) + a) / (N + a K)
     bigram  p(c | b) = (n(b, c) + m p(c)) / (n(b) + m),   n(b) = sum over c of n(b, c)
-a and m are picked from a grid by the *validation* cross-entropy itself. That is cheating in the baselines' favour: a
-prior that beats them beats the best such table.
+a and m are chosen from a grid by the *validation* cross-entropy itself. This favours the baselines, so a prior that
+beats them beats the best table of its kind.
 """
 
 from __future__ import annotations
@@ -32,41 +32,41 @@ _BIGRAM_GRID = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e6)
 
 
 _Run = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Pairs in ascending order, each once, and how often they occur."""
+"""Distinct pairs in ascending order, and how often each occurs."""
 
 
 class PairCounts:
-    """How often one code follows another, batch by batch: of the pairs that occur, not a table of all.
+    """Counts how often one code follows another, batch by batch. Stores only pairs that occur, not a whole table.
 
-    M codebooks of K codes; a pair is the number (m K + before) K + after. Memory: 16 bytes for each different pair, and
-    as much again while pairs are being added.
+    With M codebooks of K codes, a pair is the number (m K + before) K + after. Memory is 16 bytes per distinct pair,
+    and as much again while pairs are added.
     """
 
     def __init__(self, num_codes: int, num_codebooks: int = 1) -> None:
         self._num_codes, self._num_codebooks = num_codes, num_codebooks
         self._runs: list[_Run] = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
-        """Each more than twice as long as the next: a new one is merged with few, and n pairs cost about n log n."""
+        """Each run is more than twice as long as the next, so a new run is merged with few: n pairs cost n log n."""
 
     def update(self, before: NDArray[np.int64], after: NDArray[np.int64]) -> None:
-        """Counts pairs: int64 [..., M] each, below K."""
+        """Counts pairs of codes: int64 [..., M] each, below K."""
         pairs = (np.arange(self._num_codebooks) * self._num_codes + before) * self._num_codes + after
         self.add(*np.unique(pairs, return_counts=True))
 
     def add(self, pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
-        """Adds pairs that were counted elsewhere: what `found` returns."""
+        """Adds the result of another counter's `found`."""
         run = (pairs, counts)
         while self._runs and len(self._runs[-1][0]) <= 2 * len(run[0]):
             run = _merge(self._runs.pop(), run)
         self._runs.append(run)
 
     def found(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The different pairs in ascending order, and how often each occurs: both int64 [N]."""
+        """The distinct pairs in ascending order, and how often each occurs: both int64 [N]."""
         while len(self._runs) > 1:
             self._runs.append(_merge(self._runs.pop(), self._runs.pop()))
         return self._runs[0]
 
     def counts_of(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How often these different pairs occur: int64 [n]."""
+        """How often these distinct pairs occur: int64 [n]."""
         known, counts = self.found()
         _, here, there = np.intersect1d(pairs, known, assume_unique=True, return_indices=True)
         found = np.zeros(len(pairs), np.int64)
@@ -91,7 +91,7 @@ def _merge(one: _Run, other: _Run) -> _Run:
 
 @dataclass
 class CodeTables:
-    """Counts of codes and of pairs of codes, batch by batch, of M codebooks of K codes."""
+    """Counts codes and pairs of codes, batch by batch, for M codebooks of K codes."""
 
     num_codes: int
     num_codebooks: int = 1
@@ -103,9 +103,9 @@ class CodeTables:
     first_code: NDArray[np.int64] = field(init=False)
     """[M, K]: occurrences at the first place of a clip."""
     temporal: PairCounts = field(init=False)
-    """Of the code one latent frame earlier at the same place, and the code."""
+    """Pairs of the code at the same place one latent frame earlier, and the code."""
     raster: PairCounts = field(init=False)
-    """Of the code at the place just before in raster order, and the code."""
+    """Pairs of the code at the previous place in raster order, and the code."""
 
     def __post_init__(self) -> None:
         singles = (self.num_codebooks, self.num_codes)
@@ -113,7 +113,7 @@ class CodeTables:
         self.temporal, self.raster = (PairCounts(self.num_codes, self.num_codebooks) for _ in range(2))
 
     def update(self, codes: NDArray[np.integer]) -> None:
-        """Counts the codes of clips: integers [B, t, h, w] or, of several codebooks, [B, t, h, w, M], below K."""
+        """Counts the codes of clips: integers below K, [B, t, h, w] or with several codebooks [B, t, h, w, M]."""
         codes = codes.astype(np.int64).reshape(*codes.shape[:4], self.num_codebooks)
         row = codes.reshape(len(codes), -1, self.num_codebooks)
         self.num_clips += len(codes)
@@ -124,7 +124,7 @@ class CodeTables:
         self.raster.update(row[:, :-1], row[:, 1:])
 
     def arrays(self) -> Arrays:
-        """All counts, for `merged`."""
+        """All counts, as input for `merged`."""
         (pairs, counts), (next_pairs, next_counts) = self.temporal.found(), self.raster.found()
         return {
             "num_clips": np.array(self.num_clips),
@@ -139,7 +139,7 @@ class CodeTables:
 
     @classmethod
     def merged(cls, parts: Iterable[Arrays], num_codes: int, num_codebooks: int) -> CodeTables:
-        """The tables of several sets of clips together, of `arrays` of each."""
+        """The tables of several sets of clips together, from the `arrays` of each."""
         tables = cls(num_codes, num_codebooks)
         for arrays in parts:
             tables._add(arrays)
@@ -155,7 +155,7 @@ class CodeTables:
 
     @property
     def num_tokens(self) -> int:
-        """Codes counted."""
+        """Number of codes counted."""
         return int(self.unigram.sum())
 
 
@@ -163,8 +163,8 @@ def baseline_scores(train: CodeTables, val: CodeTables) -> dict[str, Any]:
     """Cross-entropy of the three tables fitted on ``train``, on the tokens of ``val``.
 
     Returns:
-        ``unigram_nats``, ``temporal_bigram_nats``, ``raster_bigram_nats`` per token, the same ``_bits``, and the
-        ``smoothing`` picked for each (a or m of the module's docstring).
+        ``unigram_nats``, ``temporal_bigram_nats``, ``raster_bigram_nats`` per token, the same as ``_bits``, and the
+        ``smoothing`` chosen for each (a or m in the module's docstring).
     """
     if not val.num_tokens:
         raise ValueError("no validation tokens were counted")
@@ -198,7 +198,7 @@ def _best_bigram(
     val_without_context: NDArray[np.int64],
     log_unigram: NDArray[np.float64],
 ) -> tuple[float, float]:
-    """The smoothing weight of the grid with the lowest validation cross-entropy, and that cross-entropy in nats."""
+    """The smoothing weight with the lowest validation cross-entropy in the grid, and that cross-entropy in nats."""
     pairs, occurrences = val_pairs.found()
     context, after = np.divmod(pairs, log_unigram.shape[1])  # context: m K + before
     pair_counts = train_pairs.counts_of(pairs)

@@ -1,4 +1,4 @@
-"""Charts of the pages, as the data that ``page.js`` draws with uPlot."""
+"""Charts of the pages, as data for ``page.js``, which draws them with uPlot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Curve:
     points: Sequence[tuple[float, float]]
     """(x, y), ascending in x."""
     owners: Sequence[str] = ()
-    """Evaluations that it is of: a page shows it as long as it shows one of them, or always where it is of none."""
+    """Names of the evaluations that it belongs to. The page shows it while it shows one of these; if empty, always."""
     colour: int = 0
     dash: int = 0
     """0 solid, 1 dashed, 2 dotted."""
@@ -32,26 +32,26 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and what is written above it."""
+    """A chart and its text."""
 
     title: str
     caption: str
     data: dict[str, Any] | None
-    """For the page; None where nothing is there yet to draw."""
+    """For the page; None if there is no data yet."""
     stage: str = ""
-    """The stage that makes what it shows."""
+    """The stage that produces the data."""
 
 
 def curves_chart(title: str, caption: str, x: str, y: str, curves: Sequence[Curve], stage: str = "") -> Chart:
-    """A chart of curves; on a logarithmic axis where the smallest value is positive and far below the largest.
+    """A chart of curves. The axis is logarithmic if the smallest value is positive and far below the largest.
 
     Args:
         title: of the chart.
-        caption: below it.
+        caption: text below the title.
         x: name of the horizontal axis.
         y: name of the vertical axis, with its unit.
         curves: a curve without a finite point is not drawn.
-        stage: that makes what it shows.
+        stage: the stage that produces the data.
     """
     drawn = []
     for curve in curves:
@@ -65,7 +65,7 @@ def curves_chart(title: str, caption: str, x: str, y: str, curves: Sequence[Curv
     data = {
         "x": x,
         "y": y,
-        "log": bool(0 < 8 * lowest < highest),  # the fall of the first steps would flatten all the rest
+        "log": bool(0 < 8 * lowest < highest),  # on a linear axis, the fall of the first steps would flatten the rest
         "series": [
             {
                 "name": curve.name,
@@ -83,7 +83,7 @@ def curves_chart(title: str, caption: str, x: str, y: str, curves: Sequence[Curv
 
 
 def _thinned(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_MAX_POINTS` of points [N, 2]: neighbours are averaged."""
+    """Reduces points [N, 2] to at most `_MAX_POINTS`, by averaging neighbours."""
     group = -(-len(points) // _MAX_POINTS)
     means = [points[start : start + group].mean(axis=0) for start in range(0, len(points), group)]
     xs, ys = np.array(means).T
@@ -102,11 +102,11 @@ def loss_chart(
 
     Args:
         title: of the chart.
-        caption: below it.
+        caption: text below the title.
         unit: of the loss.
-        records: of `clipmill.metrics.read_metrics`, by the evaluations that they belong to; () in a page of one.
-        marks: losses that horizontal lines show, by name.
-        stage: that trains.
+        records: from `clipmill.metrics.read_metrics`, by the names of their evaluations; () on a page of one.
+        marks: losses to show as horizontal lines, by name.
+        stage: the stage that trains.
     """
     curves = []
     for number, (owners, rows) in enumerate(records.items()):
@@ -152,5 +152,5 @@ def fvd_chart(fits: Mapping[str, dict[str, Any]]) -> Chart:
         curves.append(Curve(f"{name} FVD".strip(), points, owners, number, has_dots=True))
         ends = [(x, fit["extrapolated"] + fit["slope"] * x) for x in (0.0, points[-1][0])]
         curves.append(Curve(f"{name} fit".strip(), ends, owners, number, 1))
-    caption = "Over 1 / clips, where it is close to a line; the fit meets the axis at the FVD of endless many clips."
+    caption = "Over 1 / clips, where it is close to a line; the fit meets the axis at the FVD of infinitely many clips."
     return curves_chart("FVD by number of clips", caption, "1 / clips", "FVD", curves, "evaluate")

@@ -34,7 +34,7 @@ class Number(NamedTuple):
     path: str
     """Dotted."""
     best: str
-    """``low``, ``high``, ``one`` (closest to 1, in ratio) or ``none``."""
+    """What is best: ``low``, ``high``, ``one`` (closest to 1, as a ratio) or ``none``."""
 
 
 NUMBERS = (
@@ -64,10 +64,10 @@ NUMBERS = (
 
 
 def find_evaluation(url: str) -> Evaluation:
-    """The evaluation at a URL: its own folder, or a run that has just one.
+    """The evaluation at a URL: an evaluation's folder, or a run with exactly one evaluation.
 
     Raises:
-        UserError: there is none, or the run has several.
+        UserError: there is no evaluation, or the run has several.
     """
     url = storage.absolute(url)
     found = read_evaluation(url)
@@ -86,7 +86,7 @@ def compare(evaluations: Sequence[Evaluation]) -> bytes:
     """A page that puts evaluations side by side, the first as the reference.
 
     Raises:
-        UserError: they do not compare; the message says why.
+        UserError: they are not comparable; the message says why.
     """
     for other in evaluations[1:]:
         _require_comparable(evaluations[0], other)
@@ -126,7 +126,7 @@ def _require_comparable(first: Evaluation, other: Evaluation) -> None:
 
 
 def _names(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The shortest different names: of the evaluations, else with their runs, else their URLs."""
+    """The shortest distinct names: the evaluations' own names, or with their runs, or their URLs."""
     for names in (
         [one.name for one in evaluations],
         [f"{one.root.rpartition('/')[2]}/{one.name}" for one in evaluations],
@@ -140,7 +140,7 @@ def _names(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _row(number: Number, evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
-    """A row of the table; None where no evaluation has the number."""
+    """A row of the table; None if no evaluation has the number."""
     values = [_value(one.metrics, number.path) for one in evaluations]
     if all(value is None for value in values):
         return None
@@ -162,7 +162,7 @@ def _value(metrics: dict[str, Any], path: str) -> float | None:
 
 
 def _mark(best: str, first: float, value: float) -> str:
-    """Whether a number got better or worse; "" where that cannot be said."""
+    """Whether a number got better or worse; "" if neither."""
     if best == "none":
         return ""
     if best == "one":
@@ -172,7 +172,7 @@ def _mark(best: str, first: float, value: float) -> str:
 
 
 def _samples(evaluation: Evaluation) -> Manifest | None:
-    """The samples that an evaluation measured; None where they are not there any more, or it had none."""
+    """The samples that an evaluation measured; None if it had none, or if they no longer exist."""
     name = evaluation.made["samples"]
     if name is None:
         return None
@@ -184,7 +184,7 @@ def _samples(evaluation: Evaluation) -> Manifest | None:
 
 
 def _recipes(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """How the samples and the models of each were made, as far as that differs: key and one value for each."""
+    """The settings of samples and models that differ between evaluations: each key with one value per evaluation."""
     found: list[dict[str, Any]] = []
     for one in evaluations:
         manifest = _samples(one)
@@ -201,7 +201,7 @@ def _recipes(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _has_same_noise(evaluations: Sequence[Evaluation]) -> bool:
-    """Whether sample i of each comes of the same noise: of one seed, and of codes of one shape."""
+    """Whether sample i of each comes from the same noise: seed and shape of the codes are equal."""
     manifests = [_samples(one) for one in evaluations]
     kinds = {
         (manifest.recipe["sample"]["seed"], str(manifest.facts["latent_shape"]), manifest.facts["num_codes"])
@@ -229,7 +229,7 @@ def _films(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[Film
 
 
 def _charts(evaluations: Sequence[Evaluation], names: Sequence[str]) -> list[Chart]:
-    """Curves of all evaluations over each other; two of one run share its training curves."""
+    """Curves of all evaluations in shared charts; evaluations of one run share its training curves."""
     by_name = dict(zip(names, evaluations, strict=True))
     roots = dict.fromkeys(one.root for one in evaluations)
     owners = {root: tuple(name for name, one in by_name.items() if one.root == root) for root in roots}

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 __all__ = ["FeatureStatistics", "frechet_distance", "inception_score"]
 
 NUM_SPLITS = 10
-"""Of the Inception Score, as Salimans et al. 2016 (arXiv 1606.03498) have it."""
+"""Number of groups for the Inception Score, as in Salimans et al. 2016 (arXiv 1606.03498)."""
 FEWEST_SPLIT = 100
-"""Fewer clips are not split: a few have no marginal to speak of."""
+"""Fewer clips are not split: the marginal distribution of a few clips is too noisy."""
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Moments of the features of a set of clips; ``a + b`` are those of both sets together."""
+    """Moments of the features of a set of clips; ``a + b`` are the moments of both sets together."""
 
     num: int
     sum: NDArray[np.float64]
@@ -32,7 +32,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: NDArray[np.floating]) -> FeatureStatistics:
-        """Of features [N, D]."""
+        """The moments of features [N, D]."""
         features = features.astype(np.float64)
         return cls(len(features), features.sum(axis=0), features.T @ features)
 
@@ -64,8 +64,8 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means m and covariances C (Dowson and Landau 1982).
 
-    With C = R R^T, C1 C2 has the eigenvalues of (R1^T R2)(R1^T R2)^T: the trace of its root is the sum of the singular
-    values of R1^T R2. So a singular covariance needs no ridge, and nothing complex has to be dropped.
+    With C = R R^T, C1 C2 has the eigenvalues of (R1^T R2)(R1^T R2)^T, so the trace of its root is the sum of the
+    singular values of R1^T R2. A singular covariance therefore needs no ridge, and there are no complex values to drop.
     """
     shift = np.square(first.mean - second.mean).sum()
     traces = np.trace(first.covariance) + np.trace(second.covariance)
@@ -74,8 +74,9 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def _root(statistics: FeatureStatistics) -> NDArray[np.float64]:
-    """R of the covariance R R^T, [D, D]. Eigenvalues below float64 resolution are zeroed; else their roots
-    accumulate.
+    """R of the covariance R R^T, [D, D].
+
+    Eigenvalues below float64 resolution are zeroed; otherwise their square roots accumulate.
     """
     values, vectors = np.linalg.eigh(statistics.covariance)
     resolved = len(values) * np.finfo(np.float64).eps * (values[-1] + statistics.mean @ statistics.mean)
@@ -83,16 +84,16 @@ def _root(statistics: FeatureStatistics) -> NDArray[np.float64]:
 
 
 def inception_score(probabilities: NDArray[np.floating]) -> dict[str, float | int]:
-    """Exponential of the mean divergence of each clip's class probabilities from those of all (arXiv 1606.03498).
+    """Exponential of the mean divergence of each clip's class probabilities from their mean (arXiv 1606.03498).
 
-    Split rule: the clips, in the order given, are cut into 10 runs of equal length (but for one clip); fewer than 100
-    clips are one run.
+    In the given order, the clips are split into 10 groups, whose sizes differ by at most one clip. Fewer than 100 clips
+    are one group.
 
     Args:
         probabilities: [N, classes], rows that sum to 1.
 
     Returns:
-        ``mean`` and ``std`` (population) over the runs, ``num_splits``, ``num_clips``.
+        ``mean`` and ``std`` (population) over the groups, ``num_splits``, ``num_clips``.
     """
     probabilities = probabilities.astype(np.float64)
     num_splits = NUM_SPLITS if len(probabilities) >= FEWEST_SPLIT else 1
@@ -111,6 +112,6 @@ def _score_of_split(probabilities: NDArray[np.float64]) -> float:
 
 
 def _entropy(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    """In nats, over the last axis."""
+    """Entropy in nats over the last axis."""
     logarithms = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
     return -(probabilities * logarithms).sum(axis=-1)

@@ -1,10 +1,10 @@
 """Stage ``evaluate``: computes the metrics of a run from its data and models on disk.
 
-``evaluate.what=vqvae`` judges the newest tokenizer by real clips. ``all`` does the same for the
-tokenizer inside the newest prior export, runs that prior over the tokens of ``val``, and looks at the samples. An
-evaluation is one folder, ``evaluation/NAME/`` (`clipmill.evaluation.results`), and is never overwritten by another.
-The work is split into index ranges (`clipmill.evaluation.parts`), which workers measure (`clipmill.evaluation.worker`);
-what they find is merged in order. docs/evaluation.md defines every number.
+``evaluate.what=vqvae`` measures the newest tokenizer on real clips. ``all`` measures the tokenizer inside the newest
+prior export, the prior on the tokens of ``val``, and the samples. An evaluation is one folder, ``evaluation/NAME/``
+(`clipmill.evaluation.results`), and is never overwritten by another. The work is split into index ranges
+(`clipmill.evaluation.parts`), which workers measure (`clipmill.evaluation.worker`). Their results are merged in order.
+docs/evaluation.md defines every number.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["clip_recipes", "folder_url", "is_finished", "run"]
 
 CLIPS_PER_UNIT = 64
-"""Clips of pixels that a worker measures at once. Not configurable, because last digits depend on the batches."""
+"""Clips of pixels per batch. Not configurable, because the last digits of results depend on it."""
 TOKENS_PER_UNIT = 1024
-"""Clips of codes."""
+"""Clips of codes per batch."""
 FEW_CLIPS = 256
 """Up to this number, clips of pixels are measured in this process: starting Ray and its workers would take longer."""
 
@@ -60,7 +60,7 @@ def clip_recipes(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The recipe of the clips, by the URL of what this stage reads.
 
     Raises:
-        UserError: there are none yet.
+        UserError: there are no clips yet.
     """
     return {clips.url: clips.recipe for clips in [real_clips(config)]}
 
@@ -69,9 +69,8 @@ def is_finished(config: RunConfig) -> bool:
     """Whether an evaluation with the same settings and inputs is on disk.
 
     Raises:
-        UserError: a stage before this one has not run, its data belong to another tokenizer, the tokens come without
-            the prior's condition, a network's weights are not there or do not fit the clips, or the folder holds
-            another evaluation.
+        UserError: an earlier stage has not run, its data belong to another tokenizer, the tokens lack the prior's
+            condition, a network's file is missing or does not fit the clips, or the folder holds another evaluation.
     """
     inputs, settings = Inputs.load(config), settings_of(config)
     return _is_on_disk(config, inputs, settings)
@@ -91,9 +90,9 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         The most important numbers, for the summary.
 
     Raises:
-        UserError: as `is_finished`, or a network is not what its key says. No number was written.
-        Interrupted: stopped; finished parts are kept, and running it again goes on.
-        StageFailed: a unit failed at every attempt; the others are kept.
+        UserError: as `is_finished`, or a network is of the wrong kind. No number was written.
+        Interrupted: stopped; finished parts are kept, and a new run continues.
+        StageFailed: a unit failed on every attempt; the others are kept.
     """
     inputs, settings = Inputs.load(config), settings_of(config)
     _is_on_disk(config, inputs, settings)  # another run may have finished one since `is_finished` looked
@@ -103,7 +102,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         found = _Found.read(job)
         job = _with_shown(job, found)
         hardware |= _measure(job, [unit for name in _SHOWN for unit in job.measures[name].missing()])
-        torch.set_num_threads(config.cluster.fanout_cpus)  # what is left to compute gives the same bits on any driver
+        torch.set_num_threads(config.cluster.fanout_cpus)  # so that the remaining work gives the same bits anywhere
         protocol = protocol_section(config.evaluate, settings["weights_sha256"])
         metrics = {
             "settings": settings,
@@ -118,7 +117,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     _publish_galleries(evaluation, job, found)
     evaluation.publish()
     _warn_of_few_clips(metrics["fvd"])
-    # Parts that another evaluation has measured count too: nobody knows any more whose attempt made which.
+    # This includes parts that other evaluations measured; they do not record which attempt made them.
     num_clips = sum(measure.num_clips for name, measure in job.measures.items() if name in ("real", "samples"))
     clips_per_second = num_clips / BOARD.seconds
     return {"what": config.evaluate.what, **_headlines(metrics), "clips_per_second": clips_per_second}
@@ -128,7 +127,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
 
 def _measures(config: RunConfig, inputs: Inputs, settings: dict[str, Any]) -> dict[str, Measure]:
-    """The measurements, each with all that its parts are a function of."""
+    """The measurements, each with all inputs that determine its parts."""
     weights, most = settings["weights_sha256"], most_clips(config.evaluate)
     computed = {
         "torch": torch.__version__,
@@ -171,7 +170,7 @@ def _measures(config: RunConfig, inputs: Inputs, settings: dict[str, Any]) -> di
 
 
 def _missing(job: Job) -> list[Unit]:
-    """The units to measure. Real clips and their reconstructions are of one unit, which needs its clips once."""
+    """The units to measure. Real clips and their reconstructions are one unit, so that its clips are read once."""
     units = {name: measure.missing() for name, measure in job.measures.items()}
     copied = {unit.first for unit in units["tokenizer"]}
     units["real"] = [unit for unit in units["real"] if unit.first not in copied]
@@ -179,7 +178,7 @@ def _missing(job: Job) -> list[Unit]:
 
 
 def _measure(job: Job, units: Sequence[Unit]) -> set[str]:
-    """Measures units, on workers if they are many; what hardware they were measured on."""
+    """Measures units, on workers if there are many; returns the hardware they were measured on."""
     done, hardware = 0, set()
     with bar("evaluate", total=len(units), unit="parts") as progress:
 
@@ -200,12 +199,12 @@ def _measure(job: Job, units: Sequence[Unit]) -> set[str]:
 
 
 def _num_clips(units: Sequence[Unit]) -> int:
-    """Real clips and samples in these units: clips of codes cost next to nothing."""
+    """Number of real clips and samples in these units. Clips of codes do not count, because they cost little."""
     return sum(unit.num_clips for unit in units if unit.measure not in ("val", "train"))
 
 
 def _with_shown(job: Job, found: _Found) -> Job:
-    """The job with the clips that people look at: those of the gallery, the worst and the best, and possible copies."""
+    """The job with the clips that pages show: those of the gallery, the worst and the best, and possible copies."""
     picked = pick_clips(found.real["key"].tolist(), found.real["label"].tolist(), job.inputs.classes)
     shown = sorted({*picked, *(clip for clips in extreme_clips(found.real, found.copies) for clip in clips)})
     nearest = [tuple(pair["numbers"]) for pair in (found.nearest or {"pairs": []})["pairs"]]
@@ -224,14 +223,14 @@ def _with_shown(job: Job, found: _Found) -> Job:
 
 @dataclass(frozen=True)
 class _Found:
-    """The parts of all measurements, merged in order: arrays have one row a clip."""
+    """The parts of all measurements, merged in order; arrays have one row per clip."""
 
     real: Arrays
     copies: Arrays
     code_counts: NDArray[np.int64]
-    """[M, K], of the real clips."""
+    """[M, K]: counts of the real clips' codes."""
     val: Arrays | None = None
-    """Of the validation codes; this and all below are None for a tokenizer alone."""
+    """Of the validation codes. This field and all below are None if only a tokenizer is evaluated."""
     train: Arrays | None = None
     val_tables: CodeTables | None = None
     train_tables: CodeTables | None = None
@@ -271,7 +270,7 @@ class _Found:
 
 
 def _numbers(config: RunConfig, inputs: Inputs, found: _Found) -> dict[str, Any]:
-    """All sections of ``metrics.json`` but ``settings`` and ``inputs``."""
+    """All sections of ``metrics.json`` except ``settings`` and ``inputs``."""
     sections = reconstruction_sections(inputs.clips, found.real, found.copies, found.code_counts)
     sections["steps"] = {"tokenizer": inputs.tokenizer["step"]}
     if inputs.prior is None:

@@ -18,7 +18,7 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["Group", "SampledClip", "class_groups", "extreme_films", "nearest_film", "read_samples", "wall_films"]
 
 COLUMNS = 4
-"""Clips beside each other in a film: readable on a phone, and several films fit beside each other elsewhere."""
+"""Clips per row of a film: readable on a phone, while larger screens fit several films side by side."""
 WALL_ROWS = 6
 MAX_WALL_SAMPLES = 1024
 
@@ -41,7 +41,7 @@ class Group:
     label: str | None
     films: list[Film]
     missing: list[str]
-    """Kinds of clips that there are none of."""
+    """Kinds of clips that are missing."""
 
 
 def read_samples(samples: Manifest, most: int = MAX_WALL_SAMPLES) -> list[SampledClip]:
@@ -58,13 +58,13 @@ def read_samples(samples: Manifest, most: int = MAX_WALL_SAMPLES) -> list[Sample
 def class_groups(
     judged: Evaluation | None, classes: list[str], samples: Sequence[SampledClip], num_given: int
 ) -> list[Group]:
-    """For each class real clips, reconstructions and samples below each other; without classes one wide group.
+    """For each class, real clips, reconstructions and samples below each other; without classes, one wide group.
 
     Args:
-        judged: that chose the real clips; None where there is none yet.
+        judged: the evaluation that chose the real clips; None if there is none yet.
         classes: of the data.
-        samples: to show some of.
-        num_given: first frames of the samples that were given.
+        samples: samples to choose from.
+        num_given: number of given first frames of the samples.
     """
     gallery = Gallery.load(storage.join(judged.url, "gallery.npz")) if judged else None
     wanted = clips_per_class(classes)
@@ -83,7 +83,7 @@ def class_groups(
 
 
 def _gallery_rows(gallery: Gallery, classes: list[str], label: str | None) -> list[int]:
-    """Rows of a gallery to show for a class, of different videos first."""
+    """Rows of a gallery to show for a class; clips of different videos come first."""
     picked = pick_clips(gallery.keys, [name or "" for name in gallery.labels], classes)
     if not classes:
         return picked

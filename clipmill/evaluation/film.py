@@ -17,40 +17,40 @@ __all__ = ["USUAL_FPS", "Film", "Row"]
 USUAL_FPS = 8.0
 """Frames per second of clips that do not state a rate."""
 _SHOWN_PIXELS = 128
-"""Clips smaller than this are enlarged by whole pixels: h264 halves the resolution of colour."""
+"""Smaller clips are enlarged by a whole factor, because h264 halves the resolution of colour."""
 _GAP_PIXELS = 6
-"""Between clips, in pixels of the film."""
+"""Gap between clips, in pixels of the film."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Clips beside each other."""
+    """Clips side by side."""
 
     kind: str
-    """What they are: real, reconstruction, sample, or the name of an evaluation."""
+    """Kind of the clips: real, reconstruction, sample, or the name of an evaluation."""
     clips: Sequence[NDArray[np.uint8]]
     """[T, H, W, 3] each."""
     rates: Sequence[float]
     """Frames per second at which each plays."""
     titles: Sequence[str]
-    """What each is called."""
+    """Title of each clip."""
     num_given: int = 0
-    """First frames that were given, not generated."""
+    """Number of first frames that were given, not generated."""
 
 
 @dataclass(frozen=True)
 class Film:
     """A grid of playing clips, each at its own rate.
 
-    The gaps are white in the video. The page covers them in its own colour; so it needs to know all sizes.
+    The gaps are white in the video. The page covers them with its own colour, and needs all sizes for that.
     """
 
     name: str
     rows: tuple[Row, ...]
     fps: float
-    """Of the film: the highest rate of its clips. A clip of a lower one repeats frames."""
+    """Frames per second of the film: the highest rate of its clips. Clips with a lower rate repeat frames."""
     num_frames: int
-    """Of the film: the longest clip's time. A shorter clip waits at its last frame."""
+    """Duration of the longest clip. Shorter clips stay at their last frame."""
     clip_size: tuple[int, int]
     """Width and height of a clip in pixels of the film."""
     size: tuple[int, int]
@@ -100,7 +100,7 @@ class Film:
 
     @property
     def file_name(self) -> str:
-        """A name of its own for its content."""
+        """A name derived from the content."""
         return f"{hashlib.sha256(self.data).hexdigest()[:16]}.mp4"
 
     def given_film_frames(self, row: Row) -> int:

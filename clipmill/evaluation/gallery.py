@@ -16,7 +16,7 @@ __all__ = ["Gallery", "clips_per_class", "pick_clips"]
 
 MAX_CLASSES = 12
 MAX_CLIPS = 24
-"""Over all classes, as long as each still gets `MIN_PER_CLASS`."""
+"""Maximum over all classes, unless `MIN_PER_CLASS` needs more."""
 MIN_PER_CLASS, MAX_PER_CLASS = 3, 8
 
 
@@ -57,7 +57,7 @@ class Gallery:
 
 
 def clips_per_class(classes: list[str]) -> dict[str | None, int]:
-    """How many clips of which classes are worth showing: all of few classes, some of many; {None: n} without any."""
+    """Number of clips to show by class: all of few classes, some of many; {None: n} without classes."""
     if not classes:
         return {None: MAX_CLIPS}
     shown: list[str | None] = list(classes[:MAX_CLASSES])
@@ -66,12 +66,12 @@ def clips_per_class(classes: list[str]) -> dict[str | None, int]:
 
 
 def pick_clips(keys: Sequence[str], labels: Sequence[str], classes: list[str]) -> list[int]:
-    """Numbers of the clips to show, ascending: of each class that is shown the first ones, of different videos first.
+    """Ascending indices of the clips to show: the first ones of each shown class, preferring different videos.
 
     Args:
-        keys: of all clips, in order; what comes before ``_`` names the video.
-        labels: their classes, "" without.
-        classes: of the data; without any, clips of any label are shown.
+        keys: of all clips, in order; the part before ``_`` names the video.
+        labels: their classes; "" if they have none.
+        classes: of the data; if empty, clips with any label are shown.
     """
     wanted = clips_per_class(classes)
     by_class: dict[str | None, list[int]] = {label: [] for label in wanted}

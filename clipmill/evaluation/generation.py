@@ -38,9 +38,9 @@ def token_nats(batch: dict[str, Any], prior: Prior, classes: list[str], device: 
     """The prior's mean cross-entropy on the codes of each clip, in nats per token: float64 [B].
 
     Args:
-        batch: of tokens.
+        batch: a batch of tokens.
         prior: on the device, in eval mode.
-        classes: that the prior knows; empty for a prior without classes.
+        classes: of the prior; empty if it has none.
         device: of the prior.
 
     Raises:
@@ -57,7 +57,7 @@ def token_nats(batch: dict[str, Any], prior: Prior, classes: list[str], device: 
 
 
 def _class_index(name: str | None, classes: list[str]) -> int:
-    """Number of a class, as the prior knows it."""
+    """Index of a class in the prior."""
     if name not in classes:
         raise UserError(
             f"a validation clip has the class {name}, which the prior does not know (it knows {', '.join(classes)}); "
@@ -71,11 +71,11 @@ def prior_section(
 ) -> dict[str, Any]:
     """Metrics of the prior and of the baseline tables, as plain JSON values.
 
-    ``bits_per_token`` is what the paper calls bits per dim (its dimensions are latents); ``bits_per_dim`` here spreads
-    the same bits over the numbers of a clip, T * H * W * 3.
+    ``bits_per_token`` is what the paper calls bits per dim (its dimensions are latents). ``bits_per_dim`` divides the
+    same bits by the values of a clip, T * H * W * 3.
 
     Args:
-        nats: of `token_nats`, of all validation clips.
+        nats: from `token_nats`, for all validation clips.
         clip: recipe of the clips.
         train: tables of the training codes.
         val: tables of the validation codes.
@@ -109,17 +109,17 @@ def decode_sample(members: dict[str, memoryview]) -> dict[str, Any]:
 def sample_arrays(
     batch: dict[str, Any], video: Tensor, networks: Networks, num_codes: int, num_codebooks: int
 ) -> tuple[Arrays, Arrays]:
-    """What is measured of a batch of generated samples.
+    """Measures a batch of generated samples.
 
     Args:
-        batch: of samples.
-        video: its pixels, uint8 [B, T, H, W, 3], on the device to measure on.
-        networks: to measure with.
+        batch: a batch of samples.
+        video: their pixels, uint8 [B, T, H, W, 3], on the device to measure on.
+        networks: the networks that users bring.
         num_codes: K.
         num_codebooks: M.
 
     Returns:
-        Arrays with one row a clip, and arrays to sum over batches.
+        Arrays with one row per clip, and arrays to sum over batches.
     """
     rows = {
         **appearance_of(video),
@@ -144,11 +144,11 @@ def sample_section(
     """Section ``samples`` of ``metrics.json``.
 
     Args:
-        given_frames: first frames of each sample that it was given.
-        made: of `sample_arrays`, of all samples.
-        counts: int64 [M, K], their codes.
-        real: of `clipmill.evaluation.reconstruction.real_arrays`, of all real clips.
-        val_counts: int64 [M, K], codes of the real clips.
+        given_frames: number of given first frames of each sample.
+        made: from `sample_arrays`, for all samples.
+        counts: int64 [M, K], counts of their codes.
+        real: from `clipmill.evaluation.reconstruction.real_arrays`, for all real clips.
+        val_counts: int64 [M, K], counts of the real clips' codes.
     """
     return {
         "count": len(made["key"]),
@@ -163,16 +163,16 @@ def sample_section(
 def fvd_of_all(
     rfvd: dict[str, Any] | None, real: Arrays, copies: Arrays, made: Arrays, num_seeds: int
 ) -> dict[str, Any] | None:
-    """All three: rFVD (real, reconstructions), FVD (real, samples), FVD* (reconstructions, samples).
+    """All three distances: rFVD (real, reconstructions), FVD (real, samples), FVD* (reconstructions, samples).
 
-    FVD* takes the tokenizer's own losses out of the prior's score (arXiv 2104.10157, section 5).
+    FVD* excludes the tokenizer's losses from the prior's score (arXiv 2104.10157, section 5).
 
     Args:
         rfvd: section ``fvd`` without samples.
-        real: features of the real clips, among other arrays.
-        copies: the same of their reconstructions.
-        made: the same of the samples.
-        num_seeds: of `fvd_over_seeds`.
+        real: arrays of the real clips, with their features.
+        copies: the same for their reconstructions.
+        made: the same for the samples.
+        num_seeds: see `fvd_over_seeds`.
     """
     if rfvd is None:
         return None

@@ -26,7 +26,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     """Settings that determine the metrics: keys of ``evaluate``, with hashes of network files instead of their URLs.
 
     Raises:
-        UserError: a network's file is not there.
+        UserError: a network's file does not exist.
     """
     keys = identity(config.evaluate)
     urls = {name: keys.pop(f"{name}_weights") for name in _WEIGHTS}
@@ -57,7 +57,7 @@ def real_clips(config: RunConfig) -> Manifest:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is measured. Without a prior (``what=vqvae``) all but clips and tokenizer are None."""
+    """The data and models to measure. Without a prior (``what=vqvae``), all but clips and tokenizer are None."""
 
     clips: Manifest
     """Real ones."""
@@ -89,12 +89,12 @@ class Inputs:
 
     @property
     def classes(self) -> list[str]:
-        """Classes to show clips of."""
+        """Classes of which clips are shown."""
         return (self.prior and self.prior["classes"]) or self.clips.facts["classes"]
 
     @property
     def given_frames(self) -> int:
-        """First frames of each sample that it was given: those behind given latents, or those the prior is shown."""
+        """Number of given first frames of each sample: those of given latents, or those the prior is conditioned on."""
         if self.prior is None or self.samples is None:
             return 0
         tokenizer = model_config(self.tokenizer, VQVAEModelConfig)
@@ -103,7 +103,7 @@ class Inputs:
         return max(behind, shown)
 
     def fingerprints(self) -> dict[str, str]:
-        """All data and models that the numbers are a function of."""
+        """Fingerprints of all data and models that determine the numbers."""
         found = {"clips": self.clips.fingerprint, "tokenizer": self.tokenizer["sha8"]}
         if self.prior is not None:
             found["prior"] = self.prior["sha8"]

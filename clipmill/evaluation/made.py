@@ -25,14 +25,14 @@ def provenance(hardware: Collection[str], seconds: float, root: str, samples: st
     """The content of ``made.json``.
 
     Args:
-        hardware: of the workers, of `hardware_name`; empty where all parts were there already.
-        seconds: that this took.
+        hardware: of the workers, from `hardware_name`; empty if all parts existed already.
+        seconds: duration of the evaluation.
         root: URL of the run, without credentials.
-        samples: name of the set of samples; None for a tokenizer alone.
+        samples: name of the set of samples; None if only a tokenizer is evaluated.
 
     Returns:
-        ``at`` (UTC, to the second), ``host`` of the command, ``hardware`` of the workers (of this host where all parts
-        were there already), ``cpus`` of this host, ``versions``, ``commit`` of clipmill's source (None outside a
+        ``at`` (UTC, to the second), ``host`` of the command, ``hardware`` of the workers (or of this host if all parts
+        existed already), ``cpus`` of this host, ``versions``, ``commit`` of clipmill's source (None outside a
         checkout), ``seconds``, ``root``, ``samples``.
     """
     return {
@@ -50,7 +50,7 @@ def provenance(hardware: Collection[str], seconds: float, root: str, samples: st
 
 
 def hardware_name(device: torch.device) -> str:
-    """Model of the GPU, or of this machine's CPU as far as the kernel tells it."""
+    """Model of the GPU, or of this machine's CPU if the kernel reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -62,7 +62,7 @@ def hardware_name(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that this clipmill runs from, with ``+changes`` where files differ from it."""
+    """Commit of the checkout that this clipmill runs from, with ``+changes`` if files differ from it."""
     folder = Path(clipmill.__file__).parent
 
     def git(*arguments: str) -> str:

@@ -16,7 +16,7 @@ from clipmill.evaluation.distances import FeatureStatistics, frechet_distance
 __all__ = ["fvd_by_count", "fvd_over_seeds", "kernel_distance", "manifold_scores"]
 
 NEAREST = 5
-"""Neighbours that span a clip's surroundings, as Naeem et al. 2020 have it."""
+"""Number of neighbours that define a clip's neighbourhood, as in Naeem et al. 2020."""
 NUM_COUNTS = 6
 _BLOCK_ROWS = 512
 _SEED = 0
@@ -53,7 +53,7 @@ def manifold_scores(real: Features, made: Features) -> dict[str, float] | None:
         made: [M, D].
 
     Returns:
-        None where a set has no more clips than neighbours are wanted.
+        The four scores; None if a set has not more clips than neighbours.
     """
     if min(len(real), len(made)) <= NEAREST:
         return None
@@ -74,7 +74,7 @@ def manifold_scores(real: Features, made: Features) -> dict[str, float] | None:
 
 
 def _distances(x: Features, y: Features) -> Iterator[tuple[slice, Features]]:
-    """Euclidean distances of rows of x, some at a time, to all rows of y."""
+    """Euclidean distances of rows of x to all rows of y, for a block of rows of x at a time."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     squares = (y * y).sum(axis=1)
     for start in range(0, len(x), _BLOCK_ROWS):
@@ -87,7 +87,7 @@ def _radii(features: Features) -> Features:
     """Distance of each clip to its `NEAREST`-th neighbour: [N]."""
     return np.concatenate(
         [np.partition(distances, NEAREST, axis=1)[:, NEAREST] for _, distances in _distances(features, features)]
-    )  # the nearest of all is the clip itself
+    )  # the nearest is the clip itself
 
 
 def _fvd(first: Features, second: Features) -> float:
@@ -97,16 +97,17 @@ def _fvd(first: Features, second: Features) -> float:
 def fvd_over_seeds(real: Features, made: Features, num_seeds: int) -> dict[str, Any] | None:
     """FVD of several seeds, with its deviation.
 
-    Seed s draws half of both sets without replacement. By half-sampling, the deviation of these distances is an
-    estimate of that of the whole sets under other seeds; their mean is the FVD of half as many clips.
+    Seed s draws half of both sets without replacement. The deviation of these distances estimates the deviation that
+    the FVD of the whole sets would have under other seeds (half-sampling). Their mean is the FVD at half the number of
+    clips.
 
     Args:
         real: [N, D].
         made: [M, D].
-        num_seeds: fewer than 2 measures none.
+        num_seeds: number of seeds; nothing is measured below 2.
 
     Returns:
-        ``num_clips`` of each seed, ``mean``, ``deviation`` and ``values``; None where nothing is measured.
+        ``num_clips`` of each seed, ``mean``, ``deviation`` and ``values``; None if nothing is measured.
     """
     if num_seeds < 2 or min(len(real), len(made)) < 4:
         return None
@@ -124,11 +125,11 @@ def fvd_over_seeds(real: Features, made: Features, num_seeds: int) -> dict[str, 
 
 
 def fvd_by_count(real: Features, made: Features) -> dict[str, Any] | None:
-    """FVD of growing numbers of clips, and where it goes: a line over 1 / n (as for FID, arXiv 1911.07023).
+    """FVD of growing numbers of clips n, and a line fitted over 1 / n (as for FID, arXiv 1911.07023).
 
     Returns:
-        ``points`` (``num_clips``, ``fvd``), ``extrapolated`` (of endless many clips), ``slope`` and ``r_squared`` of
-        the fit; None of so few clips that there is no line.
+        ``points`` (``num_clips``, ``fvd``), ``extrapolated`` (to infinitely many clips), ``slope`` and ``r_squared`` of
+        the fit; None if there are too few clips for a fit.
     """
     most = min(len(real), len(made))
     if most < 4 * NUM_COUNTS:

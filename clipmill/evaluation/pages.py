@@ -1,4 +1,4 @@
-"""The pages for people: their templates, their style and scripts, and the films that they play."""
+"""Renders pages from templates, styles, scripts, and the films that they play."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEDIA_FOLDER = "media"
 
 
 class PlacedFilm(NamedTuple):
-    """A film and where the page finds it."""
+    """A film, and its address in the page."""
 
     film: Film
     src: str
@@ -34,7 +34,7 @@ def place_films(films: Iterable[Film], inline_bytes: float = INLINE_BYTES) -> tu
 
     Args:
         films: in the order of the page.
-        inline_bytes: of the films inside, at most; the first ones are inside.
+        inline_bytes: maximum total size of films inside the page; the first films are inside.
 
     Returns:
         The films with their places, and the files to publish, by path beside the page.
@@ -52,11 +52,11 @@ def place_films(films: Iterable[Film], inline_bytes: float = INLINE_BYTES) -> tu
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page as UTF-8: everything but the films that `place_films` put beside it is inside.
+    """A self-contained page as UTF-8, except for the films that `place_films` put beside it.
 
     Args:
         template: name of a file in ``page/``.
-        values: for it. Names and texts of the data are escaped.
+        values: values for the template. Names and texts of the data are escaped.
     """
     environment = Environment(
         loader=PackageLoader("clipmill.evaluation", "page"),

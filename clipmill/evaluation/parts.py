@@ -1,10 +1,10 @@
-"""Parts of an evaluation: what one index range of one measurement found, as arrays in an ``npz`` file.
+"""Parts of an evaluation: the results of one measurement on one index range, as arrays in an ``npz`` file.
 
     evaluation/_parts/MEASURE-KEY/00000064.npz
 
-The key is a hash of all that the part is a function of. So a part is never measured twice: an evaluation that was
-killed goes on where it stopped, and another one of the same clips, by the same networks, takes them from here. The
-folder may be removed at any time.
+The key is a hash of everything that determines the part, so no part is measured twice. A killed evaluation continues
+where it stopped, and another evaluation of the same clips with the same networks reuses the parts. The folder may be
+removed at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Arrays", "Measure", "Part", "Unit"]
 Arrays = dict[str, NDArray[Any]]
 
 PARTS_SCHEMA = 3
-"""Raised when the same inputs begin to give other parts."""
+"""Increase this when a change of the code makes other parts of the same inputs."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Unit:
 
 
 class Part:
-    """What was found in an index range: batches are added in order.
+    """The results on an index range; batches are added in order.
 
     Attributes:
-        rows: arrays with one row a clip.
+        rows: arrays with one row per clip.
         sums: arrays that are summed over clips.
-        tables: arrays that whoever counted them knows how to merge.
+        tables: arrays that are not merged here; the code that made them merges them.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Part:
 
     @classmethod
     def parse(cls, content: bytes) -> Part:
-        """What `content` wrote."""
+        """Parses the result of `content`."""
         part = cls()
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             for full_name, values in arrays.items():
@@ -92,7 +92,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Measure:
-    """One measurement over the first ``num_clips`` of the clips that are read of a data set."""
+    """One measurement, over the first ``num_clips`` clips that are read from a data set."""
 
     name: str
     num_clips: int
@@ -102,7 +102,7 @@ class Measure:
 
     @classmethod
     def of(cls, root: str, name: str, num_clips: int, clips_per_unit: int, depends_on: Mapping[str, Any]) -> Measure:
-        """A measurement whose parts are a function of ``depends_on`` (plain JSON values) and of their ranges."""
+        """A measurement whose parts are determined by ``depends_on`` (plain JSON values) and by their ranges."""
         identity = {"schema": PARTS_SCHEMA, "clips": num_clips, "unit": clips_per_unit, **depends_on}
         key = fingerprint({"measure": name, **identity})[:16]
         return cls(name, num_clips, clips_per_unit, storage.join(root, "evaluation", "_parts", f"{name}-{key}"))
@@ -113,12 +113,12 @@ class Measure:
         return [Unit(self.name, first, min(first + self.clips_per_unit, self.num_clips)) for first in firsts]
 
     def missing(self) -> list[Unit]:
-        """The ranges that have no part yet: one listing."""
+        """The ranges that have no part yet; costs one listing."""
         found = {entry.name for entry in storage.list_folder(self.url)}
         return [unit for unit in self.units() if _part_name(unit) not in found]
 
     def has(self, unit: Unit) -> bool:
-        """Whether the part of a range is there."""
+        """Whether the part of a range exists."""
         return storage.exists(self._part_url(unit))
 
     def publish(self, unit: Unit, part: Part) -> None:
@@ -126,7 +126,7 @@ class Measure:
         storage.publish_bytes(self._part_url(unit), part.content())
 
     def merged(self) -> tuple[Arrays, Arrays, list[Arrays]]:
-        """All parts in the order of their ranges, whoever measured them: rows joined, sums added, tables as they are.
+        """All parts in the order of their ranges: rows concatenated, sums added, tables unchanged.
 
         Raises:
             UserError: a part is damaged.

@@ -1,4 +1,4 @@
-"""What a training showed while it ran: ``previews/step-NNNNNNNN.png`` and ``.mp4`` of its folder."""
+"""Reads the previews that a training made while it ran: ``previews/step-NNNNNNNN.png`` and ``.mp4`` in its folder."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Named protocols: what published numbers were measured on, so that ours can be put beside them.
+"""Named protocols: the conditions under which published numbers were measured, so that ours are comparable.
 
-A protocol fixes the number of clips, their frames, size and split, the given frames, and the network files. Of each
-file the SHA-256 is named as far as it is publicly stated. A run that does not meet the protocol is refused; a network
-file that is not the protocol's is used, and the result names it as another file. docs/evaluation.md names the sources.
+A protocol fixes the number of clips, their frames, size and split, the given frames, and the network files, with their
+SHA-256 if it is published. A run that does not meet the protocol is refused. Another network file may be used, but the
+result says so. docs/evaluation.md names the sources.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ if TYPE_CHECKING:
 __all__ = ["PROTOCOLS", "Protocol", "most_clips", "protocol_section", "require_protocol", "split_of"]
 
 _I3D_TORCHSCRIPT = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-"""Of ``i3d_torchscript.pt``, as several public projects state it."""
+"""SHA-256 of ``i3d_torchscript.pt``, as stated by several public projects."""
 
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """The file that a protocol's published numbers were made with."""
+    """The network file with which a protocol's published numbers were measured."""
 
     name: str
     sha256: str | None
-    """None where it is not publicly stated."""
+    """None if it is not published."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a set of published numbers was measured on."""
+    """The conditions of a set of published numbers."""
 
     num_clips: int
-    """Real clips, and samples."""
+    """Number of real clips, and of samples."""
     resolution: int
     split: str
-    """Of the real clips."""
+    """Split of the real clips."""
     networks: dict[str, NetworkFile]
-    """By the key of ``evaluate``, without ``_weights``."""
+    """By key of ``evaluate``, without the suffix ``_weights``."""
     source: str
     num_frames: int = 16
     given_frames: int = 0
     fit: str = "crop"
-    """How videos become square: the centre is cut out."""
+    """How videos become square: the centre is cropped."""
     fps: str = "native, every frame"
 
 
@@ -76,10 +76,10 @@ PROTOCOLS = {
 
 
 def most_clips(settings: EvaluateConfig) -> int | None:
-    """Real clips, and samples, that are read; None reads all.
+    """Number of real clips, and of samples, to read; None reads all.
 
     Raises:
-        UserError: ``max_clips`` is set beside a protocol, which fixes it.
+        UserError: ``max_clips`` is set although a protocol fixes it.
     """
     if settings.protocol is None:
         return settings.max_clips
@@ -92,22 +92,22 @@ def most_clips(settings: EvaluateConfig) -> int | None:
 
 
 def split_of(settings: EvaluateConfig) -> str:
-    """The split whose clips are the real ones."""
+    """The split of the real clips."""
     return settings.split if settings.protocol is None else PROTOCOLS[settings.protocol].split
 
 
 def require_protocol(settings: EvaluateConfig, inputs: Inputs, given_frames: int) -> None:
-    """Refuses a run that does not meet the protocol that is asked for.
+    """Refuses a run that does not meet the configured protocol.
 
     Args:
-        settings: of the section ``evaluate``.
-        inputs: that would be measured.
-        given_frames: first frames that the samples were given.
+        settings: the section ``evaluate``.
+        inputs: the inputs that would be measured.
+        given_frames: number of given first frames of the samples.
 
     Raises:
-        UserError: one line that names everything that differs.
+        UserError: one line that names every difference.
     """
-    most_clips(settings)  # refuses a number beside the protocol's
+    most_clips(settings)  # refuses max_clips beside a protocol
     if settings.protocol is None:
         return
     protocol, clip = PROTOCOLS[settings.protocol], inputs.clips.recipe["clip"]
@@ -133,7 +133,7 @@ def require_protocol(settings: EvaluateConfig, inputs: Inputs, given_frames: int
 
 
 def protocol_section(settings: EvaluateConfig, weights_sha256: dict[str, str | None]) -> dict[str, Any] | None:
-    """Section ``protocol`` of ``metrics.json``: what it fixes, and whether its network files were used."""
+    """Section ``protocol`` of ``metrics.json``: its conditions, and whether its network files were used."""
     if settings.protocol is None:
         return None
     protocol = PROTOCOLS[settings.protocol]

@@ -1,4 +1,4 @@
-"""The clips that an evaluation reads of a data set, by index range."""
+"""Reads the clips of a data set that an evaluation measures, by index range."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ __all__ = ["Picked", "num_read", "stored_places"]
 
 
 def num_read(manifest: Manifest, most: int | None) -> int:
-    """Samples that are read of a data set where at most ``most`` are wanted (None: all)."""
+    """Number of samples to read from a data set if at most ``most`` are wanted (None reads all)."""
     return manifest.num_samples if most is None else min(most, manifest.num_samples)
 
 
 def stored_places(manifest: Manifest, most: int | None) -> np.ndarray:
-    """Numbers in stored order of the samples that are read: int64 [n].
+    """Indices, in stored order, of the samples to read: int64 [n].
 
-    Of more than are wanted, about one of each video from the first on: the clips of one video lie next to each other.
+    If the data set has more than ``most``, these are about one clip per video, from the first video on, because the
+    clips of a video are stored next to each other.
     """
     num_taken = num_read(manifest, most)
     if not num_taken:
@@ -38,9 +39,9 @@ class Picked:
 
     Args:
         manifest: of the data set.
-        decode: makes fields of a sample's members.
-        most: samples to read; None reads all.
-        num_threads: that decode ahead of whoever takes the batches; 0 decodes when a batch is asked for.
+        decode: converts a sample's members to its fields.
+        most: maximum number of samples; None reads all.
+        num_threads: threads that decode ahead; 0 decodes a batch when it is requested.
     """
 
     def __init__(self, manifest: Manifest, decode: Decode, most: int | None, num_threads: int = 0) -> None:
@@ -50,10 +51,10 @@ class Picked:
         self._num_threads = num_threads
 
     def batches(self, first: int, stop: int, batch_size: int) -> Iterator[dict[str, Any]]:
-        """The samples from number ``first`` to before ``stop``, as batches of ``batch_size`` from ``first`` on.
+        """The samples ``first`` to ``stop - 1``, as batches of ``batch_size``.
 
         Yields:
-            Numpy arrays [B, ...], lists of B of what is no array.
+            Numpy arrays [B, ...]; values that are not arrays as lists of length B.
         """
         cuts = [(start, min(start + batch_size, stop)) for start in range(first, stop, batch_size)]
         if not cuts:
@@ -64,7 +65,7 @@ class Picked:
         with ThreadPoolExecutor(self._num_threads) as threads:
 
             def begin(cut: tuple[int, int]) -> list[Future[dict[str, Any]]]:
-                # Shards are opened here: their cache serves one thread.
+                # Shards are opened in this thread, because their cache is not thread-safe.
                 return [threads.submit(self._decoded, self._members(index)) for index in range(*cut)]
 
             ahead = begin(cuts[0])
@@ -89,7 +90,7 @@ def _undecoded(members: dict[str, memoryview]) -> dict[str, Any]:
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fields that all samples have."""
+    """Batches the fields that all samples have."""
     shared = [field for field in samples[0] if all(field in sample for sample in samples)]
     batch: dict[str, Any] = {field: [sample[field] for sample in samples] for field in shared}
     return {field: np.stack(values) if isinstance(values[0], np.ndarray) else values for field, values in batch.items()}

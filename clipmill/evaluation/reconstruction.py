@@ -1,7 +1,6 @@
-"""Real clips, and what a tokenizer makes of them: measured batch by batch, then summed up.
+"""Measures real clips and their reconstructions batch by batch, and summarises the results.
 
-It needs the clips and a tokenizer, nothing else: it can run right after ``train-vqvae``. Definitions of the numbers:
-docs/evaluation.md.
+It only needs clips and a tokenizer, so it can run right after ``train-vqvae``. docs/evaluation.md defines the numbers.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["copies_of", "extreme_clips", "real_arrays", "reconstruction_sections", "tokenizer_arrays"]
 
 MOST_EXTREMES = 4
-"""Worst and best clips that are named and shown."""
+"""Number of worst clips, and of best clips, to name and show."""
 
 
 def copies_of(tokenizer: VQVAE, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Clips through the tokenizer, as the uint8 pixels that people see.
+    """Encodes and reconstructs clips, as the uint8 pixels that viewers see.
 
     Args:
         tokenizer: in eval mode.
@@ -49,7 +48,7 @@ def copies_of(tokenizer: VQVAE, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def real_arrays(batch: dict[str, Any], real: Tensor, networks: Networks) -> Arrays:
-    """What is measured of a batch of real clips whatever the tokenizer; one row a clip."""
+    """Measures a batch of real clips, independently of the tokenizer; one row per clip."""
     rows = {
         **appearance_of(real),
         "key": np.array(batch["key"], np.str_),
@@ -60,10 +59,10 @@ def real_arrays(batch: dict[str, Any], real: Tensor, networks: Networks) -> Arra
 
 
 def tokenizer_arrays(real: Tensor, tokenizer: VQVAE, networks: Networks) -> tuple[Arrays, Arrays]:
-    """What is measured of a batch of real clips and their reconstructions.
+    """Measures a batch of real clips and their reconstructions.
 
     Returns:
-        Arrays with one row a clip, and arrays to sum over batches.
+        Arrays with one row per clip, and arrays to sum over batches.
     """
     codes, copies = copies_of(tokenizer, real)
     pixels = copies.cpu().numpy()
@@ -88,10 +87,10 @@ def reconstruction_sections(
     """Sections ``clips``, ``reconstruction``, ``codebook``, ``fvd`` and ``extremes`` of ``metrics.json``.
 
     Args:
-        clips: that were measured.
-        real: of `real_arrays`, of all clips.
-        copies: of `tokenizer_arrays`, of all clips.
-        code_counts: int64 [M, K], of all clips.
+        clips: the clips that were measured.
+        real: from `real_arrays`, for all clips.
+        copies: from `tokenizer_arrays`, for all clips.
+        code_counts: int64 [M, K], counts of all clips' codes.
     """
     recipe, rates = clips.recipe["clip"], real["fps"][~np.isnan(real["fps"])]
     variance = appearance_numbers(real)["pixel_variance"]
@@ -119,9 +118,9 @@ def reconstruction_sections(
 
 
 def extreme_clips(real: Arrays, copies: Arrays) -> tuple[list[int], list[int]]:
-    """Numbers of the clips with the largest and with the smallest mean square error, the most extreme first.
+    """Indices of the clips with the largest and with the smallest mean squared error, the most extreme first.
 
-    Of few clips at most half, rounded up, are at either end.
+    If there are few clips, each list has at most half of them, rounded up.
     """
     psnr = clip_psnr_db(copies["squared_error"], real["sizes"])
     number = min(MOST_EXTREMES, -(-len(psnr) // 2))
@@ -134,7 +133,7 @@ def _finite(value: float) -> float | None:
 
 
 def _rfvd(real: NDArray[np.floating], copies: NDArray[np.floating]) -> dict[str, Any]:
-    """The rFVD and the number of clips behind it."""
+    """The rFVD and its number of clips."""
     statistics = FeatureStatistics.of(real)
     return {
         "rfvd": frechet_distance(statistics, FeatureStatistics.of(copies)),

@@ -1,7 +1,7 @@
 """Stage ``report``: one page, ``report/index.html``, that shows a run.
 
-It only reads files: a result that does not exist yet is shown as missing, and every number comes from a file. It shows
-one evaluation, and says at a number if that is of something that is not the newest any more.
+Every number comes from a file; a result that does not exist yet is shown as missing. The page shows one evaluation. If
+a number was measured on something that is no longer the newest, the page says so beside it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def folder_url(config: RunConfig) -> str:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the page on disk was made from the present files.
+    """Whether the page on disk was made from the current files.
 
     Raises:
         UserError: there is nothing to report on yet.
@@ -69,7 +69,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
     """Writes the page and the films beside it.
 
     Returns:
-        Its size, for the summary.
+        The page's size, for the summary.
     """
     inputs = _inputs(config)
     page, files = _render(config)
@@ -88,7 +88,7 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
 
 
 def _judged(config: RunConfig) -> Evaluation | None:
-    """The evaluation to show: the one that the config names, else the newest one of a tokenizer."""
+    """The evaluation to show: the one that the config names, or else the newest one of a tokenizer."""
     evaluations = find_evaluations(config.root)
     wanted = config.folder("evaluation", config.evaluate.name or config.sample.name)
     named = [one for one in evaluations if one.url == wanted]
@@ -205,7 +205,7 @@ def _render(config: RunConfig) -> tuple[bytes, dict[str, bytes]]:
 def _exhibits(
     config: RunConfig, judged: Evaluation | None, manifests: dict[str, Manifest]
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Groups of films, films of the worst and the best clips and of all samples; and the files beside the page."""
+    """All films (by class, worst and best clips, all samples), and the files to put beside the page."""
     samples = _manifest(config.folder("samples", config.sample.name), "samples")
     classes = manifests["train"].facts["classes"] if "train" in manifests else []
     num_given = judged.metrics["samples"]["given_frames"] if judged and "samples" in judged.metrics else 0
@@ -262,7 +262,7 @@ def _charts(config: RunConfig, metrics: dict[str, Any] | None) -> list[Chart]:
         ),
         loss_chart(
             "Prior loss",
-            "Cross-entropy of the codes, beside what tables of the training codes reach.",
+            "Cross-entropy of the codes, compared with that of tables counted on the training codes.",
             "nats per token",
             {(): read_metrics(config.folder("prior"))},
             {name: prior[key] for name, key in marks.items() if key in prior},

@@ -1,7 +1,7 @@
 """Evaluations on disk: ``evaluation/NAME/`` below a run, each for one set of settings and inputs.
 
-``metrics.json`` holds every number, beside the settings and the identities of all that it was measured on; it is
-written last. ``made.json`` says when, where and with what software; ``gallery.npz`` holds the real clips and the
+``metrics.json`` holds every number, the settings, and the identities of all data and models that were measured; it is
+written last. ``made.json`` says when, where and with what software. ``gallery.npz`` holds the real clips and the
 reconstructions that the pages play.
 """
 
@@ -17,8 +17,8 @@ from clipmill.models.export import require_vqvae
 __all__ = ["METRICS_SCHEMA", "Evaluation", "find_evaluations", "folder_url", "read_evaluation"]
 
 METRICS_SCHEMA = 7
-"""6: protocols. 5: the energy of high frequencies. 4: one document an evaluation, with its settings. 3: of a limited
-number of clips those of as many videos."""
+"""6: protocols. 5: the energy of high frequencies. 4: one document per evaluation, with its settings. 3: a limited
+number of clips comes from as many videos as possible."""
 MADE_SCHEMA = 1
 
 
@@ -29,7 +29,7 @@ class Evaluation:
     url: str
     """Its folder."""
     metrics: dict[str, Any]
-    """``metrics.json``: a pure function of ``settings`` and ``inputs`` in it, and of the kind of hardware."""
+    """``metrics.json``: a pure function of its ``settings``, its ``inputs`` and the kind of hardware."""
     made: dict[str, Any]
     """``made.json``."""
 
@@ -50,10 +50,10 @@ class Evaluation:
 
 
 def folder_url(config: RunConfig) -> str:
-    """Folder of the evaluation that a config asks for.
+    """Folder of a config's evaluation.
 
     Raises:
-        UserError: its name is that of the tokenizer's step, and there is no tokenizer yet.
+        UserError: the name depends on the tokenizer's step, and there is no tokenizer yet.
     """
     settings = config.evaluate
     if settings.name is not None:
@@ -66,7 +66,7 @@ def folder_url(config: RunConfig) -> str:
 
 
 def read_evaluation(url: str) -> Evaluation | None:
-    """The evaluation in a folder; None where there is none, or only one of an older clipmill.
+    """The evaluation in a folder; None if there is none, or if an older clipmill wrote it.
 
     Raises:
         UserError: it is damaged, or was written by a newer clipmill.

@@ -1,4 +1,4 @@
-"""Runs side by side, for ``clipmill runs``: where each stands, its numbers, and the settings in which they differ."""
+"""Compares runs, for ``clipmill runs``: their progress, their numbers, and the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _STAGE_FOLDERS = ("clips", "vqvae", "tokens", "prior", "samples", "evaluation", 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run has left."""
+    """What is known about one run."""
 
     url: str
     config: dict[str, Any]
-    """By dotted key, as its latest stage resolved it; places below the root begin with ``ROOT``."""
+    """The config by dotted key, as its latest stage resolved it; URLs below the root begin with ``ROOT``."""
     steps: dict[str, int]
-    """Of the newest exports, by ``tokenizer`` and ``prior``."""
+    """Facts of the newest exports, under ``tokenizer`` and ``prior``."""
     evaluations: list[Evaluation]
-    """The oldest first."""
+    """Evaluations, oldest first."""
     num_bytes: int
-    """Of all its objects."""
+    """Total size of all its objects."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ def find_runs(urls: Sequence[str]) -> list[Run]:
     """The runs at these URLs, or one level below them.
 
     Raises:
-        UserError: there is none at or below a URL.
+        UserError: there is no run at or below a URL.
     """
     roots: list[str] = []
     for url in map(storage.absolute, urls):
@@ -72,7 +72,7 @@ def _read_run(url: str) -> Run:
 
 
 def _latest_config(url: str) -> dict[str, Any]:
-    """The resolved configuration of the stage that comes last in a run, flat; empty where no stage left any."""
+    """The resolved config of the last stage of a run, flat; empty if no stage has written one."""
     for stage in reversed(_STAGE_FOLDERS):
         folder = storage.join(url, stage)
         candidates = [storage.join(folder, name) for name in storage.list_folders(folder)]
@@ -100,9 +100,9 @@ def _flat(values: dict[str, Any], root: str, prefix: str = "") -> dict[str, Any]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The keys in which the configurations differ, each with its value in every run (None where a run has no such key).
+    """The keys in which the configs differ, each with its value in every run (None if a run has no such key).
 
-    Where the work ran (``cluster``) makes no difference.
+    The section ``cluster`` is ignored.
     """
     keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith("cluster."))
     values = {key: [run.config.get(key) for run in runs] for key in keys}

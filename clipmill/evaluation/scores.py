@@ -1,9 +1,9 @@
-"""Scores of reconstructions and of codes, clip by clip: the same for any order and any batches of the data.
+"""Scores of reconstructions and of codes, clip by clip. They do not depend on the order or the batches of the data.
 
-Pixels are uint8, so every pixel sum here is an exact integer: no rounding, whatever the order. Results are in units of
-the pixel range [0, 1].
+Pixels are uint8, so every sum over pixels is an exact integer, in any order. Results are in units of the pixel range
+[0, 1].
 
-B: clips   T, H, W: frames, height, width   t, h, w: the same of the latents   M: codebooks of K codes each
+B: clips   T, H, W: frames, height, width   t, h, w: the same for latents   M: codebooks of K codes each
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _SSIM_WINDOW = 11  # pixels; the Gaussian window (sigma 1.5) of Wang et al. 2004
 
 
 RECONSTRUCTION = ("squared_error", "detail", "detail_of_original", "ssim", "lpips")
-"""The arrays that a reconstruction leaves of each clip; see `reconstruction_numbers`."""
+"""The arrays that are kept of each clip's reconstruction; see `reconstruction_numbers`."""
 
 
 def squared_errors(original: Tensor, reconstruction: Tensor) -> NDArray[np.int64]:
-    """The squared error of each clip, summed over all its values of 0 to 255: int64 [B], exact.
+    """The squared error of each clip, summed over all its values (0 to 255): int64 [B], exact.
 
     Args:
         original: uint8 [B, T, H, W, 3].
@@ -53,8 +53,8 @@ def squared_errors(original: Tensor, reconstruction: Tensor) -> NDArray[np.int64
 def detail_energies(video: Tensor) -> NDArray[np.int64]:
     """Energy of the high frequencies of each clip: the sum of its frames' squared five-point Laplacian.
 
-    Four times a value less its neighbours above, below, left and right: 0 of a flat picture, most of a chequerboard.
-    Values at the border have no such neighbours.
+    The Laplacian is four times a value minus its neighbours above, below, left and right: 0 in a flat picture, largest
+    in a chequerboard. Values at the border are excluded, because they lack neighbours.
 
     Args:
         video: uint8 [B, T, H, W, 3].
@@ -73,16 +73,16 @@ def reconstruction_numbers(found: Arrays, sizes: NDArray[np.int64], variance: fl
 
     Args:
         found: ``squared_error``, ``detail`` and ``detail_of_original`` int64 [N], ``ssim`` and ``lpips`` float64 [N],
-            NaN where they were not measured.
+            NaN if not measured.
         sizes: int64 [N, 3], T, H and W of each clip.
-        variance: of the originals, pooled over clips, places and colours, in units of [0, 1].
+        variance: of the originals, over all values of all clips, in units of [0, 1].
 
     Returns:
         ``mse`` over all values in [0, 1]; ``data_variance``; ``nmse`` = mse / data_variance (None for constant data);
-        ``psnr_db`` of the pooled mse at a range of 1 (None when it is zero); ``high_frequency_energy`` over that of the
-        originals (None where they have none); ``ssim``: mean over frames of Wang et al. 2004 (None below 11 pixels);
-        ``lpips``: mean over frames (None without a network); ``per_clip``: mean,
-        deviation, 5th percentile and median of each clip's own PSNR and SSIM.
+        ``psnr_db`` of the pooled mse at a range of 1 (None if mse is 0); ``high_frequency_energy`` divided by that of
+        the originals (None if that is 0); ``ssim``: mean over frames, Wang et al. 2004 (None below 11 pixels);
+        ``lpips``: mean over frames (None without a network); ``per_clip``: mean, deviation, 5th percentile and median
+        of the clips' own PSNR and SSIM.
     """
     values_per_clip = sizes.prod(axis=1) * 3
     errors = found["squared_error"]
@@ -103,7 +103,7 @@ def reconstruction_numbers(found: Arrays, sizes: NDArray[np.int64], variance: fl
 
 
 def clip_psnr_db(squared_error: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """PSNR of each clip in decibels, infinite where there is no error: float64 [N]; arguments as those above."""
+    """PSNR of each clip in decibels, infinite without an error: float64 [N]. See `reconstruction_numbers`."""
     with np.errstate(divide="ignore"):
         return -10 * np.log10(squared_error / (sizes.prod(axis=1) * 3 * 255**2))
 
@@ -113,7 +113,7 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 
 
 def _spread(values: NDArray[np.float64]) -> dict[str, float] | None:
-    """Of values of clips; None where they were not measured."""
+    """Mean, deviation and quantiles of the clips' values; None if they were not measured."""
     if not len(values) or np.isnan(values).any():
         return None
     fifth, median = np.percentile(values, [5, 50])
@@ -122,7 +122,7 @@ def _spread(values: NDArray[np.float64]) -> dict[str, float] | None:
 
 
 def psnr_db(mse: float) -> float | None:
-    """Peak signal-to-noise ratio in decibels of a mean square error in units of [0, 1]; none of no error."""
+    """Peak signal-to-noise ratio in decibels of a mean squared error in units of [0, 1]; None if the error is 0."""
     return -10 * math.log10(mse) if mse else None
 
 
@@ -131,7 +131,7 @@ def ssim_per_clip(original: Tensor, reconstruction: Tensor) -> NDArray[np.float6
 
     Args:
         original: uint8 [B, T, H, W, 3].
-        reconstruction: uint8 [B, T, H, W, 3], on the same device, where it is computed.
+        reconstruction: uint8 [B, T, H, W, 3], on the same device; the computation runs there.
 
     Returns:
         float64 [B]; NaN when a side is shorter than the window of 11 pixels.
@@ -140,7 +140,7 @@ def ssim_per_clip(original: Tensor, reconstruction: Tensor) -> NDArray[np.float6
     per_clip = np.full(num_clips, np.nan)
     if min(height, width) < _SSIM_WINDOW:
         return per_clip
-    for clip in range(num_clips):  # a clip at a time: torchmetrics stacks five copies of its input
+    for clip in range(num_clips):  # one clip at a time: torchmetrics stacks five copies of its input
         frames = [video[clip].permute(0, 3, 1, 2).float() / 255 for video in (reconstruction, original)]
         scores = structural_similarity_index_measure(*frames, data_range=1.0, reduction="none")
         per_clip[clip] = scores.double().reshape(num_frames).mean().item()
@@ -151,7 +151,7 @@ def count_codes(codes: NDArray[np.integer], num_codes: int, num_codebooks: int) 
     """How often each code of each codebook occurs: int64 [M, K].
 
     Args:
-        codes: below K, [B, t, h, w] or, of several codebooks, [B, t, h, w, M].
+        codes: below K, [B, t, h, w] or with several codebooks [B, t, h, w, M].
         num_codes: K.
         num_codebooks: M.
     """
@@ -167,10 +167,10 @@ def code_numbers(counts: NDArray[np.int64], num_clips: int) -> dict[str, Any]:
         num_clips: at least one.
 
     Returns:
-        ``used_share`` of the M * K codes that occur at all; ``entropy_bits`` of the empirical distribution of one code
-        and ``perplexity`` = 2 ** entropy, both means over the codebooks; ``bits_per_clip``: what the codes of a clip
-        cost with a code that knows these distributions; ``raw_bits_per_clip``: what they cost at log2(K) each;
-        ``sorted_counts`` of all codes, most frequent first.
+        ``used_share``: share of the M * K codes that occur; ``entropy_bits``: entropy of a codebook's codes, and
+        ``perplexity`` = 2 ** entropy, both means over codebooks; ``bits_per_clip``: the clip's number of codes times
+        ``entropy_bits``; ``raw_bits_per_clip``: the same with log2(K); ``sorted_counts`` of all codes, most frequent
+        first.
     """
     num_codebooks, num_codes = counts.shape
     shares = counts / counts.sum(axis=1, keepdims=True)

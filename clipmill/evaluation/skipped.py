@@ -1,4 +1,4 @@
-"""What the data set does not hold, by cause: quarantined videos, and what was skipped of the others."""
+"""What sharding skipped, by cause: quarantined videos, and parts of the others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from clipmill.shards.manifest import SPLITS, Manifest
 __all__ = ["Skipped", "skipped_of"]
 
 MOST_NAMED = 20
-"""Videos that are named for each cause."""
+"""Maximum number of videos that are named for each cause."""
 MOST_UNITS = 64
-"""Commit records of a split that are looked through for names: each lists all videos of its unit."""
+"""Maximum number of commit records per split that are searched for names. Each lists all videos of its unit."""
 
 _COUNTED = {
     "num_short": ("short", "videos", "shorter than a clip"),
@@ -32,19 +32,19 @@ _COUNTED = {
     "num_damaged_frames": ("damaged_frames", "frames", "damaged, with those that refer to them"),
     "num_joins": ("joins", "joins", "two recordings in one file: no clip spans them"),
 }
-"""By the fact of a manifest: its key in a commit record, what is counted, and why it was skipped."""
+"""By fact of the manifest: its key in a commit record, what is counted, and why it was skipped."""
 
 
 @dataclass
 class Skipped:
-    """One cause."""
+    """A cause, and what was skipped for it."""
 
     cause: str
     unit: str
     """What ``count`` counts."""
     count: int
     names: list[str] = field(default_factory=list)
-    """Of the first videos that it concerns."""
+    """Names of the first videos with this cause."""
 
 
 def skipped_of(clips_url: str, manifests: dict[str, Manifest]) -> list[Skipped]:
@@ -89,7 +89,7 @@ def _counted(manifests: dict[str, Manifest]) -> list[Skipped]:
 
 
 def _name_videos(manifest: Manifest, found: dict[str, Skipped]) -> None:
-    """Adds names of the videos that each cause concerns."""
+    """Adds names of videos to each cause."""
     for record in read_commits(manifest.url, list(islice(manifest.units(), MOST_UNITS))):
         for video in record["videos"]:
             for key, skipped in found.items():
@@ -98,6 +98,6 @@ def _name_videos(manifest: Manifest, found: dict[str, Skipped]) -> None:
 
 
 def _name(video: dict[str, Any], key: str) -> str:
-    """A video, with the bound that it breaks or the number of what was skipped of it."""
+    """Name of a video, with the bound that it violates, or the number of its skipped clips or frames."""
     value = video[key]
     return video["url"] if value is True else f"{video['url']} ({value})"

@@ -1,4 +1,4 @@
-"""Which numbers of an evaluation are of something that is not the newest any more, and why."""
+"""Which numbers of an evaluation are stale, because newer models, samples or data exist."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["staleness"]
 
 
 def staleness(config: RunConfig, evaluation: Evaluation) -> dict[str, str]:
-    """What has changed since an evaluation, by the section of ``metrics.json`` that it concerns.
+    """What has changed since an evaluation, by the affected section of ``metrics.json``.
 
     Args:
         config: of the run.
-        evaluation: of it.
+        evaluation: of the run.
 
     Returns:
-        One sentence each for ``reconstruction``, ``prior`` and ``samples``, as far as they are stale.
+        One sentence for each stale section: ``reconstruction``, ``prior``, ``samples``.
     """
     inputs, metrics = evaluation.metrics["inputs"], evaluation.metrics
     found: dict[str, list[str]] = {"reconstruction": [], "prior": [], "samples": []}
@@ -31,7 +31,7 @@ def staleness(config: RunConfig, evaluation: Evaluation) -> dict[str, str]:
                 found[section].append(change)
 
     clips, clips_text = _manifest(config.folder("clips", metrics["clips"]["split"]))
-    compare(clips, inputs["clips"], f"the clips are others now ({clips_text})", "reconstruction", "samples")
+    compare(clips, inputs["clips"], f"the clips have changed since ({clips_text})", "reconstruction", "samples")
     tokenizer, step = _export(config.tokenizer_url)
     before = metrics["steps"]
     change = f"a tokenizer of step {step} is newer than this one of step {before['tokenizer']}"
@@ -41,7 +41,7 @@ def staleness(config: RunConfig, evaluation: Evaluation) -> dict[str, str]:
         change = f"a prior of step {step} is newer than this one of step {before['prior']}"
         compare(prior, inputs["prior"], change, "prior", "samples")
         tokens, text = _manifest(config.folder("tokens", "val"))
-        compare(tokens, inputs["val_tokens"], f"the tokens are others now ({text})", "prior")
+        compare(tokens, inputs["val_tokens"], f"the tokens have changed since ({text})", "prior")
         samples, text = _manifest(config.folder("samples", evaluation.made["samples"]))
         change = f"there are other samples now ({text}, these numbers are of {metrics['samples']['count']})"
         compare(samples, inputs["samples"], change, "samples")
@@ -49,7 +49,7 @@ def staleness(config: RunConfig, evaluation: Evaluation) -> dict[str, str]:
 
 
 def _manifest(url: str) -> tuple[str | None, str]:
-    """Fingerprint of a data set and its size in words; None where there is none."""
+    """Fingerprint of a data set, and its size in words; None if there is no data set."""
     try:
         manifest = Manifest.load(url)
     except FileNotFoundError:
@@ -58,6 +58,6 @@ def _manifest(url: str) -> tuple[str | None, str]:
 
 
 def _export(url: str) -> tuple[str | None, Any]:
-    """Hash and step of the newest export; None where there is none."""
+    """Hash and step of the newest export; None if there is no export."""
     found = read_latest(url)
     return (None, None) if found is None else (found[1], found[0]["step"])

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation in rows: printed by the command, shown by the report.
+"""The numbers of an evaluation as rows of a table, which the command prints and the report shows.
 
 A result is the document ``metrics.json``; docs/evaluation.md defines every number.
 """
@@ -30,7 +30,7 @@ Row = tuple[str, str, str]
 
 
 def short(value: Any) -> str:
-    """A number with four digits, or thousands separated."""
+    """A number with four significant digits, or with thousands separators."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)  # noqa: RUF001
     if isinstance(value, int) or abs(value) >= 1000:
@@ -39,13 +39,13 @@ def short(value: Any) -> str:
 
 
 def pixels(resolution: int | Sequence[int]) -> str:
-    """Size of a clip in words; the axes are named where they differ."""
+    """Size of a clip in words; the axes are named if they differ."""
     height, width = frame_size(resolution)
     return f"{height} x {width} pixels{'' if height == width else ' (height x width)'}"
 
 
 def circumstances(result: dict[str, Any]) -> str:
-    """The clips that the numbers were measured on. Numbers of other clips are not comparable."""
+    """Describes the clips that were measured. Numbers of other clips are not comparable."""
     clips = result["clips"]
     lowest, highest = clips["fps_lowest"], clips["fps_highest"]
     rate = "unknown fps" if lowest is None else f"{short(lowest)} fps"
@@ -63,7 +63,7 @@ def circumstances(result: dict[str, Any]) -> str:
 
 
 def origin(evaluation: Evaluation) -> str:
-    """When, where and with what an evaluation was made, in one line."""
+    """When, where and with what software an evaluation was made, in one line."""
     made = evaluation.made
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("clipmill", "torch"))
     commit = f", commit {made['commit'][:12]}" if made["commit"] else ""
@@ -75,7 +75,7 @@ def origin(evaluation: Evaluation) -> str:
 
 
 def headlines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The most important numbers: value, meaning, and the section of the result that it is of."""
+    """The most important numbers: value, meaning, and section of the result."""
     scores, codes = result["reconstruction"], result["codebook"]
     ssim = "" if scores["ssim"] is None else f"; SSIM {short(scores['ssim'])}"
     used = f"of {short(codes['num_codes'])} codes in use; perplexity {short(codes['perplexity'])}"
@@ -98,7 +98,7 @@ def headlines(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _sample_headlines(appearance: dict[str, Any]) -> list[tuple[str, str]]:
-    """The two numbers that say most about samples without any network."""
+    """The two most informative numbers about samples that need no network."""
     ratio = appearance["ratio"]
     motion = (f"{short(ratio['motion_energy'])} x", "motion energy of samples over that of real clips")
     if min(appearance[name]["easy_masks"] for name in ("real", "other")) >= 0.5:
@@ -116,14 +116,14 @@ def row_groups(result: dict[str, Any]) -> list[list[Row]]:
 
 
 def sample_rows(result: dict[str, Any]) -> list[Row]:
-    """What samples look like beside real clips, without any network."""
+    """Samples compared with real clips, without any network."""
     appearance = result["samples"]["appearance"]
     ratio, distance = appearance["ratio"], appearance["stand_in_distance"]
     easy = short(100 * appearance["other"]["easy_masks"])
     nearest = result["samples"]["nearest"]
     return [
         ("motion", f"{short(ratio['motion_energy'])} x", "the real clips' energy of changes from frame to frame"),
-        ("flicker", f"{short(ratio['flicker_energy'])} x", "theirs of changes that turn back"),
+        ("flicker", f"{short(ratio['flicker_energy'])} x", "the real clips' energy of changes that turn back"),
         (
             "object size",
             f"{short(ratio['object_variation'])} x",
@@ -131,7 +131,7 @@ def sample_rows(result: dict[str, Any]) -> list[Row]:
         ),
         ("contrast", f"{short(ratio['pixel_variance'])} x", "the variance of their pixels"),
         ("colours", short(appearance["colour_distance"]), "distance of the histograms, 0 to 1"),
-        ("stand-in distance", short(distance), "of pixels and energies in cells; compares with itself alone"),
+        ("stand-in distance", short(distance), "of pixels and energies in cells; only comparable with itself"),
         *(_nearest_rows(nearest) if nearest else []),
     ]
 
@@ -176,7 +176,7 @@ def tokenizer_rows(result: dict[str, Any]) -> list[Row]:
         ("perplexity", short(codes["perplexity"]), "of the codes' frequencies" + mean),
         ("entropy", f"{short(codes['entropy_bits'])} bits", "of one code" + mean),
         (
-            "bits a clip",
+            "bits per clip",
             short(codes["bits_per_clip"]),
             f"by that entropy; {short(codes['raw_bits_per_clip'])} stored plainly",
         ),
@@ -184,7 +184,7 @@ def tokenizer_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def fvd_rows(result: dict[str, Any]) -> list[Row]:
-    """The Frechet video distances, and the Inception Score where there is one."""
+    """The Frechet video distances, and the Inception Score if it was measured."""
     fvd = result["fvd"] or {}
     missing = _without(fvd.get("rfvd"), "evaluate.fvd_weights")
     rows = [("rFVD", short(fvd.get("rfvd")), f"real against reconstructions{missing}")]
@@ -200,7 +200,7 @@ def fvd_rows(result: dict[str, Any]) -> list[Row]:
 def _sample_rows(result: dict[str, Any], fvd: dict[str, Any], missing: str) -> list[Row]:
     samples = f"{short(result['count'])} samples"
     if result["given_frames"]:
-        samples += f" that go on from {result['given_frames']} given frames"
+        samples += f" that continue {result['given_frames']} given frames"
     rows = [
         ("FVD", short(fvd.get("fvd")), f"real against {samples}{missing}"),
         ("FVD*", short(fvd.get("fvd_star")), f"reconstructions against {samples}{missing}"),
@@ -216,7 +216,7 @@ def _sample_rows(result: dict[str, Any], fvd: dict[str, Any], missing: str) -> l
 
 
 def _feature_rows(fvd: dict[str, Any]) -> list[Row]:
-    """What the features behind FVD say beside it."""
+    """Further metrics on FVD's features."""
     if "kvd" not in fvd:
         return []
     rows = [("KVD", short(fvd["kvd"]), "kernel distance of the same features")]
@@ -226,7 +226,7 @@ def _feature_rows(fvd: dict[str, Any]) -> list[Row]:
         draws = f"{len(seeds['values'])} draws of {short(seeds['num_clips'])} clips each"
         rows.append(("FVD over seeds", value, f"of {draws}"))
     if counts:
-        meaning = f"of endless many clips, by a line over 1 / clips (R² {short(counts['r_squared'])})"
+        meaning = f"of infinitely many clips, by a line over 1 / clips (R² {short(counts['r_squared'])})"
         rows.append(("FVD extrapolated", short(counts["extrapolated"]), meaning))
     if manifold:
         rows += [
@@ -237,17 +237,17 @@ def _feature_rows(fvd: dict[str, Any]) -> list[Row]:
 
 
 def prior_rows(result: dict[str, Any]) -> list[Row]:
-    """The prior beside the tables it has to beat."""
+    """The prior, and the tables it has to beat."""
     prior = result["prior"]
     return [
         (
             "prior",
             f"{short(prior['val_nats_per_token'])} nats",
-            f"a token; {short(prior['bits_per_dim'])} bits a pixel value",
+            f"per token; {short(prior['bits_per_dim'])} bits per pixel value",
         ),
-        ("temporal bigram", f"{short(prior['temporal_bigram_nats'])} nats", "a token, of a table"),
-        ("raster bigram", f"{short(prior['raster_bigram_nats'])} nats", "a token, of a table"),
-        ("unigram", f"{short(prior['unigram_nats'])} nats", "a token, of a table"),
+        ("temporal bigram", f"{short(prior['temporal_bigram_nats'])} nats", "per token, of a table"),
+        ("raster bigram", f"{short(prior['raster_bigram_nats'])} nats", "per token, of a table"),
+        ("unigram", f"{short(prior['unigram_nats'])} nats", "per token, of a table"),
     ]
 
 

@@ -33,7 +33,7 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["Job", "decode_cpus", "make_worker", "torch_settings_kept"]
 
 GPU_DECODE_CPUS = 3
-"""Threads that decode ahead of a GPU; without one the worker decodes when it needs a batch."""
+"""Threads that decode ahead for a GPU. Without a GPU, the worker decodes a batch when it needs it."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Job:
     config: RunConfig
     inputs: Inputs
     measures: dict[str, Measure]
-    """By name: ``real``, ``tokenizer``, ``val``, ``train``, ``samples``, ``shown``, ``nearest``."""
+    """Measurements by name: ``real``, ``tokenizer``, ``val``, ``train``, ``samples``, ``shown``, ``nearest``."""
     shown: tuple[int, ...] = ()
-    """Numbers of the clips that the measure ``shown`` keeps with their reconstructions."""
+    """Indices of the clips that the measure ``shown`` stores with their reconstructions."""
     nearest: tuple[tuple[int, int], ...] = ()
-    """Numbers of the samples and of the training clips that the measure ``nearest`` keeps."""
+    """Indices of the samples and of the training clips that the measure ``nearest`` stores."""
 
 
 def decode_cpus(config: RunConfig) -> int:
-    """CPUs that a worker asks for beside those of the models."""
+    """CPUs that a worker requests in addition to those of the models."""
     return GPU_DECODE_CPUS if config.cluster.use_gpu else 0
 
 
@@ -62,7 +62,7 @@ def make_worker(job: Job) -> Callable[[Unit], dict[str, Any]]:
 
 @contextlib.contextmanager
 def torch_settings_kept() -> Iterator[None]:
-    """Gives the process back the threads and the determinism that it had before."""
+    """Restores torch's number of threads and its determinism after the block."""
     threads = torch.get_num_threads()
     deterministic, tf32 = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
     try:
@@ -97,7 +97,7 @@ class _Worker:
         return {"hardware": hardware_name(self._device), "work": {"clips": unit.num_clips}}
 
     def _measure_clips(self, unit: Unit) -> None:
-        """Real clips, and through the tokenizer: the part of either that is missing, of both in one pass."""
+        """Measures real clips and their reconstructions, in one pass if both parts are missing."""
         missing = {name for name in ("real", "tokenizer") if not self._job.measures[name].has(unit)}
         parts = {name: Part() for name in missing}
         clips = self._reader("clips", self._job.inputs.clips, decode_clip)
@@ -120,7 +120,7 @@ class _Worker:
         self._job.measures["shown"].publish(unit, part)
 
     def _measure_tokens(self, unit: Unit) -> None:
-        """Tables and features of codes; of the validation codes also what the prior makes of them."""
+        """Counts codes and stores their features; for validation codes also measures the prior's cross-entropy."""
         inputs = self._job.inputs
         of_val = unit.measure == "val"
         manifest = inputs.val_tokens if of_val else inputs.train_tokens
@@ -200,6 +200,6 @@ class _Worker:
 
     @property
     def _codebooks(self) -> tuple[int, int]:
-        """Codes of a codebook, and codebooks."""
+        """Number of codes per codebook, and number of codebooks."""
         model = self._tokenizer.config
         return model.num_codes, model.num_codebooks

@@ -367,7 +367,7 @@ def _require_compiler(device: torch.device) -> None:
 
 
 def _import_deepspeed() -> Any:
-    """Imports DeepSpeed only when needed, because that takes seconds; silences it, and avoids compiling at each start."""
+    """Imports DeepSpeed when needed, because that takes seconds; silences it, and avoids compiling at each start."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
