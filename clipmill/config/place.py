@@ -1,4 +1,4 @@
-"""Section ``storage``: how the places are reached that the environment's defaults do not reach."""
+"""Section ``storage``: places that need other addresses or keys than the environment's defaults."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StoragePlace(Section):
     @model_validator(mode="before")
     @classmethod
     def _refuse_secrets(cls, values: Any) -> Any:
-        """Whatever is written into a config is recorded beside what it made, and travels to clusters in clear text."""
+        """Refuses keys of secrets: a config is recorded beside its results, and sent to clusters in clear text."""
         if not isinstance(values, dict):
             return values
         if secret := sorted(name for name in values if name not in cls.model_fields and _SECRET_KEY.search(str(name))):

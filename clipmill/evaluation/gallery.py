@@ -24,7 +24,7 @@ MIN_PER_CLASS, MAX_PER_CLASS = 3, 8
 class Gallery:
     """Clips beside each other: real ones and their reconstructions, or samples and their nearest training clips.
 
-    Those from the tokenizer are decoded again clip by clip, and differ by a grey level at most from those scored.
+    Reconstructions are computed again one by one, and differ from the scored ones by at most one grey level.
     """
 
     rows: dict[str, NDArray[np.uint8]]

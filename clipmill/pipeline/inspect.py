@@ -31,7 +31,7 @@ def inspect(url: str) -> dict[str, Any]:
         [{url, cause}].
 
     Raises:
-        UserError: there is no manifest, or the tokenizer of tokens is not there any more.
+        UserError: there is no manifest, or the tokenizer of tokens no longer exists.
     """
     url = storage.absolute(url)
     try:
@@ -92,7 +92,7 @@ def _sheet(manifest: Manifest) -> bytes:
 
 def _decoded(tokens: Manifest, chosen: np.ndarray) -> np.ndarray:
     """Some samples of tokens as pixels, uint8 [N, T, H, W, 3]."""
-    import torch  # takes seconds to import; clips and samples are looked at without
+    import torch  # imported here: it takes seconds, and clips and samples do not need it
 
     from clipmill.models.export import load_vqvae
     from clipmill.models.vqvae import to_pixels
@@ -105,7 +105,7 @@ def _decoded(tokens: Manifest, chosen: np.ndarray) -> np.ndarray:
 
 
 def _tokenizer_url(tokens: Manifest) -> str:
-    """The export that made these tokens: of their run, or where the config says that was recorded with them."""
+    """URL of the export that made these tokens: in their run, or at the place that their recorded config names."""
     from clipmill.models.export import read_latest  # as above
 
     root, sha8 = tokens.url.rsplit("/", 2)[0], tokens.recipe["tokenizer"]

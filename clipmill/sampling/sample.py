@@ -149,12 +149,12 @@ def _num_samples(entries: tuple[ShardEntry, ...]) -> int:
 
 
 def new_job(config: RunConfig, lease: Lease, body: dict[str, Any]) -> Job:
-    """What the workers of this set of samples get.
+    """The inputs for the workers of this sample set.
 
     Args:
-        config: of the run.
-        lease: of the folder.
-        body: of the prior's export.
+        config: config of the run.
+        lease: lease on the folder.
+        body: body of the prior's export.
 
     Raises:
         UserError: as `is_finished`.
@@ -168,14 +168,14 @@ def new_job(config: RunConfig, lease: Lease, body: dict[str, Any]) -> Job:
 
 
 def check_settings(settings: SampleConfig, body: dict[str, Any]) -> list[str | None]:
-    """The classes that samples take in turn (None: of no class), of settings that fit a prior.
+    """Checks that settings fit a prior. Returns the classes through which samples rotate; None stands for no class.
 
     Args:
-        settings: of the section ``sample``.
-        body: of the prior's export.
+        settings: the section ``sample``.
+        body: body of the prior's export.
 
     Raises:
-        UserError: a class that the prior does not know, or a size that the format cannot hold.
+        UserError: the prior does not know a class, or the format cannot store videos of this size.
     """
     height, width = frame_size(body["tokenizer"]["clip"]["clip"]["resolution"])
     if settings.format == "mp4" and (height % 2 or width % 2):
@@ -187,7 +187,7 @@ def check_settings(settings: SampleConfig, body: dict[str, Any]) -> list[str | N
 
 
 def _recipe(config: RunConfig, body: dict[str, Any], given: Manifest | FileList | None) -> dict[str, Any]:
-    """Everything that sample i depends on beside i. Names are only places: a copy elsewhere is the same data."""
+    """Everything besides i that determines sample i. Names are not part of it: a copy elsewhere is the same data."""
     settings = {key: value for key, value in identity(config.sample).items() if key not in ("name", "given")}
     length = video_length(body, config.sample.num_frames, config.sample.overlap_latents)
     use_gpu = config.cluster.use_gpu
@@ -222,7 +222,7 @@ def _refuse_other_recipe(config: RunConfig, recipe: dict[str, Any]) -> None:
 
 
 def _labels_in_turn(config: SampleConfig, body: dict[str, Any]) -> list[str | None]:
-    """Names of the classes that samples take in turn; [None] for a prior without classes."""
+    """Names of the classes through which samples rotate; [None] for a prior without classes."""
     known = body["classes"]
     if not known:
         if config.classes:

@@ -1,4 +1,4 @@
-"""One position after another."""
+"""The sequential decoder: draws one position after another."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def decode_sequentially(drawing: Drawing) -> None:
 
 
 def device_counts(device: torch.device) -> bool:
-    """Whether a device counts the positions itself: then one CUDA graph serves many of them."""
+    """Whether the device counts the positions itself, so that one CUDA graph serves many of them."""
     return device.type == "cuda"
 
 
 class DeviceStep:
-    """A step whose position the device knows: the same kernels on the same memory for every position of a bucket.
+    """A step whose position is stored on the device: all positions of a bucket use the same kernels and memory.
 
     Its CUDA graphs serve all batches of its drawing.
     """
@@ -43,7 +43,7 @@ class DeviceStep:
         self.graphs = Graphs()
         self.position = torch.zeros(1, dtype=torch.int64, device=drawing.device)
         self.slot = torch.zeros_like(self.position)
-        """Where the noise of the position is in ``noise``."""
+        """Index of the position's noise in ``noise``."""
         shape = (drawing.num_samples, drawing.noise_positions, drawing.num_codes)
         self.noise = torch.empty(shape, device=drawing.device)
 
@@ -59,7 +59,7 @@ class DeviceStep:
             drawing.tell(position + 1)
 
     def refill(self, position: int) -> None:
-        """Makes the noise of the next positions where it is used up; the host counts along."""
+        """Computes the noise of the next positions once the last block is used up; the host counts too."""
         drawing = self.drawing
         if (position - drawing.num_given) % drawing.noise_positions == 0:
             count = min(drawing.noise_positions, drawing.num_positions - position)
@@ -67,7 +67,7 @@ class DeviceStep:
             self.slot.zero_()
 
     def __call__(self, context: int, codebook: int) -> None:
-        """Draws the codes of the position and goes on to the next."""
+        """Draws the codes of the current position and advances to the next."""
         places = DevicePlaces(self.position, context, codebook)
         logits = self.drawing.logits(places)
         self.drawing.examine(logits)

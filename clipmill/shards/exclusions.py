@@ -1,9 +1,8 @@
-"""Clips that trainings leave out: a file that names them, and what a manifest is without them.
+"""Clips that trainings skip: reads the file that names them, and removes them from a manifest.
 
-A file has one JSON object a line; `clipmill.pipeline.duplicates` writes one. A clip is named by the shard of clips that
-holds it and its row there. Names of shards contain hashes, so a file never means other clips than those it was made
-for, in whatever run they lie. Tokens of a clip are found by its unit: unit n of the tokens is unit n of the clips, in
-the same order.
+The file has one JSON object per line; `clipmill.pipeline.duplicates` writes one. A clip is named by its shard and its
+row. Names of shards contain hashes, so the file means the same clips in every run. The tokens of a clip are found by
+its unit: unit n of the tokens is unit n of the clips, in the same order.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ __all__ = ["ExcludedClip", "exclude", "read_exclusions"]
 
 
 class ExcludedClip(NamedTuple):
-    """A clip that trainings leave out."""
+    """A clip that trainings skip."""
 
     key: str
-    """For people."""
+    """Key of the clip, for readers of the file; it is not used."""
     shard: str
-    """Name of the shard of clips that holds it."""
+    """Name of its shard of clips."""
     row: int
-    """In its unit, counted over the unit's shards of clips."""
+    """Its row in its unit, counted over the unit's shards of clips."""
 
 
 def read_exclusions(url: str) -> list[ExcludedClip]:
-    """The clips that a file names; keys of a line that are not known are ignored.
+    """Reads the clips that a file names. Unknown keys of a line are ignored.
 
     Raises:
-        UserError: there is no such file, or a line names no clip.
+        UserError: the file does not exist, or a line does not name a clip.
     """
     try:
         lines = storage.read_bytes(url).decode(errors="replace").splitlines()
@@ -88,7 +87,7 @@ def exclude(manifest: Manifest, clips: Iterable[ExcludedClip]) -> Manifest:
 
 
 def _shards_of_clips(manifest: Manifest, units: dict[int, tuple[ShardEntry, ...]]) -> dict[int, Sequence[str]]:
-    """Names of the shards of clips that each unit is, or was made of."""
+    """Names of each unit's shards of clips; for tokens, those of the clips that they were made from."""
     if manifest.kind == "clips":
         return {unit: [shard.name for shard in shards] for unit, shards in units.items()}
     try:

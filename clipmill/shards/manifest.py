@@ -40,7 +40,7 @@ class Manifest:
     kind: Kind
     shards: tuple[ShardEntry, ...]
     num_samples: int
-    """Without excluded ones."""
+    """Number of samples without excluded ones."""
     fingerprint: str
     """SHA-256 (hex) over kind, recipe, and the shards' names, hashes and counts."""
     recipe: dict[str, Any]
@@ -48,7 +48,7 @@ class Manifest:
     facts: dict[str, Any]
     """Facts for readers that are not part of the identity: class names, pixel statistics, versions."""
     excluded: Mapping[int, np.ndarray] = field(default_factory=dict, compare=False)
-    """Rows that readers do not see, ascending int64, by the number of their shard: see `without`."""
+    """Rows that readers do not see, by the number of their shard: ascending int64. See `without`."""
 
     @property
     def counts(self) -> np.ndarray:
@@ -64,10 +64,10 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
     def without(self, rows: Mapping[int, Sequence[int]]) -> Manifest:
-        """The same shards without some samples: readers number the others as if these had never been there.
+        """The same shards without some samples. Readers number the others as if these did not exist.
 
         Args:
-            rows: ascending, by the number of their shard.
+            rows: rows to exclude, ascending, by the number of their shard.
         """
         if not rows:
             return self
@@ -80,10 +80,10 @@ class Manifest:
         )
 
     def stored_row(self, shard: int, row: int) -> int:
-        """Where a shard holds the sample that readers know by ``row``."""
+        """The stored row of the sample that readers number ``row``."""
         if shard not in self.excluded:
             return row
-        # Before the i-th excluded row there are rows[i] - i others.
+        # rows[i] - i rows before the i-th excluded row are not excluded.
         rows = self.excluded[shard]
         return row + int(np.searchsorted(rows - np.arange(len(rows)), row, side="right"))
 

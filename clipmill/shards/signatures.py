@@ -1,8 +1,8 @@
-"""Signatures of clips: what near-duplicates are found by, small enough to keep for every clip.
+"""Signatures of clips, by which near-duplicates are found. They are small enough to store for every clip.
 
-A signature is the mean grey of 16 x 16 cells of each frame: 4 KiB for 16 frames. Stage ``tokenize`` makes it of the
-pixels that it has decoded anyway, and keeps those of a unit in ``signatures/000012.npz`` beside its shards. Without
-these files everything but the search for duplicates works.
+A signature is the mean grey of 16 x 16 cells of each frame: 4 KiB for 16 frames. Stage ``tokenize`` computes it from
+the pixels that it decodes anyway, and stores those of a unit in ``signatures/000012.npz`` beside its shards. Only the
+search for duplicates needs these files.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from clipmill.shards.manifest import Manifest
 __all__ = ["CELLS", "Signatures", "publish_signatures", "read_signatures", "signature_of"]
 
 CELLS = 16
-"""Along height and along width."""
+"""Number of cells along height and along width."""
 MOST_FRAMES = 32
-"""Of a longer clip every second frame is kept, or every third, and so on."""
+"""Maximum number of frames in a signature. Of a longer clip, every second frame is taken, or every third, and so on."""
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-"""Of red, green and blue (ITU-R BT.601)."""
+"""Weights of red, green and blue (ITU-R BT.601)."""
 FOLDER = "signatures"
 
 
 class Signatures(NamedTuple):
-    """The signatures of a data set, and where its clips are."""
+    """The signatures of a data set, and the places of its clips."""
 
     keys: list[str]
     grey: np.ndarray
     """uint8 [N, F, 16, 16]."""
     shards: list[str]
-    """Of each clip a shard of clips of its unit; see `clipmill.shards.exclusions`."""
+    """For each clip, the name of a shard of clips of its unit; see `clipmill.shards.exclusions`."""
     rows: np.ndarray
-    """int64 [N], row of each clip in its unit."""
+    """int64 [N]: row of each clip in its unit."""
 
 
 def signature_of(video: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def signature_of(video: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _cells(length: int) -> np.ndarray:
-    """float32 [16, length]: how much of each cell each pixel covers; rows add up to 1."""
+    """float32 [16, length]: the share of each cell that each pixel covers; rows sum to 1."""
     edges = np.linspace(0, length, CELLS + 1)
     starts = np.arange(length)
     overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
@@ -61,7 +61,7 @@ def _cells(length: int) -> np.ndarray:
 
 
 def publish_signatures(url: str, unit: int, keys: Sequence[str], signatures: Sequence[np.ndarray]) -> None:
-    """Keeps the signatures of a unit's clips, in their order, in the folder of its data set."""
+    """Stores the signatures of a unit's clips, in their order, in the folder of its data set."""
     if keys:
         file = io.BytesIO()
         np.savez_compressed(file, keys=np.array(keys, np.str_), grey=np.stack(signatures))
@@ -76,7 +76,7 @@ def read_signatures(tokens: Manifest) -> Signatures:
     """The signatures of all clips of a data set of tokens.
 
     Raises:
-        UserError: those of a unit are missing or damaged.
+        UserError: the signatures of a unit are missing or damaged.
     """
     keys: list[str] = []
     grey: list[np.ndarray] = []

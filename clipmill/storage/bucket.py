@@ -121,14 +121,14 @@ def create(url: str, data: bytes) -> bool:
 
 
 def in_bucket(url: str, operation: Callable[[Any, str], T]) -> T:
-    """As `call`, of an operation that misses something only where the bucket is missing: a put, a listing.
+    """Like `call`, for puts and listings, for which "not found" can only mean that the bucket does not exist.
 
     Raises:
-        Refused: there is no such bucket.
+        Refused: the bucket does not exist.
     """
     try:
         return call(url, operation)
-    except FileNotFoundError as error:  # what gcsfs makes of any answer 404
+    except FileNotFoundError as error:  # gcsfs raises it for any answer 404
         raise Refused(NO_BUCKET.format(server(url), shown(url))) from error
 
 

@@ -1,7 +1,7 @@
 """Azure through adlfs, Google through gcsfs: one attempt per request, and plain exceptions.
 
-The retries of the SDKs are off: `bucket.call` rules with one deadline. Stacked, both wait for more than a minute before
-they say that a server is away.
+The retries of the SDKs are off, because `bucket.call` retries within one deadline. With both, it takes more than a
+minute until an unreachable server is reported.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _AZURE_SECRETS = (
     *("account_name", "account_key", "connection_string", "sas_token"),
     *("client_id", "client_secret", "tenant_id"),
 )
-"""Options of adlfs and, in capitals behind ``AZURE_STORAGE_``, their variables."""
+"""Options of adlfs. Their environment variables are the names in capitals, after ``AZURE_STORAGE_``."""
 
 
 def azure(place: StoragePlace | None) -> Any:
     """A new client of Azure Blob Storage."""
     from adlfs import AzureBlobFileSystem
 
-    # It logs each request with all of its headers: thousands of lines a stage.
+    # It logs each request with all headers: thousands of lines per stage.
     logging.getLogger("azure.core.pipeline.policies.http_logging_policy").setLevel(logging.WARNING)
     filesystem = AzureBlobFileSystem(use_listings_cache=False, skip_instance_cache=True, **_azure_options(place))
-    # adlfs takes no option for this. All clients of containers and blobs share the policy.
+    # adlfs has no option for this. All clients of containers and blobs share the policy.
     policy = filesystem.service_client._config.retry_policy
     policy.total_retries = policy.connect_retries = policy.read_retries = policy.status_retries = 0
     return filesystem
@@ -60,7 +60,7 @@ def google(place: StoragePlace | None) -> Any:
 
 @functools.cache
 def _one_attempt() -> type[Any]:
-    """Gcsfs without its repetitions. Its newer variant asks each bucket for its kind first, and needs more rights."""
+    """Gcsfs without retries. (Its newer variant first asks for each bucket's type, which needs more permissions.)"""
     from gcsfs.core import GCSFileSystem
 
     class OneAttempt(GCSFileSystem):
@@ -72,7 +72,7 @@ def _one_attempt() -> type[Any]:
 
 
 def _once(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """A method of gcsfs that repeats nothing, and says by its type that access is denied."""
+    """A method of gcsfs without retries, which raises PermissionError if access is denied."""
     inner = inspect.unwrap(function)
 
     @functools.wraps(inner)

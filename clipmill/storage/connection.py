@@ -29,13 +29,13 @@ def connect(url: str) -> tuple[Any, str]:
     """The fsspec file system of a bucket URL, and the object's path in it.
 
     Raises:
-        UserError: none is installed, or ``CLIPMILL_STORAGE`` is wrong.
+        UserError: the package for this file system is not installed, or ``CLIPMILL_STORAGE`` is invalid.
     """
     place = place_of(url)
     try:
         with _connecting:
             filesystem = _connected(provider(url), os.getpid(), place)
-    except (ImportError, TypeError, ValueError) as error:  # its package, or an option that it needs, is missing
+    except (ImportError, TypeError, ValueError) as error:  # its package, or a required option, is missing
         if isinstance(error, ValueError) and provider(url) in ("s3", "gs", "az"):
             raise  # an endpoint that is no address, or no credentials: `failures` says so
         what = f"no storage for {scheme(url)}:// ({first_line(error)})"
@@ -65,6 +65,6 @@ def _connected(protocol: str, process: int, place: StoragePlace | None) -> Any:
 
         return clouds.azure(place) if protocol == "az" else clouds.google(place)
     kind, options = fsspec.get_filesystem_class(protocol), {"use_listings_cache": False}
-    # Made without a host that it needs, a file system of fsspec prints a traceback when it is freed.
+    # If a required host is missing, a file system of fsspec prints a traceback when it is freed.
     inspect.signature(kind.__init__).bind(None, **options)
     return kind(**options, skip_instance_cache=True)

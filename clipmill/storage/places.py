@@ -1,6 +1,6 @@
-"""How each place of storage is reached: what ``storage`` of a config says.
+"""Addresses and keys of places of storage, from the section ``storage`` of a config.
 
-The places stand in an environment variable, so that processes that a stage starts know them too. They hold no
+The places are passed in an environment variable, so that processes that a stage starts know them too. They contain no
 secrets: keys stay in other variables, or where the SDKs look for them.
 """
 
@@ -23,21 +23,21 @@ PLACES_VARIABLE = "CLIPMILL_STORAGE"
 
 
 def set_places(places: Sequence[StoragePlace]) -> None:
-    """Sets how places are reached, for this process and those that it starts. An empty list changes nothing."""
+    """Sets the places for this process and for processes that it starts. An empty list changes nothing."""
     if places:
         os.environ[PLACES_VARIABLE] = json.dumps([place.model_dump(exclude_defaults=True) for place in places])
 
 
 def places_environment() -> dict[str, str]:
-    """The variable for processes of other machines."""
+    """The environment variable for processes on other machines."""
     return {PLACES_VARIABLE: os.environ[PLACES_VARIABLE]} if os.environ.get(PLACES_VARIABLE) else {}
 
 
 def place_of(url: str) -> StoragePlace | None:
-    """The most special place that a URL lies in; None: the environment's defaults count.
+    """The most specific place that contains a URL; None if only the environment's defaults apply.
 
     Raises:
-        UserError: the variable is no list of places.
+        UserError: the variable is not a list of places.
     """
     wanted = _plain(url)
     found = [place for place in _places(os.environ.get(PLACES_VARIABLE, "")) if _holds(_plain(place.url), wanted)]
@@ -65,5 +65,5 @@ def _places(text: str) -> list[StoragePlace]:
 
 
 def secret(place: StoragePlace, name: str) -> str | None:
-    """The value of a variable behind the place's prefix; None: there is no prefix, or it is not set."""
+    """The value of a variable with the place's prefix; None if the place has no prefix or the variable is not set."""
     return os.environ.get(f"{place.credentials}{name}") if place.credentials else None

@@ -97,7 +97,7 @@ def _timestamp(text: Any) -> datetime:
 
 
 def _options(place: StoragePlace) -> dict[str, Any]:
-    """What s3fs is given for a place."""
+    """Options of s3fs for a place."""
     options: dict[str, Any] = {"endpoint_url": place.endpoint_url, "anon": place.anonymous}
     if place.region:
         options["client_kwargs"] = {"region_name": place.region}
@@ -110,7 +110,7 @@ def _options(place: StoragePlace) -> dict[str, Any]:
 
 
 def connected(place: StoragePlace | None) -> TrueNames:
-    """A new client with the credentials and the endpoint of a place; None: of the environment.
+    """A new client with the credentials and the endpoint of a place; None uses those of the environment.
 
     Raises:
         UserError: the variables that the place names are not set.

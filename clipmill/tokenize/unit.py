@@ -38,7 +38,7 @@ __all__ = ["TIMES", "Unit", "decode_cpus", "make_worker"]
 CONDITIONS = {"actions.npy", "text.npy", "frames.npy"}
 """Members that can condition a prior."""
 GPU_DECODE_CPUS = 3
-"""Together with the CPU that feeds the GPU these are four, as many as the smallest machines with a GPU have."""
+"""With the CPU that feeds the GPU these are four CPUs, as the smallest machines with a GPU have."""
 TIMES = ("encode_seconds", "encoder_wait_seconds", "decode_seconds")
 """Timings that a worker returns for a unit, in addition to the commit record."""
 
@@ -115,9 +115,9 @@ def _tokenize_unit(
 
 
 def _encode_all(encoder: Encoder, ahead: ClipsAhead, packed: _Packed) -> float:
-    """Encodes and packs all batches; the seconds of the encoder.
+    """Encodes and packs all batches; returns the seconds spent by the encoder.
 
-    A batch is packed while the next is on its way: a GPU then always has one to go on with.
+    A batch is packed while the next one is encoded, so that a GPU never waits for packing.
     """
     encode_seconds = 0.0
     begun: deque[tuple[list[Clip], Tensor]] = deque()
@@ -142,15 +142,15 @@ def _encode_all(encoder: Encoder, ahead: ClipsAhead, packed: _Packed) -> float:
 
 
 class _Packed:
-    """What a unit holds so far.
+    """The content of a unit so far.
 
     Attributes:
-        writer: of its tars.
-        num_clips: in them.
+        writer: writer of its tars.
+        num_clips: number of clips in them.
         counts: int64 [M * K], occurrences of each code.
-        fields: what clips come with beside codes; see `clipmill.tokenize.tally.Tally`.
-        keys: of the clips.
-        signatures: of the clips.
+        fields: members of the samples besides codes; see `clipmill.tokenize.tally.Tally`.
+        keys: keys of the clips.
+        signatures: signatures of the clips.
     """
 
     def __init__(self, config: RunConfig, encoder: Encoder, writer: UnitWriter) -> None:
@@ -181,7 +181,7 @@ class _Packed:
 
 @functools.lru_cache(maxsize=1)  # the clips of a video come one after the other
 def _text_embedding(folder_url: str | None, text: str | None) -> bytes | None:
-    """The ``.npy`` that holds the embedding of a text; none where there is no such text or file."""
+    """Content of the ``.npy`` file with the embedding of a text; None if there is no text or no such file."""
     if folder_url is None or text is None:
         return None
     url = storage.join(folder_url, f"{hashlib.sha256(text.encode()).hexdigest()}.npy")
@@ -199,7 +199,7 @@ def _text_embedding(folder_url: str | None, text: str | None) -> bytes | None:
 
 
 def _count_fields(fields: dict[str, dict[str, Any]], members: dict[str, bytes]) -> None:
-    """Notes what a sample comes with beside its codes: training asks before it starts, not in its middle."""
+    """Counts a sample's members besides codes, so that training can check them before it starts."""
     shapes: dict[str, list[int]] = {"label": []} if json.loads(members["json"])["label"] is not None else {}
     for name in CONDITIONS & members.keys():
         shapes[name.removesuffix(".npy")] = list(parse_npy(members[name]).shape)
