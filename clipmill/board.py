@@ -25,7 +25,7 @@ MAX_CAUSES = 1000
 """Maximum number of distinct causes. Causes may name objects, so further ones are counted together."""
 OTHER_CAUSES = "other causes"
 MAX_LABELS = 30
-"""Different causes of one kind that metrics tell apart: each is a time series for as long as Prometheus keeps any."""
+"""Maximum number of causes per kind in metrics: Prometheus keeps a time series for each."""
 
 Kind = Literal["failures", "quarantine"]
 
@@ -92,7 +92,7 @@ class Board:
     def begin(self, stage: str, attempt: int, run: str | None = None, earlier_seconds: float = 0.0) -> None:
         """Clears the board for a new attempt at a stage; earlier attempts took ``earlier_seconds`` in all.
 
-        Totals go on: they belong to the process.
+        Totals are kept: they count since the process began.
         """
         with self._lock:
             self.stage, self.attempt, self.run = stage, attempt, run
@@ -103,7 +103,7 @@ class Board:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the stage has taken so far, those of its earlier attempts included."""
+        """Seconds that the stage has taken so far, including its earlier attempts."""
         return self._earlier_seconds + time.monotonic() - self._began
 
     def advance(self, done: float, total: float | None, unit: str, facts: dict[str, Any]) -> None:
@@ -135,9 +135,9 @@ class Board:
         """Adds to a total.
 
         Args:
-            name: of a counter of `clipmill.cluster.metrics`.
+            name: name of a counter of `clipmill.cluster.metrics`.
             amount: at least 0.
-            label: such as the host where it was done.
+            label: value of the metric's label, such as the host that did the work.
         """
         with self._lock:
             self._totals[name, label] += amount
@@ -168,7 +168,7 @@ class Board:
 
 
 def kind_of_cause(cause: str) -> str:
-    """A cause without what belongs to one object: names, numbers, everything behind the first sentence."""
+    """A cause without details of one object: without names, numbers, and all text after the first sentence."""
     line = cause.strip().splitlines()[0] if cause.strip() else "unknown"
     words = [word if word.isascii() and not re.search(r"[\d/\\'\"]", word) else "..." for word in line.split()]
     return re.sub(r"(\.\.\.[ ,;:]*)+", "... ", " ".join(words)).strip()[:80]

@@ -1,6 +1,6 @@
 """Lists the packages that each part of clipmill needs, for slim images. The plain install has all of them.
 
-``python -m clipmill.extras train report`` prints the requirements of these parts and of the core, one a line::
+``python -m clipmill.extras train report`` prints the requirements of these parts and of the core, one per line::
 
     pip install --no-deps clipmill
     python -m clipmill.extras train > requirements.txt
@@ -33,7 +33,7 @@ _EXTRA = re.compile(r"""(?:\s+and\s+)?extra\s*==\s*['"]([\w-]+)['"]""")
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of clipmill, Python, and of the packages that decide what a run computes, as far as they are there."""
+    """Versions of clipmill, Python, and the installed packages that affect the results of a run."""
     versions = {"clipmill": __version__, "python": platform.python_version()}
     for name in ("torch", "ray", "deepspeed", "webdataset", "av", "decord", "decord2", "numpy"):
         try:

@@ -1,4 +1,4 @@
-"""One writer a folder: a lease that survives crashed owners and unsynchronised clocks.
+"""One writer per folder: a lease that survives crashed owners and unsynchronised clocks.
 
 The claims on a folder are numbered files, ``_lease/000001.json``, and the highest number owns the folder. A contender
 takes over by creating the next number exclusively, so exactly one wins; the storage only needs to support "create if

@@ -1,4 +1,4 @@
-"""The metrics of a training run: each attempt writes one file, with one JSON record a line.
+"""The metrics of a training run: each attempt writes one file, with one JSON record per line.
 
 A record is ``{"step": int, "split": "train" | "val", name: number, ...}``. An attempt writes its file on the local disk
 and uploads it whole, since buckets cannot append. A resumed run is a new attempt that begins at its checkpoint's step,

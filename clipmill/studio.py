@@ -16,7 +16,7 @@ __all__ = ["studio_of"]
 
 
 def studio_of(config: RunConfig) -> Studio:
-    """What draws samples by ``config.sample``, and encodes them."""
+    """A studio that draws samples by ``config.sample``, and encodes them."""
 
     def draw(
         prior: Prior,

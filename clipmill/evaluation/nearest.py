@@ -1,8 +1,8 @@
-"""Does a prior repeat what it was trained on? Each sample beside its nearest training clip.
+"""Finds the nearest training clip of each sample, which shows whether a prior repeats its training data.
 
-Clips are compared in the tokenizer's own space: by the embeddings of their codes, averaged over cells of time, height
-and width. A distance alone says nothing. It is divided by the usual one: the median distance from a validation clip,
-which nobody trained on, to its nearest training clip.
+Clips are compared by the embeddings of their codes, averaged over cells of time, height and width. A distance alone
+means little. It is therefore divided by the usual distance: the median distance from a validation clip, which was not
+trained on, to its nearest training clip.
 
     N, B: clips   t, h, w: frames, height, width of the latents   M: codebooks   F: features of a clip
 """
@@ -27,7 +27,7 @@ MOST_SHOWN = 4
 _CELLS = 4
 """Number of cells along time, height and width, if the latents are not smaller."""
 _CHANNELS = 16
-"""Embeddings of more dimensions are projected at random, which changes distances by a few percent."""
+"""Embeddings with more dimensions are projected at random, which changes distances by a few percent."""
 _CLOSE_PERCENTILE = 1
 """A sample is close if it is nearer to the training clips than all but this percentage of the validation clips."""
 _BLOCK = 1024
@@ -53,16 +53,16 @@ def nearest_section(made: Arrays, val: Arrays, train: Arrays) -> dict[str, Any] 
     """How close the samples are to the training clips, as plain JSON values.
 
     Args:
-        made: ``features`` of `describe_codes` as ``place``, float16 [N, F], and ``key`` of the samples.
-        val: the same of the validation clips.
-        train: the same of the training clips.
+        made: for the samples: ``place``, features of `describe_codes`, float16 [N, F], and ``key``.
+        val: the same for validation clips.
+        train: the same for training clips.
 
     Returns:
-        ``num_training``: training clips that were searched; ``median``: the samples' median distance, divided by the
-        usual one (near 1: as far from the training clips as unseen clips; far below 1: copies); ``close_share`` of the
-        samples (the same share of validation clips is 0.01); ``pairs``: the closest samples and their training clips,
-        by key and by number, with the distance of each, divided by the usual one. None if a set is empty, or if half
-        of the validation clips equal a training clip.
+        ``num_training``: number of training clips that were searched; ``median``: the samples' median distance divided
+        by the usual one (near 1: as far from training clips as unseen clips; far below 1: copies); ``close_share``:
+        share of samples that are close (0.01 of the validation clips are); ``pairs``: the closest samples and their
+        training clips, by key and by number, each with its distance divided by the usual one. None if a set is empty,
+        or if half of the validation clips equal a training clip.
     """
     if not min(len(found["place"]) for found in (made, val, train)):
         return None
@@ -93,6 +93,6 @@ def _nearest(clips: NDArray[np.float16], train: NDArray[np.float16]) -> tuple[ND
     training = torch.from_numpy(train).float()
     blocks = torch.from_numpy(clips).float().split(_BLOCK)
     numbers = torch.cat([torch.cdist(block, training).argmin(1) for block in blocks]).numpy()
-    # Again for the pairs found: cdist multiplies matrices, so that equal clips may not be at a distance of 0.
+    # The found distances are computed again: cdist multiplies matrices, so equal clips may not have distance 0.
     differences = clips.astype(np.float64) - train[numbers].astype(np.float64)
     return numbers, np.sqrt(np.square(differences).sum(axis=1))

@@ -128,7 +128,7 @@ def require_protocol(settings: EvaluateConfig, inputs: Inputs, given_frames: int
     ]
     if problems:
         raise UserError(
-            f"evaluate.protocol={settings.protocol} is not met: {'; '.join(problems)}. Meet it, or leave it out"
+            f"evaluate.protocol={settings.protocol} is not met: {'; '.join(problems)}. Change this, or unset the key"
         )
 
 
@@ -155,7 +155,7 @@ def _network(file: NetworkFile, used: str | None) -> dict[str, str | None]:
     if used is None:
         status = f"not measured: {file.name} was not given"
     elif file.sha256 is None:
-        status = f"another file or not, nobody can tell: no hash of {file.name} is publicly stated"
+        status = f"unknown whether it is the protocol's file: no hash of {file.name} is published"
     elif used == file.sha256:
         status = f"{file.name}, the protocol's own file"
     else:

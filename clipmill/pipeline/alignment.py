@@ -1,7 +1,7 @@
-"""How much two clips differ once a crop is undone: a scale and an offset are fitted to their signatures.
+"""Measures the difference of two clips after undoing a crop: a scale and an offset are fitted to their signatures.
 
-The fit is that of Lucas and Kanade (1981): a few rounds of least squares on what grey values change with scale and
-offset, first on halved cells, where offsets are small, then on whole ones.
+The fit follows Lucas and Kanade (1981): a few rounds of least squares on the derivatives of grey values by scale and
+offset, first at half resolution, where offsets are small, then at full resolution.
 
     P: pairs   F: frames   G: cells of a side
 """
@@ -13,25 +13,25 @@ import numpy as np
 __all__ = ["difference", "differences_when_aligned"]
 
 _ROUNDS = (2, 1, 1)
-"""Cells that are joined along either side, in each round."""
+"""Number of cells that are averaged along each side, for each round."""
 _LARGEST = 0.07
-"""Largest offset and change of scale, in sides of the picture: a crop of 5 %, and as much more for other shapes."""
+"""Largest offset and change of scale, relative to the picture's side: a crop of 5 %, and a margin for other shapes."""
 _USUAL = 0.04
-"""Deviation of offsets and scales that is expected. It settles the fit where a picture says little."""
+"""Expected standard deviation of offsets and scales. It regularises the fit of pictures with little detail."""
 _NOISE = 4.0
-"""Grey levels of a cell that coding and resizing change: less contrast, or less movement, says nothing."""
+"""Changes by coding and resizing, in grey levels of a cell; contrast or movement below this is ignored."""
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The larger of two differences, each 0 where both are the same and about 1 where they have nothing in common.
+    """The larger of two differences. Each is 0 for equal clips, and about 1 for clips with nothing in common.
 
-    One is of the pictures, each clip less its mean, one of the movement, each cell less its mean over time: clips of
-    one camera share their pictures, but not what moves in them.
+    The first compares pictures: each clip minus its mean. The second compares movement: each cell minus its mean over
+    time. Clips of one camera have similar pictures, but different movement.
 
     Args:
         ours: float32 [P, F, G, G].
         theirs: of the same shape.
-        weight: float32 [P, 1, G, G], of the cells.
+        weight: float32 [P, 1, G, G], weights of the cells.
 
     Returns:
         float32 [P].
@@ -52,9 +52,9 @@ def difference(ours: np.ndarray, theirs: np.ndarray, weight: np.ndarray) -> np.n
 
 
 def differences_when_aligned(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """`difference` of clips [P, F, G, G] after the second ones are moved and scaled to fit the first: float32 [P].
+    """`difference` of clips [P, F, G, G], after the second ones are moved and scaled to fit the first: float32 [P].
 
-    Cells that one of the two does not show do not count.
+    Cells outside one of the two clips are ignored.
     """
     ours, theirs = _smooth(ours), _smooth(theirs)
     fit = np.zeros((len(ours), 3), np.float32)  # offset across, offset down, change of scale
@@ -65,7 +65,7 @@ def differences_when_aligned(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray
 
 
 def _smooth(clips: np.ndarray) -> np.ndarray:
-    """Weights 1, 2, 1 along both sides: moving a picture by parts of a cell then hardly changes its detail."""
+    """Smooths with weights 1, 2, 1 along both sides, so that moving a picture by parts of a cell keeps its detail."""
     for axis in (2, 3):
         padded = np.pad(clips, [(1, 1) if each == axis else (0, 0) for each in range(4)], mode="edge")
         before, here, after = (
@@ -81,7 +81,7 @@ def _joined(clips: np.ndarray, number: int) -> np.ndarray:
 
 
 def _moved(clips: np.ndarray, fit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Clips moved and scaled, and which cells they show then: float32 [P, 1, G, G]."""
+    """Clips moved and scaled, and a mask of the cells that they then cover: float32 [P, 1, G, G]."""
     across, is_across = _interpolation(fit[:, 0], fit[:, 2], clips.shape[3])
     down, is_down = _interpolation(fit[:, 1], fit[:, 2], clips.shape[2])
     moved = down[:, None] @ clips @ across[:, None].transpose(0, 1, 3, 2)
@@ -102,7 +102,7 @@ def _interpolation(offset: np.ndarray, scale: np.ndarray, side: int) -> tuple[np
 
 
 def _correction(ours: np.ndarray, theirs: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    """What least squares adds to the fit, [P, 3]."""
+    """The least-squares correction of the fit, [P, 3]."""
     num_clips, num_frames, side, _ = ours.shape
     moved, weight = _moved(theirs, fit)
     rest = (ours - moved) * weight

@@ -1,10 +1,10 @@
-"""Near-duplicates: clips of different videos that show the same, whatever re-encoded, cropped or trimmed them.
+"""Finds near-duplicates: clips of different videos with the same content, even if re-encoded, cropped or trimmed.
 
-Candidates are found frame by frame, so that a shift of time costs nothing: frames are projected on their main
-directions and hashed (locality-sensitive hashing with random projections and offsets, M. Datar et al., 2004). Frames
-that share a hash make their clips a candidate, so the work grows with N log N. Candidates are compared in two steps:
-coarsely at each shift of time at which half of their frames overlap, and at the best shifts
-`clipmill.pipeline.alignment` says what is left once a crop is undone.
+Candidates are found frame by frame, so a shift in time does not matter. Frames are projected on their principal
+directions and hashed (locality-sensitive hashing with random projections and offsets, M. Datar et al., 2004). Two clips
+are a candidate if some of their frames share a hash; the work grows with N log N. Candidates are compared in two steps.
+First they are compared coarsely, at each shift in time at which half of their frames overlap. At the best shifts,
+`clipmill.pipeline.alignment` then undoes a crop and measures the remaining difference.
 
     N: clips   F: frames of a signature   P: pairs
 """
@@ -26,26 +26,26 @@ from clipmill.shards.signatures import CELLS, Signatures, read_signatures
 __all__ = ["LARGEST_DIFFERENCE", "Pair", "find_pairs", "write_duplicates"]
 
 LARGEST_DIFFERENCE = 0.035
-"""Of two clips that count as the same (`benchmarks/duplicates.py` measures what follows from it)."""
+"""Maximum difference of two clips that count as the same (`benchmarks/duplicates.py` measures its effect)."""
 _COARSE_CELLS = 8
 _LARGEST_COARSE_DIFFERENCE = 0.5
-"""Beyond this, no crop of 5 % makes two clips differ before it is undone."""
+"""Maximum coarse difference of a candidate: a crop of 5 %, before it is undone, stays below this."""
 _SHIFTS_ALIGNED = 2
 _NOISE = 4.0
-"""Grey levels of a direction that coding and resizing change: less contrast says nothing."""
+"""Changes by coding and resizing, in grey levels of a direction; a contrast below this is ignored."""
 _DIRECTIONS = 16
-"""Main directions of frames that are hashed."""
+"""Number of principal directions of frames that are hashed."""
 _TABLES = 8
 _HASH_WIDTH = 1.0
-"""Width of a hash's steps in deviations of a direction."""
+"""Width of a hash's steps, in standard deviations of a direction."""
 _MOST_NEIGHBOURS = 32
-"""Clips of one hash that a clip is compared with: scenes that stand still would make every pair a candidate."""
+"""Maximum number of clips with one hash to compare a clip with; otherwise all pairs of still scenes were candidates."""
 _BLOCK = 1024
 _SEED = 0
 
 
 class Pair(NamedTuple):
-    """Two clips that show the same; the first has the lower number."""
+    """Two clips with the same content; the first has the lower number."""
 
     first: int
     second: int
@@ -55,10 +55,10 @@ class Pair(NamedTuple):
 def write_duplicates(urls: Sequence[str], out: str) -> dict[str, Any]:
     """Finds the near-duplicates of a run and writes all but one of each group, for ``data.exclude``.
 
-    Of a group, the first validation clip stays, so that nothing is judged on what was trained on; else the first one.
+    Each group keeps its first validation clip, so that validation clips are not trained on; or else its first clip.
 
     Args:
-        urls: of the data sets of tokens, such as those of both splits.
+        urls: URLs of data sets of tokens, such as both splits.
         out: URL of the file, see `clipmill.shards.exclusions`.
 
     Returns:
@@ -96,7 +96,7 @@ def write_duplicates(urls: Sequence[str], out: str) -> dict[str, Any]:
 
 
 def _first_of_groups(num_clips: int, pairs: Sequence[Pair]) -> np.ndarray:
-    """The first clip of the group that each clip is in through pairs: int64 [N]."""
+    """For each clip, the first clip of its group (clips that are connected by pairs): int64 [N]."""
     first = np.arange(num_clips)
     ends = np.array([(pair.first, pair.second) for pair in pairs], np.int64).reshape(-1, 2)
     while True:
@@ -134,7 +134,7 @@ def find_pairs(grey: np.ndarray, videos: np.ndarray) -> list[Pair]:
 
 
 def _differences(grey: np.ndarray, coarse: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """How much the clips of each pair int64 [P, 2] differ at the best shift of time, aligned: float32 [P]."""
+    """The difference of the clips of each pair int64 [P, 2], at the best shift in time and aligned: float32 [P]."""
     most = grey.shape[1] // 2
     shifts = range(-most, most + 1)
     rough = np.stack([_rough_differences(coarse, pairs, shift) for shift in shifts])
@@ -150,7 +150,7 @@ def _differences(grey: np.ndarray, coarse: np.ndarray, pairs: np.ndarray) -> np.
 
 
 def _overlap(grey: np.ndarray, pairs: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """The frames that both clips of each pair show when the second begins ``shift`` frames into the first."""
+    """The overlapping frames of both clips of each pair, if the second begins ``shift`` frames after the first."""
     num_frames = grey.shape[1]
     ours, theirs = slice(max(0, shift), num_frames + min(0, shift)), slice(max(0, -shift), num_frames - max(0, shift))
     return grey[pairs[:, 0], ours].astype(np.float32), grey[pairs[:, 1], theirs].astype(np.float32)
@@ -163,7 +163,7 @@ def _rough_differences(coarse: np.ndarray, pairs: np.ndarray, shift: int) -> np.
 
 
 def _candidates(coarse: np.ndarray) -> np.ndarray:
-    """Pairs of clips of which some frames share a hash: int64 [P, 2], the lower number first, each once."""
+    """Distinct pairs of clips that have frames with the same hash: int64 [P, 2], the lower number first."""
     num_clips, num_frames = coarse.shape[:2]
     if num_clips < 2:
         return np.zeros((0, 2), np.int64)
@@ -178,7 +178,7 @@ def _candidates(coarse: np.ndarray) -> np.ndarray:
         steps = np.floor(features @ (directions / _HASH_WIDTH) + random.random(num_hashes)).astype(np.int64)
         hashes = steps @ random.integers(1, 2**62, num_hashes)  # modulo 2**64
         clips = np.unique(np.stack([hashes, np.repeat(np.arange(num_clips), num_frames)], axis=1), axis=0)
-        # Neighbours of one hash come in random order, else those of a large one would all be of the same videos.
+        # Clips with one hash are in random order; otherwise the neighbours in a large group would be of one video.
         clips = clips[np.lexsort((random.random(len(clips)), clips[:, 0]))]
         for distance in range(1, _MOST_NEIGHBOURS + 1):
             ours, theirs = clips[:-distance], clips[distance:]
@@ -189,7 +189,7 @@ def _candidates(coarse: np.ndarray) -> np.ndarray:
 
 
 def _directions(coarse: np.ndarray) -> np.ndarray:
-    """Frames along their main directions, in deviations: float32 [N * F, directions]."""
+    """Frames projected on their principal directions, in standard deviations: float32 [N * F, directions]."""
     frames = coarse.reshape(-1, _COARSE_CELLS**2)
     frames = frames - frames.mean(axis=1, keepdims=True)
     sample = frames[:: -(-len(frames) // 100_000)]

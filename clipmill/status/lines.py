@@ -29,14 +29,14 @@ def formatter() -> logging.Formatter:
 
 
 class _Text(logging.Formatter):
-    """The message alone."""
+    """Only the message."""
 
     def format(self, record: logging.LogRecord) -> str:
         return storage.redacted(super().format(record))
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message; stage and attempt while one runs; unit if known."""
+    """One JSON object per line: time, level, logger, message; stage and attempt while one runs; unit if known."""
 
     def format(self, record: logging.LogRecord) -> str:
         facts = {

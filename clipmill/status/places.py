@@ -16,8 +16,8 @@ FOLDERS = {
     "evaluate": "evaluation/default",
     "report": "report",
 }
-"""The folder of each stage below the root of a run, in the order of a run. Each set of samples has a folder, and so has
-each evaluation."""
+"""The folder of each stage below the root of a run, in the order of a run. Each sample set and each evaluation has its
+own folder."""
 
 
 def stage_folders(root: str) -> dict[str, str]:

@@ -103,7 +103,7 @@ class _Publisher:
 
 
 def _earlier_seconds(url: str) -> float:
-    """What the attempts before this one took together, as far as they said so."""
+    """Total seconds of the earlier attempts, as recorded by the last status."""
     try:
         return read_record(url).seconds
     except (FileNotFoundError, ClipmillError):

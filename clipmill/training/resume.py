@@ -151,8 +151,8 @@ def _refuse_to_replace(folder_url: str, wish: str) -> None:
     if latest is not None:
         raise UserError(
             f"{folder_url} has an export of step {latest[0]['step']} and no checkpoint to go on from (training.resume="
-            f"{wish}), so that the training would begin anew; restore {folder_url}/checkpoints, take another root, or "
-            f"remove {folder_url}/exports"
+            f"{wish}), so the training would start from scratch; restore {folder_url}/checkpoints, take another root, "
+            f"or remove {folder_url}/exports"
         )
 
 
