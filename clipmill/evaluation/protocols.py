@@ -155,7 +155,7 @@ def _network(file: NetworkFile, used: str | None) -> dict[str, str | None]:
     if used is None:
         status = f"not measured: {file.name} was not given"
     elif file.sha256 is None:
-        status = f"unknown whether it is the protocol's file: no hash of {file.name} is published"
+        status = f"unknown whether it is the protocol's file: no hash of {file.name} is publicly stated"
     elif used == file.sha256:
         status = f"{file.name}, the protocol's own file"
     else:
