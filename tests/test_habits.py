@@ -30,4 +30,5 @@ def test_riddles_in_names_comments_and_docstrings_but_not_in_code():
     assert kinds("x = tensor.narrow(0, 1, 2)\n") == []
     assert kinds('def f():\n    """Keep the so many\n    best; others are left out."""\n') == ["phrase", "phrase"]
     assert kinds("x = 1  # it is told of it\n") == ["phrase"]
+    assert kinds("x = 1  # storage is away, so the run goes on\n") == ["phrase", "phrase"]
     assert kinds('x = "so many"\n') == []

@@ -148,7 +148,7 @@ class _Failures:
         progress = self._progress
         try:
             progress = self._count_progress()
-        except (OSError, ClipmillError) as problem:  # storage that is away must not end the run by itself
+        except (OSError, ClipmillError) as problem:  # unreachable storage alone must not end the run
             logger.warning("%s: cannot look for a new checkpoint: %s", self._name, problem)
         if progress > self._progress:
             self._progress, self._num_in_a_row = progress, 0

@@ -45,7 +45,7 @@ def _look_again(row: dict[str, Any], base_url: str, planned: PlannedVideos) -> d
         identity = file_identity(url, entry.bytes, entry.etag)
     except (OSError, ValueError, UserError) as error:
         if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
-            raise  # a bucket is away
+            raise  # a bucket is unreachable
         return row
     if planned.knows(np.array([base_of(identity, *span)], np.uint64))[0]:
         return row

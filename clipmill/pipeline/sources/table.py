@@ -237,7 +237,7 @@ class _Finder:
             fault = f"{name} is missing"
         except (OSError, ValueError, UserError) as error:
             if isinstance(error, StorageUnavailable) and not isinstance(error, storage.Unreadable):
-                raise  # a bucket is away
+                raise  # a bucket is unreachable
             fault = str(error).splitlines()[0]
         return replace(video, fault=fault, identity=f"fault:{name}")
 
