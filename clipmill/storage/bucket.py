@@ -5,8 +5,8 @@ While the server is unreachable, overloaded or cuts transfers, a call is retried
 (refused credentials, a missing bucket) raise at once and say what to do.
 
 A list of videos may name many web servers. A file that one of them refuses, or does not deliver by the deadline, is
-`Unreadable`; the caller skips it and continues. A single `Refused` object of a bucket is skipped too. If a second object
-is refused, the credentials or the bucket are wrong.
+`Unreadable`; the caller skips it and continues. A single `Refused` object of a bucket is skipped too. If a second
+object is refused, the credentials or the bucket are wrong.
 """
 
 from __future__ import annotations
