@@ -1,14 +1,15 @@
 """The paper's ablations (VideoGPT, arXiv 2104.10157), at any scale, beside the paper's numbers.
 
-Names are overlays of `configs/ablations/` (`base`: the configuration as it is). Each goes through the real stages with
-each seed, in a root of its own below ROOT, on clips that all share; one that only changes the prior takes tokenizer and
-tokens of `base`. What is finished is not done again: run it again to resume, or to add names and seeds.
+Names are overlays of `configs/ablations/` (`base`: the config without an overlay). Each runs through the ordinary
+stages with each seed, in its own root below ROOT; all use the same clips. An ablation that only changes the prior uses
+the tokenizer and the tokens of `base`. Finished runs are skipped, so run the script again to resume, or to add names
+and seeds.
 
     python benchmarks/ablations.py ROOT axial-attention-off axial-attention-on --seeds 0 1 2
     python benchmarks/ablations.py ROOT --config bair data.source.url=data/bair prior-layers-2 \\
         prior-layers-16 evaluate.fvd_weights=i3d_torchscript.pt cluster.use_gpu=true
 
-The last line is one JSON object: of each name the paper's numbers and ours, mean and standard deviation over seeds.
+The last line is one JSON object: for each name, the paper's numbers and ours (mean and standard deviation over seeds).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Are copies of clips found, and nothing else? Footage, robot episodes and the demo's videos, copied three ways.
+"""Measures how many copies of clips the search for duplicates finds, and how many wrong pairs it reports.
 
-Each video is re-encoded (x264, crf 32), cropped (5 % of width and height, at a random place) and trimmed (1 to 15
-frames of its beginning), and originals and copies are sharded alike. A copied clip counts as found if it is paired
-with some clip of its original video; all pairs of clips of different originals are false. Needs ffmpeg.
+Footage, robot episodes and the demo's videos are copied in three ways: re-encoded (x264, crf 32), cropped (by 5 % of
+width and height, at a random place) and trimmed (1 to 15 frames at the start). Originals and copies are sharded alike.
+A copied clip counts as found if it is paired with any clip of its original video. A pair of clips of different
+originals is wrong. Needs ffmpeg.
 
     python benchmarks/duplicates.py --videos /work/shared/videos --robot /work/shared/robot
 """

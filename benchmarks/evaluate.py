@@ -1,8 +1,8 @@
-"""Evaluation of 2,048 clips of 16 x 64 x 64 and as many samples, without networks: seconds, and whether memory grows.
+"""Times an evaluation of 2,048 clips of 16 x 64 x 64 and as many samples, without networks, and follows its memory.
 
-The models are those of the config `demo`, untrained: their numbers say nothing, their cost is the same. Clips are drawn
-noise in mp4, samples the same clips with their codes. The command runs as users run it, on workers that Ray starts; the
-resident set of all its processes is followed.
+The models are those of the config `demo`, untrained: their numbers are meaningless, but their cost is the same. Clips
+are random noise in mp4; samples are the same clips with their codes. The command runs as users run it, on workers that
+Ray starts. The resident memory of all its processes is measured over time.
 
     python benchmarks/evaluate.py [--clips 2048]
 """

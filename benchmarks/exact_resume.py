@@ -1,11 +1,11 @@
-"""Does a killed training end with the very losses of one that nothing happened to, on this machine's device?
+"""Checks that a killed and resumed training has exactly the losses of an undisturbed one, on this machine's device.
 
-A toy prior with dropout trains twice over the same tokens: once undisturbed, once with a SIGKILL after its first
-checkpoint and then the same command again. The curves are compared bit for bit.
+A toy prior with dropout trains twice on the same tokens: once undisturbed, and once with a SIGKILL after its first
+checkpoint, followed by the same command again. The curves are compared bit for bit.
 
     python benchmarks/exact_resume.py [--zero-stages 0 1 2 3]
 
-The last line is one JSON object; its ``exact`` says of each ZeRO stage whether all losses agree.
+The last line is one JSON object; ``exact`` says for each ZeRO stage whether all losses are equal.
 """
 
 from __future__ import annotations

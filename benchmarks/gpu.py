@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--skip tokenize ...] [--only prior ...] [--minutes 9]
 
-Needs torch with CUDA, DeepSpeed and this checkout; neither Ray nor a network. Each part is one of the programs beside
-this one, with the settings of a GPU:
+Needs torch with CUDA, DeepSpeed and this checkout, but neither Ray nor a network. Each part is a program in this
+folder, run with settings for a GPU:
 
     prior     prior.py: presets 100m, 350m and 1b; the training loop against the bare loop at ZeRO 0 to 3; our model
               against the published one
@@ -12,8 +12,8 @@ this one, with the settings of a GPU:
     tokenize  tokenization.py: a worker of the stage against the bare encoder
     resume    exact_resume.py: a killed training's losses, bit for bit
 
-The parts share the time: one that runs into its limit is ended and named, and the others still run. Prints a table of
-all numbers with the hardware's name, and one JSON line last.
+The parts share the time. A part that exceeds its limit is ended and named; the others still run. Prints a table of all
+numbers with the name of the hardware. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     python benchmarks/kills.py [--venv NAME=FOLDER ...] [--make-venvs FOLDER] [--tools NAME ...]
 
 Each tool turns the same 500 small videos, 20 of them damaged in ten ways, into clips of 16 frames at 64 x 64: once
-undisturbed, once under ten kills. Half of the kills take the driver with all its processes, half one busy worker. After
-each the tool continues in its own documented way. Kills come at the same shares of each tool's own undisturbed work.
-Then every clip is decoded; marks in its frames tell which clips are lost, doubled or wrong. Videos and reference are
-made here, without clipmill.
+undisturbed, and once with ten kills. Half of the kills end the driver with all its processes, half end one busy worker.
+After each kill, the tool continues in its own documented way. Kills come at the same fractions of each tool's own
+undisturbed run. Then every clip is decoded; marks in its frames show which clips are lost, doubled or wrong. The
+benchmark makes videos and reference itself, without clipmill.
 
-Peers run in virtual environments of their own: name existing ones (``--venv ray-data=/venvs/ray``) or let
-``--make-venvs`` install them (``--first torch==2.13.0`` installs that first, such as a CPU build of torch).
+Each other tool runs in its own virtual environment: name existing ones (``--venv ray-data=/venvs/ray``), or let
+``--make-venvs`` install them (``--first torch==2.13.0`` installs a package first, such as a CPU build of torch).
 video2dataset, data-juicer and NeMo Curator need ``ffmpeg`` on the path.
 """
 

@@ -1,10 +1,10 @@
-"""What does a prior learn that tables do not, and what are classes worth to it?
+"""Measures how much better a prior predicts codes than tables do, and how much classes help it.
 
-On the tokens of a finished run (such as `make demo`) it trains the run's prior twice, without and with classes, for
-equal steps, and compares bits a token of the whole split val with those of three tables fitted on the split train (see
-``clipmill/evaluation/baselines.py``). Wanted: 25 % fewer bits than the better bigram, and fewer with classes than
-without. A class cannot tell more than its own entropy, once a clip: over hundreds of tokens that is little beside the
-noise of a training, so take several seeds.
+On the tokens of a finished run (such as `make demo`), this trains the run's prior twice, without and with classes, for
+equal steps. It compares their bits per token on the whole split val with those of three tables fitted on the split
+train (see ``clipmill/evaluation/baselines.py``). The goal is 25 % fewer bits than the better bigram, and fewer bits
+with classes than without. A class can save at most its own entropy, once per clip. Over hundreds of tokens that is
+small compared with the noise of a training, so use several seeds.
 
     python benchmarks/learning.py runs/demo [--steps 1600] [--seeds 3] [prior.training.weights_ema=0.99 ...]
 

@@ -1,19 +1,19 @@
-"""Per-clip codes through four loaders: samples a second of one process, first batch, resume, memory.
+"""Compares four loaders on per-clip codes: samples per second of one process, first batch, resume, memory.
 
     python benchmarks/loader.py [--samples 50000] [--shape 4,16,16] [--folder DIR] [--others-python PYTHON]
     python benchmarks/loader.py --s3 s3://bucket/folder
 
-Each loader reads the same codes, shuffled over its whole reach, in batches of 64 int64 tensors with their labels, in a
-process of its own. webdataset reads the very shards that we read; litdata and mosaicml-streaming get them converted to
-their own formats first. Resume is the time from a fresh process state to the batch after half an epoch; webdataset has
-no other way than to read everything before it.
+Each loader reads the same codes, shuffled as widely as it can, in batches of 64 int64 tensors with their labels, in its
+own process. webdataset reads the same shards as clipmill; for litdata and mosaicml-streaming they are first converted
+to their own formats. Resume is the time from a fresh process to the batch after half an epoch; webdataset can only read
+everything before it.
 
-From the local disk (page cache warm) the rate is that of a run under way. From a bucket (AWS_ENDPOINT_URL and
-credentials as usual; ``python -m tests.s3.gateway`` starts a server) it is that of the first epoch with an empty cache,
-from the first line after the imports on.
+From the local disk (warm page cache), the rate is that of a running training. From a bucket (AWS_ENDPOINT_URL and
+credentials as usual; ``python -m tests.s3.gateway`` starts a server), it is that of the first epoch with an empty
+cache, measured from after the imports.
 
-A loader that is not installed is left out. The pins of litdata and mosaicml-streaming exclude our s3fs, so they live in
-an environment of their own, whose interpreter ``--others-python`` names.
+A loader that is not installed is skipped. The pinned versions of litdata and mosaicml-streaming conflict with our s3fs,
+so they need a separate environment, whose interpreter ``--others-python`` names.
 """
 
 from __future__ import annotations

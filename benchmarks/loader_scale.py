@@ -1,9 +1,9 @@
-"""Start-up of a training over a billion samples, and where its batches are, with a synthetic manifest.
+"""Times the start-up of a training over a billion samples and the lookup of its batches, with a synthetic manifest.
 
     python benchmarks/loader_scale.py [--samples 1000000000] [--shards 100000]
 
-Start-up is what a process does before its first batch, but for imports: read and check the manifest, and order the
-shards of the first epoch. A loader worker gets both by pickle. Memory is that of the whole process, with torch.
+Start-up is what a process does before its first batch, without imports: read and check the manifest, and order the
+shards of the first epoch. A loader worker receives both as a pickle. Memory is that of the whole process, with torch.
 """
 
 from __future__ import annotations

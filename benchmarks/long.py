@@ -1,10 +1,10 @@
-"""Videos beyond a prior's window: do their seams show, and does memory stay?
+"""Measures videos longer than a prior's window: how visible their seams are, and whether memory grows.
 
     python benchmarks/long.py ROOT [--num-frames 512] [--samples 4] [--overlap-latents N]
 
-reads the prior of a finished run. A seam's measure is the mean absolute difference of the two frames at a border of
-decoded pieces, over that elsewhere: of the videos as they are decoded, and, to show what the measure sees, of the same
-codes decoded window by window without overlap. Memory is the process's peak at four windows and at the whole length.
+reads the prior of a finished run. A seam is measured as the mean absolute difference of the two frames at a border of
+decoded pieces, divided by that of other neighbouring frames. For comparison, the same codes are also decoded window by
+window without overlap, where seams are visible. Memory is the process's peak at four windows and at the whole length.
 The last line is one JSON document.
 """
 

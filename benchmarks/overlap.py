@@ -1,11 +1,11 @@
-"""Is sharding from a distant bucket into it bound by decoding alone? The same units on a local disk and on the bucket.
+"""Checks that sharding from and to a distant bucket is limited by decoding: compares it with the same on a local disk.
 
     python benchmarks/overlap.py [--videos 96] [--format mp4] [--delay 0.05] [--megabytes-per-second 20]
 
-Both jobs run in this process, unit by unit in turns, with one decoding child: what differs is the storage. The bucket
-(`slow_s3.py`) answers each request after ``--delay`` seconds and passes ``--megabytes-per-second`` a stream. Prints
-the seconds of each, their ratio (1: the distance costs nothing), the share of the time in which no video was decoded
-because of storage (which a busy machine does not blur), and one JSON line last.
+Both jobs run in this process with one decoding child, and alternate after each unit, so only the storage differs. The
+bucket (`slow_s3.py`) answers each request after ``--delay`` seconds, at ``--megabytes-per-second`` per stream. Prints
+the seconds of each, their ratio (1: the distance costs nothing), and the share of time in which no video was decoded
+because of storage (which a busy machine hardly affects). The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What planning costs at scale: the listing of a bucket of many videos.
+"""Measures the cost of planning at scale, from the listing of a bucket with many videos.
 
     python benchmarks/plan.py --videos 10000000 [--root FOLDER]
 

@@ -1,21 +1,22 @@
-"""How fast does a prior train?
+"""Measures how fast a prior trains.
 
-Two comparisons, each interleaved step by step in one process, medians of the ratios:
+Two comparisons. Both alternate step by step in one process; the results are medians of ratios.
 
-    loop    tokens/s of our training step (loader, engine at each ZeRO stage, metrics) over those of a bare PyTorch loop
-            around the same model with fused AdamW and batches in memory; 0.95 at stage 1 is wanted. At 6 layers x 288,
-            1,024 tokens, batch 4; on a GPU, which would only wait for launches there, at 100m and 48 clips
-    model   time of a step of a plain implementation of the published transformer (scores materialised, an L x L float
-            mask, norms written out, checkpointing always on, float32) over that of ours in float32 and in bfloat16; 3
-            is wanted at 6 layers x 288, 1,024 tokens, batch 4. Of ours in bfloat16 also over the published one under
-            the same autocast, which its code knew nothing of. On a GPU ours is also compiled
+    loop    tokens/s of our training step (loader, engine at each ZeRO stage, metrics), divided by those of a bare
+            PyTorch loop around the same model with fused AdamW and batches in memory. Goal: 0.95 at stage 1. Sizes: 6
+            layers x 288, 1,024 tokens, batch 4; on a GPU, where this size only waits for launches, 100m and 48 clips
+    model   time of a step of a plain implementation of the published transformer (materialised scores, an L x L float
+            mask, norms written out, checkpointing always on, float32), divided by that of ours in float32 and in
+            bfloat16. Goal: 3 at 6 layers x 288, 1,024 tokens, batch 4. Ours in bfloat16 is also compared with the
+            published model under the same autocast, which its code does not have. On a GPU ours is also compiled
 
-Without a GPU each ratio is also given in CPU seconds, which a busy machine spoils less. The loop should wait for data
-less than 1 % of its time.
+Without a GPU, each ratio is also given in CPU time, which is more reliable on a busy machine. The loop should wait for
+data less than 1 % of its time.
 
-On GPUs then the presets (100m, which is 12 layers x 768, 350m, 1b) through the loop, compiled, bfloat16: tokens/s, the
-share of the GPUs' peak FLOP/s (MFU; 40, 46 and 50 % are wanted on an H100), and memory beside the estimated, which
-should be within 10 %. The smallest also without compiling. ZeRO-1, but one GPU has nothing to share out: there stage 0.
+On GPUs, the presets (100m, which is 12 layers x 768, 350m, 1b) then run through the loop, compiled, in bfloat16. The
+results are tokens/s, the share of the GPUs' peak FLOP/s (MFU; goals on an H100: 40, 46 and 50 %), and memory, which
+should be within 10 % of the estimate. The smallest preset also runs without compiling. ZeRO is at stage 1; on one GPU,
+where there is nothing to shard, at stage 0.
 
     OMP_WAIT_POLICY=passive python benchmarks/prior.py [--steps 10] [--precision float32] [--zero-stages 0 1 2 3]
     torchrun --nproc-per-node 8 benchmarks/prior.py --precision bfloat16

@@ -1,4 +1,4 @@
-"""The published transformer (VideoGPT, arXiv 2104.10157), written plainly: what benchmarks compare with."""
+"""A plain implementation of the published transformer (VideoGPT, arXiv 2104.10157), with which benchmarks compare."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The published tokenizer (VideoGPT, arXiv 2104.10157), plain: what `vqvae.py` and `quality.py` measure ours against.
+"""A plain implementation of the published tokenizer (VideoGPT, arXiv 2104.10157), for `vqvae.py` and `quality.py`.
 
-Its layers as its public code computes them, in PyTorch's own operations and layout: SAME padding by a copy, separate
-projections and a softmax written out in each attention, a codebook that learns through an N x K one-hot table. Nothing
-is made slower than that code has it.
+Its layers are computed as in the public code, with PyTorch's own operations and layout: SAME padding by a copy,
+separate projections and an explicit softmax in each attention, and a codebook that learns through an N x K one-hot
+table. Nothing is slower than in that code.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""What quality do equal CPU seconds buy? Our tokenizer and prior against the published code's, trained side by side.
+"""Compares the quality of our tokenizer and prior with the published code's after equal CPU time, side by side.
 
-On the clips of a finished stage `shard` (and, for the prior, the tokens of a finished stage `tokenize`). Both have the
-sizes of the configuration: channels, blocks, latents, codes. The published code (`published_vqvae.py`, with its own
-start) runs with its own settings (Adam without clipping, for the tokenizer at a constant rate, for the prior with a
-cosine; a commitment of 0.25, pixel variance 0.06, axial attention) and with the best of three learning rates, found
-with the first seed. Ours runs as the configuration says, its schedule stretched over the CPU seconds. The two run at
-the same time, one thread each, so that a busy machine spoils both alike; validation costs them nothing.
+It needs the clips of a finished stage `shard` and, for the prior, the tokens of a finished stage `tokenize`. Both
+models have the sizes of the config: channels, blocks, latents, codes. The published code (`published_vqvae.py`, with
+its own initialisation) runs with its own settings: Adam without clipping, for the tokenizer with a constant rate, for
+the prior with a cosine; a commitment of 0.25, pixel variance 0.06, axial attention. Its learning rate is the best of
+three, found with the first seed. Ours runs as the config says, with its schedule stretched over the CPU time. The two
+run at the same time with one thread each, so that a busy machine affects both alike. The time of validation is not
+counted.
 
     python benchmarks/quality.py ROOT [--config demo] [--cpu-seconds 87.5] [--seeds 0 1 2] [--what vqvae prior] \\
         [--ours style=modern --ours style=videogpt,hidden_dim=48]
 
 `--ours` names a variant of the tokenizer, a comma-separated list of keys of ``vqvae.model``; each is compared.
-Wanted: an NMSE at most 0.2 of the published code's on the demo and 0.5 on the robot set, nats at most 0.8. The last
-line is one JSON object.
+Goals: an NMSE of at most 0.2 times the published code's on the demo and 0.5 times on the robot set; nats of at most 0.8
+times. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Steps of our engine at each ZeRO stage beside PyTorch's DDP and FSDP2 around the same model, in turns in one run.
+"""Compares steps of our engine at each ZeRO stage with PyTorch's DDP and FSDP2 on one model, alternating in one run.
 
     python benchmarks/prior.py --ranks 2 [--link-mbit 300] [--steps 10] [--zero-stages 0 1 2 3]
 
-starts the ranks, with one thread each over gloo where there are no GPUs. With ``--link-mbit`` they meet in a network
-namespace whose loopback is as slow as that: this needs root. The last line is JSON: how many times as fast as DDP each
-is.
+starts the ranks; without GPUs, each has one thread and uses gloo. With ``--link-mbit`` they run in a network namespace
+whose loopback has that rate, which needs root. The last line is JSON: the speed of each relative to DDP.
 """
 
 from __future__ import annotations

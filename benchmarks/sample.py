@@ -1,23 +1,24 @@
-"""How fast does a prior draw?
+"""Measures how fast a prior is sampled.
 
-At 6 layers x 288, 4 heads, 1,024 codes, clips of 4 x 16 x 16 latents, float32 on a CPU, all in one run and in turns:
+Sizes: 6 layers x 288, 4 heads, 1,024 codes, clips of 4 x 16 x 16 latents, float32 on a CPU. All comparisons alternate
+in one run:
 
-    published   tokens/s of `generate` over those of a plain implementation of the published sampler: one position after
-                another, keys and values of all layers concatenated anew at each, scores masked out of an L x L float
-                mask, norms written out, the codebook looked up and projected each time; 4 is wanted at batch 8
-    gpt2        the same over transformers' GPT-2 of this shape, `generate` with its cache; 3 is wanted at batch
-                8 and 2 at batch 1. Without transformers installed a line says so, and the ratio is null
-    bandwidth   bytes of weights and of the cache seen so far that a step reads, times steps/s, over the read bandwidth
-                of this machine measured by a sum over a large array; 0.6 is wanted
-    step        milliseconds of a step; of its products alone, one after another in the layout and on the threads that
-                decoding uses; and of reading its bytes at the measured bandwidth: what no decoder here can beat
-    precision   tokens/s in bfloat16 over those in float32
-    parallel    the parallel decoder over the sequential one at batch 1, and its passes. How well codes can be guessed
-                decides: random weights say nothing of that, so give --prior with the URL of an export
+    published   tokens/s of `generate`, divided by those of a plain implementation of the published sampler: one
+                position after another, with keys and values of all layers concatenated at each, an L x L float mask,
+                norms written out, and the codebook looked up and projected each time. Goal: 4 at batch 8
+    gpt2        the same against transformers' GPT-2 of this shape, `generate` with its cache. Goal: 3 at batch 8, 2 at
+                batch 1. Without transformers, a line says so and the ratio is null
+    bandwidth   bytes that a step reads (weights, and the cache so far) times steps/s, divided by this machine's read
+                bandwidth, measured by a sum over a large array. Goal: 0.6
+    step        milliseconds of a step; of its matrix products alone, one after another in the layout and on the
+                threads that decoding uses; and of reading its bytes at the measured bandwidth, which is the lower limit
+    precision   tokens/s in bfloat16, divided by those in float32
+    parallel    speed of the parallel decoder relative to the sequential one at batch 1, and its passes. The result
+                depends on how well codes can be guessed, so give --prior with the URL of a trained export
 
-Ratios are of wall time and, without a GPU, of CPU seconds too, which a busy machine spoils less. On a GPU (100m of the
-presets, batches 1, 8, 64, 256) the bandwidth is what counts: 0.6 at batch 1 and 0.7 at the best batch are wanted, and
-the parallel decoder 3 times as fast as the sequential one at batch 1.
+Ratios are of wall time and, without a GPU, also of CPU time, which is more reliable on a busy machine. On a GPU (preset
+100m, batches 1, 8, 64, 256), the goals are a bandwidth of 0.6 at batch 1 and 0.7 at the best batch, and a parallel
+decoder 3 times as fast as the sequential one at batch 1.
 
     OMP_WAIT_POLICY=passive python benchmarks/sample.py [--rounds 3] [--threads 1] [--positions 1024] [--prior URL]
 

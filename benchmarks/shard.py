@@ -1,8 +1,8 @@
-"""How fast the stage ``shard`` decodes: against bare loops over the same files, with two workers, against ffmpeg calls.
+"""Compares the decoding speed of the stage ``shard`` with bare loops, with two workers, and with ffmpeg calls.
 
-The stage's own path (`clipmill.video.Decoder`: probe, sandboxed child, timestamps, clip rule, pixel statistics, spool
-file) and the bare loops make uint8 clips of 16 frames, resized and centre-cropped to the same size, none encoded
-(``data.format=npy``), on one core. Runs are interleaved; medians count.
+The stage's own code (`clipmill.video.Decoder`: probe, sandboxed child, timestamps, clip rule, pixel statistics, spool
+file) and the bare loops make uint8 clips of 16 frames from the same files on one core. Clips are resized and
+centre-cropped to the same size, and not encoded (``data.format=npy``). Runs alternate; the results are medians.
 
     python benchmarks/shard.py [--rounds 5] [--scale 1.0]
     python benchmarks/shard.py --against CHECKOUT    # the stage alone, against that of another checkout of clipmill

@@ -1,8 +1,8 @@
-"""Does the memory of the stage ``shard`` grow with the number of videos?
+"""Measures whether the memory of the stage ``shard`` grows with the number of videos.
 
-Sends many small videos through one worker and follows the resident set of the driver, the worker and its decoding
-child. The last line is one JSON object: ``growth_mb`` is the highest total after the first 100 videos less the total
-at that moment; at most 100 is wanted.
+Sends many small videos through one worker and follows the resident memory of the driver, the worker and its decoding
+child. The last line is one JSON object: ``growth_mb`` is the highest total after the first 100 videos, minus the total
+at that moment. Goal: at most 100.
 
     python benchmarks/shard_memory.py --videos 2000
 """

@@ -1,9 +1,9 @@
-"""A bucket as far away as a real one: an S3 server in a process of its own that delays requests and throttles streams.
+"""A bucket as slow as a distant one: an S3 server in a separate process that delays requests and throttles streams.
 
     python benchmarks/slow_s3.py PORT DELAY_SECONDS BYTES_PER_SECOND
 
-It knows what clipmill asks of a bucket (objects whole or in part, conditional puts, ListObjectsV2, deletions) and keeps
-objects in memory. `serve` starts it for a benchmark.
+It supports the requests that clipmill sends (objects whole or in part, conditional puts, ListObjectsV2, deletions) and
+keeps objects in memory. `serve` starts it for a benchmark.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a resume and a freeze ask of the storage, over many committed units: requests and bytes, not seconds alone.
+"""Counts the requests and bytes, and the time, of a resume and a freeze over many committed units.
 
     python benchmarks/tally.py [--units 100000] [--root s3://bucket/prefix]
 

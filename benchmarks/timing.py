@@ -1,4 +1,4 @@
-"""Timing that a busy machine spoils least: what is compared takes turns in one process."""
+"""Timing that is robust on a busy machine: the things that are compared alternate in one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def interleave(
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
-        names = list(steps) if number % 2 else list(steps)[::-1]  # whoever comes first has the colder caches
+        names = list(steps) if number % 2 else list(steps)[::-1]  # the first one has colder caches
         for name in names:
             began, cpu_began = time.perf_counter(), time.process_time()
             for _ in range(steps_per_round):

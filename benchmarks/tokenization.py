@@ -1,8 +1,8 @@
-"""How fast the stage ``tokenize`` encodes: against a bare loop of the encoder over clips in memory, and two workers.
+"""Compares the speed of the stage ``tokenize`` with a bare loop of the encoder over clips in memory, and two workers.
 
-A worker's own path (`clipmill.tokenize.unit`: read, verify, decode beside the model, encode, pack, commit) and the bare
-loop encode the same clips in the same batches, on one core for the model; the worker has a second core for decoding.
-Then two workers, whose decoding shares their one core, share the units of one. Runs take turns; medians count.
+A worker's own code (`clipmill.tokenize.unit`: read, verify, decode, encode, pack, commit) and the bare loop encode the
+same clips in the same batches. Each has one core for the model; the worker has a second core for decoding. Then two
+workers, each with one core for model and decoding, share the units of one. Runs alternate; the results are medians.
 
     python benchmarks/tokenization.py [--rounds 5] [--clips 480] [--hidden-dim 32] [--format mp4]
     python benchmarks/tokenization.py --device cuda --hidden-dim 240 --decode-cpus 8    # on a GPU, one worker

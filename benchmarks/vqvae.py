@@ -1,16 +1,16 @@
-"""How fast does the tokenizer train and encode, and what memory does its quantizer take?
+"""Measures how fast the tokenizer trains and encodes, and the memory of its quantizer.
 
-    train   time of a training step of the published model, plain (`published_vqvae.py`: one-hot codebook, contiguous
-            layout, float32), over that of ours at the same sizes, with the same optimizer and losses, in float32 and
-            in bfloat16; 1.5 is wanted
-    encode  the same of clips -> codes, as `clipmill tokenize` makes them; 1.3 is wanted
-    memory  peak of a training forward of the quantizer while N rows and K codes grow; O(N + K) is wanted, so doubling
-            both must not do more than double it
-    scale   on CUDA alone: training at the paper's BAIR and UCF-101 settings in bfloat16, compiled: clips/s, achieved
-            TFLOP/s and their share of the device's peak; 40 % is wanted
+    train   time of a training step of a plain implementation of the published model (`published_vqvae.py`: one-hot
+            codebook, contiguous layout, float32), divided by that of ours with the same sizes, optimizer and losses, in
+            float32 and in bfloat16. Goal: 1.5
+    encode  the same for clips -> codes, as in `clipmill tokenize`. Goal: 1.3
+    memory  peak memory of a training forward pass of the quantizer for growing N rows and K codes. Goal: O(N + K), so
+            doubling both at most doubles it
+    scale   on CUDA only: training at the paper's BAIR and UCF-101 settings in bfloat16, compiled: clips/s, achieved
+            TFLOP/s and their share of the device's peak. Goal: 40 %
 
-The models take turns, step by step in one process; ratios are medians over rounds, in wall time and, for a machine that
-others use too, in CPU seconds.
+The models alternate step by step in one process. Ratios are medians over rounds, in wall time and in CPU time, which is
+more reliable on a shared machine.
 
     python benchmarks/vqvae.py [--rounds 4] [--batch 4] [vqvae.model.hidden_dim=128 vqvae.model.downsample=[2,2,2]]
 
