@@ -34,7 +34,8 @@ class Job:
     def __init__(self, config: RunConfig, *options: str, stage: str = "shard") -> None:
         self._mark = uuid.uuid4().hex
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-            file.write(config.model_dump_json())  # JSON is YAML
+            # JSON is YAML. Only what the test set: the defaults of later stages need not fit its clips.
+            file.write(config.model_dump_json(exclude_unset=True))
         self._config = Path(file.name)
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed by __exit__
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
