@@ -5,7 +5,7 @@ PIP_OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-s3 bench-gpu lint docs clean
+.PHONY: demo test test-slow test-s3 chaos bench-gpu lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/clipmill demo
@@ -21,6 +21,12 @@ test-slow: $(VENV)/installed-dev
 # Part of test-slow. Needs Debian's radosgw, ceph-mon, ceph-osd and ceph-common; without them its tests skip and say so.
 test-s3: $(VENV)/installed-dev
 	$(BIN)/pytest -m slow --timeout 600 tests/s3
+
+# Part of test-slow, some minutes: hosts and drivers are killed. Needs root, what test-s3 needs, iproute2
+# and util-linux. Writes build/chaos.md, the table of recovery times.
+chaos: $(VENV)/installed-dev
+	mkdir -p build && rm -f build/chaos.md
+	CLIPMILL_CHAOS_TABLE=build/chaos.md $(BIN)/pytest -m slow tests/cluster/test_disturbed.py tests/cluster/test_chaos.py
 
 # Nothing is installed: it runs in the Python that has torch with CUDA and DeepSpeed. More options in PARTS="--skip prior".
 bench-gpu:

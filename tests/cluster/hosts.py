@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 
 from tests.ports import free_port
 
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 HEALTH_CHECKS = {
@@ -37,7 +38,7 @@ class Hosts:
         self._more = more
         self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it becomes part of a socket's path
         self._hosts: list[subprocess.Popen[bytes]] = []
-        self._head = f"127.0.0.2:{free_port('127.0.0.2')}"
+        self._head = f"{self.address_of(0)}:{self._head_port()}"
         try:
             for _ in range(count):
                 self.add()
@@ -55,30 +56,66 @@ class Hosts:
         """Number of the host that came last."""
         return len(self._hosts) - 1
 
+    def address_of(self, number: int) -> str:
+        """The address of a host; to Ray, 127.0.0.1 is every host's."""
+        return f"127.0.0.{number + 2}"
+
+    def _head_port(self) -> int:
+        return free_port(self.address_of(0))
+
+    def _head_options(self) -> list[str]:
+        return ["--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
+
+    def _num_cpus(self, number: int) -> int:
+        return 1
+
+    def _on_host(self, number: int, temporary: Path) -> tuple[list[str], dict[str, str]]:
+        """What stands before a command so that it runs on a host, and variables for it."""
+        return [], {"TMPDIR": str(temporary)}
+
     def add(self, temporary: Path | None = None) -> None:
         """Starts one more host; returns when it is part of the cluster.
 
         Args:
             temporary: its folder for temporary files; None: a new one.
         """
-        number = len(self._hosts)
         if temporary is None:
-            (temporary := self._folder / f"host-{number}").mkdir()
+            (temporary := self._folder / f"host-{len(self._hosts)}").mkdir()
+        self._hosts.append(self._start(len(self._hosts), temporary))
+
+    def _start(self, number: int, temporary: Path) -> subprocess.Popen[bytes]:
         place = [f"--address={self._head}"]
         if number == 0:
-            port = self._head.rpartition(":")[2]
-            place = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
-        address = f"--node-ip-address=127.0.0.{number + 2}"  # to Ray, 127.0.0.1 is every host's
-        options = ["--block", "--num-cpus=1", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats"]
+            place = ["--head", f"--port={self._head.rpartition(':')[2]}", *self._head_options()]
+        address = f"--node-ip-address={self.address_of(number)}"
+        limits = [f"--num-cpus={self._num_cpus(number)}", f"--object-store-memory={100 * 2**20}"]
+        before, variables = self._on_host(number, temporary)
         log = self._folder / f"host-{number}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [Path(sys.executable).with_name("ray"), "start", *place, address, *options],
+                [
+                    *before,
+                    Path(sys.executable).with_name("ray"),
+                    "start",
+                    *place,
+                    address,
+                    *limits,
+                    "--block",
+                    "--disable-usage-stats",
+                ],
                 stdout=output,
                 stderr=output,
-                env={**environment(), **self._more, "TMPDIR": str(temporary)},
+                env={**environment(), **self._more, **variables},
             )
-        self._hosts.append(process)
+        try:
+            self._wait_until_started(process, log)
+        except BaseException:
+            _kill(process)
+            raise
+        return process
+
+    @staticmethod
+    def _wait_until_started(process: subprocess.Popen[bytes], log: Path) -> None:
         deadline = time.monotonic() + START_SECONDS
         while "Ray runtime started" not in log.read_text():
             assert process.poll() is None, log.read_text()
@@ -87,23 +124,32 @@ class Hosts:
 
     def processes(self, number: int) -> list[psutil.Process]:
         """Every process of a host."""
-        host = self._hosts[number]
-        return [*psutil.Process(host.pid).children(recursive=True), psutil.Process(host.pid)]
+        return _family(self._hosts[number])
 
     def kill(self, number: int) -> None:
         """SIGKILL for every process of a host."""
-        family = self.processes(number)
-        for process in family:
-            process.kill()
-        self._hosts[number].wait()
-        psutil.wait_procs(family)
+        _kill(self._hosts[number])
 
     def stop(self) -> None:
         """Ends all hosts."""
-        for number, host in enumerate(self._hosts):
-            if host.poll() is None:
-                self.kill(number)
+        for host in self._hosts:
+            _kill(host)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _family(host: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [*psutil.Process(host.pid).children(recursive=True), psutil.Process(host.pid)]
+
+
+def _kill(host: subprocess.Popen[bytes]) -> None:
+    if host.poll() is not None:
+        return
+    family = _family(host)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):  # the first of a namespace takes the others with it
+            process.kill()
+    host.wait()
+    psutil.wait_procs(family)
 
 
 def environment() -> dict[str, str]:

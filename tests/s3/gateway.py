@@ -10,6 +10,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 from tests.ports import free_port
 
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool")
-ACCESS_KEY, SECRET_KEY = "clipmill", "clipmill-secret"
+ACCESS_KEY, SECRET_KEY = "key-of-tests", "secret-of-tests"
 START_SECONDS = 90
 
 _CONFIGURATION = """
@@ -56,7 +57,7 @@ osd data = {folder}/osd
 osd objectstore = memstore
 memstore device bytes = 2147483648
 [client.rgw]
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint={host}:{port}
 rgw data = {folder}/rgw
 """
 
@@ -69,12 +70,12 @@ def missing_programs() -> list[str]:
 class Gateway:
     """Starts in ten to twenty seconds; `kill` and `serve` take its front away and bring it back, with its objects."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self._folder, self.host = folder, host
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._front: subprocess.Popen[bytes] | None = None
-        self.port = free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.port = free_port(host)
+        self.endpoint = f"http://{host}:{self.port}"
 
     def start(self) -> None:
         folder, keyring = self._folder, self._folder / "keyring"
@@ -86,6 +87,7 @@ class Gateway:
             fsid=fsid,
             monitor=monitor,
             folder=folder,
+            host=self.host,
             port=self.port,
             user=pwd.getpwuid(os.getuid())[0],
             group=grp.getgrgid(os.getgid())[0],
@@ -122,6 +124,12 @@ class Gateway:
                 if time.monotonic() > deadline or self._front.poll() is not None:
                     raise RuntimeError(f"the gateway does not serve; see {self._folder}/log") from error
                 time.sleep(0.2)
+
+    def requests(self) -> list[tuple[str, str, int]]:
+        """Method, target (``/bucket/key?query``) and bytes, of the object or of the answer, of each request so far."""
+        log = (self._folder / "log" / "client.rgw.log").read_text(errors="replace")
+        found = re.findall(r'beast: .* "([A-Z]+) (\S+) HTTP/1\.1" \d+ (\d+) ', log)
+        return [(method, target, int(num_bytes)) for method, target, num_bytes in found]
 
     def kill(self) -> None:
         """SIGKILL to the front, as a machine that loses power."""
