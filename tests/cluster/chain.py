@@ -18,7 +18,6 @@ from clipmill import status, storage
 from clipmill.errors import StorageUnavailable, UserError
 from clipmill.status.places import FOLDERS
 from clipmill.training.checkpoint import newest_step
-from tests.training.toy import read_losses
 
 STAGES = ("shard", "train-vqvae", "tokenize", "train-prior", "sample")
 TRAININGS = ("train-vqvae", "train-prior")
@@ -163,8 +162,3 @@ def results_of(root: str) -> dict[str, bytes]:
         if is_kept and not set(parts) & set(OF_ATTEMPTS):
             found[entry.name] = storage.read_bytes(f"{root}/{entry.name}")
     return found
-
-
-def losses_of(root: str) -> dict[str, dict[int, float]]:
-    """The curve of each training."""
-    return {stage: read_losses(f"{root}/{FOLDERS[stage]}") for stage in TRAININGS}

@@ -66,9 +66,6 @@ class Hosts:
     def _head_options(self) -> list[str]:
         return ["--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
 
-    def _num_cpus(self, number: int) -> int:
-        return 1
-
     def _on_host(self, number: int, temporary: Path) -> tuple[list[str], dict[str, str]]:
         """What stands before a command so that it runs on a host, and variables for it."""
         return [], {"TMPDIR": str(temporary)}
@@ -88,7 +85,7 @@ class Hosts:
         if number == 0:
             place = ["--head", f"--port={self._head.rpartition(':')[2]}", *self._head_options()]
         address = f"--node-ip-address={self.address_of(number)}"
-        limits = [f"--num-cpus={self._num_cpus(number)}", f"--object-store-memory={100 * 2**20}"]
+        limits = ["--num-cpus=1", f"--object-store-memory={100 * 2**20}"]
         before, variables = self._on_host(number, temporary)
         log = self._folder / f"host-{number}.log"
         with log.open("wb") as output:

@@ -60,7 +60,6 @@ class Site:
         monkeypatch: gives this process the credentials of the gateway.
         write_videos: writes source videos into a folder; they are uploaded to ``s3://runs/raw``.
         num_hosts: with the head.
-        cores: see `SeparateHosts`.
     """
 
     def __init__(
@@ -69,9 +68,8 @@ class Site:
         monkeypatch: pytest.MonkeyPatch,
         write_videos: Callable[[Path], object],
         num_hosts: int = 3,
-        cores: float | None = None,
     ) -> None:
-        self.folder, self._num_hosts, self._cores = folder, num_hosts, cores
+        self.folder, self._num_hosts = folder, num_hosts
         self.network = Network(num_hosts)
         self._gateway: Gateway | None = None
         self.hosts: SeparateHosts | None = None
@@ -89,7 +87,7 @@ class Site:
     def start_cluster(self) -> SeparateHosts:
         """A new cluster, at the addresses of the one before."""
         self.hosts = None
-        self.hosts = SeparateHosts(self.network, self._num_hosts, cores=self._cores, **self._environment)
+        self.hosts = SeparateHosts(self.network, self._num_hosts, **self._environment)
         return self.hosts
 
     def cluster(self) -> SeparateHosts:

@@ -1,13 +1,11 @@
 """Hosts that share nothing but a network: each has its own addresses, processes, host name, /tmp and /dev/shm.
 
-Needs root and Debian's iproute2 and util-linux. The network is a bridge in a namespace of its own, so the link of a
-host can be cut from outside: nobody closes a connection then. This machine has an address on it too, for the S3
-gateway and for the submitter.
+Needs root and Debian's iproute2 and util-linux. The network is a bridge in a namespace of its own. This machine has an
+address on it too, for the S3 gateway and for the submitter.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -16,9 +14,6 @@ from pathlib import Path
 from tests.cluster.hosts import HEALTH_CHECKS, Hosts
 
 REPOSITORY = Path(__file__).parents[2]
-CGROUPS = Path("/sys/fs/cgroup/cpu")
-"""Version 1 of control groups, for hosts with a limit of CPU time."""
-PERIOD_MICROSECONDS = 20_000
 BOOT = """\
 set -e
 hostname {name}
@@ -95,10 +90,6 @@ class Network:
         lines = {"127.0.0.1": "localhost", self.gateway_address: "gateway", **names}
         return "".join(f"{address} {name}\n" for address, name in lines.items())
 
-    def set_link(self, number: int, is_up: bool) -> None:
-        """Cuts or mends the link of a host, at the bridge: the host itself sees no change."""
-        _ip("-n", f"{self._name}-br", "link", "set", f"{self._name}p{number}", "up" if is_up else "down")
-
     def remove(self) -> None:
         names = [f"{self._name}-br", *map(self.namespace, range(self._num_hosts))]
         for name in names:
@@ -112,12 +103,11 @@ class SeparateHosts(Hosts):
     Args:
         network: with a link for each host.
         count: number of hosts.
-        cores: CPU time that each host but the head may use, in cores; the head then runs no workers. None: no limit.
         more: variables of their processes.
     """
 
-    def __init__(self, network: Network, count: int, *, cores: float | None = None, **more: str) -> None:
-        self._network, self._cores = network, cores
+    def __init__(self, network: Network, count: int, **more: str) -> None:
+        self._network = network
         # Ray's workers are nice to other programs of their host; here they would give way to those of all hosts.
         super().__init__(count, **HEALTH_CHECKS, RAY_worker_niceness="0", **more)
 
@@ -135,9 +125,6 @@ class SeparateHosts(Hosts):
     def _head_options(self) -> list[str]:
         return [f"--dashboard-host={self.address_of(0)}", "--dashboard-port=8265", "--temp-dir=/tmp/ray"]
 
-    def _num_cpus(self, number: int) -> int:
-        return 0 if number == 0 and self._cores is not None else 1
-
     def _on_host(self, number: int, temporary: Path) -> tuple[list[str], dict[str, str]]:
         name = self._network.namespace(number)
         # Whoever asks for the name of an address gets an answer at once: no name server can be reached from here.
@@ -145,25 +132,9 @@ class SeparateHosts(Hosts):
         (temporary / "resolv.conf").touch()
         boot = self._folder / f"boot-{number}.sh"
         boot.write_text(BOOT.format(name=name, temporary=temporary, keep=_keep_repository(temporary)))
-        enter = [*self._limit(number), "ip", "netns", "exec", name]
+        enter = ["ip", "netns", "exec", name]
         isolate = ["unshare", "--pid", "--uts", "--mount", "--fork", "--kill-child", "--mount-proc"]
         return [*enter, *isolate, "bash", str(boot)], {"TMPDIR": "/tmp", "HOME": "/tmp"}
-
-    def _limit(self, number: int) -> list[str]:
-        """What stands before a command so that it and its children share the CPU time of a host."""
-        if self._cores is None or number == 0:
-            return []
-        group = CGROUPS / self._network.namespace(number)
-        group.mkdir(exist_ok=True)
-        (group / "cpu.cfs_period_us").write_text(str(PERIOD_MICROSECONDS))
-        (group / "cpu.cfs_quota_us").write_text(str(int(self._cores * PERIOD_MICROSECONDS)))
-        return ["bash", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "--"]
-
-    def stop(self) -> None:
-        super().stop()
-        for number in range(1, len(self._hosts)):
-            with contextlib.suppress(OSError):
-                (CGROUPS / self._network.namespace(number)).rmdir()
 
     def is_alive(self, number: int) -> bool:
         return self._hosts[number].poll() is None
@@ -172,14 +143,6 @@ class SeparateHosts(Hosts):
         """A host that was killed, or that has ended because the others gave it up, boots and joins again."""
         assert not self.is_alive(number)
         self._hosts[number] = self._start(number, self._folder / f"host-{number}")
-
-    def cut(self, number: int) -> None:
-        """Cuts the link of a host."""
-        self._network.set_link(number, is_up=False)
-
-    def mend(self, number: int) -> None:
-        """Mends the link of a host."""
-        self._network.set_link(number, is_up=True)
 
 
 def _keep_repository(temporary: Path) -> str:

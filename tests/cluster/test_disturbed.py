@@ -18,7 +18,7 @@ import pytest
 
 from clipmill.demo import generate
 from clipmill.status import read_run
-from tests.cluster.chain import PATIENCE_SECONDS, STAGES, TRAININGS, Chain, losses_of, results_of
+from tests.cluster.chain import PATIENCE_SECONDS, STAGES, TRAININGS, Chain, results_of
 from tests.cluster.place import Site, missing
 from tests.cluster.separate_hosts import SeparateHosts
 
@@ -195,9 +195,6 @@ def disturbed_run_leaves_the_same(site: Site, alone: Alone, what: str, last: str
     expected, found = results_of(whole.root), results_of(chain.root)
     assert sorted(found) == sorted(expected)
     assert [name for name in found if found[name] != expected[name]] == []
-    if last == STAGES[-1]:
-        assert len(losses_of(whole.root)["train-prior"]) > 0
-        assert losses_of(chain.root) == losses_of(whole.root)
 
 
 @pytest.mark.ci

@@ -10,7 +10,6 @@ import grp
 import json
 import os
 import pwd
-import re
 import shutil
 import signal
 import subprocess
@@ -124,12 +123,6 @@ class Gateway:
                 if time.monotonic() > deadline or self._front.poll() is not None:
                     raise RuntimeError(f"the gateway does not serve; see {self._folder}/log") from error
                 time.sleep(0.2)
-
-    def requests(self) -> list[tuple[str, str, int]]:
-        """Method, target (``/bucket/key?query``) and bytes, of the object or of the answer, of each request so far."""
-        log = (self._folder / "log" / "client.rgw.log").read_text(errors="replace")
-        found = re.findall(r'beast: .* "([A-Z]+) (\S+) HTTP/1\.1" \d+ (\d+) ', log)
-        return [(method, target, int(num_bytes)) for method, target, num_bytes in found]
 
     def kill(self) -> None:
         """SIGKILL to the front, as a machine that loses power."""
