@@ -99,7 +99,8 @@ def test_whatever_is_killed_running_again_ends_in_the_same_bytes(
             with Job(undisturbed.config(root)) as job:
                 status = _run_among_killers(job, rng, plan[len(kills) :], kills)
                 assert status in (0, 1, -signal.SIGKILL), job.output
-                assert job.leaked(patience_seconds=60) == [], job.output
+                # Ray's agents notice late that their raylet was killed where the machine is busy.
+                assert job.leaked(patience_seconds=180) == [], job.output
         _check(undisturbed, root)
     print(f"{num_kills} kills in {rounds} rounds: {kills}")
 
