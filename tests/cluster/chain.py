@@ -10,14 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from clipmill import status, storage
 from clipmill.errors import StorageUnavailable, UserError
+from clipmill.shards.manifest import SPLITS
 from clipmill.status.places import FOLDERS
 from clipmill.training.checkpoint import newest_step
+from tests.cluster import jobs_file
 
 STAGES = ("shard", "train-vqvae", "tokenize", "train-prior", "sample")
 TRAININGS = ("train-vqvae", "train-prior")
@@ -49,18 +50,16 @@ CONFIG = {
 """Three hosts share the work of a fan-out; a training uses two of them."""
 
 
-def write_jobs(folder: Path, root: str, source: str, config: dict[str, Any]) -> Path:
+def write_jobs(folder: Path, root: str, source: str) -> Path:
     """The jobs file of a run and its config, in a folder of their own, which is what travels to the cluster."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(CONFIG)
     config["root"], config["data"]["source"]["url"] = root, source
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     jobs = [
         {"name": stage, "entrypoint": f"clipmill {stage}", "needs": list(STAGES[:number][-1:]), "retries": 10}
         for number, stage in enumerate(STAGES)
     ]
-    document = {"schema": 1, "config": "run.yaml", "runtime_env": {"working_dir": "."}, "jobs": jobs}
-    (path := folder / "jobs.yaml").write_text(yaml.safe_dump(document))
-    return path
+    return jobs_file.write_jobs(folder, jobs, config="run.yaml", runtime_env={"working_dir": "."})
 
 
 class Chain:
@@ -72,13 +71,12 @@ class Chain:
         last: the last stage.
         address: URL of the Jobs server.
         log: what ``submit`` says.
-        watches: whether to read the status all the time.
     """
 
-    def __init__(self, root: str, jobs: Path, last: str, address: str, log: Path, watches: bool = True) -> None:
+    def __init__(self, root: str, jobs: Path, last: str, address: str, log: Path) -> None:
         self.root, self._log = root, log
-        self.seen: list[tuple[float, dict[str, str]]] = []
-        """Times, and the state of each stage as it was shown then."""
+        self._seen: list[dict[str, str]] = []
+        """The state of each stage, each time it was read."""
         command = [sys.executable, "-m", "clipmill.cli", "submit", last, "--jobs", str(jobs), "--address", address]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -86,8 +84,7 @@ class Chain:
             )
         self._is_over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
-        if watches:
-            self._watcher.start()
+        self._watcher.start()
 
     def _watch(self) -> None:
         while not self._is_over.wait(WATCH_SECONDS):
@@ -96,13 +93,12 @@ class Chain:
                     shown = {one.stage: one.shown for one in status.read_run(self.root)}
             except (UserError, StorageUnavailable):  # nothing has begun, or the gateway is away
                 continue
-            self.seen.append((time.monotonic(), shown))
+            self._seen.append(shown)
 
     def close(self) -> None:
         """Ends what watches and waits; a job of the cluster is not ended."""
         self._is_over.set()
-        if self._watcher.is_alive():
-            self._watcher.join()
+        self._watcher.join()
         self.process.kill()
         self.process.wait()
 
@@ -143,13 +139,10 @@ class Chain:
     def log_tail(self) -> str:
         return self._log.read_text()[-3000:]
 
-    def shown(self, stage: str, since: float = 0.0, until: float = float("inf")) -> list[str]:
-        """States of a stage as they were shown in a span of time, without repetitions."""
-        states = [shown[stage] for at, shown in self.seen if since <= at <= until]
+    def shown(self, stage: str) -> list[str]:
+        """States of a stage as they were shown, without repetitions."""
+        states = [shown[stage] for shown in self._seen]
         return [state for number, state in enumerate(states) if states[number - 1 : number] != [state]]
-
-
-SPLITS = ("train", "val")
 
 
 def results_of(root: str) -> dict[str, bytes]:

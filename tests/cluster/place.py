@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import botocore.session
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from clipmill import storage
 from clipmill.storage import connection
 from tests.cluster import separate_hosts
-from tests.cluster.chain import CONFIG, Chain, write_jobs
+from tests.cluster.chain import Chain, write_jobs
 from tests.cluster.separate_hosts import REPOSITORY, Network, SeparateHosts
 from tests.s3.gateway import ACCESS_KEY, SECRET_KEY, Gateway, missing_programs
 
@@ -106,9 +105,9 @@ class Site:
         self.network.remove()
         connection._connected.cache_clear()
 
-    def submit(self, name: str, last: str, config: dict[str, Any] = CONFIG, *, watches: bool = True) -> Chain:
-        """Submits the stages of a config up to a last one; ``name`` is the root's. ``watches``: see `Chain`."""
+    def submit(self, name: str, last: str) -> Chain:
+        """Submits the stages up to a last one; ``name`` is the root's."""
         (folder := self.folder / name).mkdir()
         (travels := folder / "travels").mkdir()
-        jobs = write_jobs(travels, f"s3://runs/{name}", "s3://runs/raw", config)
-        return Chain(f"s3://runs/{name}", jobs, last, self.cluster().jobs, folder / "submit.log", watches)
+        jobs = write_jobs(travels, f"s3://runs/{name}", "s3://runs/raw")
+        return Chain(f"s3://runs/{name}", jobs, last, self.cluster().jobs, folder / "submit.log")
