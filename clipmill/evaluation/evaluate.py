@@ -101,7 +101,9 @@ def run(config: RunConfig, lease: Lease) -> dict[str, Any]:
         hardware = _measure(job, _missing(job))
         found = _Found.read(job)
         job = _with_shown(job, found)
-        hardware |= _measure(job, [unit for name in _SHOWN for unit in job.measures[name].missing()])
+        hardware |= _measure(
+            job, [unit for name in _SHOWN if name in job.measures for unit in job.measures[name].missing()]
+        )
         torch.set_num_threads(config.cluster.fanout_cpus)  # so that the remaining work gives the same bits anywhere
         protocol = protocol_section(config.evaluate, settings["weights_sha256"])
         metrics = {
@@ -207,14 +209,15 @@ def _with_shown(job: Job, found: _Found) -> Job:
     """The job with the clips that pages show: those of the gallery, the worst and the best, and possible copies."""
     picked = pick_clips(found.real["key"].tolist(), found.real["label"].tolist(), job.inputs.classes)
     shown = sorted({*picked, *(clip for clips in extreme_clips(found.real, found.copies) for clip in clips)})
-    nearest = [tuple(pair["numbers"]) for pair in (found.nearest or {"pairs": []})["pairs"]]
+    nearest = [tuple(pair["numbers"]) for pair in found.nearest["pairs"]] if found.nearest else []
 
     def measure(name: str, clips: Sequence[Any], *of: str) -> Measure:
         depends_on = {"of": [job.measures[one].url.rpartition("/")[2] for one in of], "clips": clips}
-        return Measure.of(job.config.root, name, len(clips), max(1, len(clips)), depends_on)
+        return Measure.of(job.config.root, name, len(clips), len(clips), depends_on)
 
     measures = {**job.measures, "shown": measure("shown", shown, "tokenizer")}
-    measures["nearest"] = measure("nearest", nearest, *(("samples", "train") if nearest else ()))
+    if nearest:
+        measures["nearest"] = measure("nearest", nearest, "samples", "train")
     return dataclasses.replace(job, measures=measures, shown=tuple(shown), nearest=tuple(nearest))
 
 
