@@ -61,7 +61,7 @@ def class_groups(
     """For each class, real clips, reconstructions and samples below each other; without classes, one wide group.
 
     Args:
-        judged: the evaluation that chose the real clips; None if there is none yet.
+        judged: the evaluation that chose the real clips; None before the first evaluation.
         classes: of the data.
         samples: samples to choose from.
         num_given: number of given first frames of the samples.

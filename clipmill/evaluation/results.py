@@ -66,7 +66,7 @@ def folder_url(config: RunConfig) -> str:
 
 
 def read_evaluation(url: str) -> Evaluation | None:
-    """The evaluation in a folder; None if there is none, or if an older clipmill wrote it.
+    """The evaluation in a folder. None if the folder holds no evaluation, or one of an older clipmill.
 
     Raises:
         UserError: it is damaged, or was written by a newer clipmill.

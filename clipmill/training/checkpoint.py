@@ -92,7 +92,7 @@ def newest(folder_url: str) -> Checkpoint | None:
 
 
 def newest_step(folder_url: str) -> int:
-    """Number of steps of the newest checkpoint; 0 if there is none."""
+    """Number of steps of the newest checkpoint; 0 before the first checkpoint."""
     found = newest(folder_url)
     return 0 if found is None else found.step
 
